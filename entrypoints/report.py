@@ -1,0 +1,90 @@
+"""What a command tells the person who runs it: progress while it works, one summary at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+LOG_INTERVAL_SECONDS = 10.0
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes in decimal units with three significant digits: 1230000 → "1.23 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+@dataclass
+class Summary:
+    """The result of one command: what was written, how large it is and how long it took."""
+
+    command: str
+    wrote: str
+    bytes: int
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """One line of text; the details follow in brackets in their order."""
+        rate = f", {human_bytes(self.bytes / self.seconds)}/s" if self.seconds > 0 else ""
+        details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.details.items())
+        return (
+            f"{self.command}: wrote {self.wrote}, {human_bytes(self.bytes)} in {self.seconds:.1f} s{rate}"
+            + (f" ({details})" if details else "")
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as one flat JSON-ready object, for `--json`."""
+        return {
+            "command": self.command,
+            "wrote": self.wrote,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            **self.details,
+        }
+
+
+class Progress:
+    """Bytes done out of a known total: a bar on a terminal, a line every ten seconds in a log.
+
+    Use as a context manager and call `advance(n)` from any thread. Everything goes to standard error.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.last_line = time.monotonic()
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total, desc=self.title, unit="B", unit_scale=True, file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, count: int) -> None:
+        """Count `count` more bytes as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= LOG_INTERVAL_SECONDS:
+            self.last_line = now
+            rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate if rate else float("inf")
+            print(
+                f"{self.title}: {human_bytes(self.done)} of {human_bytes(self.total)}, "
+                f"{human_bytes(rate)}/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
