@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,10 @@ def human_bytes(count: float) -> str:
 
 @dataclass
 class Summary:
-    """The result of one command: what was written, how large it is and how long it took."""
+    """The result of one command: what was written, how large it is and how long it took.
+
+    Every command returns this or another object whose `str()` is for people and whose `as_dict()` is for `--json`.
+    """
 
     command: str
     wrote: str
@@ -29,8 +33,7 @@ class Summary:
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
 
-    def line(self) -> str:
-        """One line of text; the details follow in brackets in their order."""
+    def __str__(self) -> str:
         rate = f", {human_bytes(self.bytes / self.seconds)}/s" if self.seconds > 0 else ""
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.details.items())
         return (
@@ -57,6 +60,7 @@ class Progress:
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total, self.done = title, total, 0
+        self._lock = threading.Lock()
         self.started = self.last_line = time.monotonic()
         self._bar = None
 
@@ -73,18 +77,19 @@ class Progress:
 
     def advance(self, count: int) -> None:
         """Count `count` more bytes as done."""
-        self.done += count
-        if self._bar is not None:
-            self._bar.update(count)
-            return
-        now = time.monotonic()
-        if now - self.last_line >= LOG_INTERVAL_SECONDS:
-            self.last_line = now
-            rate = self.done / (now - self.started)
-            left = (self.total - self.done) / rate if rate else float("inf")
-            print(
-                f"{self.title}: {human_bytes(self.done)} of {human_bytes(self.total)}, "
-                f"{human_bytes(rate)}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        with self._lock:
+            self.done += count
+            if self._bar is not None:
+                self._bar.update(count)
+            elif (now := time.monotonic()) - self.last_line >= LOG_INTERVAL_SECONDS:
+                self.last_line = now
+                self._print_line(now)
+
+    def _print_line(self, now: float) -> None:
+        rate = self.done / (now - self.started)
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "waiting"
+        print(
+            f"{self.title}: {human_bytes(self.done)} of {human_bytes(self.total)}, {human_bytes(rate)}/s, {left}",
+            file=sys.stderr,
+            flush=True,
+        )

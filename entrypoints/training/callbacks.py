@@ -1,0 +1,135 @@
+"""What happens around each step: the record a person reads, stopping on request, the proof that the base stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from entrypoints.training.recipe import Recipe
+from entrypoints.training.run_folder import RunFolder
+
+STEPS_DONE = "steps_done"  # the metric that names checkpoints
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank if it is true on any."""
+    word = torch.tensor([int(flag)], device=torch.cuda.current_device())
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+    return bool(word.item())
+
+
+class Record(Callback):
+    """Rank 0 writes a line, a metrics entry and the status after each step, and the plot at the end."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.status: dict[str, Any] = {"state": "running", "step": 0, "steps": recipe.steps}
+        self._clock = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.status["step"] = self.status["started_at_step"] = trainer.global_step
+        if trainer.is_global_zero:
+            self.folder.forget_metrics_from(trainer.global_step)
+            self.folder.write_status(self.status)
+        self._clock = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        module.log(STEPS_DONE, float(trainer.global_step))
+        if not trainer.is_global_zero:
+            return
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        tokens = self.recipe.global_batch_size * self.recipe.seq_length
+        entry = {
+            "step": trainer.global_step - 1,
+            "loss": float(trainer.callback_metrics["reduced_train_loss"]),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+        }
+        with self.folder.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.status |= {"step": trainer.global_step, "loss": entry["loss"]}
+        self.folder.write_status(self.status)
+        print(
+            f"step {trainer.global_step}/{self.recipe.steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g} "
+            f"{tokens / seconds:.0f} tokens/s",
+            flush=True,
+        )
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        done = trainer.global_step >= self.recipe.steps
+        self.status["state"] = "done" if done else "stopped"
+        self.folder.write_status(self.status)
+        plot_losses(self.folder)
+
+
+class StopOnRequest(Callback):
+    """Saves and stops after the step during which the stop file appeared on any node."""
+
+    def __init__(self, stop_file: Path) -> None:
+        self.stop_file = stop_file
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if agree(self.stop_file.exists()):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        checkpoint = trainer.checkpoint_callback
+        if checkpoint._last_global_step_saved != trainer.global_step:
+            checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+class FrozenBase(Callback):
+    """Compares every bit of the base before the first and after the last step."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._before = ""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        # Not earlier: NeMo loads, transforms and wraps the model after on_train_start.
+        self._before = self._before or checksum(module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        after = checksum(module)
+        self.record.status["base_checksum"] = after
+        self.record.status["base_changed"] = agree(after != self._before)
+
+
+def checksum(module: torch.nn.Module) -> str:
+    """SHA-256 over every tensor of this rank but the heads': bits summed on the device, names hashed here."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
+        if ".adapter." in name or not tensor.numel():
+            continue
+        words = tensor.detach().contiguous().view(-1).view(torch.uint8).view(-1, tensor.element_size())
+        weights = torch.arange(1, 1 + tensor.element_size(), device=tensor.device) * 257
+        total = sum((chunk.long() * weights).sum() for chunk in words.split(1 << 24))
+        digest.update(f"{name} {tuple(tensor.shape)} {int(total)}\n".encode())
+    return digest.hexdigest()
+
+
+def plot_losses(folder: RunFolder) -> None:
+    """Draw loss against step into loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = folder.read_metrics()
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([m["step"] + 1 for m in metrics], [m["loss"] for m in metrics], marker=".")
+    axes.set(xlabel="step", ylabel="loss per token", title=f"{folder.path.name}: loss of the heads")
+    axes.grid(alpha=0.3)
+    figure.savefig(folder.plot, dpi=120)
+    pyplot.close(figure)

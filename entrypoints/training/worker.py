@@ -1,0 +1,227 @@
+"""One rank of a training run: builds NeMo's objects from the recipe and lets NeMo train.
+
+Started by torchrun on every rank, or called in the same process when there is only one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrypoints.training.recipe import Recipe
+from entrypoints.training.run_folder import RunFolder
+
+
+def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
+    """Train from the newest checkpoint in the run's folder, or from the base.
+
+    Args:
+        recipe: what to compute.
+        index: .npy file with the offsets of the data's usable lines.
+        stop_file: training saves and stops soon after this file appears.
+        nodes: number of nodes in the run.
+    """
+    started = time.monotonic()
+    warnings.filterwarnings("ignore")
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        from entrypoints.training import cpu
+
+        cpu.enable()
+    import nemo.lightning as nl
+    from nemo.collections import llm
+
+    _quiet()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"worker: NeMo imported in {time.monotonic() - started:.1f} s, {_where(on_gpu)}", flush=True)
+
+    folder = RunFolder(Path(recipe.out))
+    model = load_model(recipe, on_gpu)
+    data = load_data(recipe, index)
+    trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu)
+    latest = folder.latest_checkpoint()
+    llm.finetune(
+        model=model,
+        data=data,
+        trainer=trainer,
+        log=make_logger(recipe, folder),
+        resume=nl.AutoResume(
+            restore_config=nl.RestoreConfig(path=recipe.model),
+            resume_from_path=str(latest[1]) if latest else None,
+        ),
+        optim=make_optimizer(recipe, on_gpu),
+        peft=make_transform(recipe),
+        tokenizer=None,
+    )
+    # No rank leaves before rank 0 has written the status that every node's launcher reads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _where(on_gpu: bool) -> str:
+    if on_gpu:
+        import torch
+
+        return f"{torch.cuda.device_count()} GPUs ({torch.cuda.get_device_name()})"
+    return "no GPU: running on the CPU with gloo, for small models only"
+
+
+def _quiet() -> None:
+    """Leave a log that people read to people: warnings and errors of the libraries, none of their INFO lines."""
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def load_model(recipe: Recipe, on_gpu: bool) -> Any:
+    """NeMo's model as the checkpoint's context describes it, set up for the mode and the machine; no weights yet."""
+    from nemo.lightning.io import load_context
+
+    from entrypoints.training import heads_on_nemo
+
+    model = load_context(Path(recipe.model) / "context", subpath="model")
+    config = model.config
+    config.seq_length = recipe.seq_length
+    config.calculate_per_token_loss = True
+    config.moe_router_bias_update_rate = 0.0
+    config.data_step_fn = heads_on_nemo.data_step
+    config.forward_step_fn = heads_on_nemo.forward_step
+    model._training_loss_reduction = heads_on_nemo.HeadsLossReduction()
+    if not on_gpu:
+        from entrypoints.training import cpu
+
+        cpu.configure_model(config)
+    return model
+
+
+def load_data(recipe: Recipe, index: Path) -> Any:
+    """NeMo's data module over the run's samples."""
+    from entrypoints.training.data import Samples, TokenData
+    from entrypoints.training.lines import Index
+
+    lines = Index(np.load(index), too_long=0)
+    count = recipe.steps * recipe.global_batch_size
+    samples = Samples(Path(recipe.data), lines, count, recipe.seq_length, recipe.seed)
+    return TokenData(samples, recipe.micro_batch_size, recipe.global_batch_size)
+
+
+def make_transform(recipe: Recipe) -> Any:
+    """The PEFT transform of the mode."""
+    from entrypoints.training.heads_on_nemo import HeadsTransform
+
+    return HeadsTransform(seed=recipe.seed)
+
+
+def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
+    """Adam with warm-up, a cosine and a constant tail."""
+    import nemo.lightning as nl
+    from megatron.core.optimizer import OptimizerConfig
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        clip_grad=recipe.clip_grad,
+        bf16=on_gpu,
+        use_distributed_optimizer=on_gpu,
+    )
+    schedule = nl.lr_scheduler.CosineAnnealingScheduler(
+        max_steps=recipe.steps,
+        warmup_steps=recipe.warmup_steps,
+        constant_steps=recipe.constant_steps,
+        min_lr=recipe.min_lr,
+    )
+    return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
+
+
+def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
+    """NeMo's trainer with the run's parallel sizes and callbacks."""
+    import nemo.lightning as nl
+    import torch
+
+    from entrypoints.training.callbacks import FrozenBase, Record, StopOnRequest
+
+    options = {
+        "tensor_model_parallel_size": recipe.tensor_parallel_size,
+        "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
+        "expert_model_parallel_size": recipe.expert_parallel_size,
+        "context_parallel_size": recipe.context_parallel_size,
+        "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
+        "save_ckpt_format": "torch_dist",
+    }
+    if on_gpu:
+        strategy = nl.MegatronStrategy(**options)
+    else:
+        from entrypoints.training import cpu
+
+        strategy = cpu.strategy(**options)
+    record = Record(recipe, folder)
+    return nl.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        num_nodes=nodes,
+        max_steps=recipe.steps,
+        strategy=strategy,
+        plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if on_gpu else None,
+        callbacks=[StopOnRequest(stop_file), FrozenBase(record), record],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
+    """NeMo's logger: TensorBoard and the checkpoints, the newest `keep` of them."""
+    import nemo.lightning as nl
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from entrypoints.training.callbacks import STEPS_DONE
+
+    checkpoint = nl.ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename=f"step={{{STEPS_DONE}:.0f}}",
+        auto_insert_metric_name=False,
+        monitor=STEPS_DONE,
+        mode="max",
+        verbose=False,
+        save_top_k=recipe.keep,
+        save_last=False,
+        every_n_train_steps=recipe.save_every,
+        save_optim_on_train_end=True,
+        save_on_train_epoch_end=False,
+    )
+    return nl.NeMoLogger(
+        explicit_log_dir=str(folder.path / "logs"),
+        ckpt=checkpoint,
+        tensorboard=TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version=""),
+        update_logger_directory=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--index", type=Path, required=True)
+    parser.add_argument("--stop-file", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, required=True)
+    arguments = parser.parse_args()
+    run(Recipe.load(arguments.recipe), arguments.index, arguments.stop_file, arguments.nodes)
+
+
+if __name__ == "__main__":
+    main()
