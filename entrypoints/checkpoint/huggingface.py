@@ -1,0 +1,337 @@
+"""Hugging Face folders of safetensors: read by header and offset, decoded on the way, written at final offsets.
+
+A file is 8 bytes of header length (little endian), the header (JSON: name → dtype, shape, data_offsets) and the
+data. Nothing of a file is believed before it is checked: a header is bounded before it is read, and every tensor
+must lie inside the file, have as many bytes as its shape and dtype need, and overlap no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entrypoints.checkpoint.refs import DTYPE_BYTES, TORCH_NAMES, Ref, TensorInfo
+from entrypoints.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+FP8 = ("F8_E4M3",)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in a file."""
+
+    file: Path
+    offset: int
+    info: TensorInfo
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Name → place of every tensor of one file; DataError for anything that does not hold together."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise DataError(f"{file}: not a safetensors file, or cut off (header of {length} bytes in {size}); {AGAIN}")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); {AGAIN}") from None
+    except ValueError:
+        raise DataError(f"{file}: the header is no JSON; {AGAIN}") from None
+    if not isinstance(header, dict):
+        raise DataError(f"{file}: the header is no JSON object; {AGAIN}")
+    header.pop("__metadata__", None)
+    stored = {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_overlap(file, stored)
+    return stored
+
+
+AGAIN = "fetch it again"
+
+
+def _stored(file: Path, name: str, entry: Any, data_start: int, size: int) -> Stored:
+    try:
+        begin, end = entry["data_offsets"]
+        info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
+        numbers = [begin, end, *info.shape]
+        if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise DataError(f"{file}: tensor {name} has a garbled header entry; {AGAIN}") from None
+    if info.dtype not in DTYPE_BYTES:
+        raise DataError(f"{file}: tensor {name} has the unknown dtype {info.dtype!r}; {AGAIN}")
+    if begin + info.bytes != end:
+        raise DataError(f"{file}: tensor {name} has {end - begin} bytes, its shape needs {info.bytes}; {AGAIN}")
+    if data_start + end > size:
+        raise DataError(f"{file}: cut off inside tensor {name} ({size} bytes, {data_start + end} needed); {AGAIN}")
+    return Stored(file, data_start + begin, info)
+
+
+def _check_overlap(file: Path, stored: Mapping[str, Stored]) -> None:
+    at, before = 0, ""
+    for name, place in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].info.bytes)):
+        if place.offset < at:
+            raise DataError(f"{file}: tensors {before} and {name} overlap; {AGAIN}")
+        at, before = place.offset + place.info.bytes, name
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """Name → place of every tensor of a model folder; DataError where the index and the files disagree."""
+    index = folder / INDEX
+    if not index.exists():
+        if (folder / SINGLE).exists():
+            return read_header(folder / SINGLE)
+        raise DataError(f"{folder} holds neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face model")
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+        if not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{index}: garbled, no map of tensor to file; {AGAIN}") from None
+    stored: dict[str, Stored] = {}
+    for file in files:
+        if not (folder / file).exists():
+            raise DataError(f"{index} names {file}, which is not there; fetch the missing file")
+        for name, place in read_header(folder / file).items():
+            if name in stored:
+                raise DataError(f"{folder}: tensor {name} is in {stored[name].file.name} and in {file}; {AGAIN}")
+            stored[name] = place
+    for name, file in where.items():
+        if name not in stored or stored[name].file.name != file:
+            raise DataError(f"{index} says tensor {name} is in {file}, where it is not; {AGAIN}")
+    return stored
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+class Reader:
+    """The tensors of a Hugging Face folder in their BF16 form, whatever they are stored in.
+
+    `tensors` maps each name to its decoded shape and dtype; `read` returns any part of one. Threads may share it.
+
+    Args:
+        folder: the model.
+        stored: where its tensors lie.
+        config: its config.json, for `quantization_config`.
+    """
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
+        self.folder, self.stored = folder, stored
+        self.quantization = _quantization(config, folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._codecs: dict[str, _Codec] = {}
+        self._descriptors: dict[Path, int] = {}
+        for name in self.stored:
+            if codec := self._codec_of(name):
+                self.tensors[codec.name] = codec.info
+                self._codecs[codec.name] = codec
+
+    @property
+    def quantized(self) -> list[str]:
+        """The names of the tensors that are decoded on reading."""
+        return [name for name, codec in self._codecs.items() if not isinstance(codec, _Plain)]
+
+    def read(self, ref: Ref) -> Tensor:
+        """The part as a tensor of its decoded dtype."""
+        return self._codecs[ref.name].read(self, ref)
+
+    def source_bytes(self, ref: Ref) -> int:
+        """How many bytes `read` reads for a part, for progress and for planning."""
+        codec = self._codecs[ref.name]
+        part = TensorInfo(ref.shape(codec.info.shape), codec.info.dtype).bytes
+        return part * codec.stored_bytes // max(1, codec.info.bytes)
+
+    def files(self) -> list[Path]:
+        """Every safetensors file of the folder."""
+        return sorted({place.file for place in self.stored.values()})
+
+    def read_stored(self, name: str, ref: Ref) -> Tensor:
+        """A part of a tensor exactly as it is stored."""
+        import torch
+
+        place = self.stored[name]
+        shape = ref.shape(place.info.shape)
+        info = TensorInfo(shape, place.info.dtype)
+        buffer = torch.empty(info.bytes, dtype=torch.uint8)
+        offset = place.offset + ref.start(place.info.shape) * DTYPE_BYTES[info.dtype]
+        self._fill(memoryview(buffer.numpy()), place.file, offset, name)
+        return buffer.view(getattr(torch, TORCH_NAMES[info.dtype])).view(shape)
+
+    def _fill(self, view: memoryview, file: Path, offset: int, name: str) -> None:
+        descriptor = self._descriptors.get(file)
+        if descriptor is None:
+            descriptor = self._descriptors.setdefault(file, os.open(file, os.O_RDONLY))
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise DataError(f"{file}: ends inside tensor {name}; {AGAIN}")
+            done += count
+
+    def _codec_of(self, name: str) -> _Codec | None:
+        """The codec of the tensor whose main part is stored under `name`; None for scales, which belong to another."""
+        info = self.stored[name].info
+        if name.endswith("_blocks") and (scales := name.removesuffix("_blocks") + "_scales") in self.stored:
+            return _Mxfp4(name.removesuffix("_blocks"), info, self.stored[scales].info, self.folder)
+        if name.endswith("_blocks") and info.dtype == "U8":
+            raise DataError(f"{self.folder}: {name} has no scales ({name.removesuffix('_blocks')}_scales is missing)")
+        if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in self.stored:
+            return None
+        if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in self.stored:
+            return None
+        if info.dtype in FP8:
+            return self._fp8_codec(name, info)
+        return _Plain(name, info)
+
+    def _fp8_codec(self, name: str, info: TensorInfo) -> _Fp8Block:
+        scale = f"{name}_scale_inv"
+        if scale not in self.stored:
+            raise DataError(f"{self.folder}: FP8 tensor {name} has no scale ({scale} is missing); fetch the missing file")
+        return _Fp8Block(name, info, self.stored[scale].info, self.quantization, self.folder)
+
+
+def _quantization(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Rows and columns of an FP8 block; DataError for a `quantization_config` that cannot be followed."""
+    block = (config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise DataError(f"{folder / 'config.json'}: weight_block_size is {block!r}; it must be two positive numbers")
+    return block[0], block[1]
+
+
+class _Plain:
+    """Stored as it is."""
+
+    def __init__(self, name: str, info: TensorInfo) -> None:
+        self.name, self.info, self.stored_bytes = name, info, info.bytes
+
+    def read(self, reader: Reader, ref: Ref) -> Tensor:
+        return reader.read_stored(self.name, ref)
+
+
+class _Mxfp4:
+    """MXFP4 blocks [E, rows, G, 16] and scales [E, rows, G] → BF16 [E, 32·G, rows], Hugging Face's orientation."""
+
+    def __init__(self, name: str, blocks: TensorInfo, scales: TensorInfo, folder: Path) -> None:
+        if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != 16:
+            raise DataError(
+                f"{folder}: {name}_blocks {list(blocks.shape)} and {name}_scales {list(scales.shape)} do not fit; {AGAIN}"
+            )
+        experts, rows, groups, _ = blocks.shape
+        self.name, self.info = name, TensorInfo((experts, 32 * groups, rows))
+        self.stored_bytes = blocks.bytes + scales.bytes
+
+    def read(self, reader: Reader, ref: Ref) -> Tensor:
+        from entrypoints.checkpoint.quantization import decode_mxfp4
+
+        assert ref.rows is None and len(ref.index) <= 1, "MXFP4 is read by whole experts"
+        blocks = reader.read_stored(f"{self.name}_blocks", ref)
+        scales = reader.read_stored(f"{self.name}_scales", ref)
+        return decode_mxfp4(blocks, scales).transpose(-1, -2)
+
+
+class _Fp8Block:
+    """float8_e4m3fn [rows, columns] with one scale a block → BF16."""
+
+    def __init__(
+        self, name: str, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int], folder: Path
+    ) -> None:
+        wanted = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
+        if len(weight.shape) != 2 or scale.shape != wanted:
+            raise DataError(
+                f"{folder}: {name} {list(weight.shape)} in blocks of {list(block)} needs scales {list(wanted)}, "
+                f"found {list(scale.shape)}; is weight_block_size in config.json right?"
+            )
+        self.name, self.info, self.block = name, TensorInfo(weight.shape), block
+        self.stored_bytes = weight.bytes + scale.bytes
+
+    def read(self, reader: Reader, ref: Ref) -> Tensor:
+        from entrypoints.checkpoint.quantization import decode_fp8_block
+
+        weight = reader.read_stored(self.name, ref)
+        scale = reader.read_stored(f"{self.name}_scale_inv", Ref(f"{self.name}_scale_inv"))
+        return decode_fp8_block(weight, scale, self.block, ref.rows[0] if ref.rows else 0)
+
+
+_Codec = _Plain | _Mxfp4 | _Fp8Block
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+class Layout:
+    """Where every tensor of a new Hugging Face folder will lie: shards filled in order up to a size.
+
+    Args:
+        tensors: name → TensorInfo, in the order of writing.
+        shard_bytes: most bytes of data in a shard (a larger tensor gets a shard of its own).
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], shard_bytes: int) -> None:
+        shards: list[dict[str, TensorInfo]] = [{}]
+        filled = 0
+        for name, info in tensors.items():
+            if shards[-1] and filled + info.bytes > shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = info
+            filled += info.bytes
+        self.tensors = dict(tensors)
+        self.headers: dict[str, bytes] = {}
+        self.places: dict[str, tuple[str, int]] = {}
+        self.sizes: dict[str, int] = {}
+        for number, shard in enumerate(shards, 1):
+            single = len(shards) == 1
+            self._lay_out(SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors", shard)
+
+    def _lay_out(self, file: str, shard: Mapping[str, TensorInfo]) -> None:
+        at, entries = 0, {}
+        for name, info in shard.items():
+            entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.bytes]}
+            at += info.bytes
+        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.headers[file] = struct.pack("<Q", len(text)) + text
+        start = len(self.headers[file])
+        for name, entry in entries.items():
+            self.places[name] = (file, start + entry["data_offsets"][0])
+        self.sizes[file] = start + at
+
+    def place(self, ref: Ref) -> tuple[str, int]:
+        """(file, byte offset) of a part."""
+        file, offset = self.places[ref.name]
+        info = self.tensors[ref.name]
+        return file, offset + ref.start(info.shape) * DTYPE_BYTES[info.dtype]
+
+    def index(self) -> bytes | None:
+        """The text of the index file, or None where one shard holds everything."""
+        if len(self.sizes) == 1:
+            return None
+        weight_map = {name: file for name, (file, _) in self.places.items()}
+        total = sum(info.bytes for info in self.tensors.values())
+        parameters = total // 2
+        metadata = {"total_parameters": parameters, "total_size": total}
+        return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def other_files(folder: Path) -> list[Path]:
+    """What belongs to a model besides weights and config.json: tokenizer, generation config, templates, remote code."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(weights) and file.name[0] != "."
+    ]

@@ -1,0 +1,280 @@
+"""Moving a plan of cells from a source to a target: bounded memory, resumable, visible only when it is whole.
+
+Work goes on in `.NAME.partial` beside the output: its files have their final size from the start and every piece is
+written at its final offset, by several threads. A journal names the pieces that are safely on disk, so that the
+same command, started again after any end, goes on and gives the same bytes. At the end the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entrypoints.errors import UsageError, WriteError
+from entrypoints.report import Progress, human_bytes
+
+JOURNAL_SECONDS = 2.0
+COPIES_IN_MEMORY = 4  # what reading, decoding, transforming and serialising a piece may hold at once
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Write = tuple[str, int, "memoryview | bytes"]  # file, offset, data
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One unit of work: `work()` reads and transforms, and returns what to write where."""
+
+    bytes: int
+    work: Callable[[], Iterable[Write]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an output folder will be.
+
+    sizes: file → final bytes; pieces: everything that fills them; small: whole files written at the end (name →
+    content); copies: files copied from elsewhere (name → source); identity: what the bytes depend on.
+    """
+
+    sizes: Mapping[str, int]
+    pieces: Sequence[Piece]
+    small: Mapping[str, bytes]
+    copies: Mapping[str, Path]
+    identity: Any
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values()) + sum(map(len, self.small.values()))
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of "512MB", "5GB" or a plain number, decimal units; UsageError names `flag`."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.upper().rstrip("KMGTB")
+    try:
+        size = float(number) * units[text.upper()[len(number) :].strip()]
+    except (ValueError, KeyError):
+        raise UsageError(f"{flag} is {text!r}; give a size such as 500MB or 5GB") from None
+    if not 1 <= size < 1 << 60:
+        raise UsageError(f"{flag} is {text!r}; give a size such as 500MB or 5GB")
+    return int(size)
+
+
+def identity_of_files(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file: what tells a changed source."""
+    stats = ((file, file.stat()) for file in files)
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+def existing_folder(path: str) -> Path:
+    """The folder; UsageError where there is none, with the nearest name beside it."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"{folder} is a file; give the folder that holds it")
+    beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=1)
+    raise UsageError(f"{folder} does not exist" + (f", did you mean {folder.parent / near[0]}?" if near else ""))
+
+
+def refuse_existing(out: Path) -> None:
+    """UsageError where the output is there already, or lies under a file."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists; remove it or choose another name")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is a file, so {out} cannot be made; choose another name")
+
+
+def run(plan: Plan, out: Path, title: str, memory: int) -> None:
+    """Make `out` what the plan says.
+
+    Args:
+        memory: bytes that pieces at work may hold together; a single larger piece works alone.
+
+    Errors: WriteError where the target is full or cannot be written; the work done so far is kept for the next run.
+    """
+    refuse_existing(out)
+    partial = out.with_name(f".{out.name}.partial")
+    with write_errors(out):
+        done = _prepare(plan, partial)
+        _fill(plan, partial, done, title, memory)
+        for name, source in plan.copies.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, partial / name)
+        for name, content in plan.small.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        (partial / "journal").unlink()
+        for file in partial.rglob("*"):
+            _sync(file)
+        (partial / "plan.json").unlink()
+        _sync(partial)
+        os.rename(partial, out)
+        _sync(out.absolute().parent)
+
+
+@contextmanager
+def write_errors(out: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a WriteError that names the output and the cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise WriteError(
+                f"{out}: the disk is full; free some space and run the same command again, it goes on where it was"
+            ) from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO):
+            raise WriteError(f"{out} cannot be written: {error.strerror}; choose another place") from None
+        raise
+
+
+def _prepare(plan: Plan, partial: Path) -> set[int]:
+    """The partial folder with all files at their final size; returns the pieces that are done already."""
+    fingerprint = hashlib.sha256(json.dumps([plan.identity, plan.sizes], sort_keys=True).encode()).hexdigest()
+    note = partial / "plan.json"
+    if note.exists() and note.read_text() == fingerprint:
+        journal = partial / "journal"
+        lines = journal.read_text().split("\n")[:-1]  # a line that was cut off does not count
+        journal.write_text("".join(f"{line}\n" for line in lines))
+        return {int(line) for line in lines}
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(partial.parent).free
+    if plan.bytes > free:
+        raise WriteError(
+            f"{partial.parent}: {human_bytes(plan.bytes)} are needed, {human_bytes(free)} are free; free some space"
+        )
+    for name, size in plan.sizes.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        with (partial / name).open("wb") as file:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+    (partial / "journal").write_text("")
+    note.write_text(fingerprint)
+    return set()
+
+
+def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) -> None:
+    import torch
+
+    todo = [number for number in range(len(plan.pieces)) if number not in done]
+    workers = os.cpu_count() or 1
+    threads, _ = torch.get_num_threads(), torch.set_num_threads(1)
+    files = {name: os.open(partial / name, os.O_WRONLY) for name in plan.sizes}
+    journal = _Journal(partial / "journal", files.values())
+    total = sum(plan.pieces[number].bytes for number in todo)
+    budget = _Budget(memory)
+    try:
+        with ThreadPoolExecutor(workers) as pool, Progress(title, total) as progress:
+
+            def do(number: int) -> None:
+                piece = plan.pieces[number]
+                with budget.take(COPIES_IN_MEMORY * piece.bytes):
+                    for name, offset, data in piece.work():
+                        _write(files[name], offset, memoryview(data))
+                journal.add(number)
+                progress.advance(piece.bytes)
+
+            _run_all(pool, do, todo, 4 * workers)
+        journal.commit()
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+        torch.set_num_threads(threads)
+
+
+def _run_all(pool: ThreadPoolExecutor, do: Callable[[int], None], numbers: Iterable[int], ahead: int) -> None:
+    """Run every number through the pool, at most `ahead` of them queued; the first error ends it."""
+    running = set()
+    for number in numbers:
+        running.add(pool.submit(do, number))
+        if len(running) >= ahead:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+    for future in running:
+        future.result()
+
+
+def _write(descriptor: int, offset: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Budget:
+    """Bytes that several threads share; one that asks for more than there is waits until it is alone."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.used = total, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        count = min(count, self.total)
+        with self._changed:
+            self._changed.wait_for(lambda: self.used + count <= self.total)
+            self.used += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.used -= count
+                self._changed.notify_all()
+
+
+class _Journal:
+    """The numbers of finished pieces, each written down only after its data is on disk."""
+
+    def __init__(self, path: Path, descriptors: Iterable[int]) -> None:
+        self._path, self._descriptors = path, list(descriptors)
+        self._waiting: list[int] = []
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self._waiting.append(number)
+        if time.monotonic() - self._last >= JOURNAL_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        with self._lock:
+            numbers, self._waiting = self._waiting, []
+            self._last = time.monotonic()
+        for descriptor in self._descriptors:
+            os.fdatasync(descriptor)
+        with self._path.open("a") as file:
+            file.write("".join(f"{number}\n" for number in numbers))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def tensor_bytes(tensor: Any) -> memoryview:
+    """A tensor's data in row-major order, without a copy where it lies so already."""
+    import torch
+
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,4 @@
+"""`slipway demo`"""
+def demo() -> str:
+    """x"""
+    return ""

@@ -1,0 +1,31 @@
+"""`slipway dequant`: a quantised Hugging Face model → its BF16 form."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from entrypoints.report import Summary
+
+
+def dequant(src: str, dst: str, *, shard_size: str = "5GB", memory: str = "1GB") -> Summary:
+    """Write the BF16 form of a quantised (MXFP4 or FP8) Hugging Face model.
+
+    Every other file of the model is kept, config.json without quantization_config. A run that was ended goes on
+    when the same command is given again.
+
+    Args:
+        src: folder of the model.
+        dst: folder to write.
+        shard_size: most bytes in one safetensors file.
+        memory: bytes that tensors at work may take.
+    """
+    from entrypoints.checkpoint import convert, stream
+
+    started, out = time.monotonic(), Path(dst)
+    limit, budget = stream.parse_size(shard_size, "--shard-size"), stream.parse_size(memory, "--memory")
+    stream.refuse_existing(out)
+    plan, decoded = convert.dequant_plan(stream.existing_folder(src), limit)
+    stream.run(plan, out, "dequant", budget)
+    details = {"files": len(plan.sizes), "decoded_tensors": decoded}
+    return Summary("dequant", str(out), plan.bytes, time.monotonic() - started, details)

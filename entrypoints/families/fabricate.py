@@ -1,0 +1,104 @@
+"""Random models in the exact Hugging Face layout: what the demo and the tests work on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from entrypoints.checkpoint.huggingface import INDEX
+from entrypoints.checkpoint.refs import TensorInfo
+from entrypoints.families import FAMILIES
+
+MXFP4_BYTES = 16
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def fabricate(
+    folder: Path, config: dict[str, Any], texts: Iterable[str], *, quantized: bool, shards: int = 2, seed: int = 0
+) -> None:
+    """Write a random model with its tokenizer into a new folder.
+
+    Args:
+        config: config.json of the BF16 form; its vocabulary must hold 256 bytes and the special tokens.
+        texts: what the tokenizer is trained on.
+        quantized: write the family's quantised matrices in MXFP4, as the published checkpoints do.
+        shards: number of safetensors files.
+    """
+    family = FAMILIES[config["model_type"]]
+    folder.mkdir(parents=True)
+    tensors: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, info in family.hf_tensors(config).items():
+        if quantized and name.endswith(family.QUANTIZED):
+            tensors |= _random_mxfp4(name, info, generator)
+        else:
+            tensors[name] = _random(name, info, generator)
+    _save_sharded(folder, tensors, shards)
+    if quantized:
+        skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        config = {**config, "quantization_config": {"modules_to_not_convert": skipped, "quant_method": "mxfp4"}}
+    _write_json(folder / "config.json", config)
+    generation = {"bos_token_id": 1, "eos_token_id": [1], "pad_token_id": 0, "do_sample": True}
+    _write_json(folder / "generation_config.json", generation)
+    _save_tokenizer(folder, texts, config["vocab_size"])
+
+
+def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Tensor:
+    """Weights of a size that keeps activations near 1, so that no layer drowns in another."""
+    noise = torch.randn(info.shape, generator=generator)
+    if "norm" in name:
+        return (1 + 0.1 * noise).bfloat16()
+    if name.endswith(("bias", "sinks")):
+        return (0.1 * noise).bfloat16()
+    fan_in = info.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else info.shape[-1]
+    return (noise if "embed" in name else noise / fan_in**0.5).bfloat16()
+
+
+def _random_mxfp4(name: str, info: TensorInfo, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random codes, with scales around the one that gives the matrix's size."""
+    experts, columns, rows = info.shape
+    groups = columns // (2 * MXFP4_BYTES)
+    middle = 127 - round(columns.bit_length() / 2) - 1
+    shape = (experts, rows, groups)
+    blocks = torch.randint(0, 256, (*shape, MXFP4_BYTES), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(middle - 1, middle + 2, shape, dtype=torch.uint8, generator=generator)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+    names, weight_map = list(tensors), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        shard = {name: tensors[name] for name in names[number::shards]}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "clean_up_tokenization_spaces": False}
+    _write_json(folder / "tokenizer_config.json", {**about, **special, "chat_template": CHAT_TEMPLATE})
+    _write_json(folder / "special_tokens_map.json", special)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,29 @@
+"""`slipway import`: a Hugging Face model, BF16 or quantised, → a NeMo checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from entrypoints.report import Summary
+
+
+def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
+    """Turn a Hugging Face model into a NeMo checkpoint.
+
+    MXFP4 and FP8 are read straight, without a BF16 copy on disk. The checkpoint holds no parallelism: NeMo loads it
+    with any. A run that was ended goes on when the same command is given again.
+
+    Args:
+        src: folder of the model, BF16, FP8 or MXFP4.
+        dst: NeMo checkpoint to write.
+        memory: bytes that tensors at work may take.
+    """
+    from entrypoints.checkpoint import convert, stream
+
+    started, out = time.monotonic(), Path(dst)
+    budget = stream.parse_size(memory, "--memory")
+    stream.refuse_existing(out)
+    plan, tensors = convert.import_plan(stream.existing_folder(src))
+    stream.run(plan, out, "import", budget)
+    return Summary("import", str(out), plan.bytes, time.monotonic() - started, {"tensors": len(tensors)})
