@@ -38,7 +38,10 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
     kept = dropped = tokens = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w") as output, Progress("preprocess", sum(f.stat().st_size for f in files)) as progress:
+        with (
+            part.open("w") as output,
+            Progress("preprocess", sum(f.stat().st_size for f in files)) as progress,
+        ):
             for file in files:
                 for prompt, response in samples_of(file, encoder, seq_length):
                     if len(prompt) + len(response) >= seq_length:
@@ -53,7 +56,9 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
             raise DataError(f"{data}: no sample is left, {dropped} were too long; raise --seq-length")
         os.replace(part, target)
     except OSError as error:
-        raise WriteError(f"{target} cannot be written: {error.strerror}; free some space or choose another OUT") from None
+        raise WriteError(
+            f"{target} cannot be written: {error.strerror}; free some space or choose another OUT"
+        ) from None
     finally:
         part.unlink(missing_ok=True)
     details = {"samples": kept, "tokens": tokens, "dropped_too_long": dropped}
@@ -65,7 +70,9 @@ def _files(data: Path) -> list[Path]:
         raise UsageError(f"DATA {data} does not exist")
     if data.is_file():
         return [data]
-    files = sorted(file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file())
+    files = sorted(
+        file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file()
+    )
     if not files:
         raise DataError(f"{data} holds no {', '.join(TEXT_SUFFIXES)} or .jsonl file")
     return files
@@ -99,11 +106,15 @@ class Encoder:
 
             self._chat = AutoTokenizer.from_pretrained(self.folder)
             if not self._chat.chat_template:
-                raise DataError(f"{self.folder}: the tokenizer has no chat template; give prompt and completion instead")
+                raise DataError(
+                    f"{self.folder}: the tokenizer has no chat template; give prompt and completion instead"
+                )
         prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = self._chat.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
-            raise DataError(f"{self.folder}: its chat template rewrites earlier messages; give prompt and completion")
+            raise DataError(
+                f"{self.folder}: its chat template rewrites earlier messages; give prompt and completion"
+            )
         return self.encode(prompt), self.encode(whole[len(prompt) :])
 
 
@@ -136,7 +147,9 @@ def sample_of_line(line: bytes, encoder: Encoder, seq_length: int, where: str) -
     """The samples of one JSON line in any of the forms that `preprocess` names."""
     forms: dict[str, Callable[[dict], Iterator[Sample]]] = {
         "text": lambda entry: windows(encoder.encode(entry["text"]), seq_length),
-        "prompt": lambda entry: iter([(encoder.encode(entry["prompt"]), encoder.encode(entry["completion"]))]),
+        "prompt": lambda entry: iter(
+            [(encoder.encode(entry["prompt"]), encoder.encode(entry["completion"]))]
+        ),
         "messages": lambda entry: iter([encoder.encode_chat(entry["messages"])]),
     }
     try:

@@ -120,7 +120,9 @@ def _check_paths(recipe: Recipe) -> int:
     """The model's vocabulary size; UsageError or DataError for paths that cannot be what they are given as."""
     model = Path(recipe.model)
     if not model.is_dir():
-        raise UsageError(f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model")
+        raise UsageError(
+            f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model"
+        )
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
     if not Path(recipe.data).is_file():
@@ -142,7 +144,9 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
     if latest is None:
         return 0
     if resume == "never":
-        raise UsageError(f"{folder.path} holds a run at step {latest[0]}; choose another --out or --resume auto")
+        raise UsageError(
+            f"{folder.path} holds a run at step {latest[0]}; choose another --out or --resume auto"
+        )
     changed = [
         f"--{name.replace('_', '-')} was {before} and is {now}"
         for name, now in vars(recipe).items()
@@ -150,7 +154,9 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
         and (before := vars(Recipe.load(folder.recipe))[name]) != now
     ]
     if changed:
-        raise UsageError(f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out")
+        raise UsageError(
+            f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out"
+        )
     return latest[0]
 
 
@@ -171,7 +177,9 @@ def _result(
         details = {"steps": f"{begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
         return Summary("train", str(folder.latest_checkpoint()[1]), size, seconds, details)
     if code == 0 and status.get("state") == "stopped":
-        raise Stopped(f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again")
+        raise Stopped(
+            f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again"
+        )
     if stop_asked:
         latest = folder.latest_checkpoint()
         raise SlipwayError(

@@ -11,7 +11,15 @@ from typing import Any
 
 import entrypoints
 
-LIBRARIES = ("torch", "triton", "transformers", "safetensors", "numpy", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "nvidia-nccl-cu13",
+    "nvidia-cudnn-cu13",
+)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Decoders of quantised weights, bit-identical to their definitions in float32.
 
-    MXFP4       OCP Microscaling Formats 1.0: e2m1 elements, two to a byte with the low nibble first, one e8m0
-                scale (2^(byte - 127), 255 = NaN) for every 32 of them
-    FP8 block   DeepSeek-V3: float8_e4m3fn times one scale for each block of rows × columns
+MXFP4       OCP Microscaling Formats 1.0: e2m1 elements, two to a byte with the low nibble first, one e8m0
+            scale (2^(byte - 127), 255 = NaN) for every 32 of them
+FP8 block   DeepSeek-V3: float8_e4m3fn times one scale for each block of rows × columns
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def existing_folder(path: str) -> Path:
         raise UsageError(f"{folder} is a file; give the folder that holds it")
     beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, beside, n=1)
-    raise UsageError(f"{folder} does not exist" + (f", did you mean {folder.parent / near[0]}?" if near else ""))
+    raise UsageError(
+        f"{folder} does not exist" + (f", did you mean {folder.parent / near[0]}?" if near else "")
+    )
 
 
 def refuse_existing(out: Path) -> None:
@@ -137,7 +139,14 @@ def write_errors(out: Path) -> Iterator[None]:
             raise WriteError(
                 f"{out}: the disk is full; free some space and run the same command again, it goes on where it was"
             ) from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO):
+        if error.errno in (
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.ENAMETOOLONG,
+            errno.EIO,
+        ):
             raise WriteError(f"{out} cannot be written: {error.strerror}; choose another place") from None
         raise
 
@@ -153,7 +162,7 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
         return {int(line) for line in lines}
     if partial.exists():
         shutil.rmtree(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(parents=True)
     free = shutil.disk_usage(partial.parent).free
     if plan.bytes > free:
         raise WriteError(

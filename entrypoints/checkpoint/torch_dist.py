@@ -43,6 +43,9 @@ def weights_folder(checkpoint: Path) -> Path:
 class _Unknown:
     """Stands for what is pickled along but not needed (Megatron's own planning notes)."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
@@ -95,9 +98,18 @@ class Reader:
                     short = key.removeprefix(PREFIX)
                     self.tensors[short] = TensorInfo(tuple(entry.size), names[entry.properties.dtype])
                     self._chunks[short] = [
-                        _chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), places) for chunk in entry.chunks
+                        _chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), places)
+                        for chunk in entry.chunks
                     ]
-        except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ) as error:
             raise DataError(f"{path}: garbled ({type(error).__name__}); copy the checkpoint again") from None
         for file in {chunk.file for chunks in self._chunks.values() for chunk in chunks}:
             if not (self.folder / file).is_file():
@@ -115,12 +127,17 @@ class Reader:
         shape = ref.shape(info.shape)
         low = [*ref.index, ref.rows[0] if ref.rows else 0]
         low = (low + [0] * len(info.shape))[: len(info.shape)]
-        high = [place + 1 for place in ref.index] + [a + n for a, n in zip(low[len(ref.index) :], shape, strict=True)]
-        out = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        high = [place + 1 for place in ref.index] + [
+            a + n for a, n in zip(low[len(ref.index) :], shape, strict=True)
+        ]
+        out = torch.empty(
+            [b - a for a, b in zip(low, high, strict=True)], dtype=getattr(torch, TORCH_NAMES[info.dtype])
+        )
         filled = 0
         for chunk in self._chunks[ref.name]:
             box = [
-                (max(a, o), min(b, o + s)) for a, b, o, s in zip(low, high, chunk.offsets, chunk.sizes, strict=True)
+                (max(a, o), min(b, o + s))
+                for a, b, o, s in zip(low, high, chunk.offsets, chunk.sizes, strict=True)
             ]
             if any(a >= b for a, b in box):
                 continue
@@ -142,9 +159,13 @@ class Reader:
             part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             problem = str(error).splitlines()[0]
-            raise DataError(f"{self.folder / chunk.file}: tensor {name} is garbled ({problem}); copy it again") from None
+            raise DataError(
+                f"{self.folder / chunk.file}: tensor {name} is garbled ({problem}); copy it again"
+            ) from None
         if tuple(part.shape) != chunk.sizes:
-            raise DataError(f"{self.folder / chunk.file}: tensor {name} has another shape than .metadata says")
+            raise DataError(
+                f"{self.folder / chunk.file}: tensor {name} has another shape than .metadata says"
+            )
         return part
 
 
@@ -236,7 +257,9 @@ def serialize(tensor: Tensor) -> memoryview:
     import torch
 
     buffer = io.BytesIO()
-    torch.save(tensor if tensor.is_contiguous() and _owns_storage(tensor) else tensor.contiguous().clone(), buffer)
+    torch.save(
+        tensor if tensor.is_contiguous() and _owns_storage(tensor) else tensor.contiguous().clone(), buffer
+    )
     return buffer.getbuffer()
 
 

@@ -1,12 +1,12 @@
 """One module per model family, each with the same parts; `family_of` finds the one that a config.json asks for.
 
-    MODEL_TYPE           its `model_type` in config.json
-    REQUIRED             the fields of config.json that are needed
-    hf_tensors(c)        name → TensorInfo of the BF16 form
-    megatron_tensors(c)  key → TensorInfo, without NeMo's prefix `module.`
-    cells(c)             how the two relate
-    nemo_model(c)        what NeMo calls the model, and the fields of its configuration
-    tiny_config()        a config.json of a few thousand parameters
+MODEL_TYPE           its `model_type` in config.json
+REQUIRED             the fields of config.json that are needed
+hf_tensors(c)        name → TensorInfo of the BF16 form
+megatron_tensors(c)  key → TensorInfo, without NeMo's prefix `module.`
+cells(c)             how the two relate
+nemo_model(c)        what NeMo calls the model, and the fields of its configuration
+tiny_config()        a config.json of a few thousand parameters
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def family_of(config: dict[str, Any], where: Path) -> ModuleType:
     family = FAMILIES[kind]
     for field, kinds in family.REQUIRED.items():
         if field not in config:
-            raise DataError(f"{where}: field {field} is missing; take config.json from the model's own repository")
+            raise DataError(
+                f"{where}: field {field} is missing; take config.json from the model's own repository"
+            )
         if not isinstance(config[field], kinds) or isinstance(config[field], bool):
             raise DataError(f"{where}: field {field} is {config[field]!r}, which is no {kinds.__name__}")
         if kinds is int and not 0 < config[field] < 1 << 31:

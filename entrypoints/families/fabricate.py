@@ -20,7 +20,13 @@ SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>
 
 
 def fabricate(
-    folder: Path, config: dict[str, Any], texts: Iterable[str], *, quantized: bool, shards: int = 2, seed: int = 0
+    folder: Path,
+    config: dict[str, Any],
+    texts: Iterable[str],
+    *,
+    quantized: bool,
+    shards: int = 2,
+    seed: int = 0,
 ) -> None:
     """Write a random model with its tokenizer into a new folder.
 
@@ -42,7 +48,10 @@ def fabricate(
     _save_sharded(folder, tensors, shards)
     if quantized:
         skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        config = {**config, "quantization_config": {"modules_to_not_convert": skipped, "quant_method": "mxfp4"}}
+        config = {
+            **config,
+            "quantization_config": {"modules_to_not_convert": skipped, "quant_method": "mxfp4"},
+        }
     _write_json(folder / "config.json", config)
     generation = {"bos_token_id": 1, "eos_token_id": [1], "pad_token_id": 0, "do_sample": True}
     _write_json(folder / "generation_config.json", generation)
@@ -79,7 +88,9 @@ def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(
+        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
 
 
 def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
@@ -95,7 +106,11 @@ def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "clean_up_tokenization_spaces": False}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }
     _write_json(folder / "tokenizer_config.json", {**about, **special, "chat_template": CHAT_TEMPLATE})
     _write_json(folder / "special_tokens_map.json", special)
 

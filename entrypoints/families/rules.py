@@ -110,7 +110,9 @@ def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorIn
             f"{where}: tensor {missing[0]} is missing{_more(missing)}; is the download complete and config.json its own?"
         )
     if surplus := sorted(found.keys() - wanted.keys()):
-        raise DataError(f"{where}: tensor {surplus[0]} has no place in the model{_more(surplus)}; is config.json its own?")
+        raise DataError(
+            f"{where}: tensor {surplus[0]} has no place in the model{_more(surplus)}; is config.json its own?"
+        )
     for name, info in wanted.items():
         if found[name].shape != info.shape:
             raise DataError(
@@ -118,7 +120,9 @@ def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorIn
             )
 
 
-def check_coverage(cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> None:
+def check_coverage(
+    cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]
+) -> None:
     """AssertionError unless the cells cover every element of every tensor of both sides, counted by bytes."""
     covered = {("hf", name): 0 for name in hf} | {("megatron", name): 0 for name in megatron}
     for cell in cells:
@@ -127,7 +131,9 @@ def check_coverage(cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron
                 info = infos[ref.name]
                 covered[side, ref.name] += TensorInfo(ref.shape(info.shape), info.dtype).bytes
     for (side, name), size in covered.items():
-        assert size == (hf if side == "hf" else megatron)[name].bytes, f"{side} tensor {name} is not covered once"
+        assert size == (hf if side == "hf" else megatron)[name].bytes, (
+            f"{side} tensor {name} is not covered once"
+        )
 
 
 def _more(names: list[str]) -> str:

@@ -102,7 +102,12 @@ def find_topology(
         raise UsageError(f"--node-rank is {rank}; with {count} nodes it goes from 0 to {count - 1}")
     source = "flags" if nodes is not None else launcher.source if launcher else "nothing but this machine"
     return Topology(
-        count, pick("processes_per_node", None) or _devices(), rank, address, pick("master_port", DEFAULT_PORT), source
+        count,
+        pick("processes_per_node", None) or _devices(),
+        rank,
+        address,
+        pick("master_port", DEFAULT_PORT),
+        source,
     )
 
 
@@ -120,4 +125,6 @@ def _devices() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([device for device in visible.split(",") if device.strip()]))
-    return max(1, len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]))
+    return max(
+        1, len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
+    )

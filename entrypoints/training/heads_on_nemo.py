@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +29,19 @@ class HeadsTransform(PEFT):
     """Puts the heads on the last pipeline stage as `adapter`; everything else is frozen.
 
     Args:
+        base: the base model's checkpoint, noted beside the heads.
         seed: of the heads' first weights, so that every rank and every layout begins with the same.
         use_enhanced_features: see DecodingHeads.
     """
 
-    def __init__(self, seed: int = 1234, use_enhanced_features: bool = True) -> None:
+    def __init__(self, base: str, seed: int = 1234, use_enhanced_features: bool = True) -> None:
         super().__init__()
-        self.seed, self.use_enhanced_features = seed, use_enhanced_features
+        self.base, self.seed, self.use_enhanced_features = base, seed, use_enhanced_features
+
+    def apply_transform(self, trainer: Any) -> None:
+        super().apply_transform(trainer)
+        # After a resume NeMo takes the heads' own checkpoint for the base, and the next resume would fail.
+        self.wrapped_io.model_ckpt_path = Path(self.base)
 
     def transform(self, module: torch.nn.Module, name: str | None = None, prefix: str | None = None):
         if isinstance(module, MegatronGPT) and module.post_process:
@@ -64,7 +71,9 @@ def forward_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Ten
 
     def logits_of(rows: Tensor) -> Tensor:
         with torch.no_grad():
-            weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+            weight = (
+                gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+            )
             return gpt.output_layer(rows.unsqueeze(1), weight=weight)[0].squeeze(1)
 
     hidden = hidden.transpose(0, 1).reshape(-1, hidden.size(-1))

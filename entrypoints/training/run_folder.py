@@ -1,10 +1,10 @@
 """The folder of one training run: what lies where, and what its files say.
 
-    checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` beside it is not complete
-    recipe.json           what is computed
-    status.json           state (running, stopped, done), step, loss, tokens, and why it stopped
-    metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
-    loss.png, tensorboard/, logs/
+checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` beside it is not complete
+recipe.json           what is computed
+status.json           state (running, stopped, done), step, loss, tokens, and why it stopped
+metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
+loss.png, tensorboard/, logs/
 """
 
 from __future__ import annotations

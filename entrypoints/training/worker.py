@@ -30,7 +30,7 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
         nodes: number of nodes in the run.
     """
     started = time.monotonic()
-    warnings.filterwarnings("ignore")
+    quiet()
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -41,7 +41,6 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
     import nemo.lightning as nl
     from nemo.collections import llm
 
-    _quiet()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - started:.1f} s, {_where(on_gpu)}", flush=True)
 
@@ -76,13 +75,14 @@ def _where(on_gpu: bool) -> str:
     return "no GPU: running on the CPU with gloo, for small models only"
 
 
-def _quiet() -> None:
-    """Leave a log that people read to people: warnings and errors of the libraries, none of their INFO lines."""
-    from nemo.utils import logging as nemo_logging
+def quiet() -> None:
+    """Leave a log that people read to people: errors of the libraries, not their hundreds of notes.
 
-    nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric", "megatron", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    SLIPWAY_VERBOSE=1 brings everything back.
+    """
+    if os.environ.get("SLIPWAY_VERBOSE") != "1":
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
 
 
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
@@ -121,7 +121,7 @@ def make_transform(recipe: Recipe) -> Any:
     """The PEFT transform of the mode."""
     from entrypoints.training.heads_on_nemo import HeadsTransform
 
-    return HeadsTransform(seed=recipe.seed)
+    return HeadsTransform(base=recipe.model, seed=recipe.seed)
 
 
 def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
