@@ -68,9 +68,7 @@ def _run(argv: list[str]) -> int:
         return 0
     name = argv[0].replace("_", "-")
     if name not in COMMANDS:
-        raise UsageError(
-            f"there is no command {argv[0]!r}{_suggest(name, COMMANDS)}; `slipway --help` lists them"
-        )
+        raise UsageError(f"there is no command {argv[0]!r}{_suggest(name, COMMANDS)}; `slipway --help` lists them")
     function = COMMANDS[name]
     if {"-h", "--help"} & set(argv[1:]):
         print(help_text(name, function))
@@ -85,17 +83,11 @@ def _run(argv: list[str]) -> int:
 def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[bool, dict[str, Any]]:
     """(--json given?, argument name → value of its annotated type); UsageError for anything else."""
     annotations = typing.get_type_hints(function)
-    parameters = {
-        p.name: annotations.get(p.name, str) for p in inspect.signature(function).parameters.values()
-    }
-    positional = [
-        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    parameters = {p.name: annotations.get(p.name, str) for p in inspect.signature(function).parameters.values()}
+    positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     as_json, words, flags = _split(name, parameters, argv)
     if len(words) > len(positional):
-        raise UsageError(
-            f"{name}: unexpected argument {words[len(positional)]!r}; see `slipway {name} --help`"
-        )
+        raise UsageError(f"{name}: unexpected argument {words[len(positional)]!r}; see `slipway {name} --help`")
     given = [*zip(positional, words, strict=False), *flags]
     arguments: dict[str, Any] = {}
     for key, text in given:
@@ -111,9 +103,7 @@ def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[boo
     return as_json, arguments
 
 
-def _split(
-    name: str, parameters: dict[str, Any], argv: list[str]
-) -> tuple[bool, list[str], list[tuple[str, str]]]:
+def _split(name: str, parameters: dict[str, Any], argv: list[str]) -> tuple[bool, list[str], list[tuple[str, str]]]:
     """Plain words and (parameter, text) pairs, with every flag known."""
     as_json, words, flags, rest = False, [], [], list(argv)
     while rest:
@@ -163,9 +153,7 @@ def convert(name: str, key: str, text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         choices = [str(choice) for choice in typing.get_args(kind)]
         if text not in choices:
-            raise UsageError(
-                f"{name}: {_flag(key)} takes {', '.join(choices)}; not {text!r}{_suggest(text, choices)}"
-            )
+            raise UsageError(f"{name}: {_flag(key)} takes {', '.join(choices)}; not {text!r}{_suggest(text, choices)}")
         return text
     if typing.get_origin(kind) is list:
         return [text]
@@ -193,9 +181,7 @@ def _flag(key: str) -> str:
 
 
 def _spell(parameter: inspect.Parameter) -> str:
-    return (
-        parameter.name.upper() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else _flag(parameter.name)
-    )
+    return parameter.name.upper() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else _flag(parameter.name)
 
 
 def _suggest(word: str, known: typing.Iterable[str]) -> str:
@@ -237,9 +223,7 @@ def help_text(name: str, function: Callable[..., Any]) -> str:
     return text + "\n\nEVERY COMMAND\n    --json\n        Print the result as one JSON object."
 
 
-def _call_through_fire(
-    name: str, function: Callable[..., Any], arguments: dict[str, Any], as_json: bool
-) -> int:
+def _call_through_fire(name: str, function: Callable[..., Any], arguments: dict[str, Any], as_json: bool) -> int:
     import fire
     from fire import decorators
 

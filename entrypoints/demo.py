@@ -273,18 +273,14 @@ def _forward_is_the_same(folder: Path, config: dict[str, Any]) -> Iterator[Check
     tokens = torch.randint(5, config["vocab_size"], (2, 3 * config["sliding_window"]), generator=generator)
 
     def logits(name: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder / name, dtype=torch.float32, attn_implementation="eager"
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation="eager")
         with torch.no_grad():
             return model.eval()(tokens).logits
 
     reference, exported = logits("bf16"), logits("exported")
     difference = (reference - exported).abs().max().item()
     what = "transformers: logits of the exported model are the dequantised one's"
-    yield Check(
-        what, difference == 0, f"max |difference| {difference:g}, bound 0: the weights must be the same"
-    )
+    yield Check(what, difference == 0, f"max |difference| {difference:g}, bound 0: the weights must be the same")
 
     from entrypoints.training.forward import logits_of
 
@@ -307,9 +303,7 @@ def _training_went_well(folder: Path, steps: int) -> Iterator[Check]:
         run.read_status(),
         run.read_metrics(),
     )
-    went_on = after["started_at_step"] == before["step"] and [m["step"] for m in metrics] == list(
-        range(steps)
-    )
+    went_on = after["started_at_step"] == before["step"] and [m["step"] for m in metrics] == list(range(steps))
     yield Check(
         "the resumed run went on at the step where it stopped",
         went_on,
@@ -317,9 +311,7 @@ def _training_went_well(folder: Path, steps: int) -> Iterator[Check]:
     )
     unchanged = not before["base_changed"] and not after["base_changed"]
     unchanged = unchanged and before["base_checksum"] == after["base_checksum"]
-    yield Check(
-        "the frozen base did not change by a bit", unchanged, f"checksum {after['base_checksum'][:16]}"
-    )
+    yield Check("the frozen base did not change by a bit", unchanged, f"checksum {after['base_checksum'][:16]}")
 
     import torch
 
@@ -335,9 +327,7 @@ def _training_went_well(folder: Path, steps: int) -> Iterator[Check]:
 def _merged_is_complete(folder: Path) -> Check:
     merged, base, heads = _tensors(folder / "merged"), _tensors(folder / "bf16"), _tensors(folder / "heads")
     wanted = {**{f"llm.{name}": part for name, part in base.items()}, **heads}
-    same = merged.keys() == wanted.keys() and all(
-        bool((merged[n] == p.bfloat16()).all()) for n, p in wanted.items()
-    )
+    same = merged.keys() == wanted.keys() and all(bool((merged[n] == p.bfloat16()).all()) for n, p in wanted.items())
     found = f"{len(merged) - len(heads)} llm.* and {len(heads)} of the heads"
     return Check(
         "the merged model has the base's tensors unchanged and the 8 of the heads",

@@ -43,9 +43,7 @@ def extract_heads(ckpt: str, out: str) -> Summary:
     heads = {name: reader.read(Ref(ADAPTER + name)) for name in NAMES}
     content = save(heads, metadata={"format": "pt"})
     config = (json.dumps(heads_config(heads, _base_of(reader.folder)), indent=2) + "\n").encode()
-    plan = stream.Plan(
-        {}, [], {FILE: content, "config.json": config}, {}, ["extract-heads", str(reader.folder)]
-    )
+    plan = stream.Plan({}, [], {FILE: content, "config.json": config}, {}, ["extract-heads", str(reader.folder)])
     stream.run(plan, target, "extract-heads", 1)
     details = {"tensors": len(heads), "parameters": sum(part.numel() for part in heads.values())}
     return Summary("extract-heads", str(target), plan.bytes, time.monotonic() - started, details)
@@ -56,9 +54,7 @@ def heads_config(heads: dict[str, Any], base: str) -> dict[str, Any]:
     hidden_size = heads["temp_head.mlp.0.weight"].shape[1]
     extra = heads["top_p_head.mlp.0.weight"].shape[1] - hidden_size - 1
     if extra not in (0, FEATURES):
-        raise DataError(
-            f"the top-p head takes {extra} features beside hidden state and temperature; known are 0 and 4"
-        )
+        raise DataError(f"the top-p head takes {extra} features beside hidden state and temperature; known are 0 and 4")
     return {
         "enable_temperature_head": True,
         "enable_top_p_head": True,
@@ -93,9 +89,7 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
     tensors, config = read_heads(stream.existing_folder(heads))
     plan = convert.merge_plan(tensors, config, stream.existing_folder(base), limit)
     stream.run(plan, target, "merge-heads", budget)
-    return Summary(
-        "merge-heads", str(target), plan.bytes, time.monotonic() - started, {"files": len(plan.sizes)}
-    )
+    return Summary("merge-heads", str(target), plan.bytes, time.monotonic() - started, {"files": len(plan.sizes)})
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

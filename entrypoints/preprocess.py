@@ -70,9 +70,7 @@ def _files(data: Path) -> list[Path]:
         raise UsageError(f"DATA {data} does not exist")
     if data.is_file():
         return [data]
-    files = sorted(
-        file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file()
-    )
+    files = sorted(file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file())
     if not files:
         raise DataError(f"{data} holds no {', '.join(TEXT_SUFFIXES)} or .jsonl file")
     return files
@@ -112,9 +110,7 @@ class Encoder:
         prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = self._chat.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
-            raise DataError(
-                f"{self.folder}: its chat template rewrites earlier messages; give prompt and completion"
-            )
+            raise DataError(f"{self.folder}: its chat template rewrites earlier messages; give prompt and completion")
         return self.encode(prompt), self.encode(whole[len(prompt) :])
 
 
@@ -147,9 +143,7 @@ def sample_of_line(line: bytes, encoder: Encoder, seq_length: int, where: str) -
     """The samples of one JSON line in any of the forms that `preprocess` names."""
     forms: dict[str, Callable[[dict], Iterator[Sample]]] = {
         "text": lambda entry: windows(encoder.encode(entry["text"]), seq_length),
-        "prompt": lambda entry: iter(
-            [(encoder.encode(entry["prompt"]), encoder.encode(entry["completion"]))]
-        ),
+        "prompt": lambda entry: iter([(encoder.encode(entry["prompt"]), encoder.encode(entry["completion"]))]),
         "messages": lambda entry: iter([encoder.encode_chat(entry["messages"])]),
     }
     try:

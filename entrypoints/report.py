@@ -36,9 +36,8 @@ class Summary:
     def __str__(self) -> str:
         rate = f", {human_bytes(self.bytes / self.seconds)}/s" if self.seconds > 0 else ""
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.details.items())
-        return (
-            f"{self.command}: wrote {self.wrote}, {human_bytes(self.bytes)} in {self.seconds:.1f} s{rate}"
-            + (f" ({details})" if details else "")
+        return f"{self.command}: wrote {self.wrote}, {human_bytes(self.bytes)} in {self.seconds:.1f} s{rate}" + (
+            f" ({details})" if details else ""
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -83,9 +83,7 @@ def train(
         dry_run: print the recipe, the topology and the torchrun command, and do nothing.
     """
     topology = find_topology(nodes, node_rank, master_addr, master_port, nproc_per_node)
-    recipe = Recipe(
-        **{name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__}
-    )
+    recipe = Recipe(**{name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__})
     recipe.check(topology.world_size)
     vocab_size = _check_paths(recipe)
     folder = RunFolder(Path(out).absolute())
@@ -120,9 +118,7 @@ def _check_paths(recipe: Recipe) -> int:
     """The model's vocabulary size; UsageError or DataError for paths that cannot be what they are given as."""
     model = Path(recipe.model)
     if not model.is_dir():
-        raise UsageError(
-            f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model"
-        )
+        raise UsageError(f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
     if not Path(recipe.data).is_file():
@@ -144,19 +140,14 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
     if latest is None:
         return 0
     if resume == "never":
-        raise UsageError(
-            f"{folder.path} holds a run at step {latest[0]}; choose another --out or --resume auto"
-        )
+        raise UsageError(f"{folder.path} holds a run at step {latest[0]}; choose another --out or --resume auto")
     changed = [
         f"--{name.replace('_', '-')} was {before} and is {now}"
         for name, now in vars(recipe).items()
-        if name not in ("out", "save_every", "keep")
-        and (before := vars(Recipe.load(folder.recipe))[name]) != now
+        if name not in ("out", "save_every", "keep") and (before := vars(Recipe.load(folder.recipe))[name]) != now
     ]
     if changed:
-        raise UsageError(
-            f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out"
-        )
+        raise UsageError(f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out")
     return latest[0]
 
 
@@ -168,18 +159,14 @@ def _write_recipe(recipe: Recipe, folder: RunFolder, node_rank: int) -> None:
         raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None
 
 
-def _result(
-    recipe: Recipe, folder: RunFolder, code: int, stop_asked: bool, begins_at: int, seconds: float
-) -> Summary:
+def _result(recipe: Recipe, folder: RunFolder, code: int, stop_asked: bool, begins_at: int, seconds: float) -> Summary:
     status = folder.read_status()
     if code == 0 and status.get("state") == "done":
         size = sum(f.stat().st_size for f in folder.latest_checkpoint()[1].rglob("*") if f.is_file())
         details = {"steps": f"{begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
         return Summary("train", str(folder.latest_checkpoint()[1]), size, seconds, details)
     if code == 0 and status.get("state") == "stopped":
-        raise Stopped(
-            f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again"
-        )
+        raise Stopped(f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again")
     if stop_asked:
         latest = folder.latest_checkpoint()
         raise SlipwayError(

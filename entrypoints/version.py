@@ -30,9 +30,7 @@ class Versions:
 
     def __str__(self) -> str:
         width = max(map(len, self.components)) + 2
-        return "\n".join(
-            f"{name:{width}}{' '.join(_words(entry))}" for name, entry in self.components.items()
-        )
+        return "\n".join(f"{name:{width}}{' '.join(_words(entry))}" for name, entry in self.components.items())
 
     def as_dict(self) -> dict[str, Any]:
         return self.components

@@ -83,9 +83,7 @@ def run_uv(*arguments: str, cwd: Path = ROOT, **variables: str) -> None:
 def wheel_rank(name: str) -> tuple | None:
     """How well a wheel suits CPython 3.11 on x86-64 Linux with Debian 12's C library; None if not at all."""
     python, abi, platforms = name.removesuffix(".whl").rsplit("-", 3)[1:]
-    glibc = [
-        (int(major), int(minor)) for major, minor in re.findall(r"manylinux_(\d+)_(\d+)_x86_64", platforms)
-    ]
+    glibc = [(int(major), int(minor)) for major, minor in re.findall(r"manylinux_(\d+)_(\d+)_x86_64", platforms)]
     if "manylinux2014_x86_64" in platforms:
         glibc.append((2, 17))
     if (
@@ -113,18 +111,14 @@ def wheel_rank(name: str) -> tuple | None:
 def files_to_lock(package: dict) -> dict:
     """The one wheel that suits the target, and the source archive where that is what gets built."""
     ranked = [(wheel_rank(_file_name(entry)), entry) for entry in package.get("wheels", [])]
-    suitable = sorted(
-        ((rank, _file_name(entry), entry["hash"]) for rank, entry in ranked if rank), reverse=True
-    )
+    suitable = sorted(((rank, _file_name(entry), entry["hash"]) for rank, entry in ranked if rank), reverse=True)
     files: dict = {}
     if "sdist" in package and (not suitable or package["name"] in BUILT_FROM_SOURCE):
         files["sdist"] = (_file_name(package["sdist"]), package["sdist"]["hash"])
     if suitable:
         files["wheel"] = suitable[0][1:]
     if not files:
-        raise BuildError(
-            f"{package['name']} {package['version']} has no wheel for the target and no source archive"
-        )
+        raise BuildError(f"{package['name']} {package['version']} has no wheel for the target and no source archive")
     return files
 
 
@@ -209,9 +203,7 @@ def setup() -> None:
     if STAMP.exists() and STAMP.read_text() == state:
         return
     if sys.version_info[:2] != (3, 11):
-        raise BuildError(
-            f"Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`"
-        )
+        raise BuildError(f"Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`")
     fetch_wheels()
     run_uv("sync", "--frozen")
     STAMP.write_text(state)

@@ -128,9 +128,7 @@ def index_address() -> str:
     )
     if default.returncode == 0:
         return default.stdout.strip()
-    raise BuildError(
-        "no package index is known on this machine: set UV_DEFAULT_INDEX, or install python3-pip"
-    )
+    raise BuildError("no package index is known on this machine: set UV_DEFAULT_INDEX, or install python3-pip")
 
 
 class _Anchors(html.parser.HTMLParser):

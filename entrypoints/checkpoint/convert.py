@@ -41,9 +41,7 @@ def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
     config, family, reader = open_model(folder)
     if not reader.quantized:
         raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
-    layout = huggingface.Layout(
-        {name: reader.tensors[name] for name in family.hf_tensors(config)}, shard_bytes
-    )
+    layout = huggingface.Layout({name: reader.tensors[name] for name in family.hf_tensors(config)}, shard_bytes)
     refs = [ref for cell in family.cells(config) for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
     plan = _hf_plan(layout, pieces, bf16_config(config), folder, reader.files(), "dequant")
@@ -55,18 +53,14 @@ def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
     config, family, reader = open_model(folder)
     tensors = family.megatron_tensors(config)
     cells = list(family.cells(config))
-    layout = torch_dist.Layout(
-        tensors, [ref for cell in cells for ref in cell.megatron], family.extra_state(config)
-    )
+    layout = torch_dist.Layout(tensors, [ref for cell in cells for ref in cell.megatron], family.extra_state(config))
 
     def piece(cell: rules.Cell) -> Piece:
         def work() -> Iterable[Write]:
             parts = cell.op.to_megatron(tuple(reader.read(ref) for ref in cell.hf))
             for ref, part in zip(cell.megatron, parts, strict=True):
                 file, offset, length = layout.places[ref]
-                blob = torch_dist.serialize(
-                    part.reshape(torch_dist.chunk_sizes(ref, tensors[ref.name].shape))
-                )
+                blob = torch_dist.serialize(part.reshape(torch_dist.chunk_sizes(ref, tensors[ref.name].shape)))
                 assert len(blob) == length, f"archive of {ref} has another length than planned"
                 yield f"weights/{file}", offset, blob
 
@@ -87,11 +81,7 @@ def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
             "weights/.metadata": layout.metadata(),
         },
         copies={
-            **{
-                f"context/{nemo_context.TOKENIZER}/{file.name}": file
-                for file in others
-                if _is_tokenizer(file)
-            },
+            **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
             **{f"context/{HF_FILES}/{file.name}": file for file in others},
         },
         identity=["import", identity_of_files([*reader.files(), folder / "config.json"])],
@@ -109,9 +99,7 @@ def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
-        raise DataError(
-            f"{context} has no {path.name}; export works on checkpoints that `slipway import` began"
-        )
+        raise DataError(f"{context} has no {path.name}; export works on checkpoints that `slipway import` began")
     config = json.loads(path.read_text())
     family = family_of(config, path)
     wanted = family.megatron_tensors(config)
@@ -138,9 +126,7 @@ def context_folder(weights: Path) -> Path:
     return weights.parent / "context"
 
 
-def merge_plan(
-    heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], base: Path, shard_bytes: int
-) -> Plan:
+def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], base: Path, shard_bytes: int) -> Plan:
     """Plan of one model of base (`llm.*`) and heads, in the form of AutoDeco."""
     config, family, reader = open_model(base)
     if reader.quantized:
@@ -171,9 +157,7 @@ def merge_plan(
 
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
     """Read (and decode) one part and put it at its place."""
-    return Piece(
-        reader.source_bytes(source), lambda: [(*layout.place(target), tensor_bytes(reader.read(source)))]
-    )
+    return Piece(reader.source_bytes(source), lambda: [(*layout.place(target), tensor_bytes(reader.read(source)))])
 
 
 def _hf_plan(

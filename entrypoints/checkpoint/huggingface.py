@@ -75,13 +75,9 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, size: int) -> St
     if info.dtype not in DTYPE_BYTES:
         raise DataError(f"{file}: tensor {name} has the unknown dtype {info.dtype!r}; {AGAIN}")
     if begin + info.bytes != end:
-        raise DataError(
-            f"{file}: tensor {name} has {end - begin} bytes, its shape needs {info.bytes}; {AGAIN}"
-        )
+        raise DataError(f"{file}: tensor {name} has {end - begin} bytes, its shape needs {info.bytes}; {AGAIN}")
     if data_start + end > size:
-        raise DataError(
-            f"{file}: cut off inside tensor {name} ({size} bytes, {data_start + end} needed); {AGAIN}"
-        )
+        raise DataError(f"{file}: cut off inside tensor {name} ({size} bytes, {data_start + end} needed); {AGAIN}")
     return Stored(file, data_start + begin, info)
 
 
@@ -99,9 +95,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     if not index.exists():
         if (folder / SINGLE).exists():
             return read_header(folder / SINGLE)
-        raise DataError(
-            f"{folder} holds neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face model"
-        )
+        raise DataError(f"{folder} holds neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face model")
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(where.values()))
@@ -115,9 +109,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
             raise DataError(f"{index} names {file}, which is not there; fetch the missing file")
         for name, place in read_header(folder / file).items():
             if name in stored:
-                raise DataError(
-                    f"{folder}: tensor {name} is in {stored[name].file.name} and in {file}; {AGAIN}"
-                )
+                raise DataError(f"{folder}: tensor {name} is in {stored[name].file.name} and in {file}; {AGAIN}")
             stored[name] = place
     for name, file in where.items():
         if name not in stored or stored[name].file.name != file:
@@ -198,9 +190,7 @@ class Reader:
         if name.endswith("_blocks") and (scales := name.removesuffix("_blocks") + "_scales") in self.stored:
             return _Mxfp4(name.removesuffix("_blocks"), info, self.stored[scales].info, self.folder)
         if name.endswith("_blocks") and info.dtype == "U8":
-            raise DataError(
-                f"{self.folder}: {name} has no scales ({name.removesuffix('_blocks')}_scales is missing)"
-            )
+            raise DataError(f"{self.folder}: {name} has no scales ({name.removesuffix('_blocks')}_scales is missing)")
         if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in self.stored:
             return None
         if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in self.stored:
@@ -222,9 +212,7 @@ def _quantization(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     """Rows and columns of an FP8 block; DataError for a `quantization_config` that cannot be followed."""
     block = (config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise DataError(
-            f"{folder / 'config.json'}: weight_block_size is {block!r}; it must be two positive numbers"
-        )
+        raise DataError(f"{folder / 'config.json'}: weight_block_size is {block!r}; it must be two positive numbers")
     return block[0], block[1]
 
 
@@ -262,9 +250,7 @@ class _Mxfp4:
 class _Fp8Block:
     """float8_e4m3fn [rows, columns] with one scale a block → BF16."""
 
-    def __init__(
-        self, name: str, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int], folder: Path
-    ) -> None:
+    def __init__(self, name: str, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int], folder: Path) -> None:
         wanted = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
         if len(weight.shape) != 2 or scale.shape != wanted:
             raise DataError(
@@ -353,8 +339,5 @@ def other_files(folder: Path) -> list[Path]:
     return [
         file
         for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.name != "config.json"
-        and not file.name.endswith(weights)
-        and file.name[0] != "."
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(weights) and file.name[0] != "."
     ]

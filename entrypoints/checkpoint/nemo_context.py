@@ -39,9 +39,7 @@ class _Graph:
 
     def call(self, call: Call, path: str) -> dict[str, str]:
         """Add a call; returns the reference to it."""
-        items = [
-            [f"Attr(name={name!r})", self.value(v, f"{path}.{name}")] for name, v in call.arguments.items()
-        ]
+        items = [[f"Attr(name={name!r})", self.value(v, f"{path}.{name}")] for name, v in call.arguments.items()]
         names = [[f"Index(index={i})", name] for i, name in enumerate(call.arguments)]
         about = [
             ["Attr(name='fn_or_cls')", _symbol(call.target)],
@@ -99,9 +97,7 @@ def _node(kind: str, items: list, metadata: Any = None, paths: list[str] | None 
     return node if paths is None else {**node, "paths": paths}
 
 
-def context_files(
-    model: str, config: str, fields: Mapping[str, Any], hf_config: Mapping[str, Any]
-) -> dict[str, bytes]:
+def context_files(model: str, config: str, fields: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, bytes]:
     """io.json, model.yaml and the source's config.json.
 
     Args:

@@ -87,9 +87,7 @@ def existing_folder(path: str) -> Path:
         raise UsageError(f"{folder} is a file; give the folder that holds it")
     beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, beside, n=1)
-    raise UsageError(
-        f"{folder} does not exist" + (f", did you mean {folder.parent / near[0]}?" if near else "")
-    )
+    raise UsageError(f"{folder} does not exist" + (f", did you mean {folder.parent / near[0]}?" if near else ""))
 
 
 def refuse_existing(out: Path) -> None:

@@ -98,8 +98,7 @@ class Reader:
                     short = key.removeprefix(PREFIX)
                     self.tensors[short] = TensorInfo(tuple(entry.size), names[entry.properties.dtype])
                     self._chunks[short] = [
-                        _chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), places)
-                        for chunk in entry.chunks
+                        _chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), places) for chunk in entry.chunks
                     ]
         except (
             pickle.UnpicklingError,
@@ -127,18 +126,13 @@ class Reader:
         shape = ref.shape(info.shape)
         low = [*ref.index, ref.rows[0] if ref.rows else 0]
         low = (low + [0] * len(info.shape))[: len(info.shape)]
-        high = [place + 1 for place in ref.index] + [
-            a + n for a, n in zip(low[len(ref.index) :], shape, strict=True)
-        ]
+        high = [place + 1 for place in ref.index] + [a + n for a, n in zip(low[len(ref.index) :], shape, strict=True)]
         out = torch.empty(
             [b - a for a, b in zip(low, high, strict=True)], dtype=getattr(torch, TORCH_NAMES[info.dtype])
         )
         filled = 0
         for chunk in self._chunks[ref.name]:
-            box = [
-                (max(a, o), min(b, o + s))
-                for a, b, o, s in zip(low, high, chunk.offsets, chunk.sizes, strict=True)
-            ]
+            box = [(max(a, o), min(b, o + s)) for a, b, o, s in zip(low, high, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in box):
                 continue
             part = self._load(ref.name, chunk)
@@ -163,9 +157,7 @@ class Reader:
                 f"{self.folder / chunk.file}: tensor {name} is garbled ({problem}); copy it again"
             ) from None
         if tuple(part.shape) != chunk.sizes:
-            raise DataError(
-                f"{self.folder / chunk.file}: tensor {name} has another shape than .metadata says"
-            )
+            raise DataError(f"{self.folder / chunk.file}: tensor {name} has another shape than .metadata says")
         return part
 
 
@@ -257,9 +249,7 @@ def serialize(tensor: Tensor) -> memoryview:
     import torch
 
     buffer = io.BytesIO()
-    torch.save(
-        tensor if tensor.is_contiguous() and _owns_storage(tensor) else tensor.contiguous().clone(), buffer
-    )
+    torch.save(tensor if tensor.is_contiguous() and _owns_storage(tensor) else tensor.contiguous().clone(), buffer)
     return buffer.getbuffer()
 
 

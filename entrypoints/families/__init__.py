@@ -47,9 +47,7 @@ def family_of(config: dict[str, Any], where: Path) -> ModuleType:
     family = FAMILIES[kind]
     for field, kinds in family.REQUIRED.items():
         if field not in config:
-            raise DataError(
-                f"{where}: field {field} is missing; take config.json from the model's own repository"
-            )
+            raise DataError(f"{where}: field {field} is missing; take config.json from the model's own repository")
         if not isinstance(config[field], kinds) or isinstance(config[field], bool):
             raise DataError(f"{where}: field {field} is {config[field]!r}, which is no {kinds.__name__}")
         if kinds is int and not 0 < config[field] < 1 << 31:

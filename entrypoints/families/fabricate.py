@@ -88,9 +88,7 @@ def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(
-        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:

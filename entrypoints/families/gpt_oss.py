@@ -43,9 +43,7 @@ def check(c: Config, where: Path) -> None:
     if c["num_attention_heads"] % c["num_key_value_heads"]:
         raise DataError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
     if len(c["layer_types"]) != c["num_hidden_layers"]:
-        raise DataError(
-            f"{where}: layer_types has {len(c['layer_types'])} entries for {c['num_hidden_layers']} layers"
-        )
+        raise DataError(f"{where}: layer_types has {len(c['layer_types'])} entries for {c['num_hidden_layers']} layers")
     for field in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
         if not isinstance(c["rope_scaling"].get(field), (int, float)):
             raise DataError(f"{where}: field rope_scaling.{field} is missing or no number")

@@ -120,9 +120,7 @@ def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorIn
             )
 
 
-def check_coverage(
-    cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]
-) -> None:
+def check_coverage(cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> None:
     """AssertionError unless the cells cover every element of every tensor of both sides, counted by bytes."""
     covered = {("hf", name): 0 for name in hf} | {("megatron", name): 0 for name in megatron}
     for cell in cells:
@@ -131,9 +129,7 @@ def check_coverage(
                 info = infos[ref.name]
                 covered[side, ref.name] += TensorInfo(ref.shape(info.shape), info.dtype).bytes
     for (side, name), size in covered.items():
-        assert size == (hf if side == "hf" else megatron)[name].bytes, (
-            f"{side} tensor {name} is not covered once"
-        )
+        assert size == (hf if side == "hf" else megatron)[name].bytes, f"{side} tensor {name} is not covered once"
 
 
 def _more(names: list[str]) -> str:

@@ -82,9 +82,7 @@ def find_topology(
     flags = Hints("flags", nodes, node_rank, master_addr, master_port, processes_per_node)
     launcher = next((hints for launcher in LAUNCHERS if (hints := launcher(env))), None)
     if launcher and flags.nodes and launcher.nodes and flags.nodes != launcher.nodes:
-        raise UsageError(
-            f"--nodes says {flags.nodes}, {launcher.source} say {launcher.nodes}; drop one of the two"
-        )
+        raise UsageError(f"--nodes says {flags.nodes}, {launcher.source} say {launcher.nodes}; drop one of the two")
 
     def pick(name: str, default: object) -> object:
         for hints in (flags, launcher):
@@ -125,6 +123,4 @@ def _devices() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([device for device in visible.split(",") if device.strip()]))
-    return max(
-        1, len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
-    )
+    return max(1, len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]))

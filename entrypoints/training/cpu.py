@@ -75,9 +75,7 @@ class _Stream:
 def _stand_in_for_cuda() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: CPU
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_, **__: (
-        None
-    )
+    cuda.set_device = cuda.synchronize = cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_, **__: None
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
     cuda.stream = lambda _: contextlib.nullcontext()

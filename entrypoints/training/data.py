@@ -55,9 +55,7 @@ class Samples(Dataset):
         end = self._map.find(b"\n", start)
         return self._map[start : end if end >= 0 else len(self._map)]
 
-    def _pad(
-        self, prompt: list[int], response: list[int], random: np.random.Generator
-    ) -> dict[str, torch.Tensor]:
+    def _pad(self, prompt: list[int], response: list[int], random: np.random.Generator) -> dict[str, torch.Tensor]:
         ids = torch.tensor(prompt + response, dtype=torch.int64)
         length = len(ids) - 1
         tokens = torch.full((self.seq_length,), PAD_ID, dtype=torch.int64)

@@ -132,9 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
             keep = ~(drop_if_easy[rows] & (logits.argmax(-1) == wanted))
             with torch.enable_grad():
                 leaves = [parameter.detach().float().requires_grad_() for parameter in parameters]
-                outputs = torch.func.functional_call(
-                    heads, dict(zip(names, leaves, strict=True)), (h.float(), logits)
-                )
+                outputs = torch.func.functional_call(heads, dict(zip(names, leaves, strict=True)), (h.float(), logits))
                 loss = (token_losses(*outputs, logits, wanted) * keep).sum()
                 parts = torch.autograd.grad(loss, leaves)
             for gradient, part in zip(gradients, parts, strict=True):

@@ -71,9 +71,7 @@ def forward_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Ten
 
     def logits_of(rows: Tensor) -> Tensor:
         with torch.no_grad():
-            weight = (
-                gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
-            )
+            weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
             return gpt.output_layer(rows.unsqueeze(1), weight=weight)[0].squeeze(1)
 
     hidden = hidden.transpose(0, 1).reshape(-1, hidden.size(-1))

@@ -1,0 +1,198 @@
+"""Debian packages by hash: the lock, the packages themselves, and root file systems made of them.
+
+images/debian.lock names every package of two root file systems, `base` (what runs) and `build` (base and compilers):
+its set, name, version, SHA-256 and place in the archive. It is resolved against the suite bookworm, main alone: that
+suite no longer changes, so that a locked file stays on every mirror; the security suite drops what it replaces.
+The mirror is the one this machine's apt uses (or SLIPWAY_DEBIAN_MIRROR); its address is written nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from images.store import DOWNLOADS_AT_ONCE, BuildError, download, sha256_of, store
+
+LOCK = Path(__file__).parent / "debian.lock"
+SUITE = "bookworm"
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+# What each root file system is asked to hold, beside Debian's essential packages.
+BASE = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata")
+BUILD = (*BASE, "g++", "make", "python3.11-dev")
+SETS = {"base": BASE, "build": BUILD}
+
+
+@dataclass(frozen=True)
+class Package:
+    """One locked package; `sets` are the root file systems it belongs to."""
+
+    sets: tuple[str, ...]
+    name: str
+    version: str
+    sha256: str
+    path: str
+
+    @property
+    def file(self) -> str:
+        return urllib.parse.unquote(self.path.rpartition("/")[2])
+
+
+def read_lock() -> list[Package]:
+    """The packages of images/debian.lock."""
+    rows = [line.split() for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
+    return [Package(tuple(sets.split(",")), *rest) for sets, *rest in rows]
+
+
+def mirror() -> str:
+    """The address of a Debian archive, from the environment or from apt."""
+    if address := os.environ.get("SLIPWAY_DEBIAN_MIRROR"):
+        return address
+    try:
+        listed = subprocess.run(
+            ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)", "Created-By: Packages"],
+            capture_output=True,
+            text=True,
+        ).stdout
+    except FileNotFoundError:
+        listed = ""
+    for line in listed.splitlines():
+        address, _, place = line.partition(" ")
+        if place == f"{SUITE} main" and address.startswith("http"):
+            return address
+    raise BuildError("no Debian mirror is known on this machine: set SLIPWAY_DEBIAN_MIRROR to one")
+
+
+class Apt:
+    """apt with a folder of its own, as if nothing were installed; the machine's own apt is not touched."""
+
+    def __init__(self, folder: Path, suite: str) -> None:
+        for name in ("lists/partial", "archives/partial"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "status").touch()
+        (folder / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror()} {suite} main\n")
+        settings = {
+            "Dir::Etc::sourcelist": folder / "sources.list",
+            "Dir::Etc::sourceparts": "-",
+            "Dir::State::lists": folder / "lists",
+            "Dir::State::status": folder / "status",
+            "Dir::Cache": folder,
+            "APT::Architecture": "amd64",
+            "APT::Architectures": "amd64",
+            "APT::Sandbox::User": "root",
+            "APT::Install-Recommends": "false",
+        }
+        self.options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+        self.folder = folder
+        self.run("apt-get", "update")
+
+    def run(self, *words: str, cwd: Path | None = None) -> str:
+        """Run one apt command and return what it prints; BuildError with its own words where it fails."""
+        try:
+            done = subprocess.run([words[0], *self.options, *words[1:]], capture_output=True, text=True, cwd=cwd)
+        except FileNotFoundError:
+            raise BuildError("apt-get is not there; this step needs Debian or one of its kin") from None
+        if done.returncode:
+            raise BuildError(f"{' '.join(words[:2])}: {done.stderr.strip().splitlines()[-1]}")
+        return done.stdout
+
+
+def lock() -> None:
+    """Resolve both sets anew and write images/debian.lock."""
+    with tempfile.TemporaryDirectory() as scratch:
+        apt = Apt(Path(scratch), SUITE)
+        listed = apt.run("apt-cache", "dumpavail")
+        known = {}
+        for stanza in listed.split("\n\n"):
+            fields = dict(re.findall(r"(?m)^(\S+): (.*)$", stanza))
+            if "Package" in fields:
+                known[fields["Package"]] = fields
+        essential = [name for name, fields in known.items() if fields.get("Essential") == "yes"]
+        sets: dict[str, list[str]] = {}
+        for name, wanted in SETS.items():
+            plan = apt.run("apt-get", "install", "--simulate", *essential, *wanted)
+            for package in re.findall(r"(?m)^Inst (\S+) ", plan):
+                sets.setdefault(package, []).append(name)
+    lines = [
+        f"{','.join(sets[p])} {p} {known[p]['Version']} {known[p]['SHA256']} {known[p]['Filename']}" for p in sorted(sets)
+    ]
+    head = f"# set package version sha256 path-in-archive; {SUITE} main, made by `build.py lock`\n"
+    LOCK.write_text(head + "\n".join(lines) + "\n")
+
+
+def fetch() -> Path:
+    """Bring every locked package into the store; returns the folder."""
+    folder = store() / "debian"
+    missing = [package for package in read_lock() if not (folder / package.file).exists()]
+    if missing:
+        address = mirror().rstrip("/")
+
+        def bring(package: Package) -> None:
+            what = f"Debian package {package.name} {package.version}"
+            download(f"{address}/{package.path}", folder / package.file, package.sha256, what)
+
+        with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
+            list(pool.map(bring, missing))
+    return folder
+
+
+def root_file_system(name: str) -> Path:
+    """The tar of a root file system ("base" or "build") made of its locked packages, reproducible.
+
+    Made once for each state of the lock and kept in the store.
+    """
+    target = store() / "rootfs" / f"{name}-{sha256_of(LOCK)[:16]}.tar"
+    if target.exists():
+        return target
+    debs = fetch()
+    packages = [package for package in read_lock() if name in package.sets]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        archive = Path(scratch) / "archive"
+        archive.mkdir()
+        for package in packages:
+            os.link(debs / package.file, archive / package.file)
+        (archive / "Packages").write_text("\n".join(_stanza(package, archive) for package in packages))
+        part = Path(scratch) / "root.tar"
+        _mmdebstrap(archive, [package.name for package in packages], part)
+        os.replace(part, target)
+    return target
+
+
+def _stanza(package: Package, archive: Path) -> str:
+    file = archive / package.file
+    control = subprocess.run(["dpkg-deb", "--field", file], capture_output=True, text=True, check=True).stdout
+    return f"{control}Filename: ./{package.file}\nSize: {file.stat().st_size}\nSHA256: {package.sha256}\n"
+
+
+def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
+    command = [
+        "mmdebstrap",
+        "--mode=root",
+        "--variant=custom",
+        "--architectures=amd64",
+        f"--include={','.join(names)}",
+        "--dpkgopt=path-exclude=/usr/share/doc/*",
+        "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+        "--dpkgopt=path-exclude=/usr/share/man/*",
+        "--dpkgopt=path-exclude=/usr/share/locale/*",
+        "--dpkgopt=path-exclude=/usr/share/info/*",
+        '--customize-hook=rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/etc/apt/sources.list',
+        # No program of an image needs to become another user.
+        '--customize-hook=find "$1" -xdev -perm /6000 -type f -exec chmod ug-s {} +',
+        "",
+        str(target),
+        f"deb [trusted=yes] copy:{archive} ./",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "0"})
+    except FileNotFoundError:
+        raise BuildError("mmdebstrap is not there; `make engine` installs it (Debian, as root)") from None
+    if done.returncode:
+        raise BuildError(f"mmdebstrap failed:\n{done.stderr.strip()}", exit_code=1)

@@ -1,0 +1,175 @@
+"""A Docker engine: the one that answers, or a private one on Debian as root.
+
+The private engine is Debian 13's docker, containerd and buildx, unpacked into the store and verified by apt against
+Debian's signatures. It has its own socket, data, state and process ids, and its containerd is its own child; an
+engine that is installed or running already is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from images.debian import Apt
+from images.store import BuildError, store
+
+SUITE = "trixie"
+UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "containerd")
+INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}  # program → Debian package
+OLDEST_BUILDX = (0, 13)  # the first that rewrites timestamps
+START_SECONDS = 30
+
+
+def home() -> Path:
+    """The private engine's folder."""
+    return store() / "engine"
+
+
+def socket() -> Path:
+    """The private engine's socket; short, since a socket's path may have 107 characters."""
+    return Path(f"/run/slipway-{os.getuid()}/docker.sock")
+
+
+def docker(*words: str, **options) -> subprocess.CompletedProcess:
+    """Run the docker client against the engine in use; options are subprocess.run's."""
+    return subprocess.run([client(), *words], env=environment(), **options)
+
+
+def client() -> str:
+    """The docker client: the private engine's where that runs, else the machine's."""
+    own = home() / "root" / "usr" / "bin" / "docker"
+    if _uses_private() and own.exists():
+        return str(own)
+    return shutil.which("docker") or str(own)
+
+
+def environment() -> dict[str, str]:
+    """The environment in which `docker` reaches the engine in use."""
+    if not _uses_private():
+        return dict(os.environ)
+    return {**os.environ, "DOCKER_HOST": f"unix://{socket()}", "DOCKER_CONFIG": str(home() / "config")}
+
+
+def _uses_private() -> bool:
+    return "DOCKER_HOST" not in os.environ and socket().exists()
+
+
+def answers() -> bool:
+    """Is there an engine that answers?"""
+    try:
+        return docker("info", capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def require() -> None:
+    """PreflightError-like BuildError unless an engine answers and its buildx is new enough."""
+    if not answers():
+        raise BuildError("no Docker engine answers; `make engine` starts a private one (Debian, as root)")
+    words = docker("buildx", "version", capture_output=True, text=True).stdout.split()
+    version = next((word for word in words if word[0].isdigit() or word[:2] in ("v0", "v1")), "")
+    found = tuple(int(part) for part in version.lstrip("v").split("+")[0].split(".")[:2] if part.isdigit())
+    if found < OLDEST_BUILDX:
+        what = f"buildx {version}" if version else "no buildx"
+        raise BuildError(f"the Docker engine has {what}, 0.13 or newer is needed; update it or use `make engine`")
+
+
+def start() -> None:
+    """Start the private engine unless an engine answers already."""
+    if answers():
+        print("engine: a Docker engine answers", file=sys.stderr)
+        return
+    if os.getuid() != 0:
+        raise BuildError("the private engine needs root; start Docker, or set DOCKER_HOST to an engine")
+    _install()
+    _run_daemon()
+    print(f"engine: private engine at unix://{socket()}", file=sys.stderr)
+
+
+def _install() -> None:
+    missing = [package for program, package in INSTALLED.items() if not shutil.which(program)]
+    if missing:
+        apt_get("install", "-y", "--no-install-recommends", *missing)
+    root = home() / "root"
+    if root.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=store()) as scratch:
+        apt = Apt(Path(scratch) / "apt", SUITE)
+        debs = Path(scratch) / "debs"
+        debs.mkdir()
+        apt.run("apt-get", "download", *UNPACKED, cwd=debs)
+        for deb in sorted(debs.glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", deb, Path(scratch) / "root"], check=True)
+        plugin = next((Path(scratch) / "root").rglob("cli-plugins/docker-buildx"))
+        plugins = home() / "config" / "cli-plugins"
+        plugins.mkdir(parents=True, exist_ok=True)
+        shutil.copy(plugin, plugins)
+        (plugins / plugin.name).chmod(0o755)
+        os.rename(Path(scratch) / "root", root)
+
+
+def apt_get(*words: str) -> None:
+    """Run the machine's apt-get; where its lists are stale, update them and try once more."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for last in (False, True):
+        done = subprocess.run(["apt-get", *words], capture_output=True, text=True, env=environment)
+        if done.returncode == 0:
+            return
+        if last:
+            raise BuildError(f"apt-get {words[0]}: {done.stderr.strip().splitlines()[-1]}")
+        subprocess.run(["apt-get", "update"], capture_output=True, env=environment)
+
+
+def _run_daemon() -> None:
+    for folder in (home() / "data", socket().parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    config = home() / "daemon.json"
+    config.write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
+    binaries = home() / "root" / "usr"
+    command = [
+        str(binaries / "sbin" / "dockerd"),
+        f"--config-file={config}",
+        f"--data-root={home() / 'data'}",
+        f"--exec-root={socket().parent / 'exec'}",
+        f"--pidfile={_pid_file()}",
+        f"--host=unix://{socket()}",
+    ]
+    path = f"{binaries}/sbin:{binaries}/bin:{os.environ['PATH']}"
+    with (home() / "dockerd.log").open("w") as log:
+        subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PATH": path}
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if socket().exists() and answers():
+            return
+        time.sleep(0.2)
+    last = (home() / "dockerd.log").read_text().strip().splitlines()[-1:]
+    raise BuildError(f"the private engine did not start: {' '.join(last)}; see {home() / 'dockerd.log'}")
+
+
+def _pid_file() -> Path:
+    return socket().parent / "docker.pid"
+
+
+def stop() -> None:
+    """Stop the private engine, if one runs; what it built is kept."""
+    try:
+        process = int(_pid_file().read_text())
+    except FileNotFoundError:
+        return
+    try:
+        os.kill(process, signal.SIGTERM)
+        while True:
+            os.kill(process, 0)
+            time.sleep(0.1)
+    except ProcessLookupError:
+        shutil.rmtree(socket().parent, ignore_errors=True)
+        print("engine: stopped", file=sys.stderr)
