@@ -205,6 +205,7 @@ def setup() -> None:
     if sys.version_info[:2] != (3, 11):
         raise BuildError(f"Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`")
     fetch_wheels()
-    run_uv("sync", "--frozen")
+    # Compiled once here, or every first import of NeMo takes half a minute.
+    run_uv("sync", "--frozen", "--compile-bytecode")
     STAMP.write_text(state)
     print(f"setup: {VENV} is ready", file=sys.stderr)

@@ -12,6 +12,7 @@ import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import EnumType
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ def weights_folder(checkpoint: Path) -> Path:
         raise UsageError(f"{checkpoint} does not exist")
     raise DataError(f"{checkpoint} is no NeMo checkpoint: it has no weights/.metadata; is it complete?")
 
+# What unpickling and using garbled metadata can raise.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 # ---------------------------------------------------------------------------- reading
 
@@ -48,6 +61,11 @@ class _Unknown:
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """Some releases of Python 3.11 pickle a member of an enumeration as `getattr(enumeration, name)`."""
+    return owner[name] if isinstance(owner, EnumType) else _Unknown()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -66,6 +84,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in (("collections", "OrderedDict"), ("builtins", "set")):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         return type(name, (_Unknown,), {})
 
 
