@@ -4,7 +4,9 @@ MODEL ?= gpt_oss
 BUILD := $(PYTHON) build.py
 .DEFAULT_GOAL := help
 
-.PHONY: help setup lock demo test lint
+VARIANT ?= cpu
+
+.PHONY: help setup lock demo test lint engine image engine-stop test-image
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -24,3 +26,17 @@ test: setup lint  ## unit and integration tests
 lint: setup
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh images/root/usr/local/bin/slipway-entrypoint
+	@.venv/bin/hadolint images/Dockerfile
+
+engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)
+	@$(BUILD) engine
+
+image:  ## an image: MODEL=gpt_oss VARIANT=cpu
+	@$(BUILD) image --model $(MODEL) --variant $(VARIANT)
+
+test-image: engine image  ## build the image and run the tests of it
+	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) tests/image/run
+
+engine-stop:  ## stop the private engine; what it built is kept
+	@$(BUILD) engine-stop

@@ -24,6 +24,7 @@ COMMANDS = {
     "engine": (engine.start, "start a private Docker engine unless one answers"),
     "engine-stop": (engine.stop, "stop the private engine"),
     "image": (image.image, "build an image"),
+    "docker": (engine.run_client, "run docker against the engine in use: build.py docker -- ps"),
 }
 
 
@@ -35,6 +36,8 @@ def main() -> int:
         if name == "image":
             command.add_argument("--model", default="gpt_oss")
             command.add_argument("--variant", default="cpu")
+        if name == "docker":
+            command.add_argument("words", nargs="*")
     arguments = vars(parser.parse_args())
     function, _ = COMMANDS[arguments.pop("command")]
     try:

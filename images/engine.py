@@ -42,6 +42,11 @@ def docker(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([client(), *words], env=environment(), **options)
 
 
+def run_client(words: list[str]) -> None:
+    """Become the docker client, with the engine in use."""
+    os.execve(client(), ["docker", *words], environment())
+
+
 def client() -> str:
     """The docker client: the private engine's where that runs, else the machine's."""
     own = home() / "root" / "usr" / "bin" / "docker"

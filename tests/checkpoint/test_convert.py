@@ -1,0 +1,158 @@
+"""dequant, import, export and the heads, through their commands' functions, on a tiny gpt-oss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file
+
+from entrypoints.checkpoint import torch_dist
+from entrypoints.checkpoint.refs import Ref
+from entrypoints.dequant import dequant
+from entrypoints.export import export
+from entrypoints.families import FAMILIES
+from entrypoints.import_ import import_
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def bf16_model(mxfp4_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16") / "model"
+    dequant(str(mxfp4_model), str(folder), shard_size="200KB")
+    return folder
+
+
+def test_dequant_writes_a_whole_model(mxfp4_model, bf16_model):
+    index = json.loads((bf16_model / "model.safetensors.index.json").read_text())
+    found = tensors(bf16_model)
+    assert set(index["weight_map"]) == set(found) and len(set(index["weight_map"].values())) >= 3
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    config = json.loads((bf16_model / "config.json").read_text())
+    source = json.loads((mxfp4_model / "config.json").read_text())
+    assert source.pop("quantization_config") and config == source
+    kept = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+    assert all((bf16_model / name).read_bytes() == (mxfp4_model / name).read_bytes() for name in kept)
+    for file in bf16_model.glob("*.safetensors"):
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        assert json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"] == {"format": "pt"}
+
+
+def test_dequantised_experts_are_what_transformers_makes_of_them(mxfp4_model, bf16_model):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    source, found = tensors(mxfp4_model), tensors(bf16_model)
+    names = [name.removesuffix("_blocks") for name in source if name.endswith("_blocks")]
+    assert len(names) == 4
+    for name in names:
+        assert torch.equal(found[name], convert_moe_packed_tensors(source[f"{name}_blocks"], source[f"{name}_scales"]))
+
+
+def test_import_from_mxfp4_is_import_from_bf16(mxfp4_model, bf16_model, tmp_path):
+    import_(str(mxfp4_model), str(tmp_path / "a"))
+    import_(str(bf16_model), str(tmp_path / "b"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_export_gives_back_what_was_imported(bf16_model, tmp_path):
+    import_(str(bf16_model), str(tmp_path / "nemo"))
+    export(str(tmp_path / "nemo"), str(tmp_path / "hf"), shard_size="200KB")
+    assert files(tmp_path / "hf") == files(bf16_model)
+    export(str(tmp_path / "nemo" / "weights"), str(tmp_path / "again"), shard_size="200KB")
+    assert files(tmp_path / "again") == files(bf16_model)
+
+
+def test_the_checkpoint_has_the_keys_that_megatron_wrote(tmp_path):
+    """The golden list is of a checkpoint that NeMo saved on a GPU, with Transformer Engine."""
+    golden = json.loads((Path(__file__).parent / "golden_gpt_oss.json").read_text())
+    family = FAMILIES["gpt_oss"]
+    config = family.tiny_config() | {
+        "hidden_size": 256, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 4, "num_local_experts": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }  # fmt: skip
+    tensors = {torch_dist.PREFIX + key: list(info.shape) for key, info in family.megatron_tensors(config).items()}
+    assert tensors == {key: entry["shape"] for key, entry in golden["tensors"].items()}
+    chunks: dict[str, int] = dict.fromkeys(tensors, 0)
+    for cell in family.cells(config):
+        for ref in cell.megatron:
+            chunks[torch_dist.PREFIX + ref.name] += 1
+    assert chunks == {key: entry["chunks"] for key, entry in golden["tensors"].items()}
+    assert sorted(torch_dist.PREFIX + key for key in family.extra_state(config)) == golden["extra_state"]
+
+
+def test_torchs_own_reader_reads_the_checkpoint(nemo_model):
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    loaded = _load_state_dict_from_keys(storage_reader=FileSystemReader(nemo_model / "weights"))
+    own = torch_dist.Reader(nemo_model)
+    plain = {key.removeprefix("module."): t for key, t in loaded.items() if isinstance(t, torch.Tensor)}
+    assert plain.keys() == own.tensors.keys()
+    assert all(torch.equal(own.read(Ref(key)), tensor) for key, tensor in plain.items())
+
+
+def test_the_reader_joins_chunks_however_they_were_cut(tmp_path):
+    """A tensor that torch saved in pieces of its own, read by parts that do not follow them."""
+    from torch.distributed.checkpoint import metadata as dcp
+
+    whole = torch.arange(6 * 8 * 5, dtype=torch.float32).view(6, 8, 5)
+    cuts = [((a, b, 0), (2, 4, 5)) for a in (0, 2, 4) for b in (0, 4)]
+    chunks, storage, at = [], {}, 0
+    with (tmp_path / "__0_0.distcp").open("wb") as file:
+        for offsets, extent in cuts:
+            part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, extent, strict=True))]
+            blob = torch_dist.serialize(part)
+            file.write(blob)
+            chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(extent)))
+            where = torch.distributed.checkpoint.filesystem._StorageInfo("__0_0.distcp", at, len(blob))
+            storage[dcp.MetadataIndex("module.x", torch.Size(offsets))] = where
+            at += len(blob)
+    entry = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.float32), whole.size(), chunks)
+    import pickle
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({"module.x": entry}, storage_data=storage)))
+    reader = torch_dist.Reader(tmp_path)
+    for ref in (Ref("x"), Ref("x", (3,)), Ref("x", (), (1, 5)), Ref("x", (5,), (3, 6)), Ref("x", (2, 7))):
+        part = whole[ref.index]
+        assert torch.equal(reader.read(ref), part if ref.rows is None else part[slice(*ref.rows)])
+
+
+def test_metadata_runs_no_foreign_code(tmp_path):
+    import os
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/boom",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(Exception, match="garbled"):
+        torch_dist.Reader(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_the_source_is_not_touched(mxfp4_model, tmp_path):
+    model = tmp_path / "source"
+    shutil.copytree(mxfp4_model, model)
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in model.iterdir()}
+    dequant(str(model), str(tmp_path / "bf16"))
+    import_(str(model), str(tmp_path / "nemo"))
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in model.iterdir()} == before
+
+
+def test_a_bf16_model_is_not_dequantised(tmp_path, slipway):
+    make_model(tmp_path / "bf16", quantized=False)
+    done = slipway("dequant", tmp_path / "bf16", tmp_path / "out")
+    assert done.returncode == 65 and "nothing to do" in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,73 @@
+"""The decoders against their definitions in float64, every code and every scale."""
+
+from __future__ import annotations
+
+import torch
+
+from entrypoints.checkpoint.quantization import E2M1, decode_fp8_block, decode_mxfp4
+
+
+def same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal bit for bit, any NaN being any other."""
+    both_nan = found.isnan() & wanted.isnan()
+    return bool((both_nan | (found.view(torch.int16) == wanted.view(torch.int16))).all())
+
+
+def test_mxfp4_every_byte_times_every_scale():
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16)  # every pair of nibbles, in 16 groups
+    for low in range(256):
+        scales = torch.full((16,), low, dtype=torch.uint8)
+        found = decode_mxfp4(blocks.unsqueeze(0), scales.unsqueeze(0)).view(-1)
+        nibbles = torch.stack([blocks & 15, blocks >> 4], -1).flatten().long()
+        scale = float("nan") if low == 255 else 2.0 ** (low - 127)
+        wanted = (torch.tensor(E2M1, dtype=torch.float64)[nibbles] * scale).float().bfloat16()
+        assert same_bits(found, wanted), low
+
+
+def test_mxfp4_low_nibble_comes_first():
+    blocks = torch.zeros(1, 1, 16, dtype=torch.uint8)
+    blocks[0, 0, 0] = 0x72  # low nibble 2 = 1.0, high nibble 7 = 6.0
+    found = decode_mxfp4(blocks, torch.full((1, 1), 127, dtype=torch.uint8))
+    assert found[0, :3].tolist() == [1.0, 6.0, 0.0]
+
+
+def definition_fp8(code: int) -> float:
+    """float8_e4m3fn by its definition: 1 sign, 4 exponent (bias 7), 3 mantissa; S.1111.111 is NaN."""
+    sign, exponent, mantissa = -1.0 if code & 128 else 1.0, (code >> 3) & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return float("nan")
+    if exponent == 0:
+        return sign * mantissa / 8 * 2.0**-6
+    return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+def test_fp8_every_code_times_scales_of_every_size():
+    codes = torch.arange(256, dtype=torch.uint8)
+    weight = codes.view(torch.float8_e4m3fn).view(16, 16)
+    values = torch.tensor([definition_fp8(code) for code in range(256)], dtype=torch.float64).view(16, 16)
+    generator = torch.Generator().manual_seed(0)
+    scales = [2.0**e for e in range(-126, 128, 7)] + torch.rand(200, generator=generator).tolist() + [0.0, float("nan")]
+    for scale in scales:
+        scale32 = torch.tensor([[scale]], dtype=torch.float32)
+        wanted = (values.float() * scale32).bfloat16()  # the product rounded to float32, then to bfloat16
+        assert same_bits(decode_fp8_block(weight, scale32, (128, 128)), wanted), scale
+
+
+def test_fp8_ragged_blocks_and_rows_from_the_middle():
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 127, (300, 200), dtype=torch.uint8, generator=generator)
+    weight = codes.view(torch.float8_e4m3fn)
+    scale = torch.rand(3, 2, generator=generator)
+    whole = torch.empty(300, 200, dtype=torch.bfloat16)
+    for row in range(300):
+        for block in range(2):
+            columns = slice(128 * block, 128 * block + 128)
+            whole[row, columns] = (weight[row, columns].float() * scale[row // 128, block]).bfloat16()
+    assert same_bits(decode_fp8_block(weight, scale, (128, 128)), whole)
+    assert same_bits(decode_fp8_block(weight[100:260], scale, (128, 128), first_row=100), whole[100:260])
+
+
+def test_fp8_scales_in_e8m0():
+    weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[130]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    assert decode_fp8_block(weight, scale, (128, 128)).eq(8).all()

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Any command runs; flags alone go to slipway; exit codes come through; help costs at most half a second.
+set -euo pipefail
+
+[ "$(docker run --rm "$IMAGE" bash -c 'echo hello')" = hello ]
+docker run --rm "$IMAGE" --help | grep -q 'Usage: slipway COMMAND'
+docker run --rm "$IMAGE" | grep -q 'Usage: slipway COMMAND'
+docker run --rm "$IMAGE" --version | grep -q '^slipway '
+docker run --rm "$IMAGE" version --json | python3 -c 'import json, sys; assert json.load(sys.stdin)["nemo"]["commit"]'
+
+set +e
+docker run --rm "$IMAGE" train --nodez 2 2>"$WORK/error"
+code=$?
+set -e
+[ "$code" -eq 2 ]
+grep -q 'unknown flag --nodez, did you mean --nodes' "$WORK/error"
+
+milliseconds() {
+    local start
+    start=$(date +%s%N)
+    docker run --rm "$IMAGE" "$@" >/dev/null
+    echo $((($(date +%s%N) - start) / 1000000))
+}
+best() { for _ in 1 2 3; do milliseconds "$@"; done | sort -n | head -1; }
+plain=$(best true)
+help=$(best --help)
+echo "true: $plain ms, --help: $help ms"
+[ $((help - plain)) -le 500 ]

@@ -1,0 +1,135 @@
+"""The command line: strict before anything happens, quick, and honest about errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from entrypoints import cli
+from entrypoints.errors import UsageError
+
+SLIPWAY = Path(sys.executable).parent / "slipway"
+
+
+def verb(src: str, *, nodes: int = 1, rate: float = 0.5, quick: bool = False, kind: Literal["a", "b"] = "a",
+         name: str | None = None, set: list[str] | None = None) -> str:  # fmt: skip
+    """A command."""
+    return f"{src} {nodes} {rate} {quick} {kind} {name} {set}"
+
+
+def parsed(*words: str) -> dict:
+    return cli.parse("verb", verb, list(words))[1]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["x"], {"src": "x"}),
+        (["--src", "x"], {"src": "x"}),
+        (["x", "--nodes=3", "--rate", "1e-5"], {"src": "x", "nodes": 3, "rate": 1e-5}),
+        (["x", "--quick"], {"src": "x", "quick": True}),
+        (["x", "--no-quick"], {"src": "x", "quick": False}),
+        (["x", "--quick=false"], {"src": "x", "quick": False}),
+        # What Fire alone makes of these: inf, a tuple, a cut-off name.
+        (["97e1234", "--name=97e1234"], {"src": "97e1234", "name": "97e1234"}),
+        (["a,b"], {"src": "a,b"}),
+        (["run#3"], {"src": "run#3"}),
+        (["-1"], {"src": "-1"}),
+        (["--", "--odd-name"], {"src": "--odd-name"}),
+        (["x", "--set", "a=1", "--set", "b=2"], {"src": "x", "set": ["a=1", "b=2"]}),
+        (["x", "-n", "2"], None),  # -n could be --nodes or --name
+        (["x", "-k", "b"], {"src": "x", "kind": "b"}),
+    ],
+)
+def test_values_arrive_as_their_annotated_types(words, expected):
+    if expected is None:
+        with pytest.raises(UsageError, match="unknown flag"):
+            parsed(*words)
+    else:
+        assert parsed(*words) == expected
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "SRC is missing"),
+        (["x", "y"], "unexpected argument 'y'"),
+        (["x", "--nodez", "2"], "unknown flag --nodez, did you mean --nodes?"),
+        (["x", "--nodes", "eight"], "--nodes takes a whole number; not 'eight'"),
+        (["x", "--nodes=2.5"], "--nodes takes a whole number"),
+        (["x", "--rate", "fast"], "--rate takes a number"),
+        (["x", "--quick=maybe"], "--quick is true or false"),
+        (["x", "--kind", "c"], "--kind takes a, b; not 'c'"),
+        (["x", "--nodes"], "--nodes needs a value"),
+        (["x", "--nodes", "1", "--nodes", "2"], "--nodes is given twice"),
+    ],
+)
+def test_what_is_wrong_is_said(words, message):
+    with pytest.raises(UsageError) as error:
+        parsed(*words)
+    assert message in str(error.value)
+
+
+def test_fire_calls_the_function_with_exactly_what_was_parsed(capsys):
+    given = {"src": "97e1234", "nodes": 2, "set": ["a=b,c"]}
+    cli._call_through_fire("verb", verb, given, as_json=False)
+    assert capsys.readouterr().out.strip() == "97e1234 2 0.5 False a None ['a=b,c']"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_is_quick_and_imports_no_torch(words):
+    command = [sys.executable, "-X", "importtime", "-m", "entrypoints.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "nemo", "megatron", "transformers", "numpy"}
+    assert min(seconds(words) for _ in range(3)) < 0.5
+
+
+def seconds(words: list[str]) -> float:
+    started = time.monotonic()
+    subprocess.run([SLIPWAY, *words], capture_output=True, check=True)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("name, function", cli.COMMANDS.items())
+def test_every_argument_of_every_command_is_documented(name, function):
+    text = cli.help_text(name, function)
+    for parameter in cli.inspect.signature(function).parameters.values():
+        assert f"\n        {parameter.name}: " in (function.__doc__ or "") or not parameter.name, parameter.name
+    assert "--json" in text
+
+
+def test_an_unknown_command_is_named_with_a_suggestion(slipway):
+    done = slipway("dequnt", "a", "b")
+    assert done.returncode == 2
+    assert done.stderr == "slipway: there is no command 'dequnt', did you mean dequant?; `slipway --help` lists them\n"
+
+
+def test_a_command_may_be_written_with_underscores(slipway):
+    assert "extract_heads" not in slipway("extract_heads", "--help").stdout.splitlines()[1]
+
+
+def test_a_link_with_a_commands_name_is_that_command(tmp_path):
+    (tmp_path / "version").symlink_to(SLIPWAY)
+    done = subprocess.run([tmp_path / "version", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["nemo"]["version"] == "2.7.3"
+
+
+def test_version_names_every_pin_with_its_commit(slipway):
+    found = json.loads(slipway("version", "--json").stdout)
+    assert found["torch"]["version"].startswith("2.11.0")
+    assert all(len(found[name]["commit"]) == 40 for name in ("nemo", "megatron-core", "transformer-engine", "apex"))
+    assert "megatron-core" in slipway("version").stdout
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{SLIPWAY} --help | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
