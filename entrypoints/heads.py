@@ -105,5 +105,5 @@ def read_heads(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         odd = sorted(set(stored.tensors) ^ set(NAMES))[0]
         raise DataError(f"{folder / FILE}: {odd} is missing or surplus; extract the heads again")
     tensors = {name: stored.read(Ref(name)) for name in NAMES}
-    base = read_config(folder).get("base_model_name_or_path", "")
+    base = read_config(folder / "config.json").get("base_model_name_or_path", "")
     return tensors, heads_config(tensors, base)

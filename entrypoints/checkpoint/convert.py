@@ -29,7 +29,7 @@ def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_model(folder: Path) -> tuple[dict[str, Any], ModuleType, huggingface.Reader]:
     """(config.json, family, reader) of a Hugging Face folder whose tensors are all there and of the right shapes."""
-    config = read_config(folder)
+    config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config)
     rules.check_tensors(reader.tensors, family.hf_tensors(config), str(folder))
@@ -100,7 +100,7 @@ def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
         raise DataError(f"{context} has no {path.name}; export works on checkpoints that `slipway import` began")
-    config = json.loads(path.read_text())
+    config = read_config(path)
     family = family_of(config, path)
     wanted = family.megatron_tensors(config)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}

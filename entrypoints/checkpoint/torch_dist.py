@@ -117,9 +117,7 @@ class Reader:
                 if hasattr(entry, "chunks"):
                     short = key.removeprefix(PREFIX)
                     self.tensors[short] = TensorInfo(tuple(entry.size), names[entry.properties.dtype])
-                    self._chunks[short] = [
-                        _chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), places) for chunk in entry.chunks
-                    ]
+                    self._chunks[short] = [_chunk(key, tuple(entry.size), chunk, places) for chunk in entry.chunks]
         except (
             pickle.UnpicklingError,
             EOFError,
@@ -169,24 +167,26 @@ class Reader:
         with (self.folder / chunk.file).open("rb") as file:
             file.seek(chunk.start)
             blob = file.read(chunk.length)
+        where = self.folder / chunk.file
         try:
             part = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            problem = str(error).splitlines()[0]
-            raise DataError(
-                f"{self.folder / chunk.file}: tensor {name} is garbled ({problem}); copy it again"
-            ) from None
-        if tuple(part.shape) != chunk.sizes:
-            raise DataError(f"{self.folder / chunk.file}: tensor {name} has another shape than .metadata says")
+            found = (tuple(part.shape), part.dtype)
+        except UNREADABLE as error:
+            raise DataError(f"{where}: tensor {name} is garbled ({type(error).__name__}); copy it again") from None
+        if found != (chunk.sizes, getattr(torch, TORCH_NAMES[self.tensors[name].dtype])):
+            raise DataError(f"{where}: tensor {name} is another one than .metadata says; copy the checkpoint again")
         return part
 
 
-def _chunk(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], places: Mapping[Any, Any]) -> _Chunk:
+def _chunk(key: str, shape: tuple[int, ...], chunk: Any, places: Mapping[Any, Any]) -> _Chunk:
+    offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+    if not all(0 <= o <= o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+        raise ValueError(f"chunk of {key} outside the tensor")
     where = places[key, offsets]
-    file = str(where.relative_path)
-    if Path(file).name != file:
-        raise ValueError(file)
-    return _Chunk(offsets, sizes, file, int(where.offset), int(where.length))
+    file, start, length = where.relative_path, where.offset, where.length
+    if Path(file).name != file or not 0 <= start <= start + length:
+        raise ValueError(f"chunk of {key} outside the folder")
+    return _Chunk(offsets, sizes, file, start, length)
 
 
 # ---------------------------------------------------------------------------- writing

@@ -23,9 +23,8 @@ from entrypoints.families import gpt_oss
 FAMILIES: dict[str, ModuleType] = {gpt_oss.MODEL_TYPE: gpt_oss}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder; DataError where there is none or it is no JSON object."""
-    path = folder / "config.json"
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json; DataError where there is none or it is no JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -40,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def family_of(config: dict[str, Any], where: Path) -> ModuleType:
     """The family's module; DataError for an unknown architecture or a missing field."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise DataError(f"{where}: unknown model_type {kind!r}{hint}; known are {', '.join(FAMILIES)}")

@@ -1,0 +1,159 @@
+"""Killed, out of space, not allowed to write: nothing half-done is visible, and the next run goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_model, texts
+
+from entrypoints.dequant import dequant
+from entrypoints.errors import WriteError
+from entrypoints.families import FAMILIES
+from entrypoints.families.fabricate import fabricate
+from entrypoints.import_ import import_
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def larger_model(tmp_path_factory) -> Path:
+    """About 100 MB, so that there is a middle to be killed in."""
+    config = FAMILIES["gpt_oss"].tiny_config() | {"hidden_size": 512, "intermediate_size": 2048, "num_local_experts": 16}
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    fabricate(folder, config, texts()[:3], quantized=True, shards=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(larger_model, tmp_path_factory) -> dict[str, Path]:
+    """What undisturbed runs write."""
+    folder = tmp_path_factory.mktemp("expected")
+    dequant(str(larger_model), str(folder / "dequant"))
+    import_(str(larger_model), str(folder / "import"))
+    from entrypoints.export import export
+
+    export(str(folder / "import"), str(folder / "export"))
+    return {name: folder / name for name in ("dequant", "import", "export")}
+
+
+# Waits for the first pieces to be written, then goes slowly, so that the kill comes in the middle of the work.
+SLOWLY = """
+import sys, time
+from entrypoints.checkpoint import stream
+from entrypoints import cli
+write, journal = stream._write, stream._Journal.add
+stream.JOURNAL_SECONDS = 0
+def slow(*arguments):
+    time.sleep(0.005)
+    write(*arguments)
+stream._write = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["dequant", "import", "export"])
+def test_killed_at_a_random_moment_and_run_again(verb, larger_model, expected, tmp_path):
+    source = expected["import"] if verb == "export" else larger_model
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    rng = random.Random(verb)
+    command = [sys.executable, "-c", SLOWLY, verb, str(source), str(out)]
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        while process.poll() is None and not journal_lines(partial):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+    written = journal_lines(partial)
+    assert written
+    assert subprocess.run([sys.executable, "-m", "entrypoints.cli", verb, str(source), str(out)]).returncode == 0
+    assert files(out) == files(expected[verb])
+    assert not partial.exists()
+
+
+def journal_lines(partial: Path) -> int:
+    try:
+        return (partial / "journal").read_text().count("\n")
+    except OSError:
+        return 0
+
+
+def test_another_source_begins_anew(tmp_path, monkeypatch):
+    make_model(tmp_path / "a", seed=1)
+    make_model(tmp_path / "b", seed=2)
+    from entrypoints.checkpoint import stream
+
+    real = stream._write
+
+    def fail(*_):
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(stream, "_write", fail)
+    with pytest.raises(WriteError):
+        dequant(str(tmp_path / "a"), str(tmp_path / "out"))
+    monkeypatch.setattr(stream, "_write", real)
+    dequant(str(tmp_path / "b"), str(tmp_path / "out"))
+    dequant(str(tmp_path / "b"), str(tmp_path / "direct"))
+    assert files(tmp_path / "out") == files(tmp_path / "direct")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    if os.geteuid() != 0:
+        pytest.fail("the test of a full disk mounts a tmpfs and needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_too_little_space_is_said_before_any_work(larger_model, small_disk, slipway):
+    done = slipway("dequant", larger_model, small_disk / "out")
+    assert done.returncode == 73
+    assert "are needed" in done.stderr and "are free" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [f.name for f in small_disk.iterdir() if not f.name.startswith(".")] == []
+
+
+def test_a_disk_that_fills_up_and_is_cleared(mxfp4_model, small_disk, slipway, tmp_path, monkeypatch):
+    """The disk fills after the check: the run fails with what it did kept, and goes on when there is space."""
+    from entrypoints.checkpoint import stream
+
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(3_950_000))
+    free = type("Usage", (), {"free": 1 << 40})
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(WriteError, match="the disk is full; free some space") as error:
+        import_(str(mxfp4_model), str(small_disk / "out"))
+    assert error.value.exit_code == 73 and not (small_disk / "out").exists()
+    filler.unlink()
+    import_(str(mxfp4_model), str(small_disk / "out"))
+    import_(str(mxfp4_model), str(tmp_path / "direct"))
+    assert files(small_disk / "out") == files(tmp_path / "direct")
+
+
+def test_a_target_that_cannot_be_written(mxfp4_model, small_disk, slipway):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = slipway("import", mxfp4_model, small_disk / "out")
+    assert done.returncode == 73
+    assert done.stderr.count("\n") == 1 and "cannot be written: Read-only file system" in done.stderr
+
+
+def test_an_output_that_exists_is_not_touched(mxfp4_model, tmp_path, slipway):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    for verb in ("dequant", "import", "export"):
+        done = slipway(verb, mxfp4_model, tmp_path / "out")
+        assert done.returncode == 2 and "exists; remove it or choose another name" in done.stderr
+    assert files(tmp_path / "out") == {"mine": b"mine"}

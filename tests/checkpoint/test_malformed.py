@@ -1,0 +1,185 @@
+"""Garbled input: one line that names the thing and the cure, never a traceback, never a large allocation."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from entrypoints.dequant import dequant
+from entrypoints.errors import DataError, SlipwayError, UsageError
+from entrypoints.export import export
+from entrypoints.import_ import import_
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def model(mxfp4_model, tmp_path) -> Path:
+    return Path(shutil.copytree(mxfp4_model, tmp_path / "model"))
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def rewrite_header(path: Path, change) -> None:
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def first_tensor(header: dict) -> dict:
+    return header[next(name for name in header if name != "__metadata__")]
+
+
+CASES = {
+    "no config": (lambda m: (m / "config.json").unlink(), "config.json is missing"),
+    "config no JSON": (lambda m: (m / "config.json").write_text("{"), "cannot be read as JSON"),
+    "config a list": (lambda m: (m / "config.json").write_text("[]"), "is not a JSON object"),
+    "unknown architecture": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(model_type="gpt_os")),
+        "unknown model_type 'gpt_os', did you mean gpt_oss?",
+    ),
+    "field missing": (lambda m: edit_json(m / "config.json", lambda c: c.pop("head_dim")), "field head_dim is missing"),
+    "field a word": (lambda m: edit_json(m / "config.json", lambda c: c.update(head_dim="x")), "field head_dim is 'x'"),
+    "field negative": (lambda m: edit_json(m / "config.json", lambda c: c.update(hidden_size=-1)), "out of range"),
+    "another size": (lambda m: edit_json(m / "config.json", lambda c: c.update(vocab_size=513)), "has shape"),
+    "one layer more": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=3, layer_types=["full_attention"] * 3)),
+        "is missing",
+    ),
+    "one layer fewer": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=1, layer_types=["full_attention"])),
+        "has no place in the model",
+    ),
+    "yarn without factor": (
+        lambda m: edit_json(m / "config.json", lambda c: c["rope_scaling"].pop("factor")),
+        "rope_scaling.factor",
+    ),
+    "no weights": (lambda m: [f.unlink() for f in m.glob("model*")], "holds neither"),
+    "index no JSON": (lambda m: (m / INDEX).write_text("nope"), "garbled"),
+    "index without map": (lambda m: (m / INDEX).write_text("{}"), "garbled"),
+    "index leads elsewhere": (
+        lambda m: edit_json(m / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "../../x.safetensors"})),
+        "garbled",
+    ),
+    "file of the index missing": (lambda m: (m / SHARD).unlink(), f"names {SHARD}, which is not there"),
+    "index names a tensor too many": (
+        lambda m: edit_json(m / INDEX, lambda i: i["weight_map"].update({"x": SHARD})),
+        "where it is not",
+    ),
+    "empty file": (lambda m: (m / SHARD).write_bytes(b""), "not a safetensors file"),
+    "cut off": (lambda m: (m / SHARD).write_bytes((m / SHARD).read_bytes()[:-100]), "cut off inside tensor"),
+    "header of 2^60 bytes": (
+        lambda m: (m / SHARD).write_bytes(struct.pack("<Q", 1 << 60) + (m / SHARD).read_bytes()[8:]),
+        "not a safetensors file, or cut off",
+    ),
+    "tensor of 2^59 elements": (
+        lambda m: rewrite_header(m / SHARD, lambda h: first_tensor(h).update(shape=[1 << 59])),
+        "its shape needs",
+    ),
+    "unknown dtype": (lambda m: rewrite_header(m / SHARD, lambda h: first_tensor(h).update(dtype="F3")), "unknown dtype"),
+    "offsets overlap": (
+        lambda m: rewrite_header(m / SHARD, overlap),
+        "overlap",
+    ),
+    "scales missing": (lambda m: rename_scales(m), "has no scales"),
+}
+
+
+def overlap(header: dict) -> None:
+    names = [name for name in header if name != "__metadata__"]
+    header[names[1]] = dict(header[names[0]])
+
+
+def rename_scales(model: Path) -> None:
+    name = next(n for n in json.loads((model / INDEX).read_text())["weight_map"] if n.endswith("_scales"))
+    file = json.loads((model / INDEX).read_text())["weight_map"][name]
+    edit_json(model / INDEX, lambda i: i["weight_map"].update({"odd": i["weight_map"].pop(name)}))
+    rewrite_header(model / file, lambda h: h.update({"odd": h.pop(name)}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_defect_is_named(case, model, tmp_path):
+    change, message = CASES[case]
+    change(model)
+    for command in (dequant, import_):
+        with pytest.raises(DataError) as error:
+            command(str(model), str(tmp_path / "out"))
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert error.value.exit_code == 65
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_person_sees_one_line_and_the_exit_code(model, tmp_path, slipway):
+    (model / SHARD).write_bytes(b"garbage" * 100)
+    done = slipway("import", model, tmp_path / "out")
+    assert done.returncode == 65 and done.stdout == ""
+    assert done.stderr.startswith("slipway: ") and done.stderr.count("\n") == 1 and SHARD in done.stderr
+
+
+def test_a_path_that_is_not_there(model, tmp_path, slipway):
+    done = slipway("import", tmp_path / "modle", tmp_path / "out")
+    assert done.returncode == 2 and "did you mean" in done.stderr and "model?" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "1e30GB", "GB"])
+def test_sizes_that_are_none(text, model, tmp_path):
+    with pytest.raises(UsageError, match="--memory"):
+        import_(str(model), str(tmp_path / "out"), memory=text)
+
+
+def test_three_hundred_mutations(model, nemo_model, tmp_path):
+    """Random bytes changed, cut or inserted in headers, index, config and metadata: an answer or one clear line."""
+    rng = random.Random(0)
+    nemo = Path(shutil.copytree(nemo_model, tmp_path / "nemo"))
+    targets = [model / "config.json", model / INDEX, model / SHARD, nemo / "weights" / ".metadata"]
+    targets += [nemo / "context" / "hf_config.json", nemo / "weights" / "__0_0.distcp"]
+    refused = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for round_ in range(300):
+        target = targets[round_ % len(targets)]
+        original = target.read_bytes()
+        target.write_bytes(mutate(original, rng))
+        out = tmp_path / f"out{round_}"
+        try:
+            if target.is_relative_to(nemo):
+                export(str(nemo), str(out))
+            else:
+                import_(str(model), str(out))
+        except SlipwayError as error:
+            refused += 1
+            assert "\n" not in str(error) and error.exit_code in (2, 65), error
+            assert not out.exists()
+        target.write_bytes(original)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(tmp_path / f".out{round_}.partial", ignore_errors=True)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert refused > 100 and grown < 500_000_000
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    reach = min(len(content), 4000)  # where headers are
+    at, kind = rng.randrange(reach), rng.randrange(4)
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + rng.randbytes(rng.randint(1, 8)) + content[at:]
+    if kind == 2:
+        return content[:at] + content[at + rng.randint(1, 50) :]
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 5)):
+        changed[rng.randrange(reach)] = rng.randrange(256)
+    return bytes(changed)
