@@ -1,4 +1,4 @@
-"""`slipway demo`: the whole flow on a tiny model, through the commands that everybody uses, with checks that can fail."""
+"""`slipway demo`: the whole flow on a tiny model, through the shipped commands, with checks that can fail."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Demo:
         width = max(len(step.name) for step in self.steps) + 2
         lines = [f"{'step':{width}}{'seconds':>8}{'peak memory':>13}{'written':>10}"]
         lines += [
-            f"{s.name:{width}}{s.seconds:8.1f}{human_bytes(s.peak_memory):>13}{human_bytes(s.bytes) if s.bytes else '':>10}"
+            f"{s.name:{width}}{s.seconds:8.1f}{human_bytes(s.peak_memory):>13}"
+            f"{human_bytes(s.bytes) if s.bytes else '':>10}"
             for s in self.steps
         ]
         lines += [f"{'total':{width}}{sum(s.seconds for s in self.steps):8.1f}", ""]

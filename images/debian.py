@@ -120,7 +120,8 @@ def lock() -> None:
             for package in re.findall(r"(?m)^Inst (\S+) ", plan):
                 sets.setdefault(package, []).append(name)
     lines = [
-        f"{','.join(sets[p])} {p} {known[p]['Version']} {known[p]['SHA256']} {known[p]['Filename']}" for p in sorted(sets)
+        f"{','.join(sets[p])} {p} {known[p]['Version']} {known[p]['SHA256']} {known[p]['Filename']}"
+        for p in sorted(sets)
     ]
     head = f"# set package version sha256 path-in-archive; {SUITE} main, made by `build.py lock`\n"
     LOCK.write_text(head + "\n".join(lines) + "\n")

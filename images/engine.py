@@ -149,7 +149,12 @@ def _run_daemon() -> None:
     path = f"{binaries}/sbin:{binaries}/bin:{os.environ['PATH']}"
     with (home() / "dockerd.log").open("w") as log:
         subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PATH": path}
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PATH": path},
         )
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:

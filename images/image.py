@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -143,7 +142,9 @@ def _requirements(options: list[str], without: set[str]) -> str:
     done = subprocess.run([lock.uv(), *words], cwd=lock.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"uv export failed:\n{done.stderr.strip()}", exit_code=65)
-    return "".join(line + "\n" for line in done.stdout.splitlines() if not line.startswith(("--find-links", "--no-index")))
+    return "".join(
+        line + "\n" for line in done.stdout.splitlines() if not line.startswith(("--find-links", "--no-index"))
+    )
 
 
 def inspect(name: str) -> tuple[str, int]:

@@ -14,6 +14,10 @@ MODULES = (
     "matplotlib",
 )
 
-failed = [module for module in MODULES if subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"]).returncode]
+failed = [
+    module
+    for module in MODULES
+    if subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"]).returncode
+]
 if failed:
     sys.exit(f"cannot be imported: {', '.join(failed)}")

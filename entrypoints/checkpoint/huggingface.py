@@ -232,7 +232,8 @@ class _Mxfp4:
     def __init__(self, name: str, blocks: TensorInfo, scales: TensorInfo, folder: Path) -> None:
         if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != 16:
             raise DataError(
-                f"{folder}: {name}_blocks {list(blocks.shape)} and {name}_scales {list(scales.shape)} do not fit; {AGAIN}"
+                f"{folder}: {name}_blocks {list(blocks.shape)} and "
+                f"{name}_scales {list(scales.shape)} do not fit; {AGAIN}"
             )
         experts, rows, groups, _ = blocks.shape
         self.name, self.info = name, TensorInfo((experts, 32 * groups, rows))

@@ -41,10 +41,8 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """
     pairs = _byte_pairs()[blocks.reshape(-1).int()].view(torch.bfloat16).view(-1, 2 * blocks.shape[-1])
     scale = _e8m0()[scales.reshape(-1, 1).int()]
-    if _exact_in_bfloat16(scales):
-        values = pairs.mul_(scale.bfloat16())
-    else:
-        values = (pairs.float() * scale).bfloat16()
+    exact = _exact_in_bfloat16(scales)
+    values = pairs.mul_(scale.bfloat16()) if exact else (pairs.float() * scale).bfloat16()
     return values.view(*scales.shape[:-1], -1)
 
 

@@ -37,6 +37,7 @@ def weights_folder(checkpoint: Path) -> Path:
         raise UsageError(f"{checkpoint} does not exist")
     raise DataError(f"{checkpoint} is no NeMo checkpoint: it has no weights/.metadata; is it complete?")
 
+
 # What unpickling and using garbled metadata can raise.
 UNREADABLE = (
     pickle.UnpicklingError,

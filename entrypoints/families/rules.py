@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_CELL_BYTES = 64 << 20
 
 
-class Same:
+class _Same:
     """One tensor, unchanged."""
 
     def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -29,11 +29,14 @@ class Same:
         return parts
 
 
+SAME = _Same()
+
+
 @dataclass(frozen=True)
 class Transposed:
     """Another operation behind a matrix that Hugging Face stores the other way round."""
 
-    inner: Same | AlternatingRows = Same()
+    inner: _Same | AlternatingRows = SAME
 
     def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self.inner.to_megatron(tuple(part.transpose(-1, -2) for part in parts))
@@ -87,11 +90,15 @@ class Cell:
 
     hf: tuple[Ref, ...]
     megatron: tuple[Ref, ...]
-    op: Same | Transposed | AlternatingRows | GroupedQKV = Same()
+    op: _Same | Transposed | AlternatingRows | GroupedQKV = SAME
 
 
 def same(hf: Ref, megatron: Ref, info: TensorInfo) -> Iterator[Cell]:
-    """Cells that carry one tensor over unchanged, in row blocks of bounded size. `info` is the Hugging Face tensor's."""
+    """Cells that carry one tensor over unchanged, in row blocks of bounded size.
+
+    Args:
+        info: of the Hugging Face tensor.
+    """
     shape = hf.shape(info.shape)
     size = TensorInfo(shape, info.dtype).bytes
     if size <= MAX_CELL_BYTES or hf.rows or megatron.rows:
@@ -107,7 +114,8 @@ def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorIn
     """DataError that names the first tensor of `where` that is missing, surplus or of another shape."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise DataError(
-            f"{where}: tensor {missing[0]} is missing{_more(missing)}; is the download complete and config.json its own?"
+            f"{where}: tensor {missing[0]} is missing{_more(missing)}; "
+            "is the download complete and config.json its own?"
         )
     if surplus := sorted(found.keys() - wanted.keys()):
         raise DataError(

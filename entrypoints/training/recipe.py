@@ -40,9 +40,9 @@ class Recipe:
         """UsageError unless the sizes fit each other and a world of `world_size` processes."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("size") or field.name in ("steps", "seq_length", "save_every", "keep"):
-                if value < 1:
-                    raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+            counts = field.name.endswith("size") or field.name in ("steps", "seq_length", "save_every", "keep")
+            if counts and value < 1:
+                raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
         model_parallel = self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
         if world_size % model_parallel:
             raise UsageError(

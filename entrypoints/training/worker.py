@@ -6,7 +6,6 @@ Started by torchrun on every rank, or called in the same process when there is o
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import time

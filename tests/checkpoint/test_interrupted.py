@@ -27,7 +27,11 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def larger_model(tmp_path_factory) -> Path:
     """About 100 MB, so that there is a middle to be killed in."""
-    config = FAMILIES["gpt_oss"].tiny_config() | {"hidden_size": 512, "intermediate_size": 2048, "num_local_experts": 16}
+    config = FAMILIES["gpt_oss"].tiny_config() | {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_local_experts": 16,
+    }
     folder = tmp_path_factory.mktemp("larger") / "model"
     fabricate(folder, config, texts()[:3], quantized=True, shards=3)
     return folder

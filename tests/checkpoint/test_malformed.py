@@ -57,7 +57,9 @@ CASES = {
     "field negative": (lambda m: edit_json(m / "config.json", lambda c: c.update(hidden_size=-1)), "out of range"),
     "another size": (lambda m: edit_json(m / "config.json", lambda c: c.update(vocab_size=513)), "has shape"),
     "one layer more": (
-        lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=3, layer_types=["full_attention"] * 3)),
+        lambda m: edit_json(
+            m / "config.json", lambda c: c.update(num_hidden_layers=3, layer_types=["full_attention"] * 3)
+        ),
         "is missing",
     ),
     "one layer fewer": (
@@ -90,7 +92,10 @@ CASES = {
         lambda m: rewrite_header(m / SHARD, lambda h: first_tensor(h).update(shape=[1 << 59])),
         "its shape needs",
     ),
-    "unknown dtype": (lambda m: rewrite_header(m / SHARD, lambda h: first_tensor(h).update(dtype="F3")), "unknown dtype"),
+    "unknown dtype": (
+        lambda m: rewrite_header(m / SHARD, lambda h: first_tensor(h).update(dtype="F3")),
+        "unknown dtype",
+    ),
     "offsets overlap": (
         lambda m: rewrite_header(m / SHARD, overlap),
         "overlap",

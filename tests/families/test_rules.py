@@ -41,7 +41,7 @@ def test_gate_and_up_come_back(rows, columns):
         (rules.AlternatingRows(), (2 * rows, columns)),
         (rules.Transposed(rules.AlternatingRows()), (columns, 2 * rows)),
         (rules.Transposed(), (rows, columns)),
-        (rules.Same(), (rows, columns)),
+        (rules.SAME, (rows, columns)),
     ):
         parts = (torch.randn(shape),)
         assert identical(op.to_hf(op.to_megatron(parts)), parts)
@@ -61,7 +61,8 @@ def test_gpt_oss_of_any_shape_is_covered_and_comes_back(layers, groups, queries,
     family = FAMILIES["gpt_oss"]
     config = family.tiny_config() | {
         "num_hidden_layers": layers, "num_key_value_heads": groups, "num_attention_heads": groups * queries,
-        "num_local_experts": experts, "hidden_size": hidden, "intermediate_size": ffn, "head_dim": dim, "vocab_size": 40,
+        "num_local_experts": experts, "hidden_size": hidden, "intermediate_size": ffn, "head_dim": dim,
+        "vocab_size": 40,
     }  # fmt: skip
     hf, megatron = family.hf_tensors(config), family.megatron_tensors(config)
     cells = list(family.cells(config))
