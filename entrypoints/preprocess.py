@@ -21,7 +21,8 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
 
     A text file is cut into windows of SEQ_LENGTH - 1 tokens, all of them learned. A .jsonl file holds one object a
     line: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}, whose last message is learned
-    under the chat template of the tokenizer. Samples of SEQ_LENGTH tokens or more are dropped and counted.
+    under the chat template of the tokenizer. Samples of SEQ_LENGTH tokens or more, and those that leave nothing to
+    learn, are dropped and counted.
 
     Args:
         data: a text or .jsonl file, or a folder of them.
@@ -33,9 +34,11 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
     files, folder, target = _files(Path(data)), _tokenizer_folder(Path(tokenizer)), Path(out)
     if target.exists():
         raise UsageError(f"{target} exists; remove it or choose another OUT")
+    if seq_length < 3:
+        raise UsageError(f"--seq-length is {seq_length}; a sample that teaches anything needs at least 3")
     encoder = Encoder(folder)
     part = target.with_name(f".{target.name}.partial")
-    kept = dropped = tokens = 0
+    kept = too_long = empty = tokens = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -44,16 +47,21 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
         ):
             for file in files:
                 for prompt, response in samples_of(file, encoder, seq_length):
-                    if len(prompt) + len(response) >= seq_length:
-                        dropped += 1
-                        continue
-                    output.write(json.dumps({"inputs": {"p_ids": prompt, "r_ids": response}}) + "\n")
-                    kept, tokens = kept + 1, tokens + len(prompt) + len(response)
+                    length = len(prompt) + len(response)
+                    if not response or length < 2:
+                        empty += 1
+                    elif length >= seq_length:
+                        too_long += 1
+                    else:
+                        output.write(json.dumps({"inputs": {"p_ids": prompt, "r_ids": response}}) + "\n")
+                        kept, tokens = kept + 1, tokens + length
                 progress.advance(file.stat().st_size)
             output.flush()
             os.fsync(output.fileno())
         if not kept:
-            raise DataError(f"{data}: no sample is left, {dropped} were too long; raise --seq-length")
+            raise DataError(
+                f"{data}: no sample is left, {too_long} were too long and {empty} empty; raise --seq-length"
+            )
         os.replace(part, target)
     except OSError as error:
         raise WriteError(
@@ -61,7 +69,7 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
         ) from None
     finally:
         part.unlink(missing_ok=True)
-    details = {"samples": kept, "tokens": tokens, "dropped_too_long": dropped}
+    details = {"samples": kept, "tokens": tokens, "dropped_too_long": too_long, "dropped_empty": empty}
     return Summary("preprocess", str(target), target.stat().st_size, time.monotonic() - started, details)
 
 
@@ -99,6 +107,8 @@ class Encoder:
 
     def encode_chat(self, messages: list[dict[str, str]]) -> Sample:
         """(tokens up to the last message, tokens of the last message) under the chat template."""
+        if not messages or not all(isinstance(message["content"], str) and message["role"] for message in messages):
+            raise ValueError
         if self._chat is None:
             from transformers import AutoTokenizer
 
@@ -132,11 +142,10 @@ def _read_text(file: Path) -> str:
 
 
 def windows(ids: list[int], seq_length: int) -> Iterator[Sample]:
-    """Consecutive windows of seq_length - 1 tokens; a last one of fewer than two tokens teaches nothing."""
+    """Consecutive windows of seq_length - 1 tokens."""
     size = seq_length - 1
     for start in range(0, len(ids), size):
-        if len(window := ids[start : start + size]) > 1:
-            yield [], window
+        yield [], ids[start : start + size]
 
 
 def sample_of_line(line: bytes, encoder: Encoder, seq_length: int, where: str) -> Iterator[Sample]:
@@ -150,7 +159,7 @@ def sample_of_line(line: bytes, encoder: Encoder, seq_length: int, where: str) -
         entry = json.loads(line)
         form = next(key for key in forms if key in entry)
         yield from forms[form](entry)
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, StopIteration):
         raise DataError(
             f'{where}: not an object with "text", "prompt" and "completion", or "messages"; mend or remove the line'
         ) from None

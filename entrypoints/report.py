@@ -32,9 +32,10 @@ class Summary:
     bytes: int
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
+    streamed: bool = True  # the seconds went into those bytes, so their rate says something
 
     def __str__(self) -> str:
-        rate = f", {human_bytes(self.bytes / self.seconds)}/s" if self.seconds > 0 else ""
+        rate = f", {human_bytes(self.bytes / self.seconds)}/s" if self.streamed and self.seconds > 0 else ""
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.details.items())
         return f"{self.command}: wrote {self.wrote}, {human_bytes(self.bytes)} in {self.seconds:.1f} s{rate}" + (
             f" ({details})" if details else ""

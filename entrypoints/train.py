@@ -164,7 +164,7 @@ def _result(recipe: Recipe, folder: RunFolder, code: int, stop_asked: bool, begi
     if code == 0 and status.get("state") == "done":
         size = sum(f.stat().st_size for f in folder.latest_checkpoint()[1].rglob("*") if f.is_file())
         details = {"steps": f"{begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
-        return Summary("train", str(folder.latest_checkpoint()[1]), size, seconds, details)
+        return Summary("train", str(folder.latest_checkpoint()[1]), size, seconds, details, streamed=False)
     if code == 0 and status.get("state") == "stopped":
         raise Stopped(f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again")
     if stop_asked:

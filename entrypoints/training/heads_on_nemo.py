@@ -114,4 +114,4 @@ class HeadsLossReduction(MegatronLossReduction):
         both = torch.stack([part["sum_and_count"] for part in losses_reduced_per_micro_batch]).sum(0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(both, group=group)
-        return both[0] / both[1]
+        return both[0] / both[1].clamp(min=1)

@@ -107,8 +107,9 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
 
 def load_data(recipe: Recipe, index: Path) -> Any:
     """NeMo's data module over the run's samples."""
-    from entrypoints.training.data import Samples, TokenData
+    from entrypoints.training.data import TokenData
     from entrypoints.training.lines import Index
+    from entrypoints.training.samples import Samples
 
     lines = Index(np.load(index), too_long=0)
     count = recipe.steps * recipe.global_batch_size
