@@ -93,6 +93,8 @@ def train(
     if dry_run:
         shown = json.dumps(vars(recipe), indent=1)
         return f"{shown}\n{topology}\n{shlex.join(torchrun.command(topology, worker))}"
+    if begins_at >= recipe.steps:
+        return _result(recipe, folder, 0, False, begins_at, 0.0)
 
     from entrypoints.training.lines import index_lines
 

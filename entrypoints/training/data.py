@@ -21,6 +21,8 @@ class TokenData(LightningDataModule):
         )
 
     def train_dataloader(self) -> WrappedDataLoader:
+        # Samples are counted from here on; what was consumed before stands in the checkpoint.
+        self.data_sampler.init_global_step = self.trainer.global_step
         return WrappedDataLoader(mode="train", dataset=self.samples, num_workers=0)
 
     def state_dict(self) -> dict[str, int]:

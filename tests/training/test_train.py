@@ -1,0 +1,215 @@
+"""`slipway train` for real: NeMo under torchrun on the CPU, stopped and resumed, alone and in two processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import entrypoints
+from entrypoints.preprocess import preprocess
+from entrypoints.training.run_folder import RunFolder
+
+STEPS, SEQ_LENGTH, BATCH = 6, 64, 4
+
+
+@pytest.fixture(scope="module")
+def data(nemo_model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    preprocess(str(Path(entrypoints.__file__).parent), str(path), tokenizer=str(nemo_model), seq_length=SEQ_LENGTH)
+    return path
+
+
+def flags(model: Path, data: Path, out: Path, /, **changes: object) -> list[str]:
+    chosen = {
+        "model": model, "data": data, "out": out, "steps": STEPS, "seq_length": SEQ_LENGTH, "micro_batch_size": 2,
+        "global_batch_size": BATCH, "lr": 2e-3, "warmup_steps": 2, "constant_steps": 1, "nproc_per_node": 1,
+    }  # fmt: skip
+    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in (chosen | changes).items())]
+
+
+def train(words: list[str], stop_after: int | None = None, by: signal.Signals = signal.SIGTERM):
+    """Run the command; with `stop_after`, send the signal once that many steps are done."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "entrypoints.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    run = RunFolder(Path(next(word for word in words if word.startswith("--out="))[6:]))
+
+    def watch() -> None:
+        while process.poll() is None and not any(m["step"] >= stop_after - 1 for m in run.read_metrics()):
+            time.sleep(0.01)
+        process.send_signal(by)
+
+    if stop_after:
+        threading.Thread(target=watch, daemon=True).start()
+    output, _ = process.communicate(timeout=280)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def whole(nemo_model, data, tmp_path_factory) -> RunFolder:
+    """A run that nothing interrupts, in one process."""
+    run = RunFolder(tmp_path_factory.mktemp("whole") / "run")
+    code, output = train(flags(nemo_model, data, run.path))
+    assert code == 0, output
+    return run
+
+
+@pytest.fixture(scope="module")
+def heads(whole, tmp_path_factory) -> Path:
+    from entrypoints.heads import extract_heads
+
+    folder = tmp_path_factory.mktemp("heads") / "heads"
+    extract_heads(str(whole.checkpoints / f"step={STEPS}"), str(folder))
+    return folder
+
+
+def losses(run: RunFolder) -> list[float]:
+    metrics = run.read_metrics()
+    assert [entry["step"] for entry in metrics] == list(range(STEPS))
+    return [entry["loss"] for entry in metrics]
+
+
+def test_a_run_leaves_what_a_person_wants_to_see(whole):
+    status = whole.read_status()
+    assert (status["state"], status["step"], status["base_changed"]) == ("done", STEPS, False)
+    assert len(set(losses(whole))) == STEPS and whole.plot.read_bytes()[1:4] == b"PNG"
+    assert list((whole.path / "tensorboard").rglob("events.out.tfevents.*"))
+    assert [folder.name for folder in whole.checkpoints.iterdir()] == [f"step={STEPS}"]
+
+
+def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, data, tmp_path):
+    """The same samples and first heads, with hidden states and logits from transformers and no chunking."""
+    from transformers import AutoModelForCausalLM
+
+    from entrypoints.dequant import dequant
+    from entrypoints.training.heads import DecodingHeads, token_losses
+    from entrypoints.training.lines import index_lines
+    from entrypoints.training.samples import Samples
+
+    dequant(str(mxfp4_model), str(tmp_path / "bf16"))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "bf16", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    samples = Samples(data, index_lines(data, SEQ_LENGTH, 512), STEPS * BATCH, SEQ_LENGTH, seed=1234)
+    torch.manual_seed(1234)
+    heads = DecodingHeads(model.config.hidden_size)
+    total = count = 0.0
+    with torch.no_grad():
+        for number in range(BATCH):
+            sample = samples[number]
+            out = model(sample["tokens"].unsqueeze(0), output_hidden_states=True)
+            hidden, logits = out.hidden_states[-1][0], out.logits[0]
+            easy = logits.argmax(-1) == sample["labels"]
+            keep = sample["loss_mask"].bool() & ~(easy & sample["drop_if_easy"])
+            each = token_losses(*heads(hidden, logits), logits, sample["labels"])
+            total, count = total + (each * keep).sum().item(), count + keep.sum().item()
+    assert losses(whole)[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_stopped_twice_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    words = flags(nemo_model, data, run.path)
+    for after, by in ((1, signal.SIGTERM), (3, signal.SIGUSR1)):
+        code, output = train(words, after, by)
+        assert code == 75 and "Traceback" not in output, output
+        status = run.read_status()
+        assert status["state"] == "stopped" and after <= status["step"] < STEPS
+        assert run.latest_checkpoint()[0] == status["step"]
+    code, output = train(words)
+    assert code == 0, output
+    assert losses(run) == losses(whole)
+    code, output = train(words)
+    assert code == 0 and "torch.distributed.run" not in output, "there was nothing left to do"
+    assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
+
+
+def test_two_processes_compute_what_one_does(whole, nemo_model, data, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    code, output = train(flags(nemo_model, data, run.path, nproc_per_node=2))
+    assert code == 0, output
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_the_heads_come_out_and_merge(heads, whole, mxfp4_model, tmp_path, slipway):
+    found = load_file(heads / "heads.safetensors")
+    assert sorted(found) == sorted(
+        f"{head}.mlp.{layer}.{kind}"
+        for head in ("temp_head", "top_p_head")
+        for layer in (0, 2)
+        for kind in ("weight", "bias")
+    )
+    config = json.loads((heads / "config.json").read_text())
+    assert config["use_enhanced_features"] and config["temperature_hidden_size"] == 64
+    slipway("dequant", mxfp4_model, tmp_path / "bf16")
+    done = slipway("merge-heads", heads, tmp_path / "bf16", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    base = {k: v for file in (tmp_path / "bf16").glob("*.safetensors") for k, v in load_file(file).items()}
+    merged = {k: v for file in (tmp_path / "merged").glob("*.safetensors") for k, v in load_file(file).items()}
+    wanted = {f"llm.{name}": tensor for name, tensor in base.items()} | {n: t.bfloat16() for n, t in found.items()}
+    assert merged.keys() == wanted.keys() and all(torch.equal(merged[name], wanted[name]) for name in wanted)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "autodeco"
+
+
+def test_what_cannot_be_heads_is_refused(heads, mxfp4_model, nemo_model, tmp_path, slipway):
+    done = slipway("extract-heads", nemo_model, tmp_path / "a")
+    assert done.returncode == 65 and "holds no trained heads" in done.stderr
+    done = slipway("merge-heads", heads, mxfp4_model, tmp_path / "b")
+    assert done.returncode == 65 and "is quantised; run `slipway dequant`" in done.stderr
+    done = slipway("merge-heads", mxfp4_model, mxfp4_model, tmp_path / "c")
+    assert done.returncode == 65 and "has no heads.safetensors" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_only_as_what_it_was(whole, nemo_model, data, slipway):
+    before = sorted(whole.path.rglob("*"))
+    for change, message in (
+        ({"lr": 1e-3}, "--lr was 0.002 and is 0.001"),
+        ({"resume": "never"}, f"holds a run at step {STEPS}"),
+    ):
+        done = slipway(*flags(nemo_model, data, whole.path, **change))
+        assert done.returncode == 2 and message in done.stderr
+    assert sorted(whole.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "change, code, message",
+    [
+        ({"model": "none"}, 2, "--model none does not exist"),
+        ({"model": "MXFP4"}, 65, "is no NeMo checkpoint"),
+        ({"data": "none"}, 2, "--data none does not exist"),
+        ({"global_batch_size": 3}, 2, "--global-batch-size 3 is not a multiple of"),
+        ({"tensor_parallel_size": 2}, 2, "1 processes cannot be split into tensor 2"),
+        ({"steps": 0}, 2, "--steps is 0; it must be at least 1"),
+        ({"nodes": 2}, 2, "2 nodes need --node-rank"),
+        ({"data": "FOREIGN"}, 65, "a token id is 100000, the model's vocabulary has 512"),
+        ({"data": "GARBLED"}, 65, "garbled.jsonl:1: not a sample"),
+        ({"seq_length": 2}, 65, "no sample is left"),
+        ({"out": "/proc/run"}, 73, "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(change, code, message, nemo_model, mxfp4_model, data, tmp_path, slipway):
+    (tmp_path / "foreign.jsonl").write_text('{"inputs": {"p_ids": [], "r_ids": [1, 100000]}}\n')
+    (tmp_path / "garbled.jsonl").write_text('{"inputs"\n')
+    paths = {"MXFP4": mxfp4_model, "FOREIGN": tmp_path / "foreign.jsonl", "GARBLED": tmp_path / "garbled.jsonl"}
+    change = {key: paths.get(value, value) for key, value in change.items()}
+    done = slipway(*flags(nemo_model, data, tmp_path / "run", **change))
+    error = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == code and message in error and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_everything_and_does_nothing(nemo_model, data, tmp_path, slipway):
+    started = time.monotonic()
+    done = slipway(*flags(nemo_model, data, tmp_path / "run"), "--dry-run")
+    assert time.monotonic() - started < 2 and done.returncode == 0
+    assert '"seq_length": 64' in done.stdout and "topology: 1 node × 1" in done.stdout
+    assert "torch.distributed.run --nnodes=1" in done.stdout and not (tmp_path / "run").exists()
