@@ -154,8 +154,17 @@ def project_files(index: str, project: str) -> dict[str, str]:
         anchors = _Anchors()
         anchors.feed(body.decode())
         links = anchors.links
-    addresses = (urllib.parse.urljoin(base, link).partition("#")[0] for link in links)
+    addresses = (_with_login(urllib.parse.urljoin(base, link).partition("#")[0], index) for link in links)
     return {urllib.parse.unquote(address.rpartition("/")[2]): address for address in addresses}
+
+
+def _with_login(address: str, index: str) -> str:
+    """The index's user and password go with the addresses that it gives on its own host, and nowhere else."""
+    login, _, host = urllib.parse.urlsplit(index).netloc.rpartition("@")
+    parts = urllib.parse.urlsplit(address)
+    return (
+        urllib.parse.urlunsplit(parts._replace(netloc=f"{login}@{host}")) if login and parts.netloc == host else address
+    )
 
 
 def fetch(files: Iterable[LockedFile], folder: Path) -> int:

@@ -1,0 +1,67 @@
+"""`slipway demo`: the whole flow as README shows it, and checks that fail when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from entrypoints import demo as demo_module
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[dict, Path]:
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    words = [sys.executable, "-m", "entrypoints.cli", "demo", "--out", folder, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), folder
+
+
+def test_every_step_ran_and_every_check_passed(finished):
+    found, folder = finished
+    names = [step["name"] for step in found["steps"]]
+    for name in (
+        "dequant",
+        "import",
+        "train until SIGTERM",
+        "train to the end",
+        "extract-heads",
+        "merge-heads",
+        "export",
+    ):
+        assert name in names
+    assert len(found["checks"]) == 8 and all(check["passed"] for check in found["checks"])
+    assert sum(step["seconds"] for step in found["steps"]) < 180
+    assert (folder / "run" / "loss.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("broken", ["bf16", "merged"])
+def test_the_checks_can_fail(finished, broken):
+    """One bit of one value turned in the result of a step."""
+    _, folder = finished
+    file = sorted((folder / broken).glob("*.safetensors"))[0]
+    before = file.read_bytes()
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if "mlp" in name)
+    save_file(
+        tensors
+        | {name: tensors[name].flatten().index_fill(0, tensors[name].new_zeros(1).long(), 7).view_as(tensors[name])},
+        file,
+    )
+    check = demo_module._dequantised_is_exact if broken == "bf16" else demo_module._merged_is_complete
+    found = check(folder)
+    file.write_bytes(before)
+    assert not found.passed and check(folder).passed
+
+
+def test_a_folder_that_no_demo_made_is_kept(tmp_path, slipway):
+    (tmp_path / "mine").write_text("precious")
+    done = slipway("demo", "--out", tmp_path)
+    assert done.returncode == 2 and "no demo made it" in done.stderr
+    assert (tmp_path / "mine").read_text() == "precious"
