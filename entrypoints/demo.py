@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,14 +88,12 @@ def demo(*, model: Literal["gpt_oss"] = "gpt_oss", out: str = "slipway-demo", st
         raise UsageError(f"--steps is {steps}; the demo stops in the middle and needs at least 4")
     folder = _fresh_folder(Path(out).absolute())
     result = Demo(folder)
-    with _timed(result, "make a tiny model"):
-        config = _make_model(model, folder / "hf")
+    config = _in_fresh_process(result, "make a tiny model", _make_model, model, folder / "hf")
     for name, words in _commands(folder, steps):
         _run(result, name, words)
         if name == "import":
             _train(result, folder, steps)
-    with _timed(result, "checks"):
-        result.checks += [*_checks(folder, config, steps)]
+    result.checks += _in_fresh_process(result, "checks", _checks, folder, config, steps)
     if failed := [check.what for check in result.checks if not check.passed]:
         print(result)
         raise SlipwayError(f"demo: {len(failed)} of {len(result.checks)} checks failed: {'; '.join(failed)}")
@@ -138,21 +139,18 @@ def _make_model(family: str, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- running commands
 
 
-class _timed:
-    """Adds a step for work done in this process."""
+def _in_fresh_process(result: Demo, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Add a step for `function(*arguments)`; this process stays small, for children start with its peak memory."""
+    started = time.monotonic()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found, peak = pool.submit(_with_peak_memory, function, *arguments).result()
+    result.steps.append(Step(name, time.monotonic() - started, peak, 0))
+    return found
 
-    def __init__(self, result: Demo, name: str) -> None:
-        self.result, self.name = result, name
 
-    def __enter__(self) -> None:
-        self.started = time.monotonic()
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        import resource
-
-        if kind is None:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            self.result.steps.append(Step(self.name, time.monotonic() - self.started, peak, 0))
+def _with_peak_memory(function: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    found = function(*arguments)
+    return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _run(
@@ -223,11 +221,13 @@ def _train(result: Demo, folder: Path, steps: int) -> None:
 # ---------------------------------------------------------------------------- checks
 
 
-def _checks(folder: Path, config: dict[str, Any], steps: int) -> Iterator[Check]:
-    yield _dequantised_is_exact(folder)
-    yield from _forward_is_the_same(folder, config)
-    yield from _training_went_well(folder, steps)
-    yield _merged_is_complete(folder)
+def _checks(folder: Path, config: dict[str, Any], steps: int) -> list[Check]:
+    return [
+        _dequantised_is_exact(folder),
+        *_forward_is_the_same(folder, config),
+        *_training_went_well(folder, steps),
+        _merged_is_complete(folder),
+    ]
 
 
 def _tensors(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_every_step_ran_and_every_check_passed(finished):
     assert len(found["checks"]) == 8 and all(check["passed"] for check in found["checks"])
     assert sum(step["seconds"] for step in found["steps"]) < 180
     assert (folder / "run" / "loss.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_readme_shows_what_the_demo_prints(finished):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = re.search(r"```text\n(step .*?)```", readme, flags=re.DOTALL).group(1)
+    steps = [line.split("  ")[0] for line in shown.partition("\n\n")[0].splitlines()[1:-1]]
+    assert steps == [step["name"] for step in finished[0]["steps"]]
+    assert re.findall(r"(?m)^ok   (.*?): ", shown) == [
+        check["what"].partition(": ")[0] for check in finished[0]["checks"]
+    ]
 
 
 @pytest.mark.parametrize("broken", ["bf16", "merged"])
