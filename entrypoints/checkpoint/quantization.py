@@ -15,6 +15,7 @@ from torch import Tensor
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
+NAN = 0x7FFF  # the bits of the NaN that GPUs write
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     pairs = _byte_pairs()[blocks.reshape(-1).int()].view(torch.bfloat16).view(-1, 2 * blocks.shape[-1])
     scale = _e8m0()[scales.reshape(-1, 1).int()]
     exact = _exact_in_bfloat16(scales)
-    values = pairs.mul_(scale.bfloat16()) if exact else (pairs.float() * scale).bfloat16()
+    values = pairs.mul_(scale.bfloat16()) if exact else _with_one_nan((pairs.float() * scale).bfloat16())
     return values.view(*scales.shape[:-1], -1)
 
 
@@ -63,4 +64,18 @@ def decode_fp8_block(weight: Tensor, scale: Tensor, block: tuple[int, int], firs
     rows, columns = weight.shape
     wanted = torch.arange(first_row, first_row + rows) // block[0]
     spread = scale.float()[wanted].repeat_interleave(block[1], dim=1)[:, :columns]
-    return weight.float().mul_(spread).bfloat16()
+    values = weight.float().mul_(spread).bfloat16()
+    return values if _is_finite(weight, scale) else _with_one_nan(values)
+
+
+def _is_finite(weight: Tensor, scale: Tensor) -> bool:
+    """No code is NaN (0x7f and 0xff: the greatest signed and unsigned byte) and no scale is infinite or NaN."""
+    if not weight.numel():
+        return True
+    greatest = (weight.view(torch.int8).max() < 127) & (weight.view(torch.uint8).max() < 255)
+    return bool(greatest & scale.float().isfinite().all())
+
+
+def _with_one_nan(values: Tensor) -> Tensor:
+    """bfloat16 with every NaN the same: processors differ in the one they write, and a checkpoint must not."""
+    return values.view(torch.int16).masked_fill_(values.isnan(), NAN).view(torch.bfloat16)
