@@ -1,4 +1,4 @@
-"""Checkpoints in parallel layouts, by megatron-core itself: it loads what `import` wrote, Slipway reads what it saved."""
+"""Parallel layouts, by megatron-core itself: it loads what `import` wrote, and Slipway reads what it saved."""
 
 from __future__ import annotations
 
