@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from entrypoints.checkpoint.huggingface import INDEX
-from entrypoints.checkpoint.refs import TensorInfo
-from entrypoints.families import FAMILIES
+from entrypoints.checkpoint.refs import TORCH_NAMES, TensorInfo
+from entrypoints.families import BY_MODEL_TYPE
 
 MXFP4_BYTES = 16
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -36,11 +36,11 @@ def fabricate(
         quantized: write the family's quantised matrices in MXFP4, as the published checkpoints do.
         shards: number of safetensors files.
     """
-    family = FAMILIES[config["model_type"]]
+    family = BY_MODEL_TYPE[config["model_type"]]
     folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for name, info in family.hf_tensors(config).items():
+    for name, info in family.rules(config).hf.items():
         if quantized and name.endswith(family.QUANTIZED):
             tensors |= _random_mxfp4(name, info, generator)
         else:
@@ -62,11 +62,13 @@ def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Te
     """Weights of a size that keeps activations near 1, so that no layer drowns in another."""
     noise = torch.randn(info.shape, generator=generator)
     if "norm" in name:
-        return (1 + 0.1 * noise).bfloat16()
-    if name.endswith(("bias", "sinks")):
-        return (0.1 * noise).bfloat16()
-    fan_in = info.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else info.shape[-1]
-    return (noise if "embed" in name else noise / fan_in**0.5).bfloat16()
+        noise = 1 + 0.1 * noise
+    elif name.endswith(("bias", "sinks")):
+        noise *= 0.1
+    elif "embed" not in name:
+        fan_in = info.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else info.shape[-1]
+        noise /= fan_in**0.5
+    return noise.to(getattr(torch, TORCH_NAMES[info.dtype]))
 
 
 def _random_mxfp4(name: str, info: TensorInfo, generator: torch.Generator) -> dict[str, torch.Tensor]:
