@@ -31,6 +31,7 @@ def texts() -> list[str]:
 
 
 DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+YARN = {**FAMILIES["deepseek_v3"].tiny_config()["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.5, "factor": 8}
 # Every kind of model, by a name for it: (family, what its tiny config is changed by).
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {}),
@@ -43,6 +44,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe_not_normalised": ("qwen3", {"norm_topk_prob": False}),
     "qwen3_dense": ("qwen3", DENSE),
     "qwen3_dense_tied": ("qwen3", {**DENSE, "tie_word_embeddings": True}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3_plain_rope": ("deepseek_v3", {"rope_scaling": None, "num_nextn_predict_layers": 0}),
+    "deepseek_v3_one_group": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}),
+    "deepseek_v3_half_mscale": ("deepseek_v3", {"rope_scaling": YARN, "num_nextn_predict_layers": 0}),
 }
 
 

@@ -13,7 +13,7 @@ from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
 from entrypoints.checkpoint.stream import Piece, Plan, Write, identity_of_files, tensor_bytes
 from entrypoints.errors import DataError
 from entrypoints.families import family_of, read_config, rules
-from entrypoints.families.decoder import is_tied
+from entrypoints.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,8 @@ def open_model(folder: Path) -> tuple[dict[str, Any], ModuleType, huggingface.Re
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config)
     if is_tied(config):
         reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
+    if not has_mtp(config, reader.tensors):
+        config = without_mtp(config)  # transformers saves a model without its layer for multi-token prediction
     rules.check_tensors(reader.tensors, family.rules(config).hf, str(folder))
     return config, family, reader
 
@@ -59,9 +61,17 @@ def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
     return plan, len(reader.quantized)
 
 
-def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
-    """(plan of the NeMo checkpoint of a Hugging Face model, its Megatron tensors)."""
+def import_plan(folder: Path, mtp: bool = False) -> tuple[Plan, Mapping[str, TensorInfo]]:
+    """(plan of the NeMo checkpoint of a Hugging Face model, its Megatron tensors).
+
+    Args:
+        mtp: with the layers for multi-token prediction; else they are left out.
+    """
     config, family, reader = open_model(folder)
+    if mtp and not mtp_layers(config):
+        raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
+    if not mtp:
+        config = without_mtp(config)
     model = family.rules(config)
     tensors = model.megatron
     layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
@@ -97,7 +107,7 @@ def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
             **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
             **{f"context/{HF_FILES}/{file.name}": file for file in others},
         },
-        identity=["import", identity_of_files([*reader.files(), folder / "config.json"])],
+        identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
     )
     return plan, tensors
 

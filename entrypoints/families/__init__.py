@@ -19,10 +19,10 @@ from types import ModuleType
 from typing import Any
 
 from entrypoints.errors import DataError
-from entrypoints.families import gpt_oss, llama31, qwen3, qwen25
+from entrypoints.families import deepseek_v3, gpt_oss, llama31, qwen3, qwen25
 from entrypoints.families.checks import check_required
 
-FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (gpt_oss, qwen3, qwen25, llama31)}
+FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (gpt_oss, qwen3, deepseek_v3, qwen25, llama31)}
 BY_MODEL_TYPE = {kind: family for family in FAMILIES.values() for kind in family.MODEL_TYPES}
 
 

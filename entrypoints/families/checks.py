@@ -31,6 +31,12 @@ def check_required(c: Config, where: Path, required: Kinds) -> None:
             raise DataError(f"{where}: field {field} is {c[field]}, out of range")
 
 
+def check_count(c: Config, where: Path, field: str, most: int) -> None:
+    """DataError unless the field is a whole number from 0 to `most`."""
+    if type(c.get(field)) is not int or not 0 <= c[field] <= most:
+        raise DataError(f"{where}: field {field} is {c.get(field)!r}; it must be a whole number from 0 to {most}")
+
+
 def check_section(c: Config, where: Path, section: str, fields: tuple[str, ...]) -> None:
     """DataError unless these fields of a section (such as rope_scaling) are positive numbers."""
     for field in fields:

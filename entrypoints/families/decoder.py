@@ -5,12 +5,13 @@ Hugging Face's names on the left, Megatron's on the right; h is the hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from entrypoints.families.checks import Config, head_dim
 from entrypoints.families.rules import GroupedQKV, Rules, Scope, qkv_by_groups
 
+MTP = "num_nextn_predict_layers"
 REQUIRED = {
     "num_hidden_layers": int,
     "hidden_size": int,
@@ -27,6 +28,21 @@ REQUIRED = {
 def is_tied(c: Config) -> bool:
     """The output layer is the embedding: no tensor of its own on either side."""
     return bool(c.get("tie_word_embeddings", False))
+
+
+def mtp_layers(c: Config) -> int:
+    """Number of layers for multi-token prediction, after the others."""
+    return c.get(MTP) or 0
+
+
+def without_mtp(c: Config) -> Config:
+    """The config.json of the same model without such layers."""
+    return {**c, MTP: 0} if MTP in c else c
+
+
+def has_mtp(c: Config, names: Iterable[str]) -> bool:
+    """There is such a layer among the tensors' names."""
+    return any(name.startswith(f"model.layers.{c['num_hidden_layers']}.") for name in names)
 
 
 # ---------------------------------------------------------------------------- rules

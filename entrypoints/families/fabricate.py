@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from entrypoints.checkpoint.huggingface import INDEX
 from entrypoints.checkpoint.refs import TORCH_NAMES, TensorInfo
 from entrypoints.families import BY_MODEL_TYPE
+from entrypoints.families.rules import Copies
 
 MXFP4_BYTES = 16
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -40,11 +41,14 @@ def fabricate(
     folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for name, info in family.rules(config).hf.items():
+    rules = family.rules(config)
+    for name, info in rules.hf.items():
         if quantized and name.endswith(family.QUANTIZED):
             tensors |= _random_mxfp4(name, info, generator)
         else:
             tensors[name] = _random(name, info, generator)
+    for first, *copies in (cell.op.names for cell in rules.cells if isinstance(cell.op, Copies)):
+        tensors |= {copy: tensors[first].clone() for copy in copies}
     _save_sharded(folder, tensors, shards)
     if quantized:
         skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -63,6 +67,9 @@ def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Te
     noise = torch.randn(info.shape, generator=generator)
     if "norm" in name:
         noise = 1 + 0.1 * noise
+    elif name.endswith("e_score_correction_bias"):
+        # Positive: where a score falls below zero, transformers chooses experts that the groups have ruled out.
+        noise = 0.1 * noise.abs()
     elif name.endswith(("bias", "sinks")):
         noise *= 0.1
     elif "embed" not in name:

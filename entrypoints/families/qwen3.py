@@ -61,6 +61,7 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "moe_router_topk": c["num_experts_per_tok"],
             # The chosen experts' softmax is over themselves alone if their weights are normalised, else over all.
             "moe_router_pre_softmax": not c.get("norm_topk_prob", False),
+            "moe_aux_loss_coeff": c.get("router_aux_loss_coef", 1e-3),
             "moe_permute_fusion": False,  # a kernel that Triton 3.6 cannot give
         },
     )

@@ -205,6 +205,12 @@ class Scope:
         target = self.target(key, *shape, dtype=dtype)
         self.rules.cells += by_rows((self.source(name, *shape, dtype=dtype),), target, TensorInfo(shape, dtype))
 
+    def copied(self, names: Iterable[str], key: str, *shape: int) -> None:
+        """Tensors that are all equal."""
+        parts = tuple(self.source(name, *shape) for name in names)
+        op = Copies(tuple(ref.name for ref in parts))
+        self.rules.cells += by_rows(parts, self.target(key, *shape), TensorInfo(shape), op)
+
     def joined(self, names: Iterable[str], key: str, rows: int, *width: int) -> None:
         """Tensors of the same shape that stand one below the other in Megatron's."""
         names = list(names)

@@ -78,11 +78,17 @@ COMMON = {
     "hidden_size": 256, "vocab_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 64,
 }  # fmt: skip
+DEEPSEEK = {
+    "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 4, "n_shared_experts": 1,
+}  # fmt: skip
 # The models of the golden lists, which NeMo saved on a GPU, with Transformer Engine.
 GOLDEN = {
     "gpt_oss": {"intermediate_size": 256, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "llama31": {"intermediate_size": 512},
     "qwen3": {"moe_intermediate_size": 256},
+    "deepseek_v3": {**DEEPSEEK, "num_nextn_predict_layers": 0},
+    "deepseek_v3_mtp": DEEPSEEK,
 }
 
 

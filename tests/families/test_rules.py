@@ -62,10 +62,14 @@ def shapes(family: str) -> st.SearchStrategy[dict[str, Any]]:
         "hidden_size": st.sampled_from([32, 64]), "intermediate_size": st.sampled_from([32, 96]),
         "head_dim": st.sampled_from([4, 16]), "vocab_size": st.just(40), "tie_word_embeddings": st.booleans(),
         "num_local_experts": st.integers(1, 4), "num_experts": st.integers(1, 4),
-        "moe_intermediate_size": st.sampled_from([16, 48]),
+        "moe_intermediate_size": st.sampled_from([16, 48]), "q_lora_rank": st.integers(1, 9),
+        "kv_lora_rank": st.integers(1, 9), "v_head_dim": st.integers(1, 9), "n_routed_experts": st.integers(1, 4),
+        "n_shared_experts": st.integers(1, 3), "first_k_dense_replace": st.integers(0, 4),
     }  # fmt: skip
     if family == "gpt_oss":
         fields["tie_word_embeddings"] = st.just(False)
+    if family == "deepseek_v3":
+        fields["num_nextn_predict_layers"] = st.integers(0, 2)
     if family == "qwen3":
         fields["model_type"] = st.sampled_from(["qwen3", "qwen3_moe"])
 
