@@ -7,7 +7,7 @@ check(c, where) refuses what the fields cannot be together
 rules(c)        every tensor of both sides and how they relate
 nemo_model(c)   what NeMo calls the model, and the fields of its configuration
 tiny_config()   a config.json of about a hundred thousand parameters
-QUANTIZED       how its published checkpoints are quantised
+QUANTIZED, FORM which tensors its published checkpoints hold quantised (by the ends of their names), and how
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 from entrypoints.families.checks import Config, head_dim
 from entrypoints.families.rules import GroupedQKV, Rules, Scope, qkv_by_groups
 
+PROJECTIONS = tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down"))
 MTP = "num_nextn_predict_layers"
 REQUIRED = {
     "num_hidden_layers": int,

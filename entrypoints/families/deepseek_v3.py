@@ -14,6 +14,7 @@ from entrypoints.errors import DataError
 from entrypoints.families import checks, decoder
 from entrypoints.families.checks import Config
 from entrypoints.families.decoder import mtp_layers
+from entrypoints.families.quantized import Fp8
 from entrypoints.families.rules import Rules, Scope
 
 NAME = "deepseek_v3"
@@ -33,6 +34,8 @@ REQUIRED = {
     "topk_group": int,
     "routed_scaling_factor": (int, float),
 }
+QUANTIZED = (*decoder.PROJECTIONS, *(f"{part}.weight" for part in ("q_a_proj", "q_b_proj", "kv_b_proj", "with_mqa")))
+FORM = Fp8(block=(32, 48))  # small, for tiny models
 
 
 def check(c: Config, where: Path) -> None:

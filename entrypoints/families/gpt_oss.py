@@ -14,6 +14,7 @@ from typing import Any
 from entrypoints.errors import DataError
 from entrypoints.families import checks, decoder
 from entrypoints.families.checks import Config
+from entrypoints.families.quantized import Mxfp4
 from entrypoints.families.rules import SAME, AlternatingRows, Cell, Rules, Scope, Transposed
 
 NAME = "gpt_oss"
@@ -27,8 +28,8 @@ REQUIRED = {
     "layer_types": list,
     "rope_scaling": dict,
 }
-# The matrices that the published checkpoints hold in MXFP4.
 QUANTIZED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+FORM = Mxfp4()
 
 
 def check(c: Config, where: Path) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 from entrypoints.errors import DataError
 from entrypoints.families import checks, decoder
 from entrypoints.families.checks import Config
+from entrypoints.families.quantized import CompressedTensors
 from entrypoints.families.rules import Rules
 
 NAME = "llama31"
 MODEL_TYPES = ("llama",)
 REQUIRED = decoder.REQUIRED
+QUANTIZED = decoder.PROJECTIONS
+FORM = CompressedTensors()
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 from entrypoints.families import checks, decoder
 from entrypoints.families.checks import Config
+from entrypoints.families.quantized import CompressedTensors
 from entrypoints.families.rules import Rules
 
 NAME = "qwen25"
 MODEL_TYPES = ("qwen2",)
 REQUIRED = decoder.REQUIRED
+QUANTIZED = decoder.PROJECTIONS
+FORM = CompressedTensors()
 
 
 def check(c: Config, where: Path) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 from entrypoints.errors import DataError
 from entrypoints.families import checks, decoder
 from entrypoints.families.checks import Config
+from entrypoints.families.quantized import Fp8
 from entrypoints.families.rules import Rules, Scope
 
 NAME = "qwen3"
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 REQUIRED = {**decoder.REQUIRED, "head_dim": int}
+QUANTIZED = decoder.PROJECTIONS
+FORM = Fp8(block=(32, 48))  # small, for tiny models
 REQUIRED_OF_EXPERTS = {"num_experts": int, "num_experts_per_tok": int, "moe_intermediate_size": int}
 
 

@@ -227,6 +227,12 @@ class Scope:
 
 def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], where: str) -> None:
     """DataError that names the first tensor of `where` that is missing, surplus or of another shape."""
+    for name in wanted.keys() & found.keys():
+        if found[name].dtype not in FLOATS:
+            raise DataError(
+                f"{where}: tensor {name} is stored as {found[name].dtype}, which is no known form of weights; "
+                f"known are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
+            )
     if missing := sorted(wanted.keys() - found.keys()):
         raise DataError(
             f"{where}: tensor {missing[0]} is missing{_more(missing)}; "
@@ -237,11 +243,6 @@ def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorIn
             f"{where}: tensor {surplus[0]} has no place in the model{_more(surplus)}; is config.json its own?"
         )
     for name, info in wanted.items():
-        if found[name].dtype not in FLOATS:
-            raise DataError(
-                f"{where}: tensor {name} is stored as {found[name].dtype}, which is no known form of weights; "
-                f"known are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
-            )
         if found[name].shape != info.shape:
             raise DataError(
                 f"{where}: tensor {name} has shape {list(found[name].shape)}, config.json asks for {list(info.shape)}"
