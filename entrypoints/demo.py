@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +179,13 @@ def _run(
     return summary
 
 
+def _free_port() -> int:
+    """A port that no other run on this machine has taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _train(result: Demo, folder: Path, steps: int) -> None:
     """Preprocess, train with a stop in the middle, and go on to the end."""
     f = str(folder)
@@ -195,7 +203,7 @@ def _train(result: Demo, folder: Path, steps: int) -> None:
     words = ["train", "--model", f"{f}/nemo", "--data", f"{f}/data.jsonl", "--out", f"{f}/run"]
     words += ["--steps", str(steps), "--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "2"]
     words += ["--global-batch-size", "8", "--lr", "2e-3", "--warmup-steps", "2", "--constant-steps", "2"]
-    words += ["--nproc-per-node", str(PROCESSES)]
+    words += ["--nproc-per-node", str(PROCESSES), "--master-port", str(_free_port())]
 
     def stop_in_the_middle(process: subprocess.Popen) -> None:
         import threading

@@ -45,6 +45,14 @@ def check_section(c: Config, where: Path, section: str, fields: tuple[str, ...])
             raise DataError(f"{where}: field {section}.{field} is {value!r}, which is no positive number")
 
 
+def check_rope_type(c: Config, where: Path, known: str) -> None:
+    """DataError unless rope_scaling is of the one type known here."""
+    scaling = c["rope_scaling"]
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    if kind != known:
+        raise DataError(f"{where}: field rope_scaling is {scaling!r}; for {c['model_type']} only {known} is known")
+
+
 def check_only(c: Config, where: Path, **known: Any) -> None:
     """DataError for a field with another value than the only one known here, for which an absent one is taken."""
     for field, value in known.items():

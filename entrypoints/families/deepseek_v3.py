@@ -72,11 +72,11 @@ def _grouped(c: Config) -> bool:
 
 
 def _check_yarn(c: Config, where: Path) -> None:
+    checks.check_rope_type(c, where, "yarn")
     yarn = c["rope_scaling"]
-    kind = yarn.get("rope_type", yarn.get("type")) if isinstance(yarn, dict) else yarn
-    if kind != "yarn":
-        raise DataError(f"{where}: rope_scaling is of type {kind!r}; only 'yarn' and none are known for deepseek_v3")
+    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     checks.check_section(c, where, "rope_scaling", ("factor", "original_max_position_embeddings"))
+    checks.check_section(c, where, "rope_scaling", tuple(field for field in optional if yarn.get(field)))
     if bool(yarn.get("mscale")) != bool(yarn.get("mscale_all_dim")):
         raise DataError(f"{where}: rope_scaling has one of mscale and mscale_all_dim; both or neither are known")
     for field, known in (("attention_factor", None), ("truncate", True)):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from entrypoints.checkpoint.huggingface import INDEX
 from entrypoints.checkpoint.refs import TORCH_NAMES, TensorInfo
 from entrypoints.families import BY_MODEL_TYPE
+from entrypoints.families.decoder import is_tied
 from entrypoints.families.quantized import Form
 from entrypoints.families.rules import Copies
 
@@ -47,7 +48,7 @@ def fabricate(
         if form and name.endswith(family.QUANTIZED):
             tensors |= form.tensors(name, info, generator)
         else:
-            tensors[name] = _random(name, info, generator)
+            tensors[name] = _random(name, info, generator, is_tied(config))
     for first, *copies in (cell.op.names for cell in rules.cells if isinstance(cell.op, Copies)):
         tensors |= {copy: tensors[first].clone() for copy in copies}
     _save_sharded(folder, tensors, shards)
@@ -59,8 +60,8 @@ def fabricate(
     _save_tokenizer(folder, texts, config["vocab_size"])
 
 
-def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Tensor:
-    """Weights of a size that keeps activations near 1, so that no layer drowns in another."""
+def _random(name: str, info: TensorInfo, generator: torch.Generator, tied: bool) -> torch.Tensor:
+    """Weights of a size that keeps activations and logits near 1, so that no layer drowns in another."""
     noise = torch.randn(info.shape, generator=generator)
     if "norm" in name:
         noise = 1 + 0.1 * noise
@@ -69,7 +70,7 @@ def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Te
         noise = 0.1 * noise.abs()
     elif name.endswith(("bias", "sinks")):
         noise *= 0.1
-    elif "embed" not in name:
+    elif "embed" not in name or tied:
         fan_in = info.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else info.shape[-1]
         noise /= fan_in**0.5
     return noise.to(getattr(torch, TORCH_NAMES[info.dtype]))

@@ -37,6 +37,7 @@ def check(c: Config, where: Path) -> None:
     checks.check_heads(c, where)
     if len(c["layer_types"]) != c["num_hidden_layers"]:
         raise DataError(f"{where}: layer_types has {len(c['layer_types'])} entries for {c['num_hidden_layers']} layers")
+    checks.check_rope_type(c, where, "yarn")
     yarn = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
     checks.check_section(c, where, "rope_scaling", yarn)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from entrypoints.errors import DataError
 from entrypoints.families import checks, decoder
 from entrypoints.families.checks import Config
 from entrypoints.families.quantized import CompressedTensors
@@ -23,10 +22,8 @@ def check(c: Config, where: Path) -> None:
     """DataError for what the fields cannot be together."""
     checks.check_heads(c, where)
     checks.check_only(c, where, hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0)
-    if (scaling := c.get("rope_scaling")) is not None:
-        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
-        if kind != "llama3":
-            raise DataError(f"{where}: rope_scaling is of type {kind!r}; only 'llama3' and none are known for llama")
+    if c.get("rope_scaling") is not None:
+        checks.check_rope_type(c, where, "llama3")
         checks.check_section(c, where, "rope_scaling", SCALING)
 
 
