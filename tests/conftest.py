@@ -31,10 +31,11 @@ def texts() -> list[str]:
 
 
 DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-YARN = {**FAMILIES["deepseek_v3"].tiny_config()["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.5, "factor": 8}
+YARN = {"factor": 8.0, "beta_fast": 2.0, "beta_slow": 0.5, "original_max_position_embeddings": 96, "type": "yarn"}
 # Every kind of model, by a name for it: (family, what its tiny config is changed by).
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss_yarn": ("gpt_oss", {"rope_scaling": {**YARN, "rope_type": "yarn", "truncate": True}}),
     "llama31": ("llama31", {}),
     "llama3": ("llama31", {"rope_scaling": None, "rope_theta": 500000.0}),
     "llama31_tied": ("llama31", {"tie_word_embeddings": True}),
@@ -47,7 +48,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {}),
     "deepseek_v3_plain_rope": ("deepseek_v3", {"rope_scaling": None, "num_nextn_predict_layers": 0}),
     "deepseek_v3_one_group": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}),
-    "deepseek_v3_half_mscale": ("deepseek_v3", {"rope_scaling": YARN, "num_nextn_predict_layers": 0}),
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_scaling": YARN, "num_nextn_predict_layers": 0}),
+    "deepseek_v3_mscale": (
+        "deepseek_v3",
+        {"rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5}, "num_nextn_predict_layers": 0},
+    ),
 }
 
 

@@ -121,7 +121,7 @@ def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: _Same | Co
         info: of one Hugging Face tensor, all of which `hf` names.
         megatron: its rows, if any, are where the tensor's rows go.
     """
-    step = max(1, MAX_CELL_BYTES * info.shape[0] // info.bytes)
+    step = max(1, MAX_CELL_BYTES * info.shape[0] // (info.bytes * len(hf)))
     if step >= info.shape[0]:
         yield Cell(hf, (megatron,), op)
         return

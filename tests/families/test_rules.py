@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -105,18 +106,43 @@ def test_models_of_any_shape_are_covered_and_come_back(name, cell_bytes, monkeyp
     assert all(torch.equal(back[name], source[name]) for name in model.hf)
 
 
-@pytest.mark.parametrize(
-    "name, sizes",
-    [
-        ("llama31", {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 2, "head_dim": 128,
-                     "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256}),
-        ("qwen25", {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 2, "vocab_size": 152064,
-                    "num_attention_heads": 64, "num_key_value_heads": 8}),
-    ],
-)  # fmt: skip
-def test_the_largest_models_go_in_small_pieces(name, sizes):
-    model = FAMILIES[name].rules(FAMILIES[name].tiny_config() | sizes)
+# (family, what config.json says of a published model, its parameters as published)
+PUBLISHED = {
+    "gpt_oss 120b": ("gpt_oss", {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088, "num_local_experts": 128,
+    }, 116_829_156_672),
+    "llama31 8b": ("llama31", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    }, 8_030_261_248),
+    "llama31 405b": ("llama31", {
+        "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    }, 405_853_388_800),
+    "qwen25 0.5b": ("qwen25", {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+    }, 494_032_768),
+    "qwen3 235b": ("qwen3", {
+        "hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+    }, 235_093_634_560),
+    "deepseek_v3": ("deepseek_v3", {
+        "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
+        "num_attention_heads": 128, "vocab_size": 129280, "n_routed_experts": 256, "n_shared_experts": 1,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "first_k_dense_replace": 3,
+    }, 684_489_845_504),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters_and_go_in_small_pieces(name):
+    family, sizes, parameters = PUBLISHED[name]
+    model = FAMILIES[family].rules(FAMILIES[family].tiny_config() | sizes)
     rules.check_coverage(model.cells, model.hf, model.megatron)
+    assert sum(math.prod(info.shape) for info in model.hf.values()) == parameters
     largest = max(sum(TensorInfo(r.shape(model.hf[r.name].shape)).bytes for r in cell.hf) for cell in model.cells)
     assert largest <= 1.2 * rules.MAX_CELL_BYTES
 
