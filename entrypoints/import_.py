@@ -8,7 +8,7 @@ from pathlib import Path
 from entrypoints.report import Summary
 
 
-def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
+def import_(src: str, dst: str, *, mtp: bool = False, memory: str = "1GB") -> Summary:
     """Turn a Hugging Face model into a NeMo checkpoint.
 
     MXFP4 and FP8 are read straight, without a BF16 copy on disk. The checkpoint holds no parallelism: NeMo loads it
@@ -17,6 +17,7 @@ def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
     Args:
         src: folder of the model, BF16, FP8 or MXFP4.
         dst: NeMo checkpoint to write.
+        mtp: keep the layers for multi-token prediction (DeepSeek V3 has one), which are left out otherwise.
         memory: bytes that tensors at work may take.
     """
     from entrypoints.checkpoint import convert, stream
@@ -24,6 +25,6 @@ def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
     started, out = time.monotonic(), Path(dst)
     budget = stream.parse_size(memory, "--memory")
     stream.refuse_existing(out)
-    plan, tensors = convert.import_plan(stream.existing_folder(src))
+    plan, tensors = convert.import_plan(stream.existing_folder(src), mtp)
     stream.run(plan, out, "import", budget)
     return Summary("import", str(out), plan.bytes, time.monotonic() - started, {"tensors": len(tensors)})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from entrypoints import demo as demo_module
+from entrypoints import demo_checks
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_checks_can_fail(finished, broken):
         | {name: tensors[name].flatten().index_fill(0, tensors[name].new_zeros(1).long(), 7).view_as(tensors[name])},
         file,
     )
-    check = demo_module._dequantised_is_exact if broken == "bf16" else demo_module._merged_is_complete
+    check = demo_checks._dequantised_is_exact if broken == "bf16" else demo_checks._merged_is_complete
     found = check(folder)
     file.write_bytes(before)
     assert not found.passed and check(folder).passed
