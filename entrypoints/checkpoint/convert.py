@@ -93,13 +93,16 @@ def _is_tokenizer(file: Path) -> bool:
     return file.name.startswith(TOKENIZER_FILES) or file.name == "config.json"
 
 
-def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
-    """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
+def open_nemo(checkpoint: Path) -> tuple[dict[str, Any], ModuleType, torch_dist.Reader]:
+    """(config.json of the source, family, reader) of a NeMo checkpoint whose tensors are all there.
+
+    The tensors of the optimizer are left aside.
+    """
     reader = torch_dist.Reader(checkpoint)
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
-        raise DataError(f"{context} has no {path.name}; export works on checkpoints that `slipway import` began")
+        raise DataError(f"{context} has no {path.name}; give a checkpoint that `slipway import` began")
     config = read_config(path)
     family = family_of(config, path)
     wanted = family.megatron_tensors(config)
@@ -107,6 +110,13 @@ def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
     if found and all("adapter." in key for key in found):
         raise DataError(f"{checkpoint} holds trained heads alone; `slipway extract-heads` reads those")
     rules.check_tensors(found, wanted, str(reader.folder))
+    return config, family, reader
+
+
+def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
+    """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
+    config, family, reader = open_nemo(checkpoint)
+    context, wanted = context_folder(reader.folder), family.megatron_tensors(config)
     layout = huggingface.Layout(family.hf_tensors(config), shard_bytes)
 
     def piece(cell: rules.Cell) -> Piece:
