@@ -205,7 +205,8 @@ def overview() -> str:
             *lines,
             "",
             "`slipway COMMAND --help` tells what it takes. Exit codes: 0 done, 2 usage, 65 bad input data,",
-            "73 cannot write, 75 stopped and saved (run again to go on), 78 preflight failed, 1 a defect.",
+            "73 cannot write, 75 stopped and saved (run again to go on), 78 preflight failed, 1 a defect, or models",
+            "that `verify` finds to differ.",
         ]
     )
 
