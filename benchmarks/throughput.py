@@ -59,9 +59,7 @@ def main() -> None:
             lines.append(
                 verdict(f"{command}: {limit / seconds:.2f} of the plain rate (≥ {SHARE})", limit / seconds >= SHARE)
             )
-    print(
-        f"{options.model} in {options.format}, {options.gigabytes:g} GB in BF16; Python and torch start in {start:.2f} s"
-    )
+    print(f"{options.model} in {options.format}, {options.gigabytes:g} GB; Python and torch start in {start:.2f} s")
     print_table(["", "read + written", "ours, s", "plain, s", "ratio", "without the start"], rows)
     print("\n".join(lines), flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.throughput", "--decoders"])
