@@ -15,7 +15,7 @@ from torch import Tensor
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
-GROUPS_AT_ONCE = 1 << 14  # of 32 elements: what fits into a core's cache
+ELEMENTS_AT_ONCE = 1 << 19  # what fits into a core's cache with all that is computed from it
 
 
 @functools.cache
@@ -53,9 +53,10 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """
     exact = _exact_in_bfloat16(scales)
     size = 2 * blocks.shape[-1]
+    step = ELEMENTS_AT_ONCE // size
     values = torch.empty(scales.numel(), size, dtype=torch.bfloat16)
     parts = (values, blocks.reshape(-1, blocks.shape[-1]), scales.reshape(-1))
-    for part, codes, exponents in zip(*(whole.split(GROUPS_AT_ONCE) for whole in parts), strict=True):
+    for part, codes, exponents in zip(*(whole.split(step) for whole in parts), strict=True):
         pairs = _look_up(_byte_pairs(), codes).view(torch.bfloat16).view(-1, size)
         scale = _look_up(_e8m0(), exponents).unsqueeze(1)
         if exact:
@@ -80,13 +81,11 @@ def decode_fp8_block(weight: Tensor, scale: Tensor, block: tuple[int, int], firs
         block: rows and columns of a block; the blocks at the lower and right edge may be cut off.
     """
     rows, columns = weight.shape
-    values = torch.empty(rows, columns, dtype=torch.bfloat16)
-    start = 0
-    while start < rows:
-        block_row = (first_row + start) // block[0]
-        stop = min(rows, (block_row + 1) * block[0] - first_row)
-        factors = scale[block_row].float().repeat_interleave(block[1])[:columns]
-        codes = weight[start:stop].view(torch.uint8)
-        values[start:stop] = _look_up(_e4m3(), codes).view(stop - start, columns).mul_(factors)
-        start = stop
+    values, scales = torch.empty(rows, columns, dtype=torch.bfloat16), scale.float()
+    step = max(1, ELEMENTS_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        codes = weight[start : start + step].view(torch.uint8)
+        block_rows = torch.arange(first_row + start, first_row + start + len(codes)) // block[0]
+        factors = scales[block_rows].repeat_interleave(block[1], dim=1)[:, :columns]
+        values[start : start + step] = _look_up(_e4m3(), codes).view(codes.shape).mul_(factors)
     return values
