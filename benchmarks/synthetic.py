@@ -62,7 +62,7 @@ def stored_as(name: str, info: TensorInfo, form: str) -> dict[str, TensorInfo]:
         experts, columns, rows = info.shape
         shape = (experts, rows, columns // 32)
         return {f"{name}_blocks": TensorInfo((*shape, 16), "U8"), f"{name}_scales": TensorInfo(shape, "U8")}
-    if form == "fp8" and len(info.shape) == 2 and "_proj" in name:
+    if form == "fp8" and len(info.shape) == 2 and "_proj" in name and name.endswith(".weight"):
         scales = tuple(math.ceil(size / FP8_BLOCK) for size in info.shape)
         return {name: TensorInfo(info.shape, "F8_E4M3"), f"{name}_scale_inv": TensorInfo(scales, "F32")}
     return {name: info}
