@@ -175,7 +175,7 @@ def one_layer_more(config: dict) -> None:
 
 INCOMPLETE = {
     "shard": (lambda m: (m / SHARD).unlink(), "missing files", SHARD),
-    "tensors of a shard": (lambda m: (m / SHARD).unlink(), "not in the files", "lm_head.weight"),
+    "tensors of a shard": (lambda m: (m / SHARD).unlink(), "not in the files", "model.layers."),
     "config": (lambda m: (m / "config.json").unlink(), "missing files", "config.json"),
     "index": (lambda m: (m / INDEX).unlink(), "missing files", INDEX),
     "scales": (rename_scales, "missing scales", "_scales"),
