@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import entrypoints
-from entrypoints import demo, dequant, export, heads, import_, preprocess, train, version
+from entrypoints import demo, dequant, export, heads, import_, inspect_, preprocess, train, verify, version
 from entrypoints.errors import SlipwayError, UsageError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "dequant": dequant.dequant,
     "import": import_.import_,
+    "export": export.export,
+    "inspect": inspect_.inspect,
+    "verify": verify.verify,
     "preprocess": preprocess.preprocess,
     "train": train.train,
     "extract-heads": heads.extract_heads,
     "merge-heads": heads.merge_heads,
-    "export": export.export,
     "demo": demo.demo,
     "version": version.version,
 }
@@ -203,7 +205,8 @@ def overview() -> str:
             *lines,
             "",
             "`slipway COMMAND --help` tells what it takes. Exit codes: 0 done, 2 usage, 65 bad input data,",
-            "73 cannot write, 75 stopped and saved (run again to go on), 78 preflight failed, 1 a defect.",
+            "73 cannot write, 75 stopped and saved (run again to go on), 78 preflight failed, 1 a defect, or models",
+            "that `verify` finds to differ.",
         ]
     )
 
@@ -216,6 +219,7 @@ def help_text(name: str, function: Callable[..., Any]) -> str:
     """Fire's help for one command, without terminal control codes."""
     import re
 
+    sys.modules.setdefault("IPython", None)  # Fire would import it for the docstring, which takes half of the time
     from fire import helptext, trace
 
     steps = trace.FireTrace(function, name=f"slipway {name}")
@@ -231,8 +235,8 @@ def _call_through_fire(name: str, function: Callable[..., Any], arguments: dict[
     strict = decorators.SetParseFns(**parsers)(function)
     words = [f"{_flag(key)}=given" for key in arguments]
     render = (lambda result: json.dumps(result.as_dict())) if as_json else str
-    fire.Fire(strict, command=words, name=f"slipway {name}", serialize=render)
-    return 0
+    result = fire.Fire(strict, command=words, name=f"slipway {name}", serialize=render)
+    return getattr(result, "exit_code", 0)
 
 
 if __name__ == "__main__":

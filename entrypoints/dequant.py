@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from entrypoints.report import Summary
 
@@ -15,17 +14,17 @@ def dequant(src: str, dst: str, *, shard_size: str = "5GB", memory: str = "1GB")
     when the same command is given again.
 
     Args:
-        src: folder of the model.
+        src: folder of the model, or hf://org/name[@revision].
         dst: folder to write.
         shard_size: most bytes in one safetensors file.
         memory: bytes that tensors at work may take.
     """
-    from entrypoints.checkpoint import convert, stream
+    from entrypoints.checkpoint import convert, locate, stream
 
-    started, out = time.monotonic(), Path(dst)
+    started, out = time.monotonic(), locate.output(dst)
     limit, budget = stream.parse_size(shard_size, "--shard-size"), stream.parse_size(memory, "--memory")
     stream.refuse_existing(out)
-    plan, decoded = convert.dequant_plan(stream.existing_folder(src), limit)
+    plan, decoded = convert.dequant_plan(locate.folder(src), limit)
     stream.run(plan, out, "dequant", budget)
     details = {"files": len(plan.sizes), "decoded_tensors": decoded}
     return Summary("dequant", str(out), plan.bytes, time.monotonic() - started, details)

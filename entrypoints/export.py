@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from entrypoints.report import Summary
 
@@ -12,16 +11,16 @@ def export(ckpt: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB")
     """Turn a NeMo checkpoint, saved by any number of ranks, into a Hugging Face model in BF16.
 
     Args:
-        ckpt: NeMo checkpoint that `import` made, or that training wrote from one.
+        ckpt: NeMo checkpoint, a folder or nemo://name, that `import` made, or that training wrote from one.
         out: folder to write.
         shard_size: most bytes in one safetensors file.
         memory: bytes that tensors at work may take.
     """
-    from entrypoints.checkpoint import convert, stream
+    from entrypoints.checkpoint import convert, locate, stream
 
-    started, target = time.monotonic(), Path(out)
+    started, target = time.monotonic(), locate.output(out)
     limit, budget = stream.parse_size(shard_size, "--shard-size"), stream.parse_size(memory, "--memory")
     stream.refuse_existing(target)
-    plan = convert.export_plan(stream.existing_folder(ckpt), limit)
+    plan = convert.export_plan(locate.nemo_folder(ckpt), limit)
     stream.run(plan, target, "export", budget)
     return Summary("export", str(target), plan.bytes, time.monotonic() - started, {"files": len(plan.sizes)})

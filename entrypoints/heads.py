@@ -30,12 +30,12 @@ def extract_heads(ckpt: str, out: str) -> Summary:
     """
     from safetensors.torch import save
 
-    from entrypoints.checkpoint import stream, torch_dist
+    from entrypoints.checkpoint import locate, stream, torch_dist
     from entrypoints.checkpoint.refs import Ref
 
-    started, target = time.monotonic(), Path(out)
+    started, target = time.monotonic(), locate.output(out)
     stream.refuse_existing(target)
-    reader = torch_dist.Reader(stream.existing_folder(ckpt))
+    reader = torch_dist.Reader(locate.nemo_folder(ckpt))
     if missing := [name for name in NAMES if ADAPTER + name not in reader.tensors]:
         raise DataError(
             f"{ckpt} holds no trained heads ({ADAPTER}{missing[0]} is missing); give one of `train --mode heads`"
@@ -76,18 +76,18 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
 
     Args:
         heads: folder that `extract-heads` wrote.
-        base: folder of the base model in BF16.
+        base: folder of the base model in BF16, or hf://org/name[@revision].
         out: folder to write.
         shard_size: most bytes in one safetensors file.
         memory: bytes that tensors at work may take.
     """
-    from entrypoints.checkpoint import convert, stream
+    from entrypoints.checkpoint import convert, locate, stream
 
-    started, target = time.monotonic(), Path(out)
+    started, target = time.monotonic(), locate.output(out)
     limit, budget = stream.parse_size(shard_size, "--shard-size"), stream.parse_size(memory, "--memory")
     stream.refuse_existing(target)
     tensors, config = read_heads(stream.existing_folder(heads))
-    plan = convert.merge_plan(tensors, config, stream.existing_folder(base), limit)
+    plan = convert.merge_plan(tensors, config, locate.folder(base), limit)
     stream.run(plan, target, "merge-heads", budget)
     return Summary("merge-heads", str(target), plan.bytes, time.monotonic() - started, {"files": len(plan.sizes)})
 

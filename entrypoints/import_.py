@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from entrypoints.report import Summary
 
@@ -15,16 +14,16 @@ def import_(src: str, dst: str, *, mtp: bool = False, memory: str = "1GB") -> Su
     with any. A run that was ended goes on when the same command is given again.
 
     Args:
-        src: folder of the model, BF16, FP8 or MXFP4.
-        dst: NeMo checkpoint to write.
+        src: folder of the model, BF16, FP8 or MXFP4, or hf://org/name[@revision].
+        dst: NeMo checkpoint to write, a folder or nemo://name.
         mtp: keep the layers for multi-token prediction (DeepSeek V3 has one), which are left out otherwise.
         memory: bytes that tensors at work may take.
     """
-    from entrypoints.checkpoint import convert, stream
+    from entrypoints.checkpoint import convert, locate, stream
 
-    started, out = time.monotonic(), Path(dst)
+    started, out = time.monotonic(), locate.output(dst)
     budget = stream.parse_size(memory, "--memory")
     stream.refuse_existing(out)
-    plan, tensors = convert.import_plan(stream.existing_folder(src), mtp)
+    plan, tensors = convert.import_plan(locate.folder(src), mtp)
     stream.run(plan, out, "import", budget)
     return Summary("import", str(out), plan.bytes, time.monotonic() - started, {"tensors": len(tensors)})

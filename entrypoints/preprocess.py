@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from entrypoints.checkpoint import locate
 from entrypoints.errors import DataError, UsageError, WriteError
 from entrypoints.report import Progress, Summary
 
@@ -27,11 +28,11 @@ def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -
     Args:
         data: a text or .jsonl file, or a folder of them.
         out: the .jsonl file to write.
-        tokenizer: folder of the model, Hugging Face or NeMo, whose tokenizer is used.
+        tokenizer: model whose tokenizer is used: a folder, hf://org/name[@revision] or nemo://name.
         seq_length: the limit that training will have.
     """
     started = time.monotonic()
-    files, folder, target = _files(Path(data)), _tokenizer_folder(Path(tokenizer)), Path(out)
+    files, folder, target = _files(Path(data)), _tokenizer_folder(tokenizer), Path(out)
     if target.exists():
         raise UsageError(f"{target} exists; remove it or choose another OUT")
     if seq_length < 3:
@@ -84,8 +85,9 @@ def _files(data: Path) -> list[Path]:
     return files
 
 
-def _tokenizer_folder(model: Path) -> Path:
-    for folder in (model, model / "context" / "nemo_tokenizer"):
+def _tokenizer_folder(model: str) -> Path:
+    base = locate.locate(model, files=locate.TOKENIZER)
+    for folder in (base, base / "context" / "nemo_tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UsageError(f"--tokenizer {model} has no tokenizer.json; give the folder of the model")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from entrypoints.checkpoint import locate
 from entrypoints.errors import DataError, SlipwayError, Stopped, UsageError, WriteError
 from entrypoints.launch import torchrun
 from entrypoints.launch.topology import find_topology
@@ -54,7 +55,7 @@ def train(
     there, with the same order of the data. Run it on every node with the same flags but --node-rank.
 
     Args:
-        model: NeMo checkpoint of the base model, as `import` writes it.
+        model: NeMo checkpoint of the base model, as `import` writes it: a folder or nemo://name.
         data: JSON lines of tokens, as `preprocess` writes them.
         out: folder of the run: checkpoints, status.json, metrics.jsonl, loss.png, TensorBoard.
         mode: what is trained; heads = temperature and top-p heads on a frozen base.
@@ -83,6 +84,7 @@ def train(
         dry_run: print the recipe, the topology and the torchrun command, and do nothing.
     """
     topology = find_topology(nodes, node_rank, master_addr, master_port, nproc_per_node)
+    model = str(locate.nemo_path(model))
     recipe = Recipe(**{name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__})
     recipe.check(topology.world_size)
     vocab_size = _check_paths(recipe)

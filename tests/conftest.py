@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import entrypoints
 from entrypoints.families import FAMILIES
@@ -82,3 +83,21 @@ def nemo_model(mxfp4_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("nemo") / "tiny"
     import_(str(mxfp4_model), str(folder))
     return folder
+
+
+def write_torch_dist(weights: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A torch_dist checkpoint, as training leaves one, of the tensors under these keys."""
+    from entrypoints.checkpoint import torch_dist
+    from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
+
+    dtypes = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
+    infos = {key: TensorInfo(tuple(tensor.shape), dtypes[tensor.dtype]) for key, tensor in tensors.items()}
+    layout = torch_dist.Layout(infos, [Ref(key) for key in infos], [])
+    weights.mkdir(parents=True)
+    for file, size in layout.sizes.items():
+        content = bytearray(size)
+        for ref, (at, offset, length) in layout.places.items():
+            if at == file:
+                content[offset : offset + length] = torch_dist.serialize(tensors[ref.name])
+        (weights / file).write_bytes(content)
+    (weights / ".metadata").write_bytes(layout.metadata())

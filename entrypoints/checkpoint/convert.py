@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,23 @@ def as_dtype(part: Tensor, dtype: str) -> Tensor:
     return part.to(getattr(torch, TORCH_NAMES[dtype]))
 
 
-def open_model(folder: Path) -> tuple[dict[str, Any], ModuleType, huggingface.Reader]:
-    """(config.json, family, reader) of a Hugging Face folder whose tensors are all there and of the right shapes."""
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose tensors are all there and of the right shapes.
+
+    Args:
+        config: config.json of the Hugging Face form.
+        model: the family's rules for it.
+    """
+
+    config: dict[str, Any]
+    family: ModuleType
+    model: rules.Rules
+    reader: Any
+
+
+def open_model(folder: Path) -> Opened:
+    """A Hugging Face folder; DataError where something is missing, surplus or garbled."""
     config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config)
@@ -44,20 +60,21 @@ def open_model(folder: Path) -> tuple[dict[str, Any], ModuleType, huggingface.Re
         reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
     if not has_mtp(config, reader.tensors):
         config = without_mtp(config)  # transformers saves a model without its layer for multi-token prediction
-    rules.check_tensors(reader.tensors, family.rules(config).hf, str(folder))
-    return config, family, reader
+    model = family.rules(config)
+    rules.check_tensors(reader.tensors, model.hf, str(folder))
+    return Opened(config, family, model, reader)
 
 
 def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
     """(plan of the BF16 copy of a quantised model, number of tensors that get decoded)."""
-    config, family, reader = open_model(folder)
+    source = open_model(folder)
+    reader, model = source.reader, source.model
     if not reader.quantized:
         raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
-    model = family.rules(config)
     layout = huggingface.Layout({name: reader.tensors[name] for name in model.hf}, shard_bytes)
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
-    plan = _hf_plan(layout, pieces, bf16_config(config), folder, reader.files(), "dequant")
+    plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, reader.files(), "dequant")
     return plan, len(reader.quantized)
 
 
@@ -67,12 +84,13 @@ def import_plan(folder: Path, mtp: bool = False) -> tuple[Plan, Mapping[str, Ten
     Args:
         mtp: with the layers for multi-token prediction; else they are left out.
     """
-    config, family, reader = open_model(folder)
+    source = open_model(folder)
+    config, model, reader = source.config, source.model, source.reader
     if mtp and not mtp_layers(config):
         raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
-    if not mtp:
+    if not mtp and mtp_layers(config):
         config = without_mtp(config)
-    model = family.rules(config)
+        model = source.family.rules(config)
     tensors = model.megatron
     layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
 
@@ -92,7 +110,7 @@ def import_plan(folder: Path, mtp: bool = False) -> tuple[Plan, Mapping[str, Ten
     def extra_state() -> Iterable[Write]:
         return [(f"weights/{file}", offset, layout.empty_state) for file, offset, _ in layout.extra.values()]
 
-    context = nemo_context.context_files(*family.nemo_model(config), bf16_config(config))
+    context = nemo_context.context_files(*source.family.nemo_model(config), bf16_config(config))
     others = huggingface.other_files(folder)
     plan = Plan(
         sizes={f"weights/{file}": size for file, size in layout.sizes.items()},
@@ -116,21 +134,27 @@ def _is_tokenizer(file: Path) -> bool:
     return file.name.startswith(TOKENIZER_FILES) or file.name == "config.json"
 
 
-def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
-    """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
+def open_nemo(checkpoint: Path) -> Opened:
+    """A NeMo checkpoint; the tensors of the optimizer are left aside."""
     reader = torch_dist.Reader(checkpoint)
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
-        raise DataError(f"{context} has no {path.name}; export works on checkpoints that `slipway import` began")
+        raise DataError(f"{context} has no {path.name}; give a checkpoint that `slipway import` began")
     config = read_config(path)
     family = family_of(config, path)
     model = family.rules(config)
-    wanted = model.megatron
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
     if found and all("adapter." in key for key in found):
         raise DataError(f"{checkpoint} holds trained heads alone; `slipway extract-heads` reads those")
-    rules.check_tensors(found, wanted, str(reader.folder))
+    rules.check_tensors(found, model.megatron, str(reader.folder))
+    return Opened(config, family, model, reader)
+
+
+def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
+    """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
+    source = open_nemo(checkpoint)
+    reader, model = source.reader, source.model
     layout = huggingface.Layout(model.hf, shard_bytes)
 
     def piece(cell: rules.Cell) -> Piece:
@@ -139,9 +163,10 @@ def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
             for ref, part in zip(cell.hf, parts, strict=True):
                 yield (*layout.place(ref), tensor_bytes(as_dtype(part, model.hf[ref.name].dtype)))
 
-        return Piece(sum(TensorInfo(r.shape(wanted[r.name].shape)).bytes for r in cell.megatron), work)
+        return Piece(sum(TensorInfo(r.shape(model.megatron[r.name].shape)).bytes for r in cell.megatron), work)
 
-    return _hf_plan(layout, [*map(piece, model.cells)], config, context / HF_FILES, reader.files(), "export")
+    others = context_folder(reader.folder) / HF_FILES
+    return _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
 
 
 def context_folder(weights: Path) -> Path:
@@ -151,7 +176,8 @@ def context_folder(weights: Path) -> Path:
 
 def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], base: Path, shard_bytes: int) -> Plan:
     """Plan of one model of base (`llm.*`) and heads, in the form of AutoDeco."""
-    config, family, reader = open_model(base)
+    source = open_model(base)
+    config, model, reader = source.config, source.model, source.reader
     if reader.quantized:
         raise DataError(f"{base} is quantised; run `slipway dequant` on it and merge into its output")
     if heads_config["temperature_hidden_size"] != config["hidden_size"]:
@@ -159,7 +185,6 @@ def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], bas
             f"the heads are for a hidden size of {heads_config['temperature_hidden_size']}, "
             f"{base} has {config['hidden_size']}; take the base they were trained on"
         )
-    model = family.rules(config)
     tensors = {f"llm.{name}": reader.tensors[name] for name in model.hf}
     tensors |= {name: TensorInfo(tuple(part.shape), "BF16") for name, part in heads.items()}
     layout = huggingface.Layout(tensors, shard_bytes)

@@ -99,15 +99,9 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         if (folder / SINGLE).exists():
             return read_header(folder / SINGLE)
         raise DataError(f"{folder} holds neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face model")
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
-        if not all(isinstance(file, str) and Path(file).name == file for file in files):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{index}: garbled, no map of tensor to file; {AGAIN}") from None
+    where = read_index(index)
     stored: dict[str, Stored] = {}
-    for file in files:
+    for file in sorted(set(where.values())):
         if not (folder / file).exists():
             raise DataError(f"{index} names {file}, which is not there; fetch the missing file")
         for name, place in read_header(folder / file).items():
@@ -118,6 +112,17 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         if name not in stored or stored[name].file.name != file:
             raise DataError(f"{index} says tensor {name} is in {file}, where it is not; {AGAIN}")
     return stored
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor → file beside the index; DataError where it is no such map."""
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in where.values()):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{index}: garbled, no map of tensor to file; {AGAIN}") from None
+    return where
 
 
 # ---------------------------------------------------------------------------- reading

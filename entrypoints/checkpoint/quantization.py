@@ -16,6 +16,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 E8M0_BIAS = 127
 E8M0_NAN = 255
 NAN = 0x7FFF  # the bits of the NaN that GPUs write
+ELEMENTS_AT_ONCE = 1 << 19  # what fits into a core's cache with all that is computed from it
 
 
 @functools.cache
@@ -35,15 +36,36 @@ def _e8m0() -> Tensor:
     return values
 
 
+@functools.cache
+def _e4m3() -> Tensor:
+    """[256] float32: the value of each float8_e4m3fn code."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """[codes.numel()]: the table's entry for each byte. Many times faster than indexing and than torch's own cast."""
+    return table.index_select(0, codes.reshape(-1).int())
+
+
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """bfloat16 [..., 32·G] from blocks uint8 [..., G, 16] and scales uint8 [..., G].
 
     Every product is exact in bfloat16 but for the smallest and largest scales, where it is rounded to nearest even.
     """
-    pairs = _byte_pairs()[blocks.reshape(-1).int()].view(torch.bfloat16).view(-1, 2 * blocks.shape[-1])
-    scale = _e8m0()[scales.reshape(-1, 1).int()]
     exact = _exact_in_bfloat16(scales)
-    values = pairs.mul_(scale.bfloat16()) if exact else _with_one_nan((pairs.float() * scale).bfloat16())
+    size = 2 * blocks.shape[-1]
+    step = ELEMENTS_AT_ONCE // size
+    values = torch.empty(scales.numel(), size, dtype=torch.bfloat16)
+    parts = (values, blocks.reshape(-1, blocks.shape[-1]), scales.reshape(-1))
+    for part, codes, exponents in zip(*(whole.split(step) for whole in parts), strict=True):
+        pairs = _look_up(_byte_pairs(), codes).view(torch.bfloat16).view(-1, size)
+        scale = _look_up(_e8m0(), exponents).unsqueeze(1)
+        if exact:
+            torch.mul(pairs, scale.bfloat16(), out=part)
+        else:
+            part.copy_(pairs.float() * scale)
+    if not exact:
+        _make_nans_one(values)
     return values.view(*scales.shape[:-1], -1)
 
 
@@ -62,10 +84,16 @@ def decode_fp8_block(weight: Tensor, scale: Tensor, block: tuple[int, int], firs
         block: rows and columns of a block; the blocks at the lower and right edge may be cut off.
     """
     rows, columns = weight.shape
-    wanted = torch.arange(first_row, first_row + rows) // block[0]
-    spread = scale.float()[wanted].repeat_interleave(block[1], dim=1)[:, :columns]
-    values = weight.float().mul_(spread).bfloat16()
-    return values if _is_finite(weight, scale) else _with_one_nan(values)
+    values, scales = torch.empty(rows, columns, dtype=torch.bfloat16), scale.float()
+    step = max(1, ELEMENTS_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        codes = weight[start : start + step].view(torch.uint8)
+        block_rows = torch.arange(first_row + start, first_row + start + len(codes)) // block[0]
+        factors = scales[block_rows].repeat_interleave(block[1], dim=1)[:, :columns]
+        values[start : start + step] = _look_up(_e4m3(), codes).view(codes.shape).mul_(factors)
+    if not _is_finite(weight, scales):
+        _make_nans_one(values)
+    return values
 
 
 def _is_finite(weight: Tensor, scale: Tensor) -> bool:
@@ -73,9 +101,9 @@ def _is_finite(weight: Tensor, scale: Tensor) -> bool:
     if not weight.numel():
         return True
     greatest = (weight.view(torch.int8).max() < 127) & (weight.view(torch.uint8).max() < 255)
-    return bool(greatest & scale.float().isfinite().all())
+    return bool(greatest & scale.isfinite().all())
 
 
-def _with_one_nan(values: Tensor) -> Tensor:
-    """bfloat16 with every NaN the same: processors differ in the one they write, and a checkpoint must not."""
-    return values.view(torch.int16).masked_fill_(values.isnan(), NAN).view(torch.bfloat16)
+def _make_nans_one(values: Tensor) -> None:
+    """Every NaN of a bfloat16 tensor becomes the same: processors differ in theirs, and a checkpoint must not."""
+    values.view(torch.int16).masked_fill_(values.isnan(), NAN)

@@ -177,31 +177,45 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
 
 
 def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) -> None:
-    import torch
-
-    todo = [number for number in range(len(plan.pieces)) if number not in done]
-    workers = os.cpu_count() or 1
-    threads, _ = torch.get_num_threads(), torch.set_num_threads(1)
+    todo = {number: piece.bytes for number, piece in enumerate(plan.pieces) if number not in done}
     files = {name: os.open(partial / name, os.O_WRONLY) for name in plan.sizes}
     journal = _Journal(partial / "journal", files.values())
-    total = sum(plan.pieces[number].bytes for number in todo)
-    budget = _Budget(memory)
+
+    def do(number: int) -> None:
+        for name, offset, data in plan.pieces[number].work():
+            _write(files[name], offset, memoryview(data))
+        journal.add(number)
+
     try:
-        with ThreadPoolExecutor(workers) as pool, Progress(title, total) as progress:
-
-            def do(number: int) -> None:
-                piece = plan.pieces[number]
-                with budget.take(COPIES_IN_MEMORY * piece.bytes):
-                    for name, offset, data in piece.work():
-                        _write(files[name], offset, memoryview(data))
-                journal.add(number)
-                progress.advance(piece.bytes)
-
-            _run_all(pool, do, todo, 4 * workers)
+        in_parallel(todo, do, title, memory)
         journal.commit()
     finally:
         for descriptor in files.values():
             os.close(descriptor)
+
+
+def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str, memory: int) -> None:
+    """Call `do(number)` for every number, begun in order, by one thread per core; the first error ends it.
+
+    Args:
+        sizes: number → bytes that its work reads, for progress and for the budget.
+        memory: bytes that the work of all threads may hold together; larger work is done alone.
+    """
+    import torch
+
+    workers = os.cpu_count() or 1
+    threads, _ = torch.get_num_threads(), torch.set_num_threads(1)
+    budget = _Budget(memory)
+    try:
+        with ThreadPoolExecutor(workers) as pool, Progress(title, sum(sizes.values())) as progress:
+
+            def work(number: int) -> None:
+                with budget.take(COPIES_IN_MEMORY * sizes[number]):
+                    do(number)
+                progress.advance(sizes[number])
+
+            _run_all(pool, work, sizes, 4 * workers)
+    finally:
         torch.set_num_threads(threads)
 
 

@@ -100,20 +100,31 @@ class _Chunk:
 
 
 class Reader:
-    """The tensors of a torch_dist checkpoint, keys without NeMo's prefix. Threads may share it."""
+    """The tensors of a torch_dist checkpoint, keys without NeMo's prefix. Threads may share it.
 
-    def __init__(self, checkpoint: Path) -> None:
+    `tensors` maps each key to its shape and dtype, `extents` each file to the bytes that it must have.
+
+    Args:
+        checkpoint: the checkpoint or its weights folder.
+        whole: refuse a checkpoint that lacks one of its files.
+    """
+
+    def __init__(self, checkpoint: Path, *, whole: bool = True) -> None:
         import torch
 
         self.folder = weights_folder(checkpoint)
         path = self.folder / ".metadata"
         names = {getattr(torch, name): spelling for spelling, name in TORCH_NAMES.items()}
         self.tensors: dict[str, TensorInfo] = {}
+        self.extents: dict[str, int] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
             with path.open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
             places = {(at.fqn, tuple(at.offset or ())): where for at, where in metadata.storage_data.items()}
+            for where in metadata.storage_data.values():
+                end = max(self.extents.get(where.relative_path, 0), where.offset + where.length)
+                self.extents[_plain_name(where.relative_path)] = end
             for key, entry in metadata.state_dict_metadata.items():
                 if hasattr(entry, "chunks"):
                     short = key.removeprefix(PREFIX)
@@ -129,9 +140,9 @@ class Reader:
             IndexError,
         ) as error:
             raise DataError(f"{path}: garbled ({type(error).__name__}); copy the checkpoint again") from None
-        for file in {chunk.file for chunks in self._chunks.values() for chunk in chunks}:
-            if not (self.folder / file).is_file():
-                raise DataError(f"{self.folder}: {file} is missing; copy the checkpoint again")
+        for path in self.files() if whole else ():
+            if not path.is_file():
+                raise DataError(f"{self.folder}: {path.name} is missing; copy the checkpoint again")
 
     def files(self) -> list[Path]:
         """Every file that holds tensors."""
@@ -185,9 +196,15 @@ def _chunk(key: str, shape: tuple[int, ...], chunk: Any, places: Mapping[Any, An
         raise ValueError(f"chunk of {key} outside the tensor")
     where = places[key, offsets]
     file, start, length = where.relative_path, where.offset, where.length
-    if Path(file).name != file or not 0 <= start <= start + length:
-        raise ValueError(f"chunk of {key} outside the folder")
-    return _Chunk(offsets, sizes, file, start, length)
+    if not 0 <= start <= start + length:
+        raise ValueError(f"chunk of {key} outside its file")
+    return _Chunk(offsets, sizes, _plain_name(file), start, length)
+
+
+def _plain_name(file: str) -> str:
+    if Path(file).name != file:
+        raise ValueError(f"{file} lies outside the folder")
+    return file
 
 
 # ---------------------------------------------------------------------------- writing

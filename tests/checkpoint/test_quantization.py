@@ -71,3 +71,10 @@ def test_fp8_scales_in_e8m0():
     weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
     scale = torch.tensor([[130]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
     assert decode_fp8_block(weight, scale, (128, 128)).eq(8).all()
+
+
+def test_nothing_to_decode():
+    assert decode_mxfp4(torch.empty(2, 0, 16, dtype=torch.uint8), torch.empty(2, 0, dtype=torch.uint8)).shape == (2, 0)
+    for shape in ((0, 5), (5, 0)):
+        weight = torch.empty(shape).to(torch.float8_e4m3fn)
+        assert decode_fp8_block(weight, torch.ones(1, 1), (128, 128)).shape == shape

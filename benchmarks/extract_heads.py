@@ -1,0 +1,90 @@
+"""extract-heads from a large checkpoint: time and memory above what Python with torch takes by itself.
+
+The checkpoint is sparse: every tensor has its place, but only the heads' bytes are there, as nothing else is read.
+Beside it, what reading the whole checkpoint once takes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import arguments, interpreter, measure, print_table, scratch, size_of, slipway, verdict
+from entrypoints.report import human_bytes
+
+SECONDS, MEMORY = 1.0, 300e6
+REPEATS = 5  # the quickest counts: what else runs on the machine makes the others slower
+
+
+def main() -> None:
+    parser = arguments(__doc__, default=4.0)
+    parser.add_argument("--make", type=Path, metavar="FOLDER", help="make the checkpoint, nothing else")
+    options = parser.parse_args()
+    if options.make:
+        return make(options.make, options.model, options.gigabytes)
+    with scratch(options.scratch, 0.1) as folder:
+        measure("-m", "benchmarks.extract_heads", "--make", folder / "ckpt", "--model", options.model,
+                "--gigabytes", options.gigabytes)  # fmt: skip
+        size = size_of(folder / "ckpt")
+        start = min(interpreter() for _ in range(REPEATS))
+        ours = min(slipway("extract-heads", folder / "ckpt", folder / f"heads{n}") for n in range(REPEATS))
+        whole = read_all(folder / "ckpt")
+        written = size_of(folder / "heads0")
+    seconds, memory = ours.seconds - start.seconds, ours.peak - start.peak
+    print(f"{options.model}, checkpoint of {human_bytes(size)}, heads of {human_bytes(written)}")
+    rows = [
+        ["extract-heads", f"{ours.seconds:.2f}", human_bytes(ours.peak)],
+        ["Python with torch", f"{start.seconds:.2f}", human_bytes(start.peak)],
+        ["difference", f"{seconds:.2f}", human_bytes(memory)],
+        ["reading everything", f"{whole:.2f}", ""],
+    ]
+    print_table(["", "seconds", "peak memory"], rows)
+    print(verdict(f"{seconds:.2f} s above the interpreter (< {SECONDS:g} s)", seconds < SECONDS))
+    print(verdict(f"{human_bytes(memory)} above the interpreter (< {human_bytes(MEMORY)})", memory < MEMORY))
+
+
+def read_all(folder: Path) -> float:
+    """Seconds of reading every byte."""
+    started = time.monotonic()
+    for file in folder.rglob("*.distcp"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(16 << 20):
+                pass
+    return time.monotonic() - started
+
+
+def make(folder: Path, family: str, gigabytes: float) -> None:
+    """A checkpoint of heads training with the base and the heads in it."""
+    import os
+
+    from benchmarks.synthetic import config_of
+    from entrypoints.checkpoint import torch_dist
+    from entrypoints.checkpoint.refs import Ref, TensorInfo
+    from entrypoints.families import FAMILIES
+    from entrypoints.heads import ADAPTER
+    from entrypoints.training.heads import DecodingHeads
+
+    config = config_of(family, gigabytes)
+    heads = {
+        ADAPTER + name: part.bfloat16() for name, part in DecodingHeads(config["hidden_size"]).state_dict().items()
+    }
+    model = FAMILIES[family].rules(config)
+    chunks = [ref for cell in model.cells for ref in cell.megatron] + [Ref(key) for key in heads]
+    infos = model.megatron | {key: TensorInfo(tuple(t.shape)) for key, t in heads.items()}
+    layout = torch_dist.Layout(infos, chunks, [])
+    weights = folder / "weights"
+    weights.mkdir(parents=True)
+    for name, size in layout.sizes.items():
+        (weights / name).touch()
+        os.truncate(weights / name, size)
+    for key, part in heads.items():
+        name, offset, _ = layout.places[Ref(key)]
+        with (weights / name).open("r+b") as file:
+            file.seek(offset)
+            file.write(torch_dist.serialize(part))
+    (weights / ".metadata").write_bytes(layout.metadata())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Are two checkpoints the same model? Their tensors, in Hugging Face's form, part by part and bit for bit.
+
+A NeMo checkpoint is read through the rules that export follows, a quantised one through its decoder, a model merged
+with heads without them. Two models are the same when the configurations that NeMo would be given are, and every
+element of every tensor is, in the dtype of the dequantised model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from entrypoints.checkpoint import convert, huggingface, inspection, stream
+from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
+from entrypoints.errors import DataError, SlipwayError
+from entrypoints.families import family_of, read_config, rules
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Different(SlipwayError):
+    """Two checkpoints are not the same model."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as a model in Hugging Face's form.
+
+    Args:
+        path: where it lies.
+        config: config.json of the dequantised model.
+        family: its family.
+        rules: the family's rules for it.
+        read: the Hugging Face parts of a cell.
+        nemo: it is a NeMo checkpoint.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    family: ModuleType
+    rules: rules.Rules
+    read: Callable[[rules.Cell], tuple[Tensor, ...]]
+    nemo: bool = False
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name → TensorInfo of the dequantised model."""
+        return self.rules.hf
+
+
+def open_model(path: Path) -> Model:
+    """A Hugging Face folder, quantised, BF16 or merged with heads, or a NeMo checkpoint."""
+    if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
+        return _open_nemo(path)
+    if read_config(path / "config.json").get("model_type") == inspection.MERGED_TYPE:
+        return _open_merged(path)
+    found = convert.open_model(path)
+
+    def read(cell: rules.Cell) -> tuple[Tensor, ...]:
+        return tuple(map(found.reader.read, cell.hf))
+
+    return Model(path, convert.bf16_config(found.config), found.family, found.model, read)
+
+
+def _open_nemo(path: Path) -> Model:
+    found = convert.open_nemo(path)
+
+    def read(cell: rules.Cell) -> tuple[Tensor, ...]:
+        return cell.op.to_hf(tuple(map(found.reader.read, cell.megatron)))
+
+    return Model(found.reader.folder.parent, found.config, found.family, found.model, read, nemo=True)
+
+
+def _open_merged(path: Path) -> Model:
+    where = path / "config.json"
+    config = inspection.base_config(read_config(where))
+    family = family_of(config, where)
+    reader = huggingface.Reader(path, huggingface.read_folder(path), config)
+    model = family.rules(config)
+    base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
+    rules.check_tensors(base, model.hf, str(path))
+
+    def read(cell: rules.Cell) -> tuple[Tensor, ...]:
+        return tuple(reader.read(Ref(inspection.BASE + ref.name, ref.index, ref.rows)) for ref in cell.hf)
+
+    return Model(path, config, family, model, read)
+
+
+def check_same_form(a: Model, b: Model) -> None:
+    """Different where the two are of another make: family, configuration, or names and shapes of tensors."""
+    if a.family is not b.family:
+        raise Different(f"{a.path} is a {a.family.NAME}, {b.path} a {b.family.NAME}")
+    one, other = (model.family.nemo_model(model.config)[2] for model in (a, b))
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            raise Different(f"{name} is {one.get(name)!r} in {a.path} and {other.get(name)!r} in {b.path}")
+    for name in sorted(a.tensors.keys() | b.tensors.keys()):
+        shapes = [list(model.tensors[name].shape) if name in model.tensors else "missing" for model in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise Different(f"tensor {name} is {shapes[0]} in {a.path} and {shapes[1]} in {b.path}")
+
+
+def compare(a: Model, b: Model, atol: float, memory: int) -> int:
+    """The bytes compared, all equal; Different names the first difference in the order of the family's cells.
+
+    Args:
+        atol: largest difference of two elements that still counts as none; 0 asks for the same bits, any NaN being
+            the same as any other.
+        memory: bytes that tensors at work may take.
+    """
+    check_same_form(a, b)
+    cells = a.rules.cells
+    sizes = {number: 2 * _bytes(cell, a.tensors) for number, cell in enumerate(cells)}
+    found: dict[int, str] = {}
+
+    def do(number: int) -> None:
+        # Cells are begun in order, so every one before the first difference is looked at.
+        if not found or number < min(found):
+            cell = cells[number]
+            for ref, one, other in zip(cell.hf, a.read(cell), b.read(cell), strict=True):
+                if number not in found and (difference := _difference(ref, a.tensors[ref.name], one, other, atol)):
+                    found[number] = difference
+
+    stream.in_parallel(sizes, do, "verify", memory)
+    if found:
+        raise Different(f"{a.path} and {b.path} differ: {found[min(found)]}")
+    return sum(sizes.values()) // 2
+
+
+def _bytes(cell: rules.Cell, tensors: Mapping[str, TensorInfo]) -> int:
+    infos = ((ref, tensors[ref.name]) for ref in cell.hf)
+    return sum(TensorInfo(ref.shape(info.shape), info.dtype).bytes for ref, info in infos)
+
+
+def _difference(ref: Ref, info: TensorInfo, one: Tensor, other: Tensor, atol: float) -> str | None:
+    """The first element of a part that differs, in words."""
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    one, other = (part.to(dtype).contiguous() for part in (one, other))
+    whole_numbers = torch.int16 if info.dtype == "BF16" else torch.int32
+    if torch.equal(one.view(whole_numbers), other.view(whole_numbers)):
+        return None
+    same = (one.isnan() & other.isnan()) | (one.view(whole_numbers) == other.view(whole_numbers))
+    if atol:
+        same |= (one.float() - other.float()).abs() <= atol
+    if same.all():
+        return None
+    at = int(same.logical_not().flatten().to(torch.uint8).argmax())
+    values = [part.flatten()[at].item() for part in (one, other)]
+    index = _unravel(ref.start(info.shape) + at, info.shape)
+    return f"tensor {ref.name}{index} is {values[0]!r} in the first and {values[1]!r} in the second"
+
+
+def _unravel(at: int, shape: tuple[int, ...]) -> list[int]:
+    index = []
+    for size in reversed(shape):
+        at, place = divmod(at, size)
+        index.append(place)
+    return index[::-1]
+
+
+# ---------------------------------------------------------------------------- the forward pass
+
+
+def random_tokens(vocabulary: int, count: int) -> Tensor:
+    """A fixed batch of one sequence, int64 [1, count]."""
+    import torch
+
+    return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model: Model, tokens: Tensor) -> Tensor:
+    """float32 [batch, sequence, vocabulary], by transformers in float32 or by NeMo."""
+    if model.nemo:
+        from entrypoints.training.forward import logits_of as logits_of_nemo
+
+        return logits_of_nemo(model.path, tokens)
+    return _logits_of_transformers(model, tokens)
+
+
+def _logits_of_transformers(model: Model, tokens: Tensor) -> Tensor:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    config = AutoConfig.for_model(**model.config)
+    with no_init_weights():
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    state = module.state_dict()
+    if missing := [name for name in model.tensors if name not in state]:
+        raise DataError(f"{model.path}: transformers has no tensor {missing[0]} in this model; is config.json its own?")
+    for cell in model.rules.cells:
+        for ref, part in zip(cell.hf, model.read(cell), strict=True):
+            whole = state[ref.name][ref.index]
+            (whole if ref.rows is None else whole[slice(*ref.rows)]).copy_(part)
+    module.tie_weights()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.no_grad():
+        return module.to(device)(tokens.to(device)).logits.float().cpu()
