@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import entrypoints
-from entrypoints import demo, dequant, export, heads, import_, inspect_, preprocess, train, verify, version
+from entrypoints import demo, dequant, doctor, export, heads, import_, inspect_, preprocess, train, verify, version
 from entrypoints.errors import SlipwayError, UsageError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "doctor": doctor.doctor,
     "dequant": dequant.dequant,
     "import": import_.import_,
     "export": export.export,

@@ -8,15 +8,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from entrypoints.checkpoint import locate
-from entrypoints.errors import DataError, SlipwayError, Stopped, UsageError, WriteError
+from entrypoints.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
 from entrypoints.launch import torchrun
-from entrypoints.launch.topology import find_topology
+from entrypoints.launch.failure import FAILED, Failure
+from entrypoints.launch.link import Link, meet
+from entrypoints.launch.topology import Topology, find_topology
 from entrypoints.report import Summary
+from entrypoints.training.agreement import claims
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from entrypoints.training.lines import Index
 
 
 def train(
@@ -47,9 +53,10 @@ def train(
     nproc_per_node: int | None = None,
     resume: Literal["auto", "never"] = "auto",
     grace: float = 600.0,
+    rendezvous_timeout: float = 300.0,
     dry_run: bool = False,
 ) -> Summary | str:
-    """Train with NeMo under torchrun, on one node or many.
+    """Train with NeMo, in this process or under torchrun, on one node or many.
 
     On SIGTERM, SIGINT or SIGUSR1 it saves after the current step and exits with 75; the same command goes on from
     there, with the same order of the data. Run it on every node with the same flags but --node-rank.
@@ -77,12 +84,14 @@ def train(
         nodes: number of nodes; without it, what the launcher says, else 1.
         node_rank: number of this node, from 0.
         master_addr: address of node 0.
-        master_port: port on node 0 (29500).
+        master_port: port on node 0 (29500); the one after it is used as well.
         nproc_per_node: processes per node; without it, one per GPU.
         resume: auto = go on from the newest checkpoint in OUT; never = refuse if there is one.
         grace: seconds to save in after a request to stop.
+        rendezvous_timeout: seconds until it is an error that a node is missing at the start.
         dry_run: print the recipe, the topology and the torchrun command, and do nothing.
     """
+    started = time.time()
     topology = find_topology(nodes, node_rank, master_addr, master_port, nproc_per_node)
     model = str(locate.nemo_path(model))
     recipe = Recipe(**{name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__})
@@ -91,12 +100,10 @@ def train(
     folder = RunFolder(Path(out).absolute())
     recipe.model, recipe.data, recipe.out = (str(Path(path).absolute()) for path in (model, data, out))
     begins_at = _begin(recipe, folder, resume)
-    worker = [str(folder.recipe), "--index", "INDEX", "--stop-file", "STOP", "--nodes", str(topology.nodes)]
     if dry_run:
-        shown = json.dumps(vars(recipe), indent=1)
-        return f"{shown}\n{topology}\n{shlex.join(torchrun.command(topology, worker))}"
+        return _plan(recipe, topology, folder)
     if begins_at >= recipe.steps:
-        return _result(recipe, folder, 0, False, begins_at, 0.0)
+        return _result(recipe, folder, None, False, begins_at, 0.0)
 
     from entrypoints.training.lines import index_lines
 
@@ -106,16 +113,65 @@ def train(
         f"train: {len(index.offsets)} samples, {index.too_long} dropped for {recipe.seq_length} tokens or more",
         file=sys.stderr,
     )
-    started = time.monotonic()
+    _make_folder(folder)
+    link = meet(topology, claims(recipe, index, topology, begins_at), rendezvous_timeout)
+    if topology.rank == 0:
+        recipe.save(folder.recipe)
     with tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch:
-        import numpy
+        failure = _work(recipe, topology, folder, index, Path(scratch), grace, started, link)
+        stop_asked = (Path(scratch) / "stop").exists()
+    link.close()
+    return _result(recipe, folder, failure, stop_asked, begins_at, time.time() - started)
 
-        worker[2], worker[4] = f"{scratch}/index.npy", f"{scratch}/stop"
-        numpy.save(worker[2], index.offsets)
-        _write_recipe(recipe, folder, topology.node_rank)
-        code = torchrun.launch(topology, worker, Path(worker[4]), grace)
-        stop_asked = Path(worker[4]).exists()
-    return _result(recipe, folder, code, stop_asked, begins_at, time.monotonic() - started)
+
+def _plan(recipe: Recipe, topology: Topology, folder: RunFolder) -> str:
+    """What --dry-run prints."""
+    words = torchrun.command(topology, _worker_arguments(Path("SCRATCH"), topology, 0.0), _logs(folder, topology))
+    alone = "one process: the worker runs in this one, which does the same as\n" if topology.world_size == 1 else ""
+    return f"{json.dumps(vars(recipe), indent=1)}\n{topology}\n{alone}{shlex.join(words)}"
+
+
+def _worker_arguments(scratch: Path, topology: Topology, started: float) -> list[str]:
+    files = [f"{scratch}/recipe.json", "--index", f"{scratch}/index.npy", "--stop-file", f"{scratch}/stop"]
+    return [*files, "--nodes", str(topology.nodes), "--started", str(started)]
+
+
+def _logs(folder: RunFolder, topology: Topology) -> Path:
+    """The folder that the workers of this start log to."""
+    return folder.logs / f"node{topology.node_rank}" / time.strftime("%Y%m%d-%H%M%S")
+
+
+def _work(
+    recipe: Recipe,
+    topology: Topology,
+    folder: RunFolder,
+    index: Index,
+    scratch: Path,
+    grace: float,
+    started: float,
+    link: Link,
+) -> Failure | None:
+    """Run the workers of this command to their end; why they failed, if they did."""
+    import numpy
+
+    numpy.save(scratch / "index.npy", index.offsets)
+    recipe.save(scratch / "recipe.json")
+    if topology.world_size > 1:
+        logs = _logs(folder, topology)
+        logs.mkdir(parents=True, exist_ok=True)
+        words = _worker_arguments(scratch, topology, started)
+        return torchrun.launch(topology, words, scratch / "stop", grace, logs, link)
+
+    def run() -> None:
+        from entrypoints.training import worker
+
+        worker.run(recipe, scratch / "index.npy", scratch / "stop", 1, started)
+
+    try:
+        torchrun.run_here(topology, run, scratch / "stop", grace)
+    except torchrun.GraceIsOver as error:
+        return Failure("rank 0", str(error), FAILED)
+    return None
 
 
 def _check_paths(recipe: Recipe) -> int:
@@ -155,21 +211,24 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
     return latest[0]
 
 
-def _write_recipe(recipe: Recipe, folder: RunFolder, node_rank: int) -> None:
+def _make_folder(folder: RunFolder) -> None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        recipe.save(folder.recipe)
+        with tempfile.TemporaryFile(dir=folder.path):
+            pass
     except OSError as error:
         raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None
 
 
-def _result(recipe: Recipe, folder: RunFolder, code: int, stop_asked: bool, begins_at: int, seconds: float) -> Summary:
+def _result(
+    recipe: Recipe, folder: RunFolder, failure: Failure | None, stop_asked: bool, begins_at: int, seconds: float
+) -> Summary:
     status = folder.read_status()
-    if code == 0 and status.get("state") == "done":
+    if not failure and status.get("state") == "done":
         size = sum(f.stat().st_size for f in folder.latest_checkpoint()[1].rglob("*") if f.is_file())
         details = {"steps": f"{begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
         return Summary("train", str(folder.latest_checkpoint()[1]), size, seconds, details, streamed=False)
-    if code == 0 and status.get("state") == "stopped":
+    if not failure and status.get("state") == "stopped":
         raise Stopped(f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again")
     if stop_asked:
         latest = folder.latest_checkpoint()
@@ -177,4 +236,17 @@ def _result(recipe: Recipe, folder: RunFolder, code: int, stop_asked: bool, begi
             f"train: ended before a checkpoint could be saved; the last one is at step {latest[0] if latest else 0}: "
             "allow more --grace"
         )
-    raise SlipwayError(f"train: the workers failed (torchrun exit code {code}); their last lines stand above")
+    if failure is None:
+        raise SlipwayError(f"train: the workers ended without a result; {folder.status} says {status}")
+    if failure.lines:
+        print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
+    raise _error(failure)
+
+
+def _error(failure: Failure) -> SlipwayError:
+    """What a worker said itself where it knew its error, else who failed and how."""
+    said = [line.removeprefix("slipway: ") for line in failure.lines if line.startswith("slipway: ")]
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, WriteError, PreflightError)}
+    if said and failure.code in kinds:
+        return kinds[failure.code](f"{said[-1]} ({failure.who})")
+    return SlipwayError(f"train: {failure}")

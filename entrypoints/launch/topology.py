@@ -46,6 +46,11 @@ class Topology:
         return self.nodes * self.processes_per_node
 
     @property
+    def rank(self) -> int:
+        """The first rank that this command stands for."""
+        return self.node_rank * self.processes_per_node + (self.local_rank or 0)
+
+    @property
     def writes(self) -> bool:
         """Whether this command is the first one on its node."""
         return not self.local_rank

@@ -1,25 +1,35 @@
-"""Starting the workers of this node and passing on the request to stop.
+"""Starting the workers of this node, showing what they print, and passing on the request to stop.
 
 torchrun gives its children 30 seconds after SIGTERM, too little to save a large model. So a signal to this process
 only makes the stop file: every worker sees it after its step, saves and ends by itself. Only when the grace period
 is over does the signal itself go to torchrun.
+
+Workers and torchrun write to files, and this process repeats what the workers write. So a run's output is kept rank by
+rank, and what torchrun's agent says about a failure does not bury the failure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
+from entrypoints.errors import SlipwayError
+from entrypoints.launch.failure import Failure, failures_of_node, first_to_blame, rank_logs
+from entrypoints.launch.link import Link
 from entrypoints.launch.topology import Topology
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WORKER = "entrypoints.training.worker"
+POLL = 0.1  # seconds between looks at the processes and their logs
 
 # Set unless the user has set them; what each is for: docs/training.md.
 ENVIRONMENT_DEFAULTS = {
@@ -30,15 +40,22 @@ ENVIRONMENT_DEFAULTS = {
     "NVTE_DP_AMAX_REDUCE_INTERVAL": "0",
     "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
     "OMP_NUM_THREADS": "1",
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "ignore",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "600",
 }
 
 
-def command(topology: Topology, worker_arguments: Sequence[str]) -> list[str]:
-    """The exact torchrun command of this node."""
+def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> list[str]:
+    """The exact torchrun command of this node; the worker's own where the launcher started one process per GPU."""
+    worker = ["-m", WORKER, *worker_arguments]
+    if topology.local_rank is not None:
+        return [sys.executable, *worker]
     return [
         sys.executable,
         "-m",
@@ -48,9 +65,9 @@ def command(topology: Topology, worker_arguments: Sequence[str]) -> list[str]:
         f"--node-rank={topology.node_rank}",
         f"--master-addr={topology.master_addr}",
         f"--master-port={topology.master_port}",
-        "-m",
-        WORKER,
-        *worker_arguments,
+        "--redirects=3",
+        f"--log-dir={logs}",
+        *worker,
     ]
 
 
@@ -59,16 +76,82 @@ def environment() -> dict[str, str]:
     return {**ENVIRONMENT_DEFAULTS, **os.environ}
 
 
-def launch(topology: Topology, worker_arguments: Sequence[str], stop_file: Path, grace: float) -> int:
-    """Run the workers of this node to their end and return torchrun's exit code.
+def rank_variables(topology: Topology) -> dict[str, str]:
+    """What torchrun would tell the first process of this command."""
+    return {
+        "RANK": str(topology.rank),
+        "LOCAL_RANK": str(topology.local_rank or 0),
+        "GROUP_RANK": str(topology.node_rank),
+        "WORLD_SIZE": str(topology.world_size),
+        "LOCAL_WORLD_SIZE": str(topology.processes_per_node),
+        "MASTER_ADDR": topology.master_addr,
+        "MASTER_PORT": str(topology.master_port),
+    }
+
+
+def launch(
+    topology: Topology, worker_arguments: Sequence[str], stop_file: Path, grace: float, logs: Path, link: Link
+) -> Failure | None:
+    """Run the workers of this command to their end; returns why the run failed, here or on another node.
 
     Args:
+        topology: where this command stands.
+        worker_arguments: the worker's command line.
         stop_file: made when this process is asked to stop.
         grace: seconds the workers then have, before torchrun is told to end them.
+        logs: new folder for what they print.
+        link: to the commands on the other nodes.
     """
-    words = command(topology, worker_arguments)
+    words = command(topology, worker_arguments, logs)
     print(f"train: {shlex.join(words)}", file=sys.stderr, flush=True)
-    process = subprocess.Popen(words, env=environment(), start_new_session=True)
+    process = _start(topology, words, logs)
+    screen = Screen(topology, logs)
+    with stop_signals(stop_file, grace, process.terminate):
+        while process.poll() is None and not link.verdict:
+            screen.show()
+            time.sleep(POLL)
+        if process.poll() is None:
+            _end(process)
+    screen.show()
+    if process.returncode and not link.verdict:
+        link.fail(failures_of_node(topology, logs, process.returncode))
+    elif not link.verdict:
+        link.finish()
+    if link.verdict:
+        return link.verdict
+    return first_to_blame(failures_of_node(topology, logs, process.returncode)) if process.returncode else None
+
+
+def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen:
+    """Start torchrun, or the worker itself with its logs where torchrun would put them."""
+    env = environment()
+    if topology.local_rank is None:
+        with (logs / "torchrun.log").open("w") as log:
+            return subprocess.Popen(words, env=env, start_new_session=True, stdout=log, stderr=log)
+    folder = logs / "worker" / "attempt_0" / str(topology.local_rank)
+    folder.mkdir(parents=True)
+    with (folder / "stdout.log").open("w") as out, (folder / "stderr.log").open("w") as err:
+        return subprocess.Popen(
+            words, env=env | rank_variables(topology), start_new_session=True, stdout=out, stderr=err
+        )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the workers at once, for a rank elsewhere is lost and they wait for it, and then torchrun."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(child), signal.SIGKILL)
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def stop_signals(stop_file: Path, grace: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, a request to stop makes `stop_file`; `grace` seconds after it, `give_up` is called."""
     timers: list[threading.Timer] = []
 
     def stop(number: int, _: object) -> None:
@@ -77,15 +160,76 @@ def launch(topology: Topology, worker_arguments: Sequence[str], stop_file: Path,
         name = signal.Signals(number).name
         print(f"train: {name}: saving and stopping within {grace:.0f} s", file=sys.stderr, flush=True)
         stop_file.touch()
-        timers.append(threading.Timer(grace, process.terminate))
+        timers.append(threading.Timer(grace, give_up))
         timers[0].daemon = True
         timers[0].start()
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
-        return process.wait()
+        yield
     finally:
         for timer in timers:
             timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Screen:
+    """Repeats what the workers of this command write, line by line as it comes, up to a traceback.
+
+    A traceback is held back, for most ranks have one only because another rank is gone; the end shows the right one.
+    """
+
+    def __init__(self, topology: Topology, logs: Path) -> None:
+        self._logs = logs
+        self._ranks = range(topology.processes_per_node) if topology.local_rank is None else [topology.local_rank]
+        self._files: dict[Path, tuple[TextIO, TextIO]] = {}
+
+    def show(self) -> None:
+        """Print what is new since the last call."""
+        for rank in self._ranks:
+            for log in rank_logs(self._logs, rank):
+                if log not in self._files:
+                    screen = sys.stdout if log.name == "stdout.log" else sys.stderr
+                    self._files[log] = (log.open(errors="replace"), screen)
+        for log, (file, screen) in self._files.items():
+            self._copy(log, file, screen)
+
+    def _copy(self, log: Path, file: TextIO, screen: TextIO) -> None:
+        while not file.closed:
+            at = file.tell()
+            line = file.readline()
+            if not line.endswith("\n"):
+                file.seek(at)
+                return
+            if "Traceback (most recent call last)" in line:
+                file.close()
+            else:
+                print(line, end="", file=screen, flush=True)
+
+
+def run_here(topology: Topology, run: Callable[[], None], stop_file: Path, grace: float) -> None:
+    """Call the only worker of a run in this process, without torchrun.
+
+    Args:
+        topology: one node with one process.
+        run: the worker.
+        stop_file: made when this process is asked to stop.
+        grace: seconds the worker then has until it is interrupted.
+    """
+    # Port 0: nobody else has to find the store of a run of one process.
+    os.environ.update(environment() | rank_variables(topology) | {"MASTER_PORT": "0"})
+
+    def interrupt(*_: object) -> None:
+        raise GraceIsOver("the worker did not save in time")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with stop_signals(stop_file, grace, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)):
+            run()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+class GraceIsOver(SlipwayError):
+    """A worker in this process did not save within the grace period."""

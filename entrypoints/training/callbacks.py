@@ -28,8 +28,9 @@ def agree(flag: bool) -> bool:
 class Record(Callback):
     """Rank 0 writes a line, a metrics entry and the status after each step, and the plot at the end."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe, folder: RunFolder, started: float) -> None:
+        """`started`: time.time() when the command began."""
+        self.recipe, self.folder, self.started = recipe, folder, started
         self.status: dict[str, Any] = {"state": "running", "step": 0, "steps": recipe.steps}
         self._clock = time.monotonic()
 
@@ -56,6 +57,9 @@ class Record(Callback):
         }
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        if "seconds_to_first_step" not in self.status:
+            self.status["seconds_to_first_step"] = round(time.time() - self.started, 1)
+            print(f"worker: first step done {self.status['seconds_to_first_step']} s after the start", flush=True)
         self.status |= {"step": trainer.global_step, "loss": entry["loss"]}
         self.folder.write_status(self.status)
         print(

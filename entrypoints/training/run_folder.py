@@ -4,7 +4,8 @@ checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` be
 recipe.json           what is computed
 status.json           state (running, stopped, done), step, loss, tokens, and why it stopped
 metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
-loss.png, tensorboard/, logs/
+logs/node0/…           what each rank printed
+loss.png, tensorboard/
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class RunFolder:
     @property
     def plot(self) -> Path:
         return self.path / "loss.png"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest complete checkpoint."""

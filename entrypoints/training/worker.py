@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from entrypoints.errors import SlipwayError
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
 
 
-def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
+def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float) -> None:
     """Train from the newest checkpoint in the run's folder, or from the base.
 
     Args:
@@ -27,8 +29,9 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
         index: .npy file with the offsets of the data's usable lines.
         stop_file: training saves and stops soon after this file appears.
         nodes: number of nodes in the run.
+        started: time.time() when the command began, for the time to the first step.
     """
-    started = time.monotonic()
+    import_starts = time.monotonic()
     quiet()
     import torch
 
@@ -41,12 +44,12 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
     from nemo.collections import llm
 
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"worker: NeMo imported in {time.monotonic() - started:.1f} s, {_where(on_gpu)}", flush=True)
+        print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
     folder = RunFolder(Path(recipe.out))
     model = load_model(recipe, on_gpu)
     data = load_data(recipe, index)
-    trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu)
+    trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu, started)
     latest = folder.latest_checkpoint()
     llm.finetune(
         model=model,
@@ -146,10 +149,11 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
     return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
 
 
-def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
-    """NeMo's trainer with the run's parallel sizes and callbacks."""
+def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int, on_gpu: bool, started: float) -> Any:
+    """NeMo's trainer with the run's parallel sizes and callbacks; its ranks are what torchrun's variables say."""
     import nemo.lightning as nl
     import torch
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
     from entrypoints.training.callbacks import FrozenBase, Record, StopOnRequest
 
@@ -167,14 +171,14 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         from entrypoints.training import cpu
 
         strategy = cpu.strategy(**options)
-    record = Record(recipe, folder)
-    return nl.Trainer(
+    record = Record(recipe, folder, started)
+    trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         num_nodes=nodes,
         max_steps=recipe.steps,
         strategy=strategy,
-        plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if on_gpu else None,
+        plugins=[TorchElasticEnvironment(), *([nl.MegatronMixedPrecision(precision="bf16-mixed")] if on_gpu else [])],
         callbacks=[StopOnRequest(stop_file), FrozenBase(record), record],
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -183,6 +187,9 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning would end the run at SIGTERM without a checkpoint; stopping is for the launcher and StopOnRequest.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
@@ -219,8 +226,13 @@ def main() -> None:
     parser.add_argument("--index", type=Path, required=True)
     parser.add_argument("--stop-file", type=Path, required=True)
     parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--started", type=float, required=True)
     arguments = parser.parse_args()
-    run(Recipe.load(arguments.recipe), arguments.index, arguments.stop_file, arguments.nodes)
+    try:
+        run(Recipe.load(arguments.recipe), arguments.index, arguments.stop_file, arguments.nodes, arguments.started)
+    except SlipwayError as error:
+        print(f"slipway: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from entrypoints.errors import UsageError
@@ -177,6 +179,6 @@ def test_the_users_environment_goes_before_the_defaults(monkeypatch):
 
 
 def test_the_command_names_every_part_of_the_topology():
-    words = torchrun.command(topology(nodes=2, rank=1, addr="node0", port=7), ["recipe.json"])
+    words = torchrun.command(topology(nodes=2, rank=1, addr="node0", port=7), ["recipe.json"], Path("logs"))
     for word in ("--nnodes=2", "--nproc-per-node=2", "--node-rank=1", "--master-addr=node0", "--master-port=7"):
         assert word in words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,9 @@ def whole(nemo_model, data, tmp_path_factory) -> RunFolder:
     """A run that nothing interrupts, in one process."""
     run = RunFolder(tmp_path_factory.mktemp("whole") / "run")
     code, output = train(flags(nemo_model, data, run.path))
-    assert code == 0, output
+    assert code == 0 and "torch.distributed.run" not in output, output
+    assert re.search(r"worker: NeMo imported in [\d.]+ s", output), output
+    assert re.search(r"worker: first step done [\d.]+ s after the start", output), output
     return run
 
 
@@ -130,6 +133,12 @@ def test_stopped_twice_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model,
     code, output = train(words)
     assert code == 0 and "torch.distributed.run" not in output, "there was nothing left to do"
     assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
+
+
+def test_without_time_to_save_it_says_so(nemo_model, data, tmp_path):
+    code, output = train(flags(nemo_model, data, tmp_path / "run", steps=5000, grace=0), 1)
+    assert code == 1 and "Traceback" not in output, output
+    assert "ended before a checkpoint could be saved; the last one is at step 0: allow more --grace" in output
 
 
 def test_two_processes_compute_what_one_does(whole, nemo_model, data, tmp_path):

@@ -1,0 +1,208 @@
+"""Several commands as the nodes of one run, on this machine: they agree, or stop; a rank that dies ends them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import entrypoints
+from entrypoints.preprocess import preprocess
+from entrypoints.training.run_folder import RunFolder
+
+ENOUGH_STEPS = 10_000  # never reached: the run is ended before
+
+
+@pytest.fixture(scope="module")
+def data(nemo_model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    preprocess(str(Path(entrypoints.__file__).parent), str(path), tokenizer=str(nemo_model), seq_length=64)
+    return path
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free, and the one after it too."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("", 0))
+            try:
+                next_one.bind(("", one.getsockname()[1] + 1))
+            except OSError:
+                continue
+            return one.getsockname()[1]
+
+
+def command(model: Path, data: Path, out: Path, port: int, /, **changes: object) -> list[str]:
+    chosen = {
+        "model": model, "data": data, "out": out, "steps": 3, "seq_length": 64, "global_batch_size": 4, "lr": 1e-3,
+        "warmup_steps": 1, "constant_steps": 1, "nproc_per_node": 1, "master_port": port, "rendezvous_timeout": 60,
+    }  # fmt: skip
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in (chosen | changes).items()]
+    return [sys.executable, "-m", "entrypoints.cli", "train", *words]
+
+
+def node(rank: int) -> dict[str, object]:
+    return {"nodes": 2, "node_rank": rank, "master_addr": "127.0.0.1"}
+
+
+def run_all(commands: list[list[str]], envs: list[dict] | None = None, meanwhile: Callable[[], None] | None = None):
+    """[(exit code, output)] of commands that run at the same time."""
+    processes = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env)
+        for words, env in zip(commands, envs or [{}] * len(commands), strict=True)
+    ]
+    found: list[tuple[int, str]] = [(0, "")] * len(processes)
+
+    def wait(number: int) -> None:
+        output, _ = processes[number].communicate(timeout=240)
+        found[number] = (processes[number].returncode, output)
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(len(processes))]
+    for thread in threads:
+        thread.start()
+    if meanwhile:
+        meanwhile()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
+
+
+def kill_rank(rank: int, run: RunFolder) -> float:
+    """SIGKILL to the worker of a rank once the first step is done; returns when that was."""
+    deadline = time.monotonic() + 120
+    while not run.read_metrics() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        # Only workers of this run: its data and output stand in the recipe, its port in the environment.
+        if b"entrypoints.training.worker" in words and f"RANK={rank}".encode() in variables:
+            recipe = json.loads(Path(words[words.index(b"entrypoints.training.worker") + 1].decode()).read_text())
+            if recipe["out"] == str(run.path) and b"torch.distributed.run" not in words:
+                os.kill(int(folder.name), signal.SIGKILL)
+                return time.monotonic()
+    raise AssertionError(f"no worker of rank {rank} was found")
+
+
+@pytest.mark.parametrize("commands", [1, 2])
+def test_a_killed_rank_ends_the_run_everywhere_and_is_named(commands, nemo_model, data, tmp_path, port):
+    run, killed = RunFolder(tmp_path / "run"), []
+    if commands == 1:
+        words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, nproc_per_node=2)]
+    else:
+        words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
+    found = run_all(words, meanwhile=lambda: killed.append(kill_rank(1, run)))
+    assert time.monotonic() - killed[0] < 60
+    for code, output in found:
+        assert code == 1, output
+        assert f"slipway: train: rank 1 on node {commands - 1} (" in last_line(output), output
+        assert "was killed by SIGKILL (out of memory?); its log: " in last_line(output)
+        assert "torch.distributed.elastic" not in output and "ChildFailedError" not in output
+
+
+def test_a_node_that_vanishes_ends_the_run(nemo_model, data, tmp_path, port):
+    """The command itself is killed, as by a machine that goes down; what it had started is cleared away after it."""
+    run, marks = RunFolder(tmp_path / "run"), []
+
+    def vanish() -> None:
+        while not run.read_metrics():
+            time.sleep(0.05)
+        marks.append(time.monotonic())
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"--out={run.path}".encode() in words and b"--node-rank=1" in words:
+                children = (folder / "task" / folder.name / "children").read_text().split()
+                for process in [folder.name, *children]:
+                    os.kill(int(process), signal.SIGKILL)
+
+    words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
+    (code, output), (other, _) = run_all(words, meanwhile=vanish)
+    assert other == -signal.SIGKILL and time.monotonic() - marks[0] < 60
+    assert code == 1 and "train: node 1 (" in last_line(output) and "is gone" in last_line(output), output
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ({"lr": 2e-3}, "--lr is 0.001 on node 0 and 0.002 on node 1 ("),
+        ({"data": "OTHER"}, "the data (bytes, usable lines, digest of where they begin) is "),
+        ({"model": "OTHER"}, "the model (digest of the ends of its weights' files) is "),
+        ({"model": "COPY", "data": "COPY"}, None),
+    ],
+)
+def test_nodes_that_would_compute_different_things_stop_before_the_first_step(
+    what, message, nemo_model, data, tmp_path, port
+):
+    import shutil
+
+    copies = {"model": tmp_path / "model", "data": tmp_path / "data.jsonl"}
+    shutil.copytree(nemo_model, copies["model"])
+    shutil.copy(data, copies["data"])
+    if what.get("data") == "OTHER":
+        copies["data"].write_bytes(b"".join(data.read_bytes().splitlines(keepends=True)[1:]))
+    if what.get("model") == "OTHER":
+        weights = max((copies["model"] / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    changes = {key: copies[key] if value in ("OTHER", "COPY") else value for key, value in what.items()}
+    words = [command(nemo_model, data, tmp_path / "run", port, **node(0))]
+    words += [command(nemo_model, data, tmp_path / "run", port, **node(1), **changes)]
+    for code, output in run_all(words):
+        if message is None:
+            assert code == 0, output
+        else:
+            assert code == 65 and message in last_line(output), output
+            assert "they must be the same on all nodes" in last_line(output) and "step 1/" not in output
+
+
+def test_a_master_that_is_not_there_is_one_line_in_bounded_time(nemo_model, data, tmp_path, port):
+    words = command(nemo_model, data, tmp_path / "run", port, **node(1), rendezvous_timeout=2)
+    ((code, output),) = run_all([words])
+    assert code == 78 and f"the master does not answer at 127.0.0.1:{port + 1} within 2 s" in last_line(output)
+    words = command(nemo_model, data, tmp_path / "run", port, **node(1) | {"master_addr": "a.invalid"},
+                    rendezvous_timeout=2)  # fmt: skip
+    ((code, output),) = run_all([words])
+    assert code == 78 and "a.invalid" in last_line(output) and "check that" in last_line(output)
+
+
+def test_a_node_that_does_not_come_is_named(nemo_model, data, tmp_path, port):
+    ((code, output),) = run_all([command(nemo_model, data, tmp_path / "run", port, **node(0), rendezvous_timeout=2)])
+    assert code == 78 and f"node 1 did not come to port {port + 1} of this machine within 2 s" in last_line(output)
+
+
+def test_a_port_that_is_taken_is_said(nemo_model, data, tmp_path, port):
+    with socket.create_server(("", port)):
+        ((code, output),) = run_all([command(nemo_model, data, tmp_path / "run", port, nproc_per_node=2)])
+    assert code == 78 and f"port {port} cannot be opened" in last_line(output) and "--master-port" in last_line(output)
+
+
+def test_one_task_per_gpu_of_slurm_runs_the_workers_without_torchrun(nemo_model, data, tmp_path, port):
+    """The variables that Slurm sets; the steps are then the same as with two nodes under torchrun."""
+    task = {
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1",
+    }  # fmt: skip
+    envs = [task | {"SLURM_LOCALID": str(rank), "SLURM_PROCID": str(rank)} for rank in (0, 1)]
+    words = [word for word in command(nemo_model, data, tmp_path / "run", port) if "--nproc-per-node" not in word]
+    for code, output in run_all([words, words], envs):
+        assert code == 0 and "torch.distributed.run" not in output, output
+    assert len(RunFolder(tmp_path / "run").read_metrics()) == 3
