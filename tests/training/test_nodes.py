@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -117,6 +119,17 @@ def test_a_killed_rank_ends_the_run_everywhere_and_is_named(commands, nemo_model
         assert "torch.distributed.elastic" not in output and "ChildFailedError" not in output
 
 
+def test_a_rank_that_fails_is_shown_with_its_last_lines(nemo_model, data, tmp_path, port):
+    model = tmp_path / "model"
+    shutil.copytree(nemo_model, model)
+    for file in (model / "weights").glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+    ((code, output),) = run_all([command(model, data, tmp_path / "run", port, nproc_per_node=2)])
+    assert code == 1 and re.search(r"train: last lines of rank [01] on node 0 \(", output), output
+    assert output.count("Traceback (most recent call last)") <= 2 and "ChildFailedError" not in output
+    assert re.search(r"train: rank [01] on node 0 \(.*\) ended with exit code 1; its log: ", last_line(output))
+
+
 def test_a_node_that_vanishes_ends_the_run(nemo_model, data, tmp_path, port):
     """The command itself is killed, as by a machine that goes down; what it had started is cleared away after it."""
     run, marks = RunFolder(tmp_path / "run"), []
@@ -153,8 +166,6 @@ def test_a_node_that_vanishes_ends_the_run(nemo_model, data, tmp_path, port):
 def test_nodes_that_would_compute_different_things_stop_before_the_first_step(
     what, message, nemo_model, data, tmp_path, port
 ):
-    import shutil
-
     copies = {"model": tmp_path / "model", "data": tmp_path / "data.jsonl"}
     shutil.copytree(nemo_model, copies["model"])
     shutil.copy(data, copies["data"])
