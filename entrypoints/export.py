@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 
+from entrypoints.checkpoint.forecast import Forecast, forecast
 from entrypoints.report import Summary
 
 
-def export(ckpt: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB") -> Summary:
+def export(
+    ckpt: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB", dry_run: bool = False
+) -> Summary | Forecast:
     """Turn a NeMo checkpoint, saved by any number of ranks, into a Hugging Face model in BF16.
 
     Args:
@@ -15,6 +18,7 @@ def export(ckpt: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB")
         out: folder to write.
         shard_size: most bytes in one safetensors file.
         memory: bytes that tensors at work may take.
+        dry_run: plan, measure on a small sample, and tell bytes, files and time; nothing is written.
     """
     from entrypoints.checkpoint import convert, locate, stream
 
@@ -22,5 +26,7 @@ def export(ckpt: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB")
     limit, budget = stream.parse_size(shard_size, "--shard-size"), stream.parse_size(memory, "--memory")
     stream.refuse_existing(target)
     plan = convert.export_plan(locate.nemo_folder(ckpt), limit)
+    if dry_run:
+        return forecast(plan, target, "export", budget, started)
     stream.run(plan, target, "export", budget)
     return Summary("export", str(target), plan.bytes, time.monotonic() - started, {"files": len(plan.sizes)})

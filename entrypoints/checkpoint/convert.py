@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -51,11 +51,11 @@ class Opened:
     reader: Any
 
 
-def open_model(folder: Path) -> Opened:
+def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
     """A Hugging Face folder; DataError where something is missing, surplus or garbled."""
     config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
-    reader = huggingface.Reader(folder, huggingface.read_folder(folder), config)
+    reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
     if is_tied(config):
         reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
     if not has_mtp(config, reader.tensors):
@@ -65,9 +65,9 @@ def open_model(folder: Path) -> Opened:
     return Opened(config, family, model, reader)
 
 
-def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
+def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, int]:
     """(plan of the BF16 copy of a quantised model, number of tensors that get decoded)."""
-    source = open_model(folder)
+    source = open_model(folder, devices)
     reader, model = source.reader, source.model
     if not reader.quantized:
         raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
@@ -78,13 +78,16 @@ def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
     return plan, len(reader.quantized)
 
 
-def import_plan(folder: Path, mtp: bool = False) -> tuple[Plan, Mapping[str, TensorInfo]]:
+def import_plan(
+    folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",)
+) -> tuple[Plan, Mapping[str, TensorInfo]]:
     """(plan of the NeMo checkpoint of a Hugging Face model, its Megatron tensors).
 
     Args:
         mtp: with the layers for multi-token prediction; else they are left out.
+        devices: what decodes quantised tensors.
     """
-    source = open_model(folder)
+    source = open_model(folder, devices)
     config, model, reader = source.config, source.model, source.reader
     if mtp and not mtp_layers(config):
         raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
