@@ -67,8 +67,10 @@ def make(folder: Path, family: str, gigabytes: float) -> None:
     heads = {
         ADAPTER + name: part.bfloat16() for name, part in DecodingHeads(config["hidden_size"]).state_dict().items()
     }
-    chunks = [ref for cell in FAMILIES[family].cells(config) for ref in cell.megatron] + [Ref(key) for key in heads]
-    infos = FAMILIES[family].megatron_tensors(config) | {key: TensorInfo(tuple(t.shape)) for key, t in heads.items()}
+    chunks = [ref for cell in FAMILIES[family].rules(config).cells for ref in cell.megatron] + [
+        Ref(key) for key in heads
+    ]
+    infos = FAMILIES[family].rules(config).megatron | {key: TensorInfo(tuple(t.shape)) for key, t in heads.items()}
     layout = torch_dist.Layout(infos, chunks, [])
     weights = folder / "weights"
     weights.mkdir(parents=True)

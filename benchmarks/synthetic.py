@@ -53,7 +53,7 @@ def _with_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def _bytes(family: str, config: dict[str, Any]) -> int:
-    return sum(info.bytes for info in FAMILIES[family].hf_tensors(config).values())
+    return sum(info.bytes for info in FAMILIES[family].rules(config).hf.values())
 
 
 def stored_as(name: str, info: TensorInfo, form: str) -> dict[str, TensorInfo]:
@@ -72,7 +72,7 @@ def write(folder: Path, family: str, form: str, gigabytes: float) -> None:
     """Write the model; its values are random, with scales of ordinary size."""
     config = config_of(family, gigabytes)
     tensors: dict[str, TensorInfo] = {}
-    for name, info in FAMILIES[family].hf_tensors(config).items():
+    for name, info in FAMILIES[family].rules(config).hf.items():
         tensors |= stored_as(name, info, form)
     layout = Layout(tensors, SHARD_BYTES)
     folder.mkdir(parents=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import entrypoints
+from entrypoints.demo_checks import Check, checks
 from entrypoints.errors import SlipwayError, UsageError
 from entrypoints.report import human_bytes
 from entrypoints.training.run_folder import RunFolder
@@ -22,9 +23,6 @@ from entrypoints.training.run_folder import RunFolder
 MARK = ".slipway-demo"  # a folder with this file in it may be thrown away
 SEQ_LENGTH = 128
 PROCESSES = 2
-# Both run the same float32 arithmetic on the same weights in another order: a few units in the last place of
-# logits of size 4 (2^-22 each) over two layers. A wrong transpose or a shifted window is off by 0.1 and more.
-FORWARD_BOUND = 1e-4
 
 
 @dataclass
@@ -33,13 +31,6 @@ class Step:
     seconds: float
     peak_memory: int
     bytes: int
-
-
-@dataclass
-class Check:
-    what: str
-    passed: bool
-    found: str
 
 
 @dataclass
@@ -70,7 +61,10 @@ class Demo:
         }
 
 
-def demo(*, model: Literal["gpt_oss"] = "gpt_oss", out: str = "slipway-demo", steps: int = 24) -> Demo:
+Family = Literal["gpt_oss", "qwen3", "deepseek_v3", "qwen25", "llama31"]
+
+
+def demo(*, model: Family = "gpt_oss", out: str = "slipway-demo", steps: int = 24) -> Demo:
     """Run the whole flow on a tiny model: no GPU needed, a few minutes.
 
     Makes a random model in the exact Hugging Face layout, then: dequant, import, preprocess, train with NeMo under
@@ -86,13 +80,13 @@ def demo(*, model: Literal["gpt_oss"] = "gpt_oss", out: str = "slipway-demo", st
     folder = _fresh_folder(Path(out).absolute())
     result = Demo(folder)
     with _timed(result, "make a tiny model"):
-        config = _make_model(model, folder / "hf")
+        _make_model(model, folder / "hf")
     for name, words in _commands(folder, steps):
         _run(result, name, words)
         if name == "import":
             _train(result, folder, steps)
     with _timed(result, "checks"):
-        result.checks += [*_checks(folder, config, steps)]
+        result.checks += [*checks(folder, steps)]
     if failed := [check.what for check in result.checks if not check.passed]:
         print(result)
         raise SlipwayError(f"demo: {len(failed)} of {len(result.checks)} checks failed: {'; '.join(failed)}")
@@ -126,13 +120,12 @@ def _texts() -> list[Path]:
     return sorted(Path(entrypoints.__file__).parent.rglob("*.py"))
 
 
-def _make_model(family: str, folder: Path) -> dict[str, Any]:
+def _make_model(family: str, folder: Path) -> None:
     from entrypoints.families import FAMILIES
     from entrypoints.families.fabricate import fabricate
 
     config = FAMILIES[family].tiny_config()
     fabricate(folder, config, [file.read_text() for file in _texts()], quantized=True)
-    return config
 
 
 # ---------------------------------------------------------------------------- running commands
@@ -218,120 +211,3 @@ def _train(result: Demo, folder: Path, steps: int) -> None:
     _run(result, "train until SIGTERM", words, expect=75, watch=stop_in_the_middle)
     (folder / "stopped.json").write_bytes(RunFolder(folder / "run").status.read_bytes())
     _run(result, "train to the end", words)
-
-
-# ---------------------------------------------------------------------------- checks
-
-
-def _checks(folder: Path, config: dict[str, Any], steps: int) -> Iterator[Check]:
-    yield _dequantised_is_exact(folder)
-    yield from _forward_is_the_same(folder, config)
-    yield from _training_went_well(folder, steps)
-    yield _merged_is_complete(folder)
-
-
-def _tensors(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def _dequantised_is_exact(folder: Path) -> Check:
-    """Compares with MXFP4's definition, element by element in float64."""
-    import torch
-
-    source, found = _tensors(folder / "hf"), _tensors(folder / "bf16")
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
-    values = torch.cat([values, -values])
-    wrong = compared = 0
-    for name, blocks in source.items():
-        if name.endswith("_blocks"):
-            scale = 2.0 ** (source[name.removesuffix("_blocks") + "_scales"].double() - 127)
-            nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
-            wanted = (values[nibbles] * scale.unsqueeze(-1)).flatten(-2).transpose(-1, -2).bfloat16()
-            name = name.removesuffix("_blocks")
-        elif name.endswith("_scales"):
-            continue
-        else:
-            wanted = blocks
-        wrong += int((found[name].view(torch.int16) != wanted.contiguous().view(torch.int16)).sum())
-        compared += wanted.numel()
-    return Check(
-        "dequantised values are those of the definition, bit for bit",
-        wrong == 0,
-        f"{wrong} of {compared} differ",
-    )
-
-
-def _forward_is_the_same(folder: Path, config: dict[str, Any]) -> Iterator[Check]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(5, config["vocab_size"], (2, 3 * config["sliding_window"]), generator=generator)
-
-    def logits(name: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation="eager")
-        with torch.no_grad():
-            return model.eval()(tokens).logits
-
-    reference, exported = logits("bf16"), logits("exported")
-    difference = (reference - exported).abs().max().item()
-    what = "transformers: logits of the exported model are the dequantised one's"
-    yield Check(what, difference == 0, f"max |difference| {difference:g}, bound 0: the weights must be the same")
-
-    from entrypoints.training.forward import logits_of
-
-    difference = (reference - logits_of(folder / "nemo", tokens)).abs().max().item()
-    what = "NeMo: logits of the imported checkpoint are transformers'"
-    size = f"logits up to {reference.abs().max():.1f}"
-    yield Check(
-        what,
-        difference < FORWARD_BOUND,
-        f"max |difference| {difference:.1e}, bound {FORWARD_BOUND:g}, {size}",
-    )
-
-
-def _training_went_well(folder: Path, steps: int) -> Iterator[Check]:
-    from entrypoints.training.heads import DecodingHeads
-
-    run = RunFolder(folder / "run")
-    before, after, metrics = (
-        json.loads((folder / "stopped.json").read_text()),
-        run.read_status(),
-        run.read_metrics(),
-    )
-    went_on = after["started_at_step"] == before["step"] and [m["step"] for m in metrics] == list(range(steps))
-    yield Check(
-        "the resumed run went on at the step where it stopped",
-        went_on,
-        f"stopped at {before['step']} of {steps}",
-    )
-    unchanged = not before["base_changed"] and not after["base_changed"]
-    unchanged = unchanged and before["base_checksum"] == after["base_checksum"]
-    yield Check("the frozen base did not change by a bit", unchanged, f"checksum {after['base_checksum'][:16]}")
-
-    import torch
-
-    heads = _tensors(folder / "heads")
-    torch.manual_seed(1234)
-    first = DecodingHeads(heads["temp_head.mlp.0.weight"].shape[1]).state_dict()
-    changed = sum(int((heads[name] != first[name]).any()) for name in first)
-    yield Check("the heads did change", changed == len(first) == 8, f"{changed} of {len(first)} tensors")
-    start, end = (sum(m["loss"] for m in part) / 3 for part in (metrics[:3], metrics[-3:]))
-    yield Check("the loss fell", end < start, f"{start:.5f} → {end:.5f}, means of three steps")
-
-
-def _merged_is_complete(folder: Path) -> Check:
-    merged, base, heads = _tensors(folder / "merged"), _tensors(folder / "bf16"), _tensors(folder / "heads")
-    wanted = {**{f"llm.{name}": part for name, part in base.items()}, **heads}
-    same = merged.keys() == wanted.keys() and all(bool((merged[n] == p.bfloat16()).all()) for n, p in wanted.items())
-    found = f"{len(merged) - len(heads)} llm.* and {len(heads)} of the heads"
-    return Check(
-        "the merged model has the base's tensors unchanged and the 8 of the heads",
-        same and len(heads) == 8,
-        found,
-    )

@@ -7,7 +7,7 @@ import time
 from entrypoints.report import Summary
 
 
-def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
+def import_(src: str, dst: str, *, mtp: bool = False, memory: str = "1GB") -> Summary:
     """Turn a Hugging Face model into a NeMo checkpoint.
 
     MXFP4 and FP8 are read straight, without a BF16 copy on disk. The checkpoint holds no parallelism: NeMo loads it
@@ -16,6 +16,7 @@ def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
     Args:
         src: folder of the model, BF16, FP8 or MXFP4, or hf://org/name[@revision].
         dst: NeMo checkpoint to write, a folder or nemo://name.
+        mtp: keep the layers for multi-token prediction (DeepSeek V3 has one), which are left out otherwise.
         memory: bytes that tensors at work may take.
     """
     from entrypoints.checkpoint import convert, locate, stream
@@ -23,6 +24,6 @@ def import_(src: str, dst: str, *, memory: str = "1GB") -> Summary:
     started, out = time.monotonic(), locate.output(dst)
     budget = stream.parse_size(memory, "--memory")
     stream.refuse_existing(out)
-    plan, tensors = convert.import_plan(locate.folder(src))
+    plan, tensors = convert.import_plan(locate.folder(src), mtp)
     stream.run(plan, out, "import", budget)
     return Summary("import", str(out), plan.bytes, time.monotonic() - started, {"tensors": len(tensors)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,36 @@ def texts() -> list[str]:
     return [file.read_text() for file in sorted(Path(entrypoints.__file__).parent.rglob("*.py"))]
 
 
-def make_model(folder: Path, family: str = "gpt_oss", **options) -> Path:
-    """A fabricated model in `folder`; options are fabricate's."""
-    fabricate(folder, FAMILIES[family].tiny_config(), texts(), **{"quantized": True, **options})
+DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+YARN = {**FAMILIES["deepseek_v3"].tiny_config()["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.5, "factor": 8}
+# Every kind of model, by a name for it: (family, what its tiny config is changed by).
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": ("gpt_oss", {}),
+    "llama31": ("llama31", {}),
+    "llama3": ("llama31", {"rope_scaling": None, "rope_theta": 500000.0}),
+    "llama31_tied": ("llama31", {"tie_word_embeddings": True}),
+    "qwen25_tied": ("qwen25", {}),
+    "qwen25_untied": ("qwen25", {"tie_word_embeddings": False}),
+    "qwen3_moe": ("qwen3", {}),
+    "qwen3_moe_not_normalised": ("qwen3", {"norm_topk_prob": False}),
+    "qwen3_dense": ("qwen3", DENSE),
+    "qwen3_dense_tied": ("qwen3", {**DENSE, "tie_word_embeddings": True}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3_plain_rope": ("deepseek_v3", {"rope_scaling": None, "num_nextn_predict_layers": 0}),
+    "deepseek_v3_one_group": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}),
+    "deepseek_v3_half_mscale": ("deepseek_v3", {"rope_scaling": YARN, "num_nextn_predict_layers": 0}),
+}
+
+
+def config_of(kind: str, **changes: Any) -> dict[str, Any]:
+    """config.json of a tiny model of a kind."""
+    family, own = KINDS[kind]
+    return {**FAMILIES[family].tiny_config(), **own, **changes}
+
+
+def make_model(folder: Path, kind: str = "gpt_oss", changes: dict[str, Any] | None = None, **options) -> Path:
+    """A fabricated model of a kind in `folder`; options are fabricate's."""
+    fabricate(folder, config_of(kind, **changes or {}), texts(), **{"quantized": True, **options})
     return folder
 
 

@@ -9,10 +9,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from entrypoints.checkpoint import huggingface, nemo_context, torch_dist
-from entrypoints.checkpoint.refs import Ref, TensorInfo
+from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
 from entrypoints.checkpoint.stream import Piece, Plan, Write, identity_of_files, tensor_bytes
 from entrypoints.errors import DataError
 from entrypoints.families import family_of, read_config, rules
+from entrypoints.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,12 +28,23 @@ def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
+def as_dtype(part: Tensor, dtype: str) -> Tensor:
+    """The part in a dtype given in safetensors' spelling."""
+    import torch
+
+    return part.to(getattr(torch, TORCH_NAMES[dtype]))
+
+
 def open_model(folder: Path) -> tuple[dict[str, Any], ModuleType, huggingface.Reader]:
     """(config.json, family, reader) of a Hugging Face folder whose tensors are all there and of the right shapes."""
     config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config)
-    rules.check_tensors(reader.tensors, family.hf_tensors(config), str(folder))
+    if is_tied(config):
+        reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
+    if not has_mtp(config, reader.tensors):
+        config = without_mtp(config)  # transformers saves a model without its layer for multi-token prediction
+    rules.check_tensors(reader.tensors, family.rules(config).hf, str(folder))
     return config, family, reader
 
 
@@ -41,26 +53,37 @@ def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
     config, family, reader = open_model(folder)
     if not reader.quantized:
         raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
-    layout = huggingface.Layout({name: reader.tensors[name] for name in family.hf_tensors(config)}, shard_bytes)
-    refs = [ref for cell in family.cells(config) for ref in cell.hf]
+    model = family.rules(config)
+    layout = huggingface.Layout({name: reader.tensors[name] for name in model.hf}, shard_bytes)
+    refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
     plan = _hf_plan(layout, pieces, bf16_config(config), folder, reader.files(), "dequant")
     return plan, len(reader.quantized)
 
 
-def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
-    """(plan of the NeMo checkpoint of a Hugging Face model, its Megatron tensors)."""
+def import_plan(folder: Path, mtp: bool = False) -> tuple[Plan, Mapping[str, TensorInfo]]:
+    """(plan of the NeMo checkpoint of a Hugging Face model, its Megatron tensors).
+
+    Args:
+        mtp: with the layers for multi-token prediction; else they are left out.
+    """
     config, family, reader = open_model(folder)
-    tensors = family.megatron_tensors(config)
-    cells = list(family.cells(config))
-    layout = torch_dist.Layout(tensors, [ref for cell in cells for ref in cell.megatron], family.extra_state(config))
+    if mtp and not mtp_layers(config):
+        raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
+    if not mtp:
+        config = without_mtp(config)
+    model = family.rules(config)
+    tensors = model.megatron
+    layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
 
     def piece(cell: rules.Cell) -> Piece:
         def work() -> Iterable[Write]:
             parts = cell.op.to_megatron(tuple(reader.read(ref) for ref in cell.hf))
             for ref, part in zip(cell.megatron, parts, strict=True):
                 file, offset, length = layout.places[ref]
-                blob = torch_dist.serialize(part.reshape(torch_dist.chunk_sizes(ref, tensors[ref.name].shape)))
+                info = tensors[ref.name]
+                part = as_dtype(part, info.dtype).reshape(torch_dist.chunk_sizes(ref, info.shape))
+                blob = torch_dist.serialize(part)
                 assert len(blob) == length, f"archive of {ref} has another length than planned"
                 yield f"weights/{file}", offset, blob
 
@@ -73,7 +96,7 @@ def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
     others = huggingface.other_files(folder)
     plan = Plan(
         sizes={f"weights/{file}": size for file, size in layout.sizes.items()},
-        pieces=[*(piece(cell) for cell in cells), Piece(0, extra_state)],
+        pieces=[*map(piece, model.cells), Piece(0, extra_state)],
         small={
             **{f"context/{name}": content for name, content in context.items()},
             "weights/metadata.json": torch_dist.FORMAT.encode(),
@@ -84,7 +107,7 @@ def import_plan(folder: Path) -> tuple[Plan, Mapping[str, TensorInfo]]:
             **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
             **{f"context/{HF_FILES}/{file.name}": file for file in others},
         },
-        identity=["import", identity_of_files([*reader.files(), folder / "config.json"])],
+        identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
     )
     return plan, tensors
 
@@ -105,30 +128,29 @@ def open_nemo(checkpoint: Path) -> tuple[dict[str, Any], ModuleType, torch_dist.
         raise DataError(f"{context} has no {path.name}; give a checkpoint that `slipway import` began")
     config = read_config(path)
     family = family_of(config, path)
-    wanted = family.megatron_tensors(config)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
     if found and all("adapter." in key for key in found):
         raise DataError(f"{checkpoint} holds trained heads alone; `slipway extract-heads` reads those")
-    rules.check_tensors(found, wanted, str(reader.folder))
+    rules.check_tensors(found, family.rules(config).megatron, str(reader.folder))
     return config, family, reader
 
 
 def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
     """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
     config, family, reader = open_nemo(checkpoint)
-    context, wanted = context_folder(reader.folder), family.megatron_tensors(config)
-    layout = huggingface.Layout(family.hf_tensors(config), shard_bytes)
+    context, model = context_folder(reader.folder), family.rules(config)
+    wanted = model.megatron
+    layout = huggingface.Layout(model.hf, shard_bytes)
 
     def piece(cell: rules.Cell) -> Piece:
         def work() -> Iterable[Write]:
             parts = cell.op.to_hf(tuple(reader.read(ref) for ref in cell.megatron))
             for ref, part in zip(cell.hf, parts, strict=True):
-                yield (*layout.place(ref), tensor_bytes(part.bfloat16()))
+                yield (*layout.place(ref), tensor_bytes(as_dtype(part, model.hf[ref.name].dtype)))
 
         return Piece(sum(TensorInfo(r.shape(wanted[r.name].shape)).bytes for r in cell.megatron), work)
 
-    pieces = [piece(cell) for cell in family.cells(config)]
-    return _hf_plan(layout, pieces, config, context / HF_FILES, reader.files(), "export")
+    return _hf_plan(layout, [*map(piece, model.cells)], config, context / HF_FILES, reader.files(), "export")
 
 
 def context_folder(weights: Path) -> Path:
@@ -146,10 +168,11 @@ def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], bas
             f"the heads are for a hidden size of {heads_config['temperature_hidden_size']}, "
             f"{base} has {config['hidden_size']}; take the base they were trained on"
         )
-    tensors = {f"llm.{name}": info for name, info in family.hf_tensors(config).items()}
+    model = family.rules(config)
+    tensors = {f"llm.{name}": reader.tensors[name] for name in model.hf}
     tensors |= {name: TensorInfo(tuple(part.shape), "BF16") for name, part in heads.items()}
     layout = huggingface.Layout(tensors, shard_bytes)
-    refs = [ref for cell in family.cells(config) for ref in cell.hf]
+    refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, Ref(f"llm.{ref.name}", ref.index, ref.rows)) for ref in refs]
     pieces += [
         Piece(part.nbytes, lambda n=name, p=part: [(*layout.place(Ref(n)), tensor_bytes(p.bfloat16()))])

@@ -25,6 +25,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 FP8 = ("F8_E4M3",)
+FP8_SCALES = ("_scale_inv", "_scale")  # of DeepSeek and Qwen; of compressed-tensors. Both are multiplied by.
+FP8_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+QUANT_METHODS = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Reader:
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
         self.folder, self.stored = folder, stored
-        self.quantization = _quantization(config, folder)
+        self.block = _block_size(config, folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._codecs: dict[str, _Codec] = {}
         self._descriptors: dict[Path, int] = {}
@@ -198,26 +201,48 @@ class Reader:
             raise DataError(f"{self.folder}: {name} has no scales ({name.removesuffix('_blocks')}_scales is missing)")
         if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in self.stored:
             return None
-        if name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in self.stored:
+        if self._is_fp8(_scaled(name)):
             return None
         if info.dtype in FP8:
             return self._fp8_codec(name, info)
         return _Plain(name, info)
 
-    def _fp8_codec(self, name: str, info: TensorInfo) -> _Fp8Block:
-        scale = f"{name}_scale_inv"
-        if scale not in self.stored:
-            raise DataError(
-                f"{self.folder}: FP8 tensor {name} has no scale ({scale} is missing); fetch the missing file"
-            )
-        return _Fp8Block(name, info, self.stored[scale].info, self.quantization, self.folder)
+    def _is_fp8(self, name: str) -> bool:
+        return name in self.stored and self.stored[name].info.dtype in FP8
+
+    def _fp8_codec(self, name: str, info: TensorInfo) -> _Fp8:
+        for scale in (f"{name}{suffix}" for suffix in FP8_SCALES):
+            if scale in self.stored:
+                return _Fp8(name, info, scale, self.stored[scale].info, self.block, self.folder)
+        raise DataError(
+            f"{self.folder}: FP8 tensor {name} has no scale ({name}_scale_inv is missing); fetch the missing file"
+        )
 
 
-def _quantization(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+def _scaled(name: str) -> str:
+    """The FP8 tensor that a scale of this name would belong to; scales of activations belong to the weight."""
+    if name.endswith(".input_scale"):
+        return name.removesuffix("input_scale") + "weight"
+    return next((name.removesuffix(suffix) for suffix in FP8_SCALES if name.endswith(suffix)), "")
+
+
+def _block_size(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     """Rows and columns of an FP8 block; DataError for a `quantization_config` that cannot be followed."""
-    block = (config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+    where = folder / "config.json"
+    about = config.get("quantization_config") or {}
+    try:
+        method, block = about.get("quant_method"), about.get("weight_block_size")
+        for group in (about.get("config_groups") or {}).values():
+            block = block or group["weights"].get("block_structure")
+    except (AttributeError, KeyError, TypeError):
+        raise DataError(
+            f"{where}: quantization_config is garbled; take config.json from the model's own repository"
+        ) from None
+    if method not in (None, *QUANT_METHODS):
+        raise DataError(f"{where}: quant_method is {method!r}; known are {', '.join(QUANT_METHODS)} and none")
+    block = block or [128, 128]
     if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise DataError(f"{folder / 'config.json'}: weight_block_size is {block!r}; it must be two positive numbers")
+        raise DataError(f"{where}: weight_block_size is {block!r}; it must be two positive numbers")
     return block[0], block[1]
 
 
@@ -253,28 +278,39 @@ class _Mxfp4:
         return decode_mxfp4(blocks, scales).transpose(-1, -2)
 
 
-class _Fp8Block:
-    """float8_e4m3fn [rows, columns] with one scale a block → BF16."""
+class _Fp8:
+    """float8_e4m3fn [rows, columns] with a scale for the tensor, for each row or for each block → BF16."""
 
-    def __init__(self, name: str, weight: TensorInfo, scale: TensorInfo, block: tuple[int, int], folder: Path) -> None:
-        wanted = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
-        if len(weight.shape) != 2 or scale.shape != wanted:
+    def __init__(
+        self, name: str, weight: TensorInfo, scale: str, scales: TensorInfo, block: tuple[int, int], folder: Path
+    ) -> None:
+        if scales.dtype not in FP8_SCALE_DTYPES:
+            raise DataError(f"{folder}: {scale} is stored as {scales.dtype}; known are {', '.join(FP8_SCALE_DTYPES)}")
+        if len(weight.shape) != 2:
+            raise DataError(f"{folder}: FP8 tensor {name} has shape {list(weight.shape)}; only matrices are known")
+        rows, columns = weight.shape
+        grid = (-(-rows // block[0]), -(-columns // block[1]))
+        if scales.shape in ((), (1,), (1, 1)):
+            block, grid = (rows, columns), (1, 1)
+        elif scales.shape in ((rows,), (rows, 1)):
+            block, grid = (1, columns), (rows, 1)
+        elif scales.shape != grid:
             raise DataError(
-                f"{folder}: {name} {list(weight.shape)} in blocks of {list(block)} needs scales {list(wanted)}, "
-                f"found {list(scale.shape)}; is weight_block_size in config.json right?"
+                f"{folder}: {name} {list(weight.shape)} in blocks of {list(block)} needs scales {list(grid)}, "
+                f"found {list(scales.shape)}; is weight_block_size in config.json right?"
             )
-        self.name, self.info, self.block = name, TensorInfo(weight.shape), block
-        self.stored_bytes = weight.bytes + scale.bytes
+        self.name, self.info, self.scale, self.block, self.grid = name, TensorInfo(weight.shape), scale, block, grid
+        self.stored_bytes = weight.bytes + scales.bytes
 
     def read(self, reader: Reader, ref: Ref) -> Tensor:
         from entrypoints.checkpoint.quantization import decode_fp8_block
 
         weight = reader.read_stored(self.name, ref)
-        scale = reader.read_stored(f"{self.name}_scale_inv", Ref(f"{self.name}_scale_inv"))
-        return decode_fp8_block(weight, scale, self.block, ref.rows[0] if ref.rows else 0)
+        scales = reader.read_stored(self.scale, Ref(self.scale)).view(self.grid)
+        return decode_fp8_block(weight, scales, self.block, ref.rows[0] if ref.rows else 0)
 
 
-_Codec = _Plain | _Mxfp4 | _Fp8Block
+_Codec = _Plain | _Mxfp4 | _Fp8
 
 
 # ---------------------------------------------------------------------------- writing

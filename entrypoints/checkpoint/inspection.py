@@ -16,7 +16,8 @@ from entrypoints.checkpoint.contents import Contents
 from entrypoints.checkpoint.convert import context_folder
 from entrypoints.checkpoint.refs import TensorInfo
 from entrypoints.errors import DataError, UsageError
-from entrypoints.families import FAMILIES, family_of, read_config
+from entrypoints.families import BY_MODEL_TYPE, family_of, read_config
+from entrypoints.families.decoder import has_mtp, is_tied, without_mtp
 from entrypoints.heads import ADAPTER
 from entrypoints.heads import FILE as HEADS_FILE
 from entrypoints.heads import NAMES as HEADS
@@ -25,7 +26,7 @@ BASE = "llm."  # before the base model's names in a model merged with heads
 MERGED_TYPE = "autodeco"
 OPTIMIZER = "optimizer."
 MXFP4_BLOCK = [32]
-MXFP4_SCALES, FP8_SCALES = SCALES = ("_scales", "_scale_inv")
+MXFP4_SCALES = "_scales"
 
 
 def contents_of(path: Path) -> Contents:
@@ -51,9 +52,10 @@ def contents_of(path: Path) -> Contents:
 def _of_file(file: Path) -> Contents:
     """One file, whose scales or blocks may lie in another."""
     stored = huggingface.read_header(file)
-    tensors = {name: place.info for name, place in stored.items() if not name.endswith(SCALES)}
-    quantized = {_scales(name, info): info for name, info in tensors.items() if _scales(name, info) != name}
-    packed = sum(math.prod(info.shape) for name, info in quantized.items() if name.endswith(MXFP4_SCALES))
+    scales = (MXFP4_SCALES, *huggingface.FP8_SCALES)
+    tensors = {name: place.info for name, place in stored.items() if not name.endswith(scales)}
+    quantized = [name for name, info in tensors.items() if _scales(name, info)]
+    packed = sum(math.prod(tensors[name].shape) for name in quantized if name.endswith("_blocks"))
     method, block = ("mxfp4", MXFP4_BLOCK) if packed else ("fp8", [])
     return Contents(
         path=str(file),
@@ -91,7 +93,7 @@ def _of_huggingface(folder: Path) -> Contents:
         problems["missing files"] = [*problems.get("missing files", []), "config.json"]
     reader, unscaled = _reader(folder, stored, config)
     problems |= unscaled
-    wanted, checked = _wanted_of(config, folder / "config.json")
+    wanted, checked = _wanted_of(config, folder / "config.json", reader.tensors)
     if checked:
         problems = _compare_infos(reader.tensors, wanted) | problems
     merged = config.get("model_type") == MERGED_TYPE
@@ -140,16 +142,20 @@ def _reader(
     folder: Path, stored: Mapping[str, huggingface.Stored], config: Mapping[str, Any]
 ) -> tuple[huggingface.Reader, dict[str, list[str]]]:
     """A reader of all that can be decoded, and the scales that are missing for the rest."""
-    missing = {name: scales for name, place in stored.items() if (scales := _scales(name, place.info)) not in stored}
+    missing = {
+        name: scales[0]
+        for name, place in stored.items()
+        if (scales := _scales(name, place.info)) and not any(scale in stored for scale in scales)
+    }
     reader = huggingface.Reader(folder, {n: place for n, place in stored.items() if n not in missing}, config)
     return reader, _only_filled({"missing scales": sorted(missing.values())})
 
 
-def _scales(name: str, info: TensorInfo) -> str:
-    """The tensor that holds the scales of this one; itself where it needs none."""
+def _scales(name: str, info: TensorInfo) -> list[str]:
+    """The names that the scales of this tensor may have; none where it needs none."""
     if name.endswith("_blocks") and info.dtype == "U8":
-        return name.removesuffix("_blocks") + MXFP4_SCALES
-    return name + FP8_SCALES if info.dtype in huggingface.FP8 else name
+        return [name.removesuffix("_blocks") + MXFP4_SCALES]
+    return [name + suffix for suffix in huggingface.FP8_SCALES] if info.dtype in huggingface.FP8 else []
 
 
 def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -160,7 +166,7 @@ def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict
     if not names and not about:
         return None
     mxfp4 = any(f"{name}_blocks" in reader.stored for name in names)
-    block = MXFP4_BLOCK if mxfp4 else list(reader.quantization) if names else []
+    block = MXFP4_BLOCK if mxfp4 else list(reader.block) if names else []
     method = about.get("quant_method") or ("mxfp4" if mxfp4 else "fp8")
     return {"method": str(method), "block": block, "tensors": len(names)}
 
@@ -177,15 +183,22 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "model_type": config.get("base_model_type")}
 
 
-def _wanted_of(config: Mapping[str, Any], where: Path) -> tuple[dict[str, TensorInfo | None], str]:
+def _wanted_of(
+    config: Mapping[str, Any], where: Path, found: Mapping[str, TensorInfo]
+) -> tuple[dict[str, TensorInfo | None], str]:
     """The tensors that a config.json asks for (None: of any shape); nothing where no family knows its model_type."""
     base = base_config(config)
     if not _known(base):
         return {}, ""
-    wanted: dict[str, TensorInfo | None] = {**family_of(base, where).hf_tensors(base)}
-    if config.get("model_type") == MERGED_TYPE:
-        wanted = {BASE + name: info for name, info in wanted.items()} | dict.fromkeys(HEADS)
-    return wanted, "config.json"
+    family = family_of(base, where)
+    prefix = BASE if config.get("model_type") == MERGED_TYPE else ""
+    names = [name.removeprefix(prefix) for name in found]
+    wanted = family.rules(base if has_mtp(base, names) else without_mtp(base)).hf
+    if is_tied(base) and "lm_head.weight" in names:  # some store the embedding twice
+        wanted = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}
+    return {prefix + name: info for name, info in wanted.items()} | dict.fromkeys(
+        HEADS if prefix else ()
+    ), "config.json"
 
 
 # ---------------------------------------------------------------------------- torch_dist
@@ -242,7 +255,7 @@ def _wanted_by_nemo(
         return heads, "the heads' names", model
     if not _known(config):
         return {}, "", model
-    wanted: dict[str, TensorInfo | None] = {**family_of(config, path).megatron_tensors(config)}
+    wanted: dict[str, TensorInfo | None] = {**family_of(config, path).rules(config).megatron}
     return wanted | heads, f"context/{path.name}", model
 
 
@@ -268,7 +281,7 @@ def _files_problems(folder: Path, extents: Mapping[str, int]) -> dict[str, list[
 
 def _known(config: Mapping[str, Any]) -> bool:
     kind = config.get("model_type")
-    return isinstance(kind, str) and kind in FAMILIES
+    return isinstance(kind, str) and kind in BY_MODEL_TYPE
 
 
 def _parameters(infos: Iterable[TensorInfo]) -> int:

@@ -1,12 +1,13 @@
 """One module per model family, each with the same parts; `family_of` finds the one that a config.json asks for.
 
-MODEL_TYPE           its `model_type` in config.json
-REQUIRED             the fields of config.json that are needed
-hf_tensors(c)        name → TensorInfo of the BF16 form
-megatron_tensors(c)  key → TensorInfo, without NeMo's prefix `module.`
-cells(c)             how the two relate
-nemo_model(c)        what NeMo calls the model, and the fields of its configuration
-tiny_config()        a config.json of a few thousand parameters
+NAME            what commands call the family
+MODEL_TYPES     the values of `model_type` in config.json that it serves
+REQUIRED        the fields of config.json that are needed
+check(c, where) refuses what the fields cannot be together
+rules(c)        every tensor of both sides and how they relate
+nemo_model(c)   what NeMo calls the model, and the fields of its configuration
+tiny_config()   a config.json of about a hundred thousand parameters
+QUANTIZED, FORM which tensors its published checkpoints hold quantised (by the ends of their names), and how
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from types import ModuleType
 from typing import Any
 
 from entrypoints.errors import DataError
-from entrypoints.families import gpt_oss
+from entrypoints.families import deepseek_v3, gpt_oss, llama31, qwen3, qwen25
+from entrypoints.families.checks import check_required
 
-FAMILIES: dict[str, ModuleType] = {gpt_oss.MODEL_TYPE: gpt_oss}
+FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (gpt_oss, qwen3, deepseek_v3, qwen25, llama31)}
+BY_MODEL_TYPE = {kind: family for family in FAMILIES.values() for kind in family.MODEL_TYPES}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -39,17 +42,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def family_of(config: dict[str, Any], where: Path) -> ModuleType:
     """The family's module; DataError for an unknown architecture or a missing field."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+    if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
+        near = difflib.get_close_matches(str(kind), BY_MODEL_TYPE, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise DataError(f"{where}: unknown model_type {kind!r}{hint}; known are {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    for field, kinds in family.REQUIRED.items():
-        if field not in config:
-            raise DataError(f"{where}: field {field} is missing; take config.json from the model's own repository")
-        if not isinstance(config[field], kinds) or isinstance(config[field], bool):
-            raise DataError(f"{where}: field {field} is {config[field]!r}, which is no {kinds.__name__}")
-        if kinds is int and not 0 < config[field] < 1 << 31:
-            raise DataError(f"{where}: field {field} is {config[field]}, out of range")
+        raise DataError(f"{where}: unknown model_type {kind!r}{hint}; known are {', '.join(BY_MODEL_TYPE)}")
+    family = BY_MODEL_TYPE[kind]
+    check_required(config, where, family.REQUIRED)
     family.check(config, where)
     return family

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from entrypoints.checkpoint.huggingface import INDEX
-from entrypoints.checkpoint.refs import TensorInfo
-from entrypoints.families import FAMILIES
+from entrypoints.checkpoint.refs import TORCH_NAMES, TensorInfo
+from entrypoints.families import BY_MODEL_TYPE
+from entrypoints.families.quantized import Form
+from entrypoints.families.rules import Copies
 
-MXFP4_BYTES = 16
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -24,7 +25,7 @@ def fabricate(
     config: dict[str, Any],
     texts: Iterable[str],
     *,
-    quantized: bool,
+    quantized: bool | Form,
     shards: int = 2,
     seed: int = 0,
 ) -> None:
@@ -33,25 +34,25 @@ def fabricate(
     Args:
         config: config.json of the BF16 form; its vocabulary must hold 256 bytes and the special tokens.
         texts: what the tokenizer is trained on.
-        quantized: write the family's quantised matrices in MXFP4, as the published checkpoints do.
+        quantized: write the matrices in a quantised form; True is the family's own.
         shards: number of safetensors files.
     """
-    family = FAMILIES[config["model_type"]]
+    family = BY_MODEL_TYPE[config["model_type"]]
     folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for name, info in family.hf_tensors(config).items():
-        if quantized and name.endswith(family.QUANTIZED):
-            tensors |= _random_mxfp4(name, info, generator)
+    form = family.FORM if quantized is True else quantized
+    rules = family.rules(config)
+    for name, info in rules.hf.items():
+        if form and name.endswith(family.QUANTIZED):
+            tensors |= form.tensors(name, info, generator)
         else:
             tensors[name] = _random(name, info, generator)
+    for first, *copies in (cell.op.names for cell in rules.cells if isinstance(cell.op, Copies)):
+        tensors |= {copy: tensors[first].clone() for copy in copies}
     _save_sharded(folder, tensors, shards)
-    if quantized:
-        skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        config = {
-            **config,
-            "quantization_config": {"modules_to_not_convert": skipped, "quant_method": "mxfp4"},
-        }
+    if form:
+        config = {**config, "quantization_config": form.config()}
     _write_json(folder / "config.json", config)
     generation = {"bos_token_id": 1, "eos_token_id": [1], "pad_token_id": 0, "do_sample": True}
     _write_json(folder / "generation_config.json", generation)
@@ -62,22 +63,16 @@ def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Te
     """Weights of a size that keeps activations near 1, so that no layer drowns in another."""
     noise = torch.randn(info.shape, generator=generator)
     if "norm" in name:
-        return (1 + 0.1 * noise).bfloat16()
-    if name.endswith(("bias", "sinks")):
-        return (0.1 * noise).bfloat16()
-    fan_in = info.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else info.shape[-1]
-    return (noise if "embed" in name else noise / fan_in**0.5).bfloat16()
-
-
-def _random_mxfp4(name: str, info: TensorInfo, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random codes, with scales around the one that gives the matrix's size."""
-    experts, columns, rows = info.shape
-    groups = columns // (2 * MXFP4_BYTES)
-    middle = 127 - round(columns.bit_length() / 2) - 1
-    shape = (experts, rows, groups)
-    blocks = torch.randint(0, 256, (*shape, MXFP4_BYTES), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(middle - 1, middle + 2, shape, dtype=torch.uint8, generator=generator)
-    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        noise = 1 + 0.1 * noise
+    elif name.endswith("e_score_correction_bias"):
+        # Positive: where a score falls below zero, transformers chooses experts that the groups have ruled out.
+        noise = 0.1 * noise.abs()
+    elif name.endswith(("bias", "sinks")):
+        noise *= 0.1
+    elif "embed" not in name:
+        fan_in = info.shape[-2] if name.endswith(("gate_up_proj", "down_proj")) else info.shape[-1]
+        noise /= fan_in**0.5
+    return noise.to(getattr(torch, TORCH_NAMES[info.dtype]))
 
 
 def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:

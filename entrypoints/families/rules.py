@@ -7,7 +7,7 @@ operation that can be undone; import runs it forward, export backward, so there 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from entrypoints.checkpoint.refs import Ref, TensorInfo
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_CELL_BYTES = 64 << 20
+FLOATS = ("BF16", "F16", "F32")
 
 
 class _Same:
@@ -85,33 +86,153 @@ class GroupedQKV:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Tensors that Hugging Face stores more than once ↔ one.
+
+    Args:
+        names: of the Hugging Face tensors.
+    """
+
+    names: tuple[str, ...]
+
+    def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for name, part in zip(self.names[1:], parts[1:], strict=True):
+            if not (part == parts[0]).all():
+                raise DataError(f"tensor {name} is not the copy of {self.names[0]} that it should be; fetch it again")
+        return parts[:1]
+
+    def to_hf(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return parts * len(self.names)
+
+
+@dataclass(frozen=True)
 class Cell:
     """Parts of Hugging Face tensors, the operation, parts of Megatron tensors."""
 
     hf: tuple[Ref, ...]
     megatron: tuple[Ref, ...]
-    op: _Same | Transposed | AlternatingRows | GroupedQKV = SAME
+    op: _Same | Transposed | AlternatingRows | GroupedQKV | Copies = SAME
 
 
-def same(hf: Ref, megatron: Ref, info: TensorInfo) -> Iterator[Cell]:
-    """Cells that carry one tensor over unchanged, in row blocks of bounded size.
+def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: _Same | Copies = SAME) -> Iterator[Cell]:
+    """Cells that carry a tensor (or equal tensors) over unchanged, in row blocks of bounded size.
 
     Args:
-        info: of the Hugging Face tensor.
+        info: of one Hugging Face tensor, all of which `hf` names.
+        megatron: its rows, if any, are where the tensor's rows go.
     """
-    shape = hf.shape(info.shape)
-    size = TensorInfo(shape, info.dtype).bytes
-    if size <= MAX_CELL_BYTES or hf.rows or megatron.rows:
-        yield Cell((hf,), (megatron,))
+    step = max(1, MAX_CELL_BYTES * info.shape[0] // info.bytes)
+    if step >= info.shape[0]:
+        yield Cell(hf, (megatron,), op)
         return
-    step = max(1, MAX_CELL_BYTES * shape[0] // size)
-    for start in range(0, shape[0], step):
-        rows = (start, min(start + step, shape[0]))
-        yield Cell((Ref(hf.name, hf.index, rows),), (Ref(megatron.name, megatron.index, rows),))
+    at = megatron.rows[0] if megatron.rows else 0
+    for start in range(0, info.shape[0], step):
+        stop = min(start + step, info.shape[0])
+        parts = tuple(replace(ref, rows=(start, stop)) for ref in hf)
+        yield Cell(parts, (replace(megatron, rows=(at + start, at + stop)),), op)
+
+
+def qkv_by_groups(hf: tuple[Ref, ...], megatron: Ref, op: GroupedQKV, row_bytes: int) -> Iterator[Cell]:
+    """Cells that join whole tensors q, k and v to Megatron's, some KV groups at a time.
+
+    Args:
+        op: for all groups.
+        row_bytes: size of one row.
+    """
+    sizes = (op.queries, op.head_dim, op.head_dim)
+    step = max(1, MAX_CELL_BYTES // (sum(sizes) * row_bytes))
+    if step >= op.groups:
+        yield Cell(hf, (megatron,), op)
+        return
+    for first in range(0, op.groups, step):
+        last = min(first + step, op.groups)
+        parts = tuple(replace(ref, rows=(first * size, last * size)) for ref, size in zip(hf, sizes, strict=True))
+        rows = (first * sum(sizes), last * sum(sizes))
+        yield Cell(parts, (replace(megatron, rows=rows),), replace(op, groups=last - first))
+
+
+@dataclass
+class Rules:
+    """Every tensor of a model on both sides, and the cells that relate them.
+
+    Args:
+        hf: name → TensorInfo of the BF16 form.
+        megatron: key → TensorInfo, without NeMo's prefix `module.`.
+        extra_state: keys for which Transformer Engine expects an entry.
+    """
+
+    hf: dict[str, TensorInfo] = field(default_factory=dict)
+    megatron: dict[str, TensorInfo] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    extra_state: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A module on both sides, and the rules that its tensors are added to.
+
+    Args:
+        hf, megatron: what its tensors' names begin with.
+        index, stack: its place in a stack of such modules under one key, and that stack's sizes.
+    """
+
+    rules: Rules
+    hf: str = ""
+    megatron: str = ""
+    index: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+
+    def within(self, hf: str, megatron: str) -> Scope:
+        """A module inside."""
+        return replace(self, hf=self.hf + hf, megatron=self.megatron + megatron)
+
+    def stacked(self, hf: str, megatron: str, place: int, count: int) -> Scope:
+        """A module inside that Megatron stacks with its like."""
+        return replace(self.within(hf, megatron), index=(*self.index, place), stack=(*self.stack, count))
+
+    def source(self, name: str, *shape: int, dtype: str = "BF16") -> Ref:
+        """A Hugging Face tensor."""
+        self.rules.hf[self.hf + name] = TensorInfo(shape, dtype)
+        return Ref(self.hf + name)
+
+    def target(self, key: str, *shape: int, dtype: str = "BF16") -> Ref:
+        """This module's part of a Megatron tensor."""
+        self.rules.megatron[self.megatron + key] = TensorInfo((*self.stack, *shape), dtype)
+        return Ref(self.megatron + key, self.index)
+
+    def same(self, name: str, key: str, *shape: int, dtype: str = "BF16") -> None:
+        """A tensor that goes over unchanged."""
+        target = self.target(key, *shape, dtype=dtype)
+        self.rules.cells += by_rows((self.source(name, *shape, dtype=dtype),), target, TensorInfo(shape, dtype))
+
+    def copied(self, names: Iterable[str], key: str, *shape: int) -> None:
+        """Tensors that are all equal."""
+        parts = tuple(self.source(name, *shape) for name in names)
+        op = Copies(tuple(ref.name for ref in parts))
+        self.rules.cells += by_rows(parts, self.target(key, *shape), TensorInfo(shape), op)
+
+    def joined(self, names: Iterable[str], key: str, rows: int, *width: int) -> None:
+        """Tensors of the same shape that stand one below the other in Megatron's."""
+        names = list(names)
+        target = self.target(key, len(names) * rows, *width)
+        for number, name in enumerate(names):
+            part = replace(target, rows=(number * rows, (number + 1) * rows))
+            self.rules.cells += by_rows((self.source(name, rows, *width),), part, TensorInfo((rows, *width)))
+
+    def state(self, *modules: str) -> None:
+        """Modules of Transformer Engine's, which asks for an entry of extra state for each."""
+        place = ".".join(map(str, self.index or (0,))) + "_" + ".".join(map(str, self.stack or (1,)))
+        self.rules.extra_state += [f"{self.megatron}{module}._extra_state/shard_{place}" for module in modules]
 
 
 def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], where: str) -> None:
     """DataError that names the first tensor of `where` that is missing, surplus or of another shape."""
+    for name in wanted.keys() & found.keys():
+        if found[name].dtype not in FLOATS:
+            raise DataError(
+                f"{where}: tensor {name} is stored as {found[name].dtype}, which is no known form of weights; "
+                f"known are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
+            )
     if missing := sorted(wanted.keys() - found.keys()):
         raise DataError(
             f"{where}: tensor {missing[0]} is missing{_more(missing)}; "

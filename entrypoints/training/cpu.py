@@ -88,6 +88,7 @@ def _stand_in_for_cuda() -> None:
 
 def _patch_nemo_and_megatron() -> None:
     from megatron.core import tensor_parallel
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from nemo.lightning.io import pl
     from nemo.lightning.pytorch.strategies import megatron_strategy
@@ -97,6 +98,8 @@ def _patch_nemo_and_megatron() -> None:
     tensor_parallel.random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     # Named but not defined where Transformer Engine is absent.
     moe_utils.te_general_gemm = None
+    # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
+    rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb or NotImplemented
 
     @functools.wraps(moe_utils.maybe_move_tensor_to_cpu)
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
@@ -121,6 +124,7 @@ def _patch_nemo_and_megatron() -> None:
 UNFUSED = {
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
+    "moe_shared_expert_overlap": False,
     "masked_softmax_fusion": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -145,20 +149,45 @@ def configure_model(config: Any) -> None:
     config.params_dtype = config.pipeline_dtype = config.autocast_dtype = torch.float32
 
 
-def local_layer_spec(config: Any) -> Any:
+def local_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron's layers in plain torch, saved under the same keys as Transformer Engine's."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    if config.num_moe_experts:
-        # Transformer Engine keeps the norm before the experts as a module of its own.
-        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    return spec
+    block.layer_norm = WrappedTorchNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        keys = parts.sharded_state_dict_keys_map
+        if config.multi_latent_attention:
+            parts.self_attention.submodules.core_attention = attention_of_mla()
+            keys |= MLA_KEYS
+        # Transformer Engine fuses the norm with a dense MLP and keeps the one before experts as it is.
+        if parts.mlp.module is MoELayer:
+            keys.pop("pre_mlp_layernorm.", None)
+        else:
+            keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return block
+
+
+MLA_KEYS = {
+    f"self_attention.{part}_layernorm.": f"self_attention.linear_{part}_up_proj.layer_norm_" for part in ("q", "kv")
+}
+
+
+@functools.cache
+def attention_of_mla() -> type:
+    """Megatron's attention in plain torch, which sizes its output by kv_channels: here the size of a value head."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class Attention(DotProductAttention):
+        def __init__(self, *, k_channels: int | None = None, v_channels: int | None = None, **options: Any) -> None:
+            super().__init__(**options)
+
+    return Attention
 
 
 def strategy(**options: Any) -> Any:

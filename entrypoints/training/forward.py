@@ -8,18 +8,29 @@ from typing import TYPE_CHECKING
 from entrypoints.checkpoint.torch_dist import PREFIX
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
     from torch import Tensor
 
 
 def logits_of(checkpoint: Path, tokens: Tensor) -> Tensor:
     """float32 [batch, sequence, vocabulary] from NeMo's model with the checkpoint's weights.
 
-    The weights are loaded by megatron-core's own reader. Without a GPU the arithmetic is float32.
-
     Args:
         checkpoint: NeMo checkpoint, as `import` writes it.
         tokens: int64 [batch, sequence].
     """
+    import torch
+
+    module = load(checkpoint)
+    module.mtp_process = False  # what multi-token prediction adds is a loss, for which it wants labels
+    tokens = tokens.to(next(module.parameters()).device)
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    with torch.no_grad():
+        return module(input_ids=tokens, position_ids=positions, attention_mask=None).float().cpu()
+
+
+def load(checkpoint: Path) -> GPTModel:
+    """NeMo's model in evaluation mode, its weights loaded by megatron-core's own reader; float32 without a GPU."""
     from entrypoints.training.worker import quiet
 
     quiet()
@@ -42,12 +53,9 @@ def logits_of(checkpoint: Path, tokens: Tensor) -> Tensor:
     model = load_context(checkpoint / "context", subpath="model")
     if not on_gpu:
         cpu.configure_model(model.config)
-    module = model.config.configure_model(tokenizer=None).eval()
-    module = module.cuda().to(model.config.params_dtype)
+    module = model.config.configure_model(tokenizer=None).eval().cuda()
+    for parameter in module.parameters():  # and no buffer: a router's expert_bias stays float32
+        parameter.data = parameter.data.to(model.config.params_dtype)
     loaded = dist_checkpointing.load(module.sharded_state_dict(prefix=PREFIX), str(checkpoint / "weights"))
-    state = {key.removeprefix(PREFIX): value for key, value in loaded.items() if key.startswith(PREFIX)}
-    module.load_state_dict(state)
-    tokens = tokens.to(next(module.parameters()).device)
-    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    with torch.no_grad():
-        return module(input_ids=tokens, position_ids=positions, attention_mask=None).float().cpu()
+    module.load_state_dict({key.removeprefix(PREFIX): value for key, value in loaded.items() if key.startswith(PREFIX)})
+    return module

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from entrypoints.checkpoint import torch_dist
-from entrypoints.checkpoint.refs import Ref
+from entrypoints.checkpoint import huggingface, torch_dist
+from entrypoints.checkpoint.refs import TORCH_NAMES, Ref
 from entrypoints.dequant import dequant
 from entrypoints.export import export
 from entrypoints.families import FAMILIES
@@ -73,23 +74,36 @@ def test_export_gives_back_what_was_imported(bf16_model, tmp_path):
     assert files(tmp_path / "again") == files(bf16_model)
 
 
-def test_the_checkpoint_has_the_keys_that_megatron_wrote(tmp_path):
-    """The golden list is of a checkpoint that NeMo saved on a GPU, with Transformer Engine."""
-    golden = json.loads((Path(__file__).parent / "golden_gpt_oss.json").read_text())
-    family = FAMILIES["gpt_oss"]
-    config = family.tiny_config() | {
-        "hidden_size": 256, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 4, "num_local_experts": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    }  # fmt: skip
-    tensors = {torch_dist.PREFIX + key: list(info.shape) for key, info in family.megatron_tensors(config).items()}
-    assert tensors == {key: entry["shape"] for key, entry in golden["tensors"].items()}
-    chunks: dict[str, int] = dict.fromkeys(tensors, 0)
-    for cell in family.cells(config):
-        for ref in cell.megatron:
-            chunks[torch_dist.PREFIX + ref.name] += 1
-    assert chunks == {key: entry["chunks"] for key, entry in golden["tensors"].items()}
-    assert sorted(torch_dist.PREFIX + key for key in family.extra_state(config)) == golden["extra_state"]
+COMMON = {
+    "hidden_size": 256, "vocab_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64,
+}  # fmt: skip
+DEEPSEEK = {
+    "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 4, "n_shared_experts": 1,
+}  # fmt: skip
+# The models of the golden lists, which NeMo saved on a GPU, with Transformer Engine.
+GOLDEN = {
+    "gpt_oss": {"intermediate_size": 256, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "llama31": {"intermediate_size": 512},
+    "qwen3": {"moe_intermediate_size": 256},
+    "deepseek_v3": {**DEEPSEEK, "num_nextn_predict_layers": 0},
+    "deepseek_v3_mtp": DEEPSEEK,
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_checkpoint_has_the_keys_that_megatron_wrote(name):
+    golden = json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+    family = FAMILIES[name.removesuffix("_mtp")]
+    model = family.rules({**family.tiny_config(), **COMMON, **GOLDEN[name]})
+    chunks = Counter(ref.name for cell in model.cells for ref in cell.megatron)
+    found = {
+        key: {"shape": list(info.shape), "chunks": chunks[key], "dtype": TORCH_NAMES[info.dtype]}
+        for key, info in model.megatron.items()
+    }
+    assert found == golden["tensors"]
+    assert sorted(model.extra_state) == golden["extra_state"]
 
 
 def test_torchs_own_reader_reads_the_checkpoint(nemo_model):
@@ -156,3 +170,28 @@ def test_a_bf16_model_is_not_dequantised(tmp_path, slipway):
     make_model(tmp_path / "bf16", quantized=False)
     done = slipway("dequant", tmp_path / "bf16", tmp_path / "out")
     assert done.returncode == 65 and "nothing to do" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_tied_model_may_store_its_embedding_twice(tmp_path):
+    model = make_model(tmp_path / "once", "qwen3_dense_tied", quantized=False, shards=1)
+    import_(str(model), str(tmp_path / "a"))
+    (file,) = model.glob("*.safetensors")
+    stored = load_file(file)
+    save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, file)
+    edit = json.loads((model / huggingface.INDEX).read_text())
+    edit["weight_map"]["lm_head.weight"] = file.name
+    (model / huggingface.INDEX).write_text(json.dumps(edit))
+    import_(str(model), str(tmp_path / "b"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_floats_become_bfloat16(dtype, tmp_path):
+    model = make_model(tmp_path / "model", "llama31", quantized=False, shards=1)
+    (file,) = model.glob("*.safetensors")
+    stored = {name: t.to(dtype) for name, t in load_file(file).items()}
+    save_file(stored, file)
+    import_(str(model), str(tmp_path / "a"))
+    save_file({name: t.bfloat16() for name, t in stored.items()}, file)
+    import_(str(model), str(tmp_path / "b"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")

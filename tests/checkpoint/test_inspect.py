@@ -13,22 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, write_torch_dist
+from conftest import KINDS, make_model, write_torch_dist
 from safetensors.torch import save_file
 from test_malformed import CASES, INDEX, SHARD, edit_json, mutate, rename_scales, rewrite_header
 
 from entrypoints.checkpoint import torch_dist
 from entrypoints.checkpoint.contents import Contents
+from entrypoints.checkpoint.huggingface import Reader, read_folder
 from entrypoints.checkpoint.refs import Ref
 from entrypoints.errors import DataError, SlipwayError, UsageError
-from entrypoints.families import FAMILIES
+from entrypoints.families import FAMILIES, read_config
 from entrypoints.heads import NAMES, extract_heads, merge_heads
+from entrypoints.import_ import import_
 from entrypoints.inspect_ import inspect
 from entrypoints.training.heads import DecodingHeads
 
 PARAMETERS = sum(
-    torch.Size(info.shape).numel()
-    for info in FAMILIES["gpt_oss"].hf_tensors(FAMILIES["gpt_oss"].tiny_config()).values()
+    torch.Size(info.shape).numel() for info in FAMILIES["gpt_oss"].rules(FAMILIES["gpt_oss"].tiny_config()).hf.values()
 )
 
 
@@ -137,6 +138,19 @@ def test_heads_trained_extracted_and_merged(trained_heads, tmp_path):
     assert merged.parameters == PARAMETERS + alone.parameters
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_and_its_import(kind, tmp_path):
+    source = make_model(tmp_path / "hf", kind)
+    import_(str(source), str(tmp_path / "nemo"))
+    c = found(source)
+    assert c.whole and c.checked == "config.json", str(c)
+    assert sum(found(file).parameters for file in source.glob("*.safetensors")) == c.parameters
+    reader = Reader(source, read_folder(source), read_config(source / "config.json"))
+    assert (c.quantization or {}).get("tensors", 0) == len(reader.quantized)
+    c = found(tmp_path / "nemo")
+    assert c.whole and c.checked == "context/hf_config.json", str(c)
+
+
 def test_a_terabyte_takes_seconds(tmp_path):
     """A hundred sparse files of ten gigabytes."""
     where = {}
@@ -175,7 +189,7 @@ def one_layer_more(config: dict) -> None:
 
 INCOMPLETE = {
     "shard": (lambda m: (m / SHARD).unlink(), "missing files", SHARD),
-    "tensors of a shard": (lambda m: (m / SHARD).unlink(), "not in the files", "lm_head.weight"),
+    "tensors of a shard": (lambda m: (m / SHARD).unlink(), "not in the files", "model.layers."),
     "config": (lambda m: (m / "config.json").unlink(), "missing files", "config.json"),
     "index": (lambda m: (m / INDEX).unlink(), "missing files", INDEX),
     "scales": (rename_scales, "missing scales", "_scales"),
