@@ -41,6 +41,8 @@ def config_of(family: str, gigabytes: float) -> dict[str, Any]:
     """config.json of a model with as many layers as fit into so many gigabytes of BF16, at least one."""
     tiny = FAMILIES[family].tiny_config()
     wide = {**tiny, **{name: value for name, value in WIDE.items() if name in tiny}}
+    if tiny["num_key_value_heads"] == tiny["num_attention_heads"]:
+        wide["num_key_value_heads"] = wide["num_attention_heads"]
     one, two = (_bytes(family, _with_layers(wide, count)) for count in (1, 2))
     return _with_layers(wide, max(1, 1 + round((gigabytes * 1e9 - one) / (two - one))))
 

@@ -166,7 +166,7 @@ def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict
     if not names and not about:
         return None
     mxfp4 = any(f"{name}_blocks" in reader.stored for name in names)
-    block = MXFP4_BLOCK if mxfp4 else list(reader.block) if names else []
+    block = MXFP4_BLOCK if mxfp4 else about.get("weight_block_size") or []
     method = about.get("quant_method") or ("mxfp4" if mxfp4 else "fp8")
     return {"method": str(method), "block": block, "tensors": len(names)}
 
