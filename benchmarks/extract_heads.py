@@ -14,6 +14,7 @@ from benchmarks.common import arguments, interpreter, measure, print_table, scra
 from entrypoints.report import human_bytes
 
 SECONDS, MEMORY = 1.0, 300e6
+REPEATS = 5  # the quickest counts: what else runs on the machine makes the others slower
 
 
 def main() -> None:
@@ -25,10 +26,11 @@ def main() -> None:
     with scratch(options.scratch, 0.1) as folder:
         measure("-m", "benchmarks.extract_heads", "--make", folder / "ckpt", "--model", options.model,
                 "--gigabytes", options.gigabytes)  # fmt: skip
-        size, start = size_of(folder / "ckpt"), interpreter()
-        ours = slipway("extract-heads", folder / "ckpt", folder / "heads")
+        size = size_of(folder / "ckpt")
+        start = min(interpreter() for _ in range(REPEATS))
+        ours = min(slipway("extract-heads", folder / "ckpt", folder / f"heads{n}") for n in range(REPEATS))
         whole = read_all(folder / "ckpt")
-        written = size_of(folder / "heads")
+        written = size_of(folder / "heads0")
     seconds, memory = ours.seconds - start.seconds, ours.peak - start.peak
     print(f"{options.model}, checkpoint of {human_bytes(size)}, heads of {human_bytes(written)}")
     rows = [

@@ -43,8 +43,9 @@ def config_of(family: str, gigabytes: float) -> dict[str, Any]:
     wide = {**tiny, **{name: value for name, value in WIDE.items() if name in tiny}}
     if tiny["num_key_value_heads"] == tiny["num_attention_heads"]:
         wide["num_key_value_heads"] = wide["num_attention_heads"]
-    one, two = (_bytes(family, _with_layers(wide, count)) for count in (1, 2))
-    return _with_layers(wide, max(1, 1 + round((gigabytes * 1e9 - one) / (two - one))))
+    least = 1 + tiny.get("first_k_dense_replace", 0)
+    one, two = (_bytes(family, _with_layers(wide, count)) for count in (least, least + 1))
+    return _with_layers(wide, least + max(0, round((gigabytes * 1e9 - one) / (two - one))))
 
 
 def _with_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
