@@ -20,6 +20,14 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def human_seconds(count: float) -> str:
+    """`count` seconds in the unit that fits: 75 → "1.2 min"."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} s"
+
+
 @dataclass
 class Summary:
     """The result of one command: what was written, how large it is and how long it took.

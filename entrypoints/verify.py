@@ -62,6 +62,7 @@ def verify(
 
     Compares the dequantised tensors bit for bit, streamed; exit code 1 names the first difference. Hugging Face
     models, BF16, FP8 or MXFP4, NeMo checkpoints, and models merged with heads (without the heads), in any pair.
+    Layers for multi-token prediction that only one of them has are left out, as `import` leaves them out.
 
     Args:
         a: folder of a model, hf://org/name[@revision] or nemo://name.
@@ -76,11 +77,11 @@ def verify(
     if atol < 0 or (tolerance is not None and tolerance < 0):
         raise UsageError("verify: --atol and --tolerance cannot be negative")
     started, budget = time.monotonic(), stream.parse_size(memory, "--memory")
-    first, second = (compare.open_model(locate.folder(path)) for path in (a, b))
+    first, second = compare.open_pair(locate.folder(a), locate.folder(b))
     size = compare.compare(first, second, atol, budget)
     seconds = time.monotonic() - started
     logits = _forward(first, second, tolerance) if forward else None
-    return Verified(a, b, len(first.tensors), size, seconds, logits)
+    return Verified(a, b, len(first.rules.hf), size, seconds, logits)
 
 
 def _forward(first: Any, second: Any, tolerance: float | None) -> Logits:

@@ -7,8 +7,9 @@ element of every tensor is, in the dtype of the dequantised model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from entrypoints.checkpoint import convert, huggingface, inspection, stream
 from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
 from entrypoints.errors import DataError, SlipwayError
 from entrypoints.families import family_of, read_config, rules
+from entrypoints.families.decoder import has_mtp, mtp_layers, without_mtp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +36,6 @@ class Model:
         path: where it lies.
         config: config.json of the dequantised model.
         family: its family.
-        rules: the family's rules for it.
         read: the Hugging Face parts of a cell.
         nemo: it is a NeMo checkpoint.
     """
@@ -42,14 +43,17 @@ class Model:
     path: Path
     config: dict[str, Any]
     family: ModuleType
-    rules: rules.Rules
     read: Callable[[rules.Cell], tuple[Tensor, ...]]
     nemo: bool = False
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Name → TensorInfo of the dequantised model."""
-        return self.rules.hf
+    @functools.cached_property
+    def rules(self) -> rules.Rules:
+        """Its tensors and cells."""
+        return self.family.rules(self.config)
+
+    def without_mtp(self) -> Model:
+        """The same without the layers for multi-token prediction, which import leaves out by default."""
+        return replace(self, config=without_mtp(self.config))
 
 
 def open_model(path: Path) -> Model:
@@ -63,7 +67,7 @@ def open_model(path: Path) -> Model:
     def read(cell: rules.Cell) -> tuple[Tensor, ...]:
         return tuple(map(found.reader.read, cell.hf))
 
-    return Model(path, convert.bf16_config(found.config), found.family, found.model, read)
+    return Model(path, convert.bf16_config(found.config), found.family, read)
 
 
 def _open_nemo(path: Path) -> Model:
@@ -72,7 +76,7 @@ def _open_nemo(path: Path) -> Model:
     def read(cell: rules.Cell) -> tuple[Tensor, ...]:
         return cell.op.to_hf(tuple(map(found.reader.read, cell.megatron)))
 
-    return Model(found.reader.folder.parent, found.config, found.family, found.model, read, nemo=True)
+    return Model(found.reader.folder.parent, found.config, found.family, read, nemo=True)
 
 
 def _open_merged(path: Path) -> Model:
@@ -80,26 +84,35 @@ def _open_merged(path: Path) -> Model:
     config = inspection.base_config(read_config(where))
     family = family_of(config, where)
     reader = huggingface.Reader(path, huggingface.read_folder(path), config)
-    model = family.rules(config)
     base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
-    rules.check_tensors(base, model.hf, str(path))
+    config = config if has_mtp(config, base) else without_mtp(config)
+    rules.check_tensors(base, family.rules(config).hf, str(path))
 
     def read(cell: rules.Cell) -> tuple[Tensor, ...]:
         return tuple(reader.read(Ref(inspection.BASE + ref.name, ref.index, ref.rows)) for ref in cell.hf)
 
-    return Model(path, config, family, model, read)
+    return Model(path, config, family, read)
+
+
+def open_pair(a: Path, b: Path) -> tuple[Model, Model]:
+    """Two models, both without the layers for multi-token prediction where one has none."""
+    one, other = open_model(a), open_model(b)
+    if mtp_layers(one.config) and mtp_layers(other.config):
+        return one, other
+    return one.without_mtp(), other.without_mtp()
 
 
 def check_same_form(a: Model, b: Model) -> None:
     """Different where the two are of another make: family, configuration, or names and shapes of tensors."""
-    if a.family is not b.family:
-        raise Different(f"{a.path} is a {a.family.NAME}, {b.path} a {b.family.NAME}")
+    kinds = [model.config["model_type"] for model in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise Different(f"{a.path} is a {kinds[0]}, {b.path} a {kinds[1]}")
     one, other = (model.family.nemo_model(model.config)[2] for model in (a, b))
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             raise Different(f"{name} is {one.get(name)!r} in {a.path} and {other.get(name)!r} in {b.path}")
-    for name in sorted(a.tensors.keys() | b.tensors.keys()):
-        shapes = [list(model.tensors[name].shape) if name in model.tensors else "missing" for model in (a, b)]
+    for name in sorted(a.rules.hf.keys() | b.rules.hf.keys()):
+        shapes = [list(model.rules.hf[name].shape) if name in model.rules.hf else "missing" for model in (a, b)]
         if shapes[0] != shapes[1]:
             raise Different(f"tensor {name} is {shapes[0]} in {a.path} and {shapes[1]} in {b.path}")
 
@@ -114,7 +127,7 @@ def compare(a: Model, b: Model, atol: float, memory: int) -> int:
     """
     check_same_form(a, b)
     cells = a.rules.cells
-    sizes = {number: 2 * _bytes(cell, a.tensors) for number, cell in enumerate(cells)}
+    sizes = {number: 2 * _bytes(cell, a.rules.hf) for number, cell in enumerate(cells)}
     found: dict[int, str] = {}
 
     def do(number: int) -> None:
@@ -122,7 +135,7 @@ def compare(a: Model, b: Model, atol: float, memory: int) -> int:
         if not found or number < min(found):
             cell = cells[number]
             for ref, one, other in zip(cell.hf, a.read(cell), b.read(cell), strict=True):
-                if number not in found and (difference := _difference(ref, a.tensors[ref.name], one, other, atol)):
+                if number not in found and (difference := _difference(ref, a.rules.hf[ref.name], one, other, atol)):
                     found[number] = difference
 
     stream.in_parallel(sizes, do, "verify", memory)
@@ -188,11 +201,12 @@ def _logits_of_transformers(model: Model, tokens: Tensor) -> Tensor:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights
 
+    model = model.without_mtp()  # which transformers has no part in
     config = AutoConfig.for_model(**model.config)
     with no_init_weights():
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     state = module.state_dict()
-    if missing := [name for name in model.tensors if name not in state]:
+    if missing := [name for name in model.rules.hf if name not in state]:
         raise DataError(f"{model.path}: transformers has no tensor {missing[0]} in this model; is config.json its own?")
     for cell in model.rules.cells:
         for ref, part in zip(cell.hf, model.read(cell), strict=True):

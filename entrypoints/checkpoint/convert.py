@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from entrypoints.checkpoint import huggingface, nemo_context, torch_dist
+from entrypoints.checkpoint import huggingface, lora, nemo_context, torch_dist
 from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
 from entrypoints.checkpoint.stream import Piece, Plan, Write, identity_of_files, tensor_bytes
 from entrypoints.errors import DataError
@@ -51,11 +51,11 @@ class Opened:
     reader: Any
 
 
-def open_model(folder: Path) -> Opened:
+def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
     """A Hugging Face folder; DataError where something is missing, surplus or garbled."""
     config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
-    reader = huggingface.Reader(folder, huggingface.read_folder(folder), config)
+    reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
     if is_tied(config):
         reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
     if not has_mtp(config, reader.tensors):
@@ -65,9 +65,9 @@ def open_model(folder: Path) -> Opened:
     return Opened(config, family, model, reader)
 
 
-def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
+def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, int]:
     """(plan of the BF16 copy of a quantised model, number of tensors that get decoded)."""
-    source = open_model(folder)
+    source = open_model(folder, devices)
     reader, model = source.reader, source.model
     if not reader.quantized:
         raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
@@ -78,13 +78,16 @@ def dequant_plan(folder: Path, shard_bytes: int) -> tuple[Plan, int]:
     return plan, len(reader.quantized)
 
 
-def import_plan(folder: Path, mtp: bool = False) -> tuple[Plan, Mapping[str, TensorInfo]]:
+def import_plan(
+    folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",)
+) -> tuple[Plan, Mapping[str, TensorInfo]]:
     """(plan of the NeMo checkpoint of a Hugging Face model, its Megatron tensors).
 
     Args:
         mtp: with the layers for multi-token prediction; else they are left out.
+        devices: what decodes quantised tensors.
     """
-    source = open_model(folder)
+    source = open_model(folder, devices)
     config, model, reader = source.config, source.model, source.reader
     if mtp and not mtp_layers(config):
         raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
@@ -134,9 +137,16 @@ def _is_tokenizer(file: Path) -> bool:
     return file.name.startswith(TOKENIZER_FILES) or file.name == "config.json"
 
 
-def open_nemo(checkpoint: Path) -> Opened:
-    """A NeMo checkpoint; the tensors of the optimizer are left aside."""
+def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
+    """A NeMo checkpoint; the tensors of the optimizer are left aside, low-rank adapters merged into their base.
+
+    Args:
+        base: checkpoint of the adapters' base, where it is not the one that NeMo noted.
+    """
     reader = torch_dist.Reader(checkpoint)
+    if lora.has_adapters(reader):
+        opened = open_nemo(lora.base_of(reader, base))
+        return replace(opened, reader=lora.Merged(opened.reader, reader))
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
@@ -151,9 +161,9 @@ def open_nemo(checkpoint: Path) -> Opened:
     return Opened(config, family, model, reader)
 
 
-def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
+def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) -> Plan:
     """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
-    source = open_nemo(checkpoint)
+    source = open_nemo(checkpoint, base)
     reader, model = source.reader, source.model
     layout = huggingface.Layout(model.hf, shard_bytes)
 
@@ -167,6 +177,16 @@ def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
 
     others = context_folder(reader.folder) / HF_FILES
     return _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
+
+
+def adapter_plan(checkpoint: Path, base: Path | None = None) -> Plan:
+    """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
+    reader = torch_dist.Reader(checkpoint)
+    if not lora.has_adapters(reader):
+        raise DataError(f"{checkpoint} holds no low-rank adapters; export it without --adapter")
+    folder = lora.base_of(reader, base)
+    files = lora.peft_adapter(reader, open_nemo(folder).model, folder.name)
+    return Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())])
 
 
 def context_folder(weights: Path) -> Path:

@@ -7,10 +7,11 @@ must lie inside the file, have as many bytes as its shape and dtype need, and ov
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ FP8_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 QUANT_METHODS = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as it lies in a file."""
 
@@ -137,10 +138,18 @@ class Reader:
         folder: the model.
         stored: where its tensors lie.
         config: its config.json, for `quantization_config`.
+        devices: what decodes, in turn: "cpu", or GPUs.
     """
 
-    def __init__(self, folder: Path, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stored: Mapping[str, Stored],
+        config: Mapping[str, Any],
+        devices: Sequence[str] = ("cpu",),
+    ) -> None:
         self.folder, self.stored = folder, stored
+        self._pinned, self._devices = devices[0] != "cpu", itertools.cycle(devices)
         self.block = _block_size(config, folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._codecs: dict[str, _Codec] = {}
@@ -159,6 +168,16 @@ class Reader:
         """The part as a tensor of its decoded dtype."""
         return self._codecs[ref.name].read(self, ref)
 
+    def decode(self, decoder: Callable[..., Tensor], *parts: Tensor, **options: Any) -> Tensor:
+        """What `decoder` makes of the parts on the next device, brought to the CPU."""
+        import torch
+
+        device = next(self._devices)
+        if device == "cpu":
+            return decoder(*parts, **options)
+        found = decoder(*(part.to(device, non_blocking=True) for part in parts), **options)
+        return torch.empty_like(found, device="cpu", pin_memory=True).copy_(found)
+
     def source_bytes(self, ref: Ref) -> int:
         """How many bytes `read` reads for a part, for progress and for planning."""
         codec = self._codecs[ref.name]
@@ -176,7 +195,7 @@ class Reader:
         place = self.stored[name]
         shape = ref.shape(place.info.shape)
         info = TensorInfo(shape, place.info.dtype)
-        buffer = torch.empty(info.bytes, dtype=torch.uint8)
+        buffer = torch.empty(info.bytes, dtype=torch.uint8, pin_memory=self._pinned)
         offset = place.offset + ref.start(place.info.shape) * DTYPE_BYTES[info.dtype]
         self._fill(memoryview(buffer.numpy()), place.file, offset, name)
         return buffer.view(getattr(torch, TORCH_NAMES[info.dtype])).view(shape)
@@ -275,7 +294,7 @@ class _Mxfp4:
         assert ref.rows is None and len(ref.index) <= 1, "MXFP4 is read by whole experts"
         blocks = reader.read_stored(f"{self.name}_blocks", ref)
         scales = reader.read_stored(f"{self.name}_scales", ref)
-        return decode_mxfp4(blocks, scales).transpose(-1, -2)
+        return reader.decode(decode_mxfp4, blocks, scales).transpose(-1, -2)
 
 
 class _Fp8:
@@ -307,7 +326,8 @@ class _Fp8:
 
         weight = reader.read_stored(self.name, ref)
         scales = reader.read_stored(self.scale, Ref(self.scale)).view(self.grid)
-        return decode_fp8_block(weight, scales, self.block, ref.rows[0] if ref.rows else 0)
+        first_row = ref.rows[0] if ref.rows else 0
+        return reader.decode(decode_fp8_block, weight, scales, block=self.block, first_row=first_row)
 
 
 _Codec = _Plain | _Mxfp4 | _Fp8

@@ -26,7 +26,7 @@ BASE = "llm."  # before the base model's names in a model merged with heads
 MERGED_TYPE = "autodeco"
 OPTIMIZER = "optimizer."
 MXFP4_BLOCK = [32]
-MXFP4_SCALES, FP8_SCALES = SCALES = ("_scales", "_scale_inv")
+MXFP4_SCALES = "_scales"
 
 
 def contents_of(path: Path) -> Contents:
@@ -52,9 +52,10 @@ def contents_of(path: Path) -> Contents:
 def _of_file(file: Path) -> Contents:
     """One file, whose scales or blocks may lie in another."""
     stored = huggingface.read_header(file)
-    tensors = {name: place.info for name, place in stored.items() if not name.endswith(SCALES)}
-    quantized = {_scales(name, info): info for name, info in tensors.items() if _scales(name, info) != name}
-    packed = sum(math.prod(info.shape) for name, info in quantized.items() if name.endswith(MXFP4_SCALES))
+    scales = (MXFP4_SCALES, *huggingface.FP8_SCALES)
+    tensors = {name: place.info for name, place in stored.items() if not name.endswith(scales)}
+    quantized = [name for name, info in tensors.items() if _scales(name, info)]
+    packed = sum(math.prod(tensors[name].shape) for name in quantized if name.endswith("_blocks"))
     method, block = ("mxfp4", MXFP4_BLOCK) if packed else ("fp8", [])
     return Contents(
         path=str(file),
@@ -141,16 +142,20 @@ def _reader(
     folder: Path, stored: Mapping[str, huggingface.Stored], config: Mapping[str, Any]
 ) -> tuple[huggingface.Reader, dict[str, list[str]]]:
     """A reader of all that can be decoded, and the scales that are missing for the rest."""
-    missing = {name: scales for name, place in stored.items() if (scales := _scales(name, place.info)) not in stored}
+    missing = {
+        name: scales[0]
+        for name, place in stored.items()
+        if (scales := _scales(name, place.info)) and not any(scale in stored for scale in scales)
+    }
     reader = huggingface.Reader(folder, {n: place for n, place in stored.items() if n not in missing}, config)
     return reader, _only_filled({"missing scales": sorted(missing.values())})
 
 
-def _scales(name: str, info: TensorInfo) -> str:
-    """The tensor that holds the scales of this one; itself where it needs none."""
+def _scales(name: str, info: TensorInfo) -> list[str]:
+    """The names that the scales of this tensor may have; none where it needs none."""
     if name.endswith("_blocks") and info.dtype == "U8":
-        return name.removesuffix("_blocks") + MXFP4_SCALES
-    return name + FP8_SCALES if info.dtype in huggingface.FP8 else name
+        return [name.removesuffix("_blocks") + MXFP4_SCALES]
+    return [name + suffix for suffix in huggingface.FP8_SCALES] if info.dtype in huggingface.FP8 else []
 
 
 def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -179,22 +184,21 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wanted_of(
-    config: Mapping[str, Any], where: Path, found: Iterable[str]
+    config: Mapping[str, Any], where: Path, found: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo | None], str]:
-    """The tensors that a config.json asks for (None: of any shape); nothing where no family knows its model_type.
-
-    What may be left out or be there twice is asked for where it is found.
-    """
+    """The tensors that a config.json asks for (None: of any shape); nothing where no family knows its model_type."""
     base = base_config(config)
     if not _known(base):
         return {}, ""
-    family, names = family_of(base, where), {name.removeprefix(BASE) for name in found}
-    wanted: dict[str, TensorInfo | None] = {**family.rules(base if has_mtp(base, names) else without_mtp(base)).hf}
-    if is_tied(base) and "lm_head.weight" in names:
-        wanted["lm_head.weight"] = None
-    if config.get("model_type") == MERGED_TYPE:
-        wanted = {BASE + name: info for name, info in wanted.items()} | dict.fromkeys(HEADS)
-    return wanted, "config.json"
+    family = family_of(base, where)
+    prefix = BASE if config.get("model_type") == MERGED_TYPE else ""
+    names = [name.removeprefix(prefix) for name in found]
+    wanted = family.rules(base if has_mtp(base, names) else without_mtp(base)).hf
+    if is_tied(base) and "lm_head.weight" in names:  # some store the embedding twice
+        wanted = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}
+    return {prefix + name: info for name, info in wanted.items()} | dict.fromkeys(
+        HEADS if prefix else ()
+    ), "config.json"
 
 
 # ---------------------------------------------------------------------------- torch_dist

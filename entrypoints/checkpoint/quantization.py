@@ -8,15 +8,26 @@ FP8 block   DeepSeek-V3: float8_e4m3fn times one scale for each block of rows ×
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from entrypoints.errors import PreflightError
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
 NAN = 0x7FFF  # the bits of the NaN that GPUs write
 ELEMENTS_AT_ONCE = 1 << 19  # what fits into a core's cache with all that is computed from it
+
+
+def devices(device: Literal["auto", "cpu", "cuda"]) -> list[str]:
+    """What decodes: every GPU there is, or "cpu"; PreflightError where a GPU is asked for and there is none."""
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    if device == "cuda" and not count:
+        raise PreflightError("--device cuda: torch finds no GPU here; leave the flag out to decode on the CPU")
+    return [f"cuda:{number}" for number in range(count)] or ["cpu"]
 
 
 @functools.cache
@@ -52,6 +63,10 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
     Every product is exact in bfloat16 but for the smallest and largest scales, where it is rounded to nearest even.
     """
+    if blocks.is_cuda:
+        from entrypoints.checkpoint import gpu
+
+        return gpu.decode_mxfp4(blocks, scales)
     exact = _exact_in_bfloat16(scales)
     size = 2 * blocks.shape[-1]
     step = ELEMENTS_AT_ONCE // size
@@ -83,6 +98,10 @@ def decode_fp8_block(weight: Tensor, scale: Tensor, block: tuple[int, int], firs
         scale: [ceil(all rows / block[0]), ceil(columns / block[1])], float32 or float8_e8m0fnu; the whole tensor's.
         block: rows and columns of a block; the blocks at the lower and right edge may be cut off.
     """
+    if weight.is_cuda:
+        from entrypoints.checkpoint import gpu
+
+        return gpu.decode_fp8_block(weight, scale, block, first_row)
     rows, columns = weight.shape
     values, scales = torch.empty(rows, columns, dtype=torch.bfloat16), scale.float()
     step = max(1, ELEMENTS_AT_ONCE // max(1, columns))

@@ -17,7 +17,7 @@ TORCH_NAMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Shape and dtype (in safetensors' spelling) of a tensor."""
 
@@ -29,7 +29,7 @@ class TensorInfo:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ref:
     """A part of tensor `name`: the entry `index` of its leading dimensions, then `rows` [start, stop) of the next.
 

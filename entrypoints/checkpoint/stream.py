@@ -32,7 +32,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 Write = tuple[str, int, "memoryview | bytes"]  # file, offset, data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One unit of work: `work()` reads and transforms, and returns what to write where."""
 
@@ -40,7 +40,7 @@ class Piece:
     work: Callable[[], Iterable[Write]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What an output folder will be.
 

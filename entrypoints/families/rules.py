@@ -33,7 +33,7 @@ class _Same:
 SAME = _Same()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Transposed:
     """Another operation behind a matrix that Hugging Face stores the other way round."""
 
@@ -59,7 +59,7 @@ class AlternatingRows:
         return (torch.stack(parts, dim=1).flatten(0, 1),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GroupedQKV:
     """q, k, v ↔ the rows of each KV group in turn: its queries, its key, its value.
 
@@ -85,7 +85,7 @@ class GroupedQKV:
         return tuple(part.flatten(0, 1) for part in both.unflatten(0, (self.groups, -1)).split(sizes, dim=1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copies:
     """Tensors that Hugging Face stores more than once ↔ one.
 
@@ -105,7 +105,7 @@ class Copies:
         return parts * len(self.names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """Parts of Hugging Face tensors, the operation, parts of Megatron tensors."""
 
@@ -167,7 +167,7 @@ class Rules:
     extra_state: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scope:
     """A module on both sides, and the rules that its tensors are added to.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from typing import Any
 
 import torch
@@ -90,14 +91,18 @@ def _patch_nemo_and_megatron() -> None:
     from megatron.core import tensor_parallel
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as peft_utils
     from nemo.lightning.io import pl
     from nemo.lightning.pytorch.strategies import megatron_strategy
 
     # Asserts that CUDA is initialised; there are no devices to choose from here.
     pl._fix_tensors_device = lambda checkpoint: checkpoint
     tensor_parallel.random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # Named but not defined where Transformer Engine is absent.
+    # Named but not defined where Transformer Engine is absent; no module is of these classes.
     moe_utils.te_general_gemm = None
+    peft_utils.HAVE_TE = False
+    lora.te = types.SimpleNamespace(Linear=type("Linear", (), {}))
     # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
     rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb or NotImplemented
 

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, write_torch_dist
+from conftest import KINDS, make_model, write_torch_dist
 from safetensors.torch import save_file
 from test_malformed import CASES, INDEX, SHARD, edit_json, mutate, rename_scales, rewrite_header
 
 from entrypoints.checkpoint import torch_dist
 from entrypoints.checkpoint.contents import Contents
+from entrypoints.checkpoint.huggingface import Reader, read_folder
 from entrypoints.checkpoint.refs import Ref
 from entrypoints.errors import DataError, SlipwayError, UsageError
-from entrypoints.families import FAMILIES
+from entrypoints.families import FAMILIES, read_config
 from entrypoints.heads import NAMES, extract_heads, merge_heads
+from entrypoints.import_ import import_
 from entrypoints.inspect_ import inspect
 from entrypoints.training.heads import DecodingHeads
 
@@ -134,6 +136,19 @@ def test_heads_trained_extracted_and_merged(trained_heads, tmp_path):
     assert merged.format == "Hugging Face, base merged with heads" and merged.model == "gpt_oss"
     assert merged.whole and merged.parts == {"base": 37, "heads": 8}
     assert merged.parameters == PARAMETERS + alone.parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_and_its_import(kind, tmp_path):
+    source = make_model(tmp_path / "hf", kind)
+    import_(str(source), str(tmp_path / "nemo"))
+    c = found(source)
+    assert c.whole and c.checked == "config.json", str(c)
+    assert sum(found(file).parameters for file in source.glob("*.safetensors")) == c.parameters
+    reader = Reader(source, read_folder(source), read_config(source / "config.json"))
+    assert (c.quantization or {}).get("tensors", 0) == len(reader.quantized)
+    c = found(tmp_path / "nemo")
+    assert c.whole and c.checked == "context/hf_config.json", str(c)
 
 
 def test_a_terabyte_takes_seconds(tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_torch_dist
+from conftest import KINDS, make_model, write_torch_dist
 from safetensors.torch import load_file, save_file
 from test_malformed import CASES, edit_json
 
@@ -20,6 +21,7 @@ from entrypoints.dequant import dequant
 from entrypoints.errors import DataError, UsageError
 from entrypoints.export import export
 from entrypoints.heads import extract_heads, merge_heads
+from entrypoints.import_ import import_
 from entrypoints.training.heads import DecodingHeads
 from entrypoints.verify import Verified, verify
 
@@ -142,6 +144,31 @@ def test_the_same_tensors_under_another_configuration_are_another_model(models, 
 
 def test_memory_for_less_than_a_tensor_is_enough(models):
     assert verified(models["mxfp4"], models["nemo"], memory="1KB").bytes == 481_696
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_its_import(kind, tmp_path):
+    source = make_model(tmp_path / "hf", kind)
+    import_(str(source), str(tmp_path / "nemo"))
+    assert verified(source, tmp_path / "nemo").bytes > 100_000
+
+
+def test_layers_for_multi_token_prediction_count_where_both_have_them(tmp_path):
+    source = make_model(tmp_path / "hf", "deepseek_v3")
+    for name, mtp in (("with", True), ("without", False)):
+        import_(str(source), str(tmp_path / name), mtp=mtp)
+    fewer = verified(source, tmp_path / "without").tensors
+    assert verified(source, tmp_path / "with").tensors > fewer
+    assert verified(tmp_path / "without", tmp_path / "with").tensors == fewer
+    changed = Path(shutil.copytree(source, tmp_path / "changed"))
+    name = "model.layers.3.eh_proj.weight"
+    file = changed / json.loads((changed / "model.safetensors.index.json").read_text())["weight_map"][name]
+    stored = load_file(file)
+    stored[name].neg_()
+    save_file(stored, file)
+    with pytest.raises(Different, match=re.escape(f"{name}[0, 0]")):
+        verified(changed, tmp_path / "with")
+    assert verified(changed, tmp_path / "without").tensors == fewer
 
 
 # ---------------------------------------------------------------------------- the command
