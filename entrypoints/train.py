@@ -167,6 +167,8 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
 def _write_recipe(recipe: Recipe, folder: RunFolder, node_rank: int) -> None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        if node_rank == 0:
+            folder.remove_incomplete()
         recipe.save(folder.recipe)
     except OSError as error:
         raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None

@@ -154,7 +154,9 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
         "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
         "expert_model_parallel_size": recipe.expert_parallel_size,
+        "expert_tensor_parallel_size": 1,
         "context_parallel_size": recipe.context_parallel_size,
+        "sequence_parallel": recipe.tensor_parallel_size > 1,
         "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
         "save_ckpt_format": "torch_dist",
     }
@@ -187,9 +189,10 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from entrypoints.training.callbacks import STEPS_DONE
+    from entrypoints.training.callbacks import STEPS_DONE, Checkpoints
 
-    checkpoint = nl.ModelCheckpoint(
+    checkpoint = Checkpoints(
+        base=recipe.model,
         dirpath=folder.checkpoints,
         filename=f"step={{{STEPS_DONE}:.0f}}",
         auto_insert_metric_name=False,
