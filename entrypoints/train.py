@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from entrypoints.checkpoint import locate
 from entrypoints.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
 from entrypoints.launch import torchrun
 from entrypoints.launch.failure import FAILED, Failure
 from entrypoints.launch.link import Link, meet
+from entrypoints.launch.signals import StopRequests
 from entrypoints.launch.topology import Topology, find_topology
 from entrypoints.report import Summary
 from entrypoints.training.agreement import claims
@@ -109,78 +112,93 @@ def train(
     folder = RunFolder(Path(out).absolute())
     recipe.model, recipe.data, recipe.out = (str(Path(path).absolute()) for path in (model, data, out))
     begins_at = _begin(recipe, folder, resume)
+    run = Run(recipe, topology, folder, begins_at, started)
     if dry_run:
-        return _plan(recipe, topology, folder)
+        return _plan(run)
     if begins_at >= recipe.steps:
-        return _result(recipe, folder, None, False, begins_at, 0.0)
+        return _result(run, None, False)
 
     from entrypoints.training.lines import index_lines
 
-    index = index_lines(Path(recipe.data), recipe.seq_length, vocab_size)
-    print(topology, file=sys.stderr)
-    print(
-        f"train: {len(index.offsets)} samples, {index.too_long} dropped for {recipe.seq_length} tokens or more",
-        file=sys.stderr,
-    )
-    _make_folder(folder)
-    link = meet(topology, claims(recipe, index, topology, begins_at), rendezvous_timeout)
-    if topology.rank == 0:
-        recipe.save(folder.recipe)
-    with tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch:
-        failure = _work(recipe, topology, folder, index, Path(scratch), grace, started, link)
-        stop_asked = (Path(scratch) / "stop").exists()
-    link.close()
-    return _result(recipe, folder, failure, stop_asked, begins_at, time.time() - started)
+    with (
+        tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch,
+        StopRequests(Path(scratch) / "stop", grace) as stop,
+    ):
+        index = index_lines(Path(recipe.data), recipe.seq_length, vocab_size)
+        print(topology, file=sys.stderr)
+        print(
+            f"train: {len(index.offsets)} samples, {index.too_long} dropped for {recipe.seq_length} tokens or more",
+            file=sys.stderr,
+        )
+        _make_folder(folder)
+        link = meet(topology, claims(recipe, index, topology, begins_at), rendezvous_timeout)
+        if topology.rank == 0:
+            _claim_folder(run)
+        failure = _work(run, index, Path(scratch), stop, link)
+        link.close()
+        return _result(run, failure, stop.asked)
 
 
-def _plan(recipe: Recipe, topology: Topology, folder: RunFolder) -> str:
+@dataclass(frozen=True)
+class Run:
+    """One start of `train`: what is computed, where, from which step, and when it began (time.time())."""
+
+    recipe: Recipe
+    topology: Topology
+    folder: RunFolder
+    begins_at: int
+    started: float
+
+
+def _plan(run: Run) -> str:
     """What --dry-run prints."""
-    words = torchrun.command(topology, _worker_arguments(Path("SCRATCH"), topology, 0.0), _logs(folder, topology))
-    alone = "one process: the worker runs in this one, which does the same as\n" if topology.world_size == 1 else ""
-    return f"{json.dumps(vars(recipe), indent=1)}\n{topology}\n{alone}{shlex.join(words)}"
+    words = torchrun.command(run.topology, _worker_arguments(Path("SCRATCH"), run), _logs(run))
+    alone = "one process: the worker runs in this one, which does the same as\n" if run.topology.world_size == 1 else ""
+    return f"{json.dumps(vars(run.recipe), indent=1)}\n{run.topology}\n{alone}{shlex.join(words)}"
 
 
-def _worker_arguments(scratch: Path, topology: Topology, started: float) -> list[str]:
+def _worker_arguments(scratch: Path, run: Run) -> list[str]:
     files = [f"{scratch}/recipe.json", "--index", f"{scratch}/index.npy", "--stop-file", f"{scratch}/stop"]
-    return [*files, "--nodes", str(topology.nodes), "--started", str(started)]
+    return [*files, "--nodes", str(run.topology.nodes), "--started", str(run.started)]
 
 
-def _logs(folder: RunFolder, topology: Topology) -> Path:
+def _logs(run: Run) -> Path:
     """The folder that the workers of this start log to."""
-    return folder.logs / f"node{topology.node_rank}" / time.strftime("%Y%m%d-%H%M%S")
+    return run.folder.logs / f"node{run.topology.node_rank}" / time.strftime("%Y%m%d-%H%M%S")
 
 
-def _work(
-    recipe: Recipe,
-    topology: Topology,
-    folder: RunFolder,
-    index: Index,
-    scratch: Path,
-    grace: float,
-    started: float,
-    link: Link,
-) -> Failure | None:
+def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link) -> Failure | None:
     """Run the workers of this command to their end; why they failed, if they did."""
     import numpy
 
     numpy.save(scratch / "index.npy", index.offsets)
-    recipe.save(scratch / "recipe.json")
-    if topology.world_size > 1:
-        logs = _logs(folder, topology)
+    run.recipe.save(scratch / "recipe.json")
+    if run.topology.world_size > 1:
+        logs = _logs(run)
         logs.mkdir(parents=True, exist_ok=True)
-        words = _worker_arguments(scratch, topology, started)
-        return torchrun.launch(topology, words, scratch / "stop", grace, logs, link)
+        failure = torchrun.launch(run.topology, _worker_arguments(scratch, run), stop, logs, link)
+        if failure and run.topology.rank == 0:
+            _note_failure(run.folder, str(failure))
+        return failure
 
-    def run() -> None:
+    def work() -> None:
         from entrypoints.training import worker
 
-        worker.run(recipe, scratch / "index.npy", scratch / "stop", 1, started)
+        worker.run(run.recipe, scratch / "index.npy", stop.stop_file, 1, run.started)
 
     try:
-        torchrun.run_here(topology, run, scratch / "stop", grace)
-    except torchrun.GraceIsOver as error:
-        return Failure("rank 0", str(error), FAILED)
+        torchrun.run_here(run.topology, work, stop)
+    except BaseException as error:
+        _note_failure(run.folder, f"{type(error).__name__}: {error}")
+        if isinstance(error, torchrun.GraceIsOver):
+            return Failure("rank 0", str(error), FAILED)
+        raise
     return None
+
+
+def _note_failure(folder: RunFolder, why: str) -> None:
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        folder.write_status(folder.read_status() | {"state": "failed", "why": why})
 
 
 def _check_paths(recipe: Recipe) -> int:
@@ -229,33 +247,49 @@ def _make_folder(folder: RunFolder) -> None:
         raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None
 
 
-def _result(
-    recipe: Recipe, folder: RunFolder, failure: Failure | None, stop_asked: bool, begins_at: int, seconds: float
-) -> Summary:
-    status = folder.read_status()
+def _claim_folder(run: Run) -> None:
+    """Rank 0 says what is computed here from now on, and takes away what an earlier start left half done."""
+    try:
+        run.folder.remove_incomplete()
+        run.recipe.save(run.folder.recipe)
+        known = run.folder.read_status() if run.begins_at else {}
+        tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
+        begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
+        run.folder.write_status(known | begun)
+    except OSError as error:
+        raise WriteError(f"{run.folder.path} cannot be written: {error.strerror}; make room in it") from None
+
+
+def _result(run: Run, failure: Failure | None, stop_asked: bool) -> Summary:
+    """What the run came to; its errors are those of `train`."""
+    status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
     if not failure and status.get("state") == "done":
-        size = sum(f.stat().st_size for f in folder.latest_checkpoint()[1].rglob("*") if f.is_file())
-        details = {"steps": f"{begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
-        return Summary("train", str(folder.latest_checkpoint()[1]), size, seconds, details, streamed=False)
+        return _summary(run, latest[1], status)
+    saved = latest[0] if latest else 0
     if not failure and status.get("state") == "stopped":
-        raise Stopped(f"train: stopped and saved at step {status['step']} of {recipe.steps}; run the same again")
+        raise Stopped(f"train: stopped and saved at step {saved} of {run.recipe.steps}; run the same again")
+    if stop_asked and status.get("step", 0) == saved:
+        raise Stopped(f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; run the same again")
     if stop_asked:
-        latest = folder.latest_checkpoint()
         raise SlipwayError(
-            f"train: ended before a checkpoint could be saved; the last one is at step {latest[0] if latest else 0}: "
-            "allow more --grace"
+            f"train: ended before a checkpoint could be saved; the last one is at step {saved}: allow more --grace"
         )
     if failure is None:
-        raise SlipwayError(f"train: the workers ended without a result; {folder.status} says {status}")
+        raise SlipwayError(f"train: the workers ended without a result; {run.folder.status} says {status}")
     if failure.lines:
         print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
     raise _error(failure)
 
 
+def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    details = {"steps": f"{run.begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
+    return Summary("train", str(checkpoint), size, time.time() - run.started, details, streamed=False)
+
+
 def _error(failure: Failure) -> SlipwayError:
     """What a worker said itself where it knew its error, else who failed and how."""
-    said = [line.removeprefix("slipway: ") for line in failure.lines if line.startswith("slipway: ")]
     kinds = {kind.exit_code: kind for kind in (UsageError, DataError, WriteError, PreflightError)}
-    if said and failure.code in kinds:
-        return kinds[failure.code](f"{said[-1]} ({failure.who})")
-    return SlipwayError(f"train: {failure}")
+    if failure.said and failure.code in kinds:
+        return kinds[failure.code](f"{failure.said} ({failure.who})")
+    return SlipwayError(f"train: {failure.said or failure}")

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template")
 
-HF_FILES = "hf_files"  # in context/: the other files of the source, for export
-
 
 def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the dequantised model."""
@@ -126,7 +124,7 @@ def import_plan(
         },
         copies={
             **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
-            **{f"context/{HF_FILES}/{file.name}": file for file in others},
+            **{f"context/{nemo_context.HF_FILES}/{file.name}": file for file in others},
         },
         identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
     )
@@ -175,7 +173,7 @@ def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) ->
 
         return Piece(sum(TensorInfo(r.shape(model.megatron[r.name].shape)).bytes for r in cell.megatron), work)
 
-    others = context_folder(reader.folder) / HF_FILES
+    others = context_folder(reader.folder) / nemo_context.HF_FILES
     return _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
 
 

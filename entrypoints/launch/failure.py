@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entrypoints.errors import SlipwayError
 from entrypoints.launch.topology import Topology
 
 LAST_LINES = 20
@@ -36,6 +38,7 @@ class Failure:
     code: int = 1
     log: str = ""
     lines: list[str] = field(default_factory=list)
+    said: str = ""  # by the worker itself, which knew what was wrong
 
     def __str__(self) -> str:
         return f"{self.who} {self.how}" + (f"; its log: {self.log}" if self.log else "")
@@ -49,23 +52,35 @@ def first_to_blame(failures: list[Failure]) -> Failure:
     return min(failures, key=lambda failure: failure.blame)
 
 
-def failures_of_node(topology: Topology, logs: Path, code: int) -> list[Failure]:
+def failures_of_node(topology: Topology, logs: Path, scratch: Path, code: int) -> list[Failure]:
     """What happened to the ranks of this node.
 
     Args:
         topology: where this node stands.
         logs: the folder that the processes of this start log to.
+        scratch: where workers leave what they know, which may be on another disk than their logs.
         code: exit code of torchrun, or of the worker where there is no torchrun.
     """
-    first = topology.node_rank * topology.processes_per_node
     if topology.local_rank is not None:
-        return [_failure(first + topology.local_rank, topology, rank_logs(logs, topology.local_rank), code)]
-    table = TORCHRUN_ROW.findall(_read(logs / "torchrun.log"))
-    found = [_failure(int(rank), topology, rank_logs(logs, int(local)), int(code)) for rank, local, code in table]
-    if found:
-        return found
-    log = logs / "torchrun.log"
-    return [Failure(f"torchrun on {_node(topology)}", _how(code), FAILED, 1, str(log), _last_lines([log]))]
+        codes = {topology.local_rank: code}
+    else:
+        table = TORCHRUN_ROW.findall(_read(logs / "torchrun.log"))
+        codes = {int(local_rank): int(code) for _, local_rank, code in table}
+    said = {int(file.suffix[1:]): json.loads(file.read_text()) for file in scratch.glob("error.*")}
+    codes |= {local_rank: error["code"] for local_rank, error in said.items()}
+    if not codes:
+        log = logs / "torchrun.log"
+        return [Failure(f"torchrun on {_node(topology)}", _how(code), FAILED, 1, str(log), _last_lines([log]))]
+    return [
+        _failure(local_rank, topology, logs, code, said.get(local_rank, {}).get("message", ""))
+        for local_rank, code in codes.items()
+    ]
+
+
+def leave_word(scratch: Path, local_rank: int, error: SlipwayError) -> None:
+    """In a worker: keep an error that it can explain for the command that started it."""
+    word = {"message": str(error), "code": error.exit_code}
+    (scratch / f"error.{local_rank}").write_text(json.dumps(word))
 
 
 def rank_logs(logs: Path, local_rank: int) -> list[Path]:
@@ -73,12 +88,15 @@ def rank_logs(logs: Path, local_rank: int) -> list[Path]:
     return sorted(logs.glob(f"*/attempt_0/{local_rank}/std*.log"))
 
 
-def _failure(rank: int, topology: Topology, logs: list[Path], code: int) -> Failure:
-    lines = _last_lines(logs)
+def _failure(local_rank: int, topology: Topology, logs: Path, code: int, said: str) -> Failure:
+    files = rank_logs(logs, local_rank)
+    lines = [] if said else _last_lines(files)
     blame = KILLED if code < 0 and -code != signal.SIGTERM else FAILED
     if blame == FAILED and (code == -signal.SIGTERM or PEER_IS_LOST.search("\n".join(lines))):
         blame = LOST_A_PEER
-    return Failure(f"rank {rank} on {_node(topology)}", _how(code), blame, code, str(logs[0].parent), lines)
+    rank = topology.node_rank * topology.processes_per_node + local_rank
+    log = str(files[0].parent) if files else str(logs)
+    return Failure(f"rank {rank} on {_node(topology)}", _how(code), blame, code, log, lines, said)
 
 
 def _node(topology: Topology) -> str:

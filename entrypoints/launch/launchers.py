@@ -145,6 +145,34 @@ def _numbers(ranges: str) -> list[str]:
     return numbers
 
 
+def open_mpi(env: Environment) -> Hints | None:
+    """A process of Open MPI's mpirun, Kubeflow's MPIJob among them. It names no master that others could reach."""
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    return _mpi("open-mpi", env, *(f"OMPI_COMM_WORLD_{name}" for name in names))
+
+
+def hydra(env: Environment) -> Hints | None:
+    """A process of the mpirun of MPICH or of Intel MPI."""
+    return _mpi("mpich", env, "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")
+
+
+def _mpi(source: str, env: Environment, *names: str) -> Hints | None:
+    """One process per node, or one per GPU with the ranks of a node in a row."""
+    if not all(name in env for name in names):
+        return None
+    size, rank, local_size, local_rank = (_number(env, name) for name in names)
+    node_rank, place = divmod(rank.value, local_size.value)
+    if size.value % local_size.value or place != local_rank.value:
+        raise UsageError(
+            f"{rank.by} is {rank.value} of {size.value}, {local_rank.by} is {local_rank.value} of {local_size.value}; "
+            "start one process per node (mpirun --map-by ppr:1:node), or one per GPU with the ranks of a node in a row"
+        )
+    hints = {"nodes": Said(size.value // local_size.value, size.by), "node_rank": Said(node_rank, rank.by)}
+    if local_size.value > 1:
+        hints |= {"processes_per_node": local_size, "local_rank": local_rank}
+    return Hints(source, **hints)
+
+
 def leader_worker_set(env: Environment) -> Hints | None:
     """LeaderWorkerSet: a group's leader and its workers. It gives no port."""
     if "LWS_GROUP_SIZE" not in env:
@@ -202,6 +230,8 @@ LAUNCHERS: tuple[Callable[[Environment], Hints | None], ...] = (
     pytorch_job,
     skypilot,
     dstack,
+    open_mpi,
+    hydra,
     slurm,
     leader_worker_set,
     volcano,

@@ -82,6 +82,7 @@ def find_topology(
         "master_port": master_port,
         "processes_per_node": processes_per_node,
     }
+    _refuse_to_be_a_worker(env)
     flags = Hints("flags", **{name: _flag(name, value) for name, value in given.items()})
     sources = [flags, *(hints for launcher in LAUNCHERS if (hints := launcher(env)))]
     for name in MUST_AGREE:
@@ -138,6 +139,14 @@ def _refuse_disagreement(name: str, sources: list[Hints]) -> None:
                 f"{one.by} says {one.value}, {other.by} says {other.value} for {MUST_AGREE[name]}; "
                 "drop one of the two or make them agree"
             )
+
+
+def _refuse_to_be_a_worker(env: Mapping[str, str]) -> None:
+    if "TORCHELASTIC_RUN_ID" in env:
+        raise UsageError(
+            "TORCHELASTIC_RUN_ID is set: torchrun started this command, which starts torchrun itself; "
+            "run `slipway` once per node without torchrun around it"
+        )
 
 
 def _refuse_to_be_alone(env: Mapping[str, str]) -> None:

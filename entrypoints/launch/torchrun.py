@@ -1,8 +1,6 @@
 """Starting the workers of this node, showing what they print, and passing on the request to stop.
 
-torchrun gives its children 30 seconds after SIGTERM, too little to save a large model. So a signal to this process
-only makes the stop file: every worker sees it after its step, saves and ends by itself. Only when the grace period
-is over does the signal itself go to torchrun.
+A request to stop reaches the workers as a file (signals.py).
 
 Workers and torchrun write to files, and this process repeats what the workers write. So a run's output is kept rank by
 rank, and what torchrun's agent says about a failure does not bury the failure.
@@ -18,16 +16,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from entrypoints.errors import SlipwayError
-from entrypoints.launch.failure import Failure, failures_of_node, first_to_blame, rank_logs
+from entrypoints.launch.failure import Failure, failures_of_node, rank_logs
 from entrypoints.launch.link import Link
+from entrypoints.launch.signals import END, StopRequests, prepare_child
 from entrypoints.launch.topology import Topology
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WORKER = "entrypoints.training.worker"
 POLL = 0.1  # seconds between looks at the processes and their logs
 
@@ -65,6 +63,7 @@ def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> 
         f"--node-rank={topology.node_rank}",
         f"--master-addr={topology.master_addr}",
         f"--master-port={topology.master_port}",
+        f"--signals-to-handle={END.name}",
         "--redirects=3",
         f"--log-dir={logs}",
         *worker,
@@ -90,15 +89,14 @@ def rank_variables(topology: Topology) -> dict[str, str]:
 
 
 def launch(
-    topology: Topology, worker_arguments: Sequence[str], stop_file: Path, grace: float, logs: Path, link: Link
+    topology: Topology, worker_arguments: Sequence[str], stop: StopRequests, logs: Path, link: Link
 ) -> Failure | None:
     """Run the workers of this command to their end; returns why the run failed, here or on another node.
 
     Args:
         topology: where this command stands.
         worker_arguments: the worker's command line.
-        stop_file: made when this process is asked to stop.
-        grace: seconds the workers then have, before torchrun is told to end them.
+        stop: what this process is asked for by signals.
         logs: new folder for what they print.
         link: to the commands on the other nodes.
     """
@@ -106,20 +104,18 @@ def launch(
     print(f"train: {shlex.join(words)}", file=sys.stderr, flush=True)
     process = _start(topology, words, logs)
     screen = Screen(topology, logs)
-    with stop_signals(stop_file, grace, process.terminate):
+    with stop.while_saving(lambda: process.send_signal(END)):
         while process.poll() is None and not link.verdict:
             screen.show()
             time.sleep(POLL)
         if process.poll() is None:
             _end(process)
     screen.show()
-    if process.returncode and not link.verdict:
-        link.fail(failures_of_node(topology, logs, process.returncode))
-    elif not link.verdict:
+    if process.returncode == 0 and not link.verdict:
         link.finish()
-    if link.verdict:
-        return link.verdict
-    return first_to_blame(failures_of_node(topology, logs, process.returncode)) if process.returncode else None
+    elif not link.verdict:
+        return link.fail(failures_of_node(topology, logs, stop.stop_file.parent, process.returncode))
+    return link.verdict
 
 
 def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen:
@@ -127,13 +123,17 @@ def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen
     env = environment()
     if topology.local_rank is None:
         with (logs / "torchrun.log").open("w") as log:
-            return subprocess.Popen(words, env=env, start_new_session=True, stdout=log, stderr=log)
+            return _popen(words, env, log, log)
     folder = logs / "worker" / "attempt_0" / str(topology.local_rank)
     folder.mkdir(parents=True)
     with (folder / "stdout.log").open("w") as out, (folder / "stderr.log").open("w") as err:
-        return subprocess.Popen(
-            words, env=env | rank_variables(topology), start_new_session=True, stdout=out, stderr=err
-        )
+        return _popen(words, env | rank_variables(topology), out, err)
+
+
+def _popen(words: list[str], env: dict[str, str], out: TextIO, err: TextIO) -> subprocess.Popen:
+    return subprocess.Popen(
+        words, env=env, start_new_session=True, stdout=out, stderr=err, preexec_fn=prepare_child
+    )  # fmt: skip
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -141,37 +141,12 @@ def _end(process: subprocess.Popen) -> None:
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(child), signal.SIGKILL)
-    process.terminate()
+    process.send_signal(END)
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-@contextlib.contextmanager
-def stop_signals(stop_file: Path, grace: float, give_up: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, a request to stop makes `stop_file`; `grace` seconds after it, `give_up` is called."""
-    timers: list[threading.Timer] = []
-
-    def stop(number: int, _: object) -> None:
-        if timers:
-            return
-        name = signal.Signals(number).name
-        print(f"train: {name}: saving and stopping within {grace:.0f} s", file=sys.stderr, flush=True)
-        stop_file.touch()
-        timers.append(threading.Timer(grace, give_up))
-        timers[0].daemon = True
-        timers[0].start()
-
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Screen:
@@ -208,24 +183,25 @@ class Screen:
                 print(line, end="", file=screen, flush=True)
 
 
-def run_here(topology: Topology, run: Callable[[], None], stop_file: Path, grace: float) -> None:
+def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) -> None:
     """Call the only worker of a run in this process, without torchrun.
 
     Args:
         topology: one node with one process.
         run: the worker.
-        stop_file: made when this process is asked to stop.
-        grace: seconds the worker then has until it is interrupted.
+        stop: what this process is asked for by signals; at the end of the grace period the worker is interrupted.
+
+    Errors: GraceIsOver.
     """
     # Port 0: nobody else has to find the store of a run of one process.
     os.environ.update(environment() | rank_variables(topology) | {"MASTER_PORT": "0"})
 
     def interrupt(*_: object) -> None:
-        raise GraceIsOver("the worker did not save in time")
+        raise GraceIsOver("did not save in time")
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with stop_signals(stop_file, grace, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)):
+        with stop.while_saving(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)):
             run()
     finally:
         signal.signal(signal.SIGALRM, before)

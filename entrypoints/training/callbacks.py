@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import nemo.lightning as nl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.lightning.ckpt_utils import ckpt_to_dir
+from torch.distributed.checkpoint.api import CheckpointException
 
+from entrypoints.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from entrypoints.training.recipe import Recipe
-from entrypoints.training.run_folder import RunFolder
+from entrypoints.training.run_folder import COMPLETE, RunFolder
+from entrypoints.training.troubles import cannot_write
 
 STEPS_DONE = "steps_done"  # the metric that names checkpoints
+ZIP_WRITER = re.compile(r"inline_container|PytorchStreamWriter")  # how torch.save says that a disk is full
 
 
 def agree(flag: bool) -> bool:
@@ -31,11 +39,11 @@ class Record(Callback):
     def __init__(self, recipe: Recipe, folder: RunFolder, started: float) -> None:
         """`started`: time.time() when the command began."""
         self.recipe, self.folder, self.started = recipe, folder, started
-        self.status: dict[str, Any] = {"state": "running", "step": 0, "steps": recipe.steps}
+        self.status: dict[str, Any] = folder.read_status()  # as the command has begun it
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.status["step"] = self.status["started_at_step"] = trainer.global_step
+        self.status |= {"state": "running", "started_at_step": trainer.global_step}
         if trainer.is_global_zero:
             self.folder.forget_metrics_from(trainer.global_step)
             self.folder.write_status(self.status)
@@ -60,7 +68,7 @@ class Record(Callback):
         if "seconds_to_first_step" not in self.status:
             self.status["seconds_to_first_step"] = round(time.time() - self.started, 1)
             print(f"worker: first step done {self.status['seconds_to_first_step']} s after the start", flush=True)
-        self.status |= {"step": trainer.global_step, "loss": entry["loss"]}
+        self.status |= {"step": trainer.global_step, "loss": entry["loss"], "tokens": trainer.global_step * tokens}
         self.folder.write_status(self.status)
         print(
             f"step {trainer.global_step}/{self.recipe.steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g} "
@@ -72,24 +80,69 @@ class Record(Callback):
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.recipe.steps
-        self.status["state"] = "done" if done else "stopped"
+        self.status |= {"state": "done", "why": "all steps are done"} if done else {"state": "stopped"}
         self.folder.write_status(self.status)
-        plot_losses(self.folder)
+        if trainer.global_step:
+            plot_losses(self.folder)
+
+
+class Checkpoints(nl.ModelCheckpoint):
+    """NeMo's checkpoints, with what export needs of the base in their context.
+
+    The last file written is the one that `RunFolder.latest_checkpoint` asks for: NeMo takes its marker of an
+    unfinished checkpoint away before it has written the context.
+
+    Args:
+        recipe: of the run.
+    """
+
+    def __init__(self, recipe: Recipe, **options: Any) -> None:
+        super().__init__(**options)
+        self.recipe = recipe
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        try:
+            super()._save_checkpoint(trainer, filepath)
+            if trainer.is_global_zero:
+                keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
+        except (OSError, CheckpointException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not ZIP_WRITER.search(str(error)):
+                raise
+            raise cannot_write(str(ckpt_to_dir(filepath)), error, self.recipe) from None
+
+
+def keep_source(base: Path, context: Path) -> None:
+    """Carry the Hugging Face files of the base's context over, where it has any, and mark the context as complete."""
+    if (base / HF_FILES).is_dir():
+        shutil.copytree(base / HF_FILES, context / HF_FILES, dirs_exist_ok=True)
+    if (base / SOURCE_CONFIG).is_file():
+        shutil.copyfile(base / SOURCE_CONFIG, context / SOURCE_CONFIG)
+    (context / COMPLETE).touch()
 
 
 class StopOnRequest(Callback):
-    """Saves and stops after the step during which the stop file appeared on any node."""
+    """Saves and stops after the step during which the stop file appeared on any node; before the first, just stops."""
 
-    def __init__(self, stop_file: Path) -> None:
-        self.stop_file = stop_file
+    def __init__(self, stop_file: Path, record: Record) -> None:
+        self.stop_file, self.record = stop_file, record
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+        self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if agree(self.stop_file.exists()):
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        asked = self.stop_file.exists()
+        if agree(asked):
             trainer.should_stop = True
+            self.record.status["why"] = self.stop_file.read_text() if asked else "a request to stop on another node"
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         checkpoint = trainer.checkpoint_callback
-        if checkpoint._last_global_step_saved != trainer.global_step:
+        if trainer.global_step not in (self._first_step, checkpoint._last_global_step_saved):
             checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
 
@@ -105,6 +158,8 @@ class FrozenBase(Callback):
         self._before = self._before or checksum(module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._before:
+            return  # stopped before the first step
         after = checksum(module)
         self.record.status["base_checksum"] = after
         self.record.status["base_changed"] = agree(after != self._before)

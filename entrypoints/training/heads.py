@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 HIDDEN_UNITS = 256
@@ -98,37 +99,41 @@ def heads_loss(
     counted: Tensor,
     drop_if_easy: Tensor,
     chunk_tokens: int = CHUNK_TOKENS,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum of the token losses, number of tokens counted); the sum carries gradients of the heads alone.
+
+    Under tensor parallelism every rank of `group` gets the same of both, and the same gradients.
 
     Args:
         heads: the module to train.
         hidden: [tokens, H] last hidden states, no gradient.
-        logits_of: [n, H] → [n, V] logits of the frozen base.
+        logits_of: [n, H] → [n, V] logits of the frozen base, or this rank's part of the vocabulary.
         labels: [tokens] int64.
         counted: [tokens] bool, the tokens that have a label to learn.
         drop_if_easy: [tokens] bool; such a token does not count where the base already ranks its label first.
         chunk_tokens: how many tokens' logits exist at once.
+        group: the ranks that share the vocabulary, in its order; hidden and labels are the same on all of them.
     """
     parameters = tuple(heads.parameters())
     rows = counted.nonzero().squeeze(-1)
     chunks = rows.split(chunk_tokens)
-    return _ChunkedLoss.apply(heads, hidden, logits_of, labels, drop_if_easy, chunks, *parameters)
+    return _ChunkedLoss.apply(heads, hidden, logits_of, labels, drop_if_easy, chunks, group, *parameters)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradients along with the loss, so that a chunk's logits are made once and dropped at once."""
 
     @staticmethod
-    def forward(ctx, heads, hidden, logits_of, labels, drop_if_easy, chunks, *parameters):
+    def forward(ctx, heads, hidden, logits_of, labels, drop_if_easy, chunks, group, *parameters):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         count = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         names = [name for name, _ in heads.named_parameters()]
         for rows in chunks:
-            h = hidden[rows]
-            logits = logits_of(h).float()
-            wanted = labels[rows]
+            logits, mine = _whole_vocabulary(logits_of(hidden[rows]), group)
+            rows, logits = rows[mine], logits.float()
+            h, wanted = hidden[rows], labels[rows]
             keep = ~(drop_if_easy[rows] & (logits.argmax(-1) == wanted))
             with torch.enable_grad():
                 leaves = [parameter.detach().float().requires_grad_() for parameter in parameters]
@@ -139,6 +144,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 gradient += part
             total += loss.detach()
             count += keep.sum()
+        if group is not None and group.size() > 1:
+            for part in (total, count, *gradients):
+                torch.distributed.all_reduce(part, group=group)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         ctx.mark_non_differentiable(count)
@@ -147,4 +155,20 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, _):
         gradients = [(scale * g).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (None,) * 6 + tuple(gradients)
+        return (None,) * 7 + tuple(gradients)
+
+
+def _whole_vocabulary(logits: Tensor, group: ProcessGroup | None) -> tuple[Tensor, slice]:
+    """(logits over the whole vocabulary of this rank's share of the tokens, which share that is).
+
+    Args:
+        logits: [n, V / ranks], this rank's part of the vocabulary for all n tokens.
+    """
+    if group is None or group.size() == 1:
+        return logits, slice(None)
+    ranks, part = group.size(), logits.shape[1]
+    shares = [len(share) for share in torch.arange(len(logits)).tensor_split(ranks)]
+    mine, start = shares[group.rank()], sum(shares[: group.rank()])
+    received = logits.new_empty(ranks * mine, part)
+    torch.distributed.all_to_all_single(received, logits.contiguous(), [mine] * ranks, shares, group=group)
+    return received.view(ranks, mine, part).transpose(0, 1).reshape(mine, ranks * part), slice(start, start + mine)

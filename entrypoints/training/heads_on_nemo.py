@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import Tensor
+from torch.nn import functional
 
 from entrypoints.training.heads import DecodingHeads, heads_loss
 from entrypoints.training.steps import megatron_gpt
@@ -61,19 +64,18 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     if not gpt.post_process:
         return hidden
 
-    def logits_of(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
-            return gpt.output_layer(rows.unsqueeze(1), weight=weight)[0].squeeze(1)
-
-    hidden = hidden.transpose(0, 1).reshape(-1, hidden.size(-1))
+    weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+    weight = gpt.output_layer.weight if weight is None else weight
+    if gpt.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return heads_loss(
         gpt.adapter,
-        hidden,
-        logits_of,
+        hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
+        lambda rows: functional.linear(rows, weight),
         batch["labels"].reshape(-1),
         batch["loss_mask"].reshape(-1).bool(),
         batch["drop_if_easy"].reshape(-1),
+        group=parallel_state.get_tensor_model_parallel_group(),
     )
 
 

@@ -2,7 +2,7 @@
 
 checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` beside it is not complete
 recipe.json           what is computed
-status.json           state (running, stopped, done), step, loss, tokens, and why it stopped
+status.json           state (starting, running, stopped, done, failed), step, loss, tokens, and why it ended
 metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
 logs/node0/…           what each rank printed
 loss.png, tensorboard/
@@ -13,14 +13,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from entrypoints.training.recipe import Recipe
+
+COMPLETE = ".complete"  # in the context of a checkpoint, once everything is there
 
 
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunFolder:
+        """The folder that a recipe writes to."""
+        return cls(Path(recipe.out))
 
     @property
     def checkpoints(self) -> Path:
@@ -51,9 +61,15 @@ class RunFolder:
         found = []
         for folder in self.checkpoints.glob("step=*"):
             match = re.fullmatch(r"step=(\d+)", folder.name)
-            if match and (folder / "weights").is_dir() and not Path(f"{folder}-unfinished").exists():
+            if match and (folder / "context" / COMPLETE).exists() and not Path(f"{folder}-unfinished").exists():
                 found.append((int(match.group(1)), folder))
         return max(found, default=None)
+
+    def remove_incomplete(self) -> None:
+        """Take away what a killed run was writing, or NeMo would save beside it under another name."""
+        for folder in self.checkpoints.glob("step=*"):
+            if not (folder / "context" / COMPLETE).exists() or Path(f"{folder}-unfinished").exists():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
     def read_status(self) -> dict[str, Any]:
         """The status file, or {} where there is none."""

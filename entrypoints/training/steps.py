@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
@@ -17,12 +17,14 @@ LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
 
 
 def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
-    """The next micro batch with the tensors this pipeline stage needs on its device, the others None."""
+    """The next micro batch: what this pipeline stage needs, its context-parallel share, on the device; others None."""
     batch = next(iterator)
     batch = batch[0] if isinstance(batch, tuple) else batch
     wanted = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
     wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
-    return {key: value.cuda(non_blocking=True) if key in wanted else None for key, value in batch.items()}
+    batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
+    batch = get_batch_on_this_cp_rank(batch)
+    return {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS)}
 
 
 def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:

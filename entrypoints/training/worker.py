@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from entrypoints.errors import SlipwayError
+from entrypoints.launch.failure import leave_word
+from entrypoints.launch.signals import heed_the_parent_alone
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
+from entrypoints.training.troubles import explained
 
 
 def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float) -> None:
@@ -30,7 +33,18 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float
         stop_file: training saves and stops soon after this file appears.
         nodes: number of nodes in the run.
         started: time.time() when the command began, for the time to the first step.
+
+    Errors: PreflightError when memory runs out, WriteError when the disk is full.
     """
+    try:
+        _train(recipe, index, stop_file, nodes, started)
+    except Exception as error:
+        if known := explained(error, recipe):
+            raise known from None
+        raise
+
+
+def _train(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float) -> None:
     import_starts = time.monotonic()
     quiet()
     import torch
@@ -48,7 +62,7 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
-    folder = RunFolder(Path(recipe.out))
+    folder = RunFolder.of(recipe)
     model = load_model(recipe, on_gpu)
     data = load_data(recipe, index)
     trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu, started)
@@ -87,6 +101,10 @@ def quiet() -> None:
     if os.environ.get("SLIPWAY_VERBOSE") != "1":
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
+        logging.raiseExceptions = False  # NeMo's log files may lie on the disk that is full
+        telemetry = logging.getLogger("nv_one_logger")  # complains of every run that ends by an exception
+        telemetry.propagate = False
+        telemetry.addHandler(logging.NullHandler())
 
 
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
@@ -158,9 +176,12 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
         "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
         "expert_model_parallel_size": recipe.expert_parallel_size,
+        "expert_tensor_parallel_size": 1,
         "context_parallel_size": recipe.context_parallel_size,
+        "sequence_parallel": recipe.tensor_parallel_size > 1,
         "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
         "save_ckpt_format": "torch_dist",
+        "ckpt_async_save": False,  # a checkpoint that is still being written must not look complete
     }
     if on_gpu:
         strategy = nl.MegatronStrategy(**options)
@@ -176,7 +197,7 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         max_steps=recipe.steps,
         strategy=strategy,
         plugins=[TorchElasticEnvironment(), *([nl.MegatronMixedPrecision(precision="bf16-mixed")] if on_gpu else [])],
-        callbacks=[StopOnRequest(stop_file), *([FrozenBase(record)] if recipe.is_frozen else []), record],
+        callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
         limit_val_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -194,9 +215,10 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from entrypoints.training.callbacks import STEPS_DONE
+    from entrypoints.training.callbacks import STEPS_DONE, Checkpoints
 
-    checkpoint = nl.ModelCheckpoint(
+    checkpoint = Checkpoints(
+        recipe=recipe,
         dirpath=folder.checkpoints,
         filename=f"step={{{STEPS_DONE}:.0f}}",
         auto_insert_metric_name=False,
@@ -225,9 +247,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--started", type=float, required=True)
     arguments = parser.parse_args()
+    heed_the_parent_alone()
     try:
         run(Recipe.load(arguments.recipe), arguments.index, arguments.stop_file, arguments.nodes, arguments.started)
     except SlipwayError as error:
+        leave_word(arguments.stop_file.parent, int(os.environ["LOCAL_RANK"]), error)
         print(f"slipway: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

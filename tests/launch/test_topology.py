@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,26 @@ DSTACK = {
     "DSTACK_GPUS_NUM": "8", "DSTACK_NODES_IPS": "10.0.0.7\n10.0.0.8",
 }  # fmt: skip
 INDEXED_JOB = {"JOB_COMPLETION_INDEX": "3", "HOSTNAME": "train-3.train.team.svc.cluster.local", "NNODES": "8"}
+# A pod of a JobSet with one replicated job "workers", in its headless Service.
+JOBSET = {
+    "JOB_COMPLETION_INDEX": "1", "HOSTNAME": "run-workers-0-1.run.team.svc", "NNODES": "2",
+    "JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "workers",
+}  # fmt: skip
+# Recorded from Open MPI 4.1.4: second process of `mpirun -np 2` on one machine.
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_NODE_RANK": "1", "OMPI_UNIVERSE_SIZE": "2",
+    "OMPI_MCA_orte_num_nodes": "1", "PMIX_RANK": "1", "PMIX_NAMESPACE": "389152769", "PMIX_HOSTNAME": "vm",
+}  # fmt: skip
+# As on the third of four nodes, one process on each, with `-x MASTER_ADDR`.
+OPEN_MPI_NODES = OPEN_MPI | {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_ADDR": "node1",
+}  # fmt: skip
+HYDRA = {
+    "PMI_SIZE": "16", "PMI_RANK": "11", "MPI_LOCALNRANKS": "8", "MPI_LOCALRANKID": "3", "PMI_FD": "9",
+    "MASTER_ADDR": "node1",
+}  # fmt: skip
 # Recorded from Slurm 22.05.8: `srun -N2 --ntasks-per-node=1 --gres=gpu:2` on two slurmd of one machine, second task.
 SLURM = {
     "CUDA_VISIBLE_DEVICES": "0,1", "SLURMD_NODENAME": "gpu-09", "SLURM_CPUS_ON_NODE": "1", "SLURM_GPUS_ON_NODE": "2",
@@ -86,6 +109,12 @@ ENROOT_HOOK = SLURM | {"MASTER_ADDR": "gpu-08", "MASTER_PORT": "29501", "WORLD_S
         (SLURM_TASK_PER_GPU, "2 nodes × 2, this is node 1, process 1, master gpu-08:29500, from slurm"),
         (INDEXED_JOB, "8 nodes × 1, this is node 3, master train-0.train.team.svc.cluster.local:29500, from "
                       "kubernetes-job"),
+        (JOBSET, "2 nodes × 1, this is node 1, master run-workers-0-0.run.team.svc:29500, from kubernetes-job"),
+        (OPEN_MPI, "1 node × 2, this is node 0, process 1, master 127.0.0.1:29500, from open-mpi"),
+        (OPEN_MPI_NODES, "4 nodes × 1, this is node 2, master node1:29500, from open-mpi and MASTER_ADDR"),
+        (SLURM | OPEN_MPI_NODES | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+         "2 nodes × 2, this is node 1, master gpu-08:29500, from open-mpi and slurm"),
+        (HYDRA, "2 nodes × 8, this is node 1, process 3, master node1:29500, from mpich and MASTER_ADDR"),
         (TRAINER | {"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "0,1,2"},
          "8 nodes × 3, this is node 3, master run-node-0-0.run:29500, from kubeflow-trainer"),
         (PYTORCH_JOB | {"PET_NNODES": "4:4"},
@@ -163,6 +192,10 @@ def test_the_first_pod_is_named_after_this_one(name, index, first):
         (SLURM_TASK_PER_GPU | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, {}, "must have equally many tasks"),
         (SLURM_TASK_PER_GPU | {"SLURM_GPUS_ON_NODE": "8"}, {},
          "SLURM_STEP_TASKS_PER_NODE says 2, SLURM_GPUS_ON_NODE says 8"),
+        (OPEN_MPI_NODES | {"MASTER_ADDR": ""}, {}, "4 nodes need --master-addr"),
+        (HYDRA | {"PMI_RANK": "12"}, {"per_node": None}, "with the ranks of a node in a row"),
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, {},
+         "run `slipway` once per node without torchrun"),
         (SLURM_TASK_PER_GPU | {"CUDA_VISIBLE_DEVICES": "1"}, {}, "not --gpus-per-task"),
     ],
 )  # fmt: skip
@@ -172,10 +205,24 @@ def test_what_is_missing_or_disagrees_is_said(env, flags, message):
     assert message in str(error.value)
 
 
-def test_the_users_environment_goes_before_the_defaults(monkeypatch):
-    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
-    assert torchrun.environment()["NCCL_NVLS_ENABLE"] == "1"
-    assert torchrun.environment()["OMP_NUM_THREADS"] == "1" or "OMP_NUM_THREADS" in torchrun.os.environ
+def test_one_process_runs_in_place_with_the_environment_that_workers_get(tmp_path):
+    code = """
+import json, os, pathlib, sys
+from entrypoints.launch import torchrun
+from entrypoints.launch.signals import StopRequests
+from entrypoints.launch.topology import find_topology
+here = os.getpid()
+with StopRequests(pathlib.Path(sys.argv[1]), 1.0) as stop:
+    show = lambda: print(json.dumps({**os.environ, "same": os.getpid() == here}))
+    torchrun.run_here(find_topology(1, None, None, None, 1, {}), show, stop)
+"""
+    env = {"PYTHONPATH": str(Path(torchrun.__file__).parents[2]), "NCCL_NVLS_ENABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "stop"], env=env, capture_output=True, check=True)
+    seen = json.loads(done.stdout)
+    wanted = torchrun.ENVIRONMENT_DEFAULTS | {"NCCL_NVLS_ENABLE": "1", "WORLD_SIZE": "1", "RANK": "0", "same": True}
+    assert {name: seen.get(name) for name in wanted} == wanted
+    facts = {"CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FWD_LAYERNORM_SM_MARGIN", "TORCH_NCCL_AVOID_RECORD_STREAMS"}
+    assert facts <= torchrun.ENVIRONMENT_DEFAULTS.keys()
 
 
 def test_the_command_names_every_part_of_the_topology():
