@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from entrypoints.launch import checks
 from entrypoints.launch.checks import Check
 from entrypoints.launch.link import meet
 from entrypoints.launch.topology import Topology, find_topology
+from entrypoints.training.recipe import Recipe
+
+STYLES = {"ok": "green", "warn": "yellow", "unfit": "bold red"}
+WIDTH_OF_LOGS = 140
 
 
 @dataclass
@@ -31,11 +36,21 @@ class Diagnosis:
         return [check.what for check in self.checks if check.state == "unfit"]
 
     def __str__(self) -> str:
-        width = max(len(check.what) for check in self.checks) + 2
-        rows = [f"{check.state:7}{check.what:{width}}{check.found}" for check in self.checks]
-        cures = [f"{check.what}: {check.cure}" for check in self.checks if check.cure]
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "check", "found", box=None, pad_edge=False)
+        for check in self.checks:
+            table.add_row(Text(check.state, STYLES[check.state]), Text(check.what), Text(check.found))
+            if check.cure:
+                table.add_row("", "", Text(f"→ {check.cure}", "dim"))
+        console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_LOGS)
+        with console.capture() as shown:
+            console.print(table)
         verdict = f"unfit: {', '.join(self.unfit)}" if self.unfit else "fit"
-        return "\n".join([*rows, "", *cures, f"doctor: {verdict} ({len(self.checks)} checks, {self.seconds:.1f} s)"])
+        rows = "".join(f"{row.rstrip()}\n" for row in shown.get().splitlines())
+        return f"{rows}doctor: {verdict} ({len(self.checks)} checks, {self.seconds:.1f} s)"
 
     def as_dict(self) -> dict[str, Any]:
         return {"fit": not self.unfit, "seconds": round(self.seconds, 3), "checks": [vars(c) for c in self.checks]}
@@ -45,7 +60,9 @@ def doctor(
     *,
     out: str | None = None,
     model: str | None = None,
-    mode: Literal["heads", "all"] = "heads",
+    mode: Literal["heads", "sft", "lora", "pretrain"] = Recipe.mode,
+    keep: int = Recipe.keep,
+    gpus: int | None = None,
     nodes: int | None = None,
     node_rank: int | None = None,
     master_addr: str | None = None,
@@ -61,7 +78,9 @@ def doctor(
     Args:
         out: folder of the run to come: writable, shared between the nodes, large enough.
         model: NeMo checkpoint that will be trained, for the size of the checkpoints to come.
-        mode: what will be trained: heads = the heads alone, all = every weight.
+        mode: what will be trained, as `train` takes it.
+        keep: newest checkpoints that will be kept.
+        gpus: GPUs that this machine must have; without it, none is no more than a warning.
         nodes: number of nodes; without it, what the launcher says, else 1.
         node_rank: number of this node, from 0.
         master_addr: address of node 0.
@@ -73,7 +92,7 @@ def doctor(
     topology = find_topology(nodes, node_rank, master_addr, master_port, nproc_per_node)
     weights = _weights(model) if model else None
     found = [
-        checks.gpus(topology.processes_per_node),
+        checks.gpus(topology.processes_per_node, gpus),
         checks.driver(),
         checks.shared_memory(topology.processes_per_node),
         checks.locked_memory(),
@@ -83,7 +102,7 @@ def doctor(
     ]
     folder = Path(out).absolute() if out is not None else None
     if folder:
-        found += [checks.output_folder(folder), checks.free_space(folder, weights, mode)]
+        found += [checks.output_folder(folder), checks.free_space(folder, weights, mode, keep)]
     # What takes all nodes is tried only where this one is ready for it; the others then miss it and say so.
     if all(check.state != "unfit" for check in found):
         found += _together(topology, folder, timeout)

@@ -197,7 +197,10 @@ def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link)
 
 
 def _note_failure(folder: RunFolder, why: str) -> None:
-    with contextlib.suppress(OSError):  # the disk may be what failed
+    """Say in the status why it ended. A full disk gets room for that from the checkpoint that did not fit."""
+    with contextlib.suppress(OSError):
+        folder.remove_incomplete()
+    with contextlib.suppress(OSError):
         folder.write_status(folder.read_status() | {"state": "failed", "why": why})
 
 

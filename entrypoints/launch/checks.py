@@ -29,9 +29,10 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 SHARED_MEMORY = 1 << 30  # of /dev/shm: what NCCL and data loaders of a node can come to
 HEADS_CHECKPOINT = 256 << 20  # heads with their optimizer, even for the widest models
-CHECKPOINTS_AT_ONCE = 3  # two are kept while the next is written
+# Share of the weights that is trained; an adapter of rank 32 on every layer is 1 to 2 % of a model.
+TRAINED = {"heads": 0.0, "lora": 0.02, "sft": 1.0, "pretrain": 1.0}
 # Bytes per byte of BF16 weights: the weights, and a master copy with Adam's two moments in float32.
-WHOLE_CHECKPOINT_FACTOR = 7
+WITH_OPTIMIZER = 7
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,17 @@ class Check:
 # ---------------------------------------------------------------------------- this machine
 
 
-def gpus(processes: int) -> Check:
-    """The GPUs that processes here can see."""
+def gpus(processes: int, asked: int | None = None) -> Check:
+    """The GPUs that processes here can see; `asked`: how many there must be."""
     names = [line.strip() for line in _nvidia_smi("name,memory.total").splitlines()]
+    kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
+    pass_in = "docker run --gpus all, srun --gpus-per-node, Kubernetes: the resource nvidia.com/gpu"
+    if asked is not None and len(names) < asked:
+        return Check("GPUs", "unfit", f"{kinds}, of {asked} asked for", pass_in)
     if not names:
-        return Check("GPUs", "warn", "none", "CPU only, for tiny models; docker run --gpus all, --nv, nvidia.com/gpu")
-    kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+        return Check("GPUs", "warn", kinds, f"CPU only, for tiny models; {pass_in}")
     if processes > len(names):
-        return Check(
-            "GPUs", "unfit", f"{kinds} for {processes} processes", "set --nproc-per-node, or request more GPUs"
-        )
+        return Check("GPUs", "unfit", f"{kinds}, for {processes} processes", "set --nproc-per-node, or request more")
     return Check("GPUs", "ok", kinds)
 
 
@@ -174,19 +176,16 @@ def output_folder(folder: Path) -> Check:
     return Check("output", "ok", f"{place} is writable")
 
 
-def free_space(folder: Path, weights: Path | None, mode: str) -> Check:
-    """Free space against the checkpoints that a run keeps at once."""
+def free_space(folder: Path, weights: Path | None, mode: str, keep: int) -> Check:
+    """Free space against the checkpoints to come: `keep` of them while the next one is written."""
     free = shutil.disk_usage(_existing(folder)).free
-    if mode != "heads" and weights is None:
+    if TRAINED[mode] and weights is None:
         return Check("free space", "warn", human_bytes(free), "give --model to compare it with the checkpoints to come")
-    one = HEADS_CHECKPOINT
-    if mode != "heads" and weights is not None:
-        one = WHOLE_CHECKPOINT_FACTOR * sum(file.stat().st_size for file in weights.rglob("*") if file.is_file())
-    found = (
-        f"{human_bytes(free)}; {CHECKPOINTS_AT_ONCE} checkpoints take up to {human_bytes(CHECKPOINTS_AT_ONCE * one)}"
-    )
-    if free < CHECKPOINTS_AT_ONCE * one:
-        return Check("free space", "unfit", found, "free some, or choose another --out")
+    size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) if weights else 0
+    needed = (keep + 1) * (HEADS_CHECKPOINT + TRAINED[mode] * WITH_OPTIMIZER * size)
+    found = f"{human_bytes(free)}; {keep + 1} checkpoints ({mode}) take up to {human_bytes(needed)}"
+    if free < needed:
+        return Check("free space", "unfit", found, "free some, choose another --out, or --keep fewer")
     return Check("free space", "ok", found)
 
 

@@ -13,6 +13,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from entrypoints.errors import DataError, PreflightError
@@ -22,6 +23,8 @@ from entrypoints.launch.topology import Topology
 # Seconds in which other nodes can tell their side before the blame is laid. Longer while all that is known are ranks
 # that lost a peer: torchrun gives the rest of the failing node 30 s before it says anything.
 SETTLE, SETTLE_WITHOUT_A_CAUSE = 3.0, 40.0
+# Seconds in which whoever connects must say who it is.
+GREETING = 5.0
 # Seconds in which nodes that did their part wait for the others.
 GOODBYE = 120.0
 
@@ -182,52 +185,87 @@ def _name(topology: Topology, number: int) -> str:
     return f"node {number}" if topology.local_rank is None else f"rank {number}"
 
 
+@dataclass(frozen=True)
+class _Guest:
+    """Another member of the run, as node 0 sees it."""
+
+    number: int
+    name: str
+    claims: dict[str, str]
+    connection: Connection
+
+
 def _gather(topology: Topology, count: int, claims: dict[str, str], timeout: float) -> Link:
-    peers: dict[int, tuple[str, Connection]] = {}
-    theirs: dict[str, dict[str, str]] = {}
-    strangers: list[Connection] = []
+    """Node 0's side: let everybody in, compare, and tell them all the same."""
+    guests: dict[int, _Guest] = {}
+    stranger = _let_in(guests, topology, count, timeout)
+    problem = (
+        _no_place(stranger, count)
+        or _missing(guests, topology, count, timeout)
+        or _difference(claims, guests, topology)
+    )
+    for guest in [*guests.values(), *([stranger] if stranger else [])]:
+        guest.connection.send(refused=str(problem or ""), code=problem.exit_code if problem else 0)
+    if problem:
+        raise problem
+    return Link({number: (guest.name, guest.connection) for number, guest in guests.items()})
+
+
+def _let_in(guests: dict[int, _Guest], topology: Topology, count: int, timeout: float) -> _Guest | None:
+    """Fill `guests` until all are there or the time is over; returns one for whom there is no place."""
     deadline = time.monotonic() + timeout
-    problem: PreflightError | DataError | None = None
     with listen(topology.master_port + 1) as server:
-        while len(peers) < count - 1 and not problem and (left := deadline - time.monotonic()) > 0:
+        while len(guests) < count - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
                 connection = Connection(server.accept()[0])
             except OSError:
                 break
-            hello = connection.receive(5.0)
-            if not hello or "claims" not in hello:
+            guest = _greet(topology, connection)
+            if guest is None:
                 connection.close()
-                continue
-            number = hello["number"]
-            name = f"{_name(topology, number)} ({hello['host']})"
-            if number in peers or not 0 < number < count:
-                problem = PreflightError(f"{name} came to a run of {count} that has no place for it; check --node-rank")
-                strangers.append(connection)
+            elif guest.number in guests or not 0 < guest.number < count:
+                return guest
             else:
-                peers[number], theirs[name] = (name, connection), hello["claims"]
-    missing = [_name(topology, number) for number in range(1, count) if number not in peers]
-    if missing and not problem:
-        problem = PreflightError(
-            f"{', '.join(missing)} did not come to port {topology.master_port + 1} of this machine within "
-            f"{timeout:.0f} s; is the same command running there, with a --master-addr that leads here?"
-        )
-    problem = problem or _difference(claims, theirs, _name(topology, 0))
-    for connection in [*strangers, *(connection for _, connection in peers.values())]:
-        connection.send(refused=str(problem) if problem else "", code=problem.exit_code if problem else 0)
-    if problem:
-        raise problem
-    return Link(peers)
+                guests[guest.number] = guest
+    return None
 
 
-def _difference(claims: dict[str, str], theirs: dict[str, dict[str, str]], here: str) -> DataError | None:
-    for name, other in theirs.items():
-        differing = [key for key in claims | other if claims.get(key) != other.get(key)]
+def _greet(topology: Topology, connection: Connection) -> _Guest | None:
+    """Who has come; None for what does not speak as a member does."""
+    hello = connection.receive(GREETING) or {}
+    try:
+        number, host, claims = int(hello["number"]), hello["host"], dict(hello["claims"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return _Guest(number, f"{_name(topology, number)} ({host})", claims, connection)
+
+
+def _no_place(guest: _Guest | None, count: int) -> PreflightError | None:
+    if guest is None:
+        return None
+    return PreflightError(f"{guest.name} came to a run of {count} that has no place for it; check --node-rank")
+
+
+def _missing(guests: dict[int, _Guest], topology: Topology, count: int, timeout: float) -> PreflightError | None:
+    missing = [_name(topology, number) for number in range(1, count) if number not in guests]
+    if not missing:
+        return None
+    return PreflightError(
+        f"{', '.join(missing)} did not come to port {topology.master_port + 1} of this machine within "
+        f"{timeout:.0f} s; is the same command running there, with a --master-addr that leads here?"
+    )
+
+
+def _difference(claims: dict[str, str], guests: dict[int, _Guest], topology: Topology) -> DataError | None:
+    here = _name(topology, 0)
+    for guest in guests.values():
+        differing = [key for key in claims | guest.claims if claims.get(key) != guest.claims.get(key)]
         if differing:
             said = "; ".join(
-                f"{key} is {claims.get(key)} on {here} and {other.get(key)} on {name}" for key in differing
+                f"{key} is {claims.get(key)} on {here} and {guest.claims.get(key)} on {guest.name}" for key in differing
             )
-            return DataError(f"train: {said}; they must be the same on all nodes")
+            return DataError(f"{said}; they must be the same on all nodes")
     return None
 
 

@@ -82,10 +82,10 @@ class RunFolder:
         os.replace(part, self.status)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One dict per step, in order."""
+        """One dict per step, in order; a line that is not whole, on a full disk or just now, does not count."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self.metrics.read_text().splitlines(True) if line.endswith("\n")]
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop what was recorded from `step` on: a resumed run computes those steps again."""

@@ -103,20 +103,55 @@ def kill_rank(rank: int, run: RunFolder) -> float:
     raise AssertionError(f"no worker of rank {rank} was found")
 
 
-@pytest.mark.parametrize("commands", [1, 2])
-def test_a_killed_rank_ends_the_run_everywhere_and_is_named(commands, nemo_model, data, tmp_path, port):
+def descendants(pid: int) -> list[int]:
+    """The processes that this one has started, and those that they have."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [process for child in children for process in (child, *descendants(child))]
+
+
+def test_a_killed_rank_ends_the_run_everywhere_and_is_named(nemo_model, data, tmp_path, port):
     run, killed = RunFolder(tmp_path / "run"), []
-    if commands == 1:
-        words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, nproc_per_node=2)]
-    else:
-        words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
+    words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
     found = run_all(words, meanwhile=lambda: killed.append(kill_rank(1, run)))
     assert time.monotonic() - killed[0] < 60
     for code, output in found:
         assert code == 1, output
-        assert f"slipway: train: rank 1 on node {commands - 1} (" in last_line(output), output
+        assert "slipway: train: rank 1 on node 1 (" in last_line(output), output
         assert "was killed by SIGKILL (out of memory?); its log: " in last_line(output)
         assert "torch.distributed.elastic" not in output and "ChildFailedError" not in output
+    assert run.read_status()["state"] == "failed" and "rank 1 on node 1" in run.read_status()["why"]
+
+
+def test_a_signal_to_every_process_of_a_step_stops_and_saves(nemo_model, data, tmp_path, port):
+    """As Slurm sends it: torchrun and the workers get what only the command must heed. Nobody stays behind."""
+    run = RunFolder(tmp_path / "run")
+    process = subprocess.Popen(
+        command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, nproc_per_node=2),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not run.read_metrics() and process.poll() is None:
+        time.sleep(0.05)
+    family = [process.pid, *descendants(process.pid)]
+    assert len(family) >= 4, "the command, torchrun and two workers"
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        for member in reversed(family):
+            os.kill(member, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    status = run.read_status()
+    assert status["state"] == "stopped" and status["why"] == "SIGUSR1", status
+    assert run.latest_checkpoint()[0] == status["step"]
+    assert not [member for member in family if Path(f"/proc/{member}").exists()]
+
+
+def test_a_request_to_stop_while_nodes_are_awaited_ends_it_at_once(nemo_model, data, tmp_path, port):
+    words = command(nemo_model, data, tmp_path / "run", port, **node(0))
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lines = [process.stderr.readline() for _ in range(2)]
+    assert lines[0].startswith("topology: 2 nodes"), lines
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75 and "SIGUSR1 before the first step; run the same again" in last_line(errors)
 
 
 def test_a_rank_that_fails_is_shown_with_its_last_lines(nemo_model, data, tmp_path, port):

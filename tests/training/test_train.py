@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -37,19 +38,31 @@ def flags(model: Path, data: Path, out: Path, /, **changes: object) -> list[str]
     return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in (chosen | changes).items())]
 
 
-def train(words: list[str], stop_after: int | None = None, by: signal.Signals = signal.SIGTERM):
-    """Run the command; with `stop_after`, send the signal once that many steps are done."""
+def train(
+    words: list[str],
+    stop_after: int | None = None,
+    by: signal.Signals = signal.SIGTERM,
+    limits: dict[int, int] | None = None,
+) -> tuple[int, str]:
+    """Run the command; with `stop_after`, send the signal once that many steps are done, or while NeMo is imported."""
     process = subprocess.Popen(
         [sys.executable, "-m", "entrypoints.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    for kind, most in (limits or {}).items():
+        resource.prlimit(process.pid, kind, (most, most))
     run = RunFolder(Path(next(word for word in words if word.startswith("--out="))[6:]))
 
+    def is_time() -> bool:
+        if stop_after == 0:
+            return run.read_status().get("state") == "starting"
+        return any(metrics["step"] >= stop_after - 1 for metrics in run.read_metrics())
+
     def watch() -> None:
-        while process.poll() is None and not any(m["step"] >= stop_after - 1 for m in run.read_metrics()):
+        while process.poll() is None and not is_time():
             time.sleep(0.01)
         process.send_signal(by)
 
-    if stop_after:
+    if stop_after is not None:
         threading.Thread(target=watch, daemon=True).start()
     output, _ = process.communicate(timeout=280)
     return process.returncode, output
@@ -59,10 +72,11 @@ def train(words: list[str], stop_after: int | None = None, by: signal.Signals = 
 def whole(nemo_model, data, tmp_path_factory) -> RunFolder:
     """A run that nothing interrupts, in one process."""
     run = RunFolder(tmp_path_factory.mktemp("whole") / "run")
-    code, output = train(flags(nemo_model, data, run.path))
+    code, output = train(flags(nemo_model, data, run.path, save_every=2))
     assert code == 0 and "torch.distributed.run" not in output, output
     assert re.search(r"worker: NeMo imported in [\d.]+ s", output), output
-    assert re.search(r"worker: first step done [\d.]+ s after the start", output), output
+    to_first_step = re.search(r"worker: first step done ([\d.]+) s after the start", output)
+    assert to_first_step and float(to_first_step.group(1)) < 45, output
     return run
 
 
@@ -84,9 +98,13 @@ def losses(run: RunFolder) -> list[float]:
 def test_a_run_leaves_what_a_person_wants_to_see(whole):
     status = whole.read_status()
     assert (status["state"], status["step"], status["base_changed"]) == ("done", STEPS, False)
+    assert (status["tokens"], status["why"]) == (STEPS * BATCH * SEQ_LENGTH, "all steps are done")
+    assert status["loss"] == losses(whole)[-1]
     assert len(set(losses(whole))) == STEPS and whole.plot.read_bytes()[1:4] == b"PNG"
     assert list((whole.path / "tensorboard").rglob("events.out.tfevents.*"))
-    assert [folder.name for folder in whole.checkpoints.iterdir()] == [f"step={STEPS}"]
+    assert sorted(folder.name for folder in whole.checkpoints.iterdir()) == ["step=4", "step=6"], (
+        "the last two are kept"
+    )
 
 
 def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, data, tmp_path):
@@ -118,21 +136,56 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
     assert losses(whole)[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_stopped_twice_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, tmp_path):
+def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, tmp_path):
     run = RunFolder(tmp_path / "run")
     words = flags(nemo_model, data, run.path)
-    for after, by in ((1, signal.SIGTERM), (3, signal.SIGUSR1)):
+    for after, by in ((0, signal.SIGTERM), (1, signal.SIGTERM), (3, signal.SIGUSR1)):
         code, output = train(words, after, by)
         assert code == 75 and "Traceback" not in output, output
         status = run.read_status()
-        assert status["state"] == "stopped" and after <= status["step"] < STEPS
-        assert run.latest_checkpoint()[0] == status["step"]
+        assert status["state"] == "stopped" and status["why"] == by.name
+        assert status["step"] == status["tokens"] // (BATCH * SEQ_LENGTH)
+        if after == 0:
+            assert status["step"] == 0 and "step 1/" not in output and run.latest_checkpoint() is None
+        else:
+            assert after <= status["step"] < STEPS and run.latest_checkpoint()[0] == status["step"]
     code, output = train(words)
     assert code == 0, output
     assert losses(run) == losses(whole)
     code, output = train(words)
     assert code == 0 and "torch.distributed.run" not in output, "there was nothing left to do"
     assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(whole, nemo_model, data, tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path], check=True)
+    try:
+        run = RunFolder(tmp_path / "run")
+        words = flags(nemo_model, data, run.path, save_every=1)
+        code, output = train(words)
+        assert code == 73 and "Traceback" not in output, output
+        last = output.strip().splitlines()[-1]
+        assert re.search(r"checkpoints/step=3 cannot be written, .* are free there .*step=2 is complete", last), last
+        assert run.read_status()["state"] == "failed" and "cannot be written" in run.read_status()["why"]
+        assert run.latest_checkpoint()[0] == 2
+        subprocess.run(["mount", "-o", "remount,size=50m", tmp_path], check=True)
+        code, output = train(words)
+        assert code == 0 and losses(run) == losses(whole), output
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_too_little_memory_says_which_knobs_to_turn(nemo_model, data, tmp_path):
+    """Attention over 80,000 tokens wants 100 GB more; the limit makes that fail on any machine."""
+    words = flags(nemo_model, data, tmp_path / "run", seq_length=80_000, nproc_per_node=2)
+    code, output = train(words, limits={resource.RLIMIT_AS: 64 << 30})
+    last = output.strip().splitlines()[-1]
+    assert code == 78 and "Traceback" not in output, output
+    assert re.match(
+        r"slipway: out of memory: [\d.]+ GB more wanted than this machine gives\. A pass holds 160000", last
+    )
+    assert "--micro-batch-size 2 → 1" in last and "--seq-length 80000 → 40000" in last
+    assert "--tensor-parallel-size 1 → 2" in last and re.search(r"\(rank [01] on node 0 \(.*\)\)$", last), last
 
 
 def test_without_time_to_save_it_says_so(nemo_model, data, tmp_path):
