@@ -12,9 +12,9 @@ from entrypoints.training.troubles import explained
 
 # Recorded on an H200 with torch 2.11: torch.empty(1 << 40, device="cuda").
 ON_AN_H200 = (
-    "CUDA out of memory. Tried to allocate 4096.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 139.29 GiB is "
-    "free. Including non-PyTorch memory, this process has 518.00 MiB memory in use. Of the allocated memory 0 bytes is "
-    "allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated."
+    "CUDA out of memory. Tried to allocate 4096.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 139.29 GiB "
+    "is free. Including non-PyTorch memory, this process has 518.00 MiB memory in use. Of the allocated memory 0 bytes "
+    "is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated."
 )
 
 
