@@ -136,7 +136,7 @@ def train(
             _claim_folder(run)
         failure = _work(run, index, Path(scratch), stop, link)
         link.close()
-        return _result(run, failure, stop.asked)
+        return _result(run, failure, stop.grace_is_over)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link)
         logs.mkdir(parents=True, exist_ok=True)
         failure = torchrun.launch(run.topology, _worker_arguments(scratch, run), stop, logs, link)
         if failure and run.topology.rank == 0:
-            _note_failure(run.folder, str(failure))
+            _note_failure(run.folder, failure.said or str(failure))
         return failure
 
     def work() -> None:
@@ -263,7 +263,7 @@ def _claim_folder(run: Run) -> None:
         raise WriteError(f"{run.folder.path} cannot be written: {error.strerror}; make room in it") from None
 
 
-def _result(run: Run, failure: Failure | None, stop_asked: bool) -> Summary:
+def _result(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary:
     """What the run came to; its errors are those of `train`."""
     status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
     if not failure and status.get("state") == "done":
@@ -271,9 +271,9 @@ def _result(run: Run, failure: Failure | None, stop_asked: bool) -> Summary:
     saved = latest[0] if latest else 0
     if not failure and status.get("state") == "stopped":
         raise Stopped(f"train: stopped and saved at step {saved} of {run.recipe.steps}; run the same again")
-    if stop_asked and status.get("step", 0) == saved:
+    if grace_is_over and status.get("step", 0) == saved:
         raise Stopped(f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; run the same again")
-    if stop_asked:
+    if grace_is_over:
         raise SlipwayError(
             f"train: ended before a checkpoint could be saved; the last one is at step {saved}: allow more --grace"
         )

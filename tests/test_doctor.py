@@ -103,10 +103,16 @@ def test_drivers_and_rdma_are_read_from_the_kernels_files(tmp_path):
     assert checks.rdma(2, tmp_path / "infiniband").found == "1 of 1 devices active: mlx5_0"
 
 
-def pair(*outs: Path) -> list[tuple[int, dict[str, dict]]]:
+def pair(*outs: Path, timeout: int = 30) -> list[tuple[int, dict[str, dict]]]:
     """The command as two nodes on this machine, each with its own --out."""
     port = free_port()
-    words = ["--nodes=2", "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1", "--timeout=30"]
+    words = [
+        "--nodes=2",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+        "--nproc-per-node=1",
+        f"--timeout={timeout}",
+    ]
     slipway = [sys.executable, "-m", "entrypoints.cli", "doctor", "--json", *words]
     processes = [
         subprocess.Popen([*slipway, f"--node-rank={rank}", f"--out={out}"], stdout=subprocess.PIPE, text=True)
@@ -127,7 +133,7 @@ def test_two_nodes_meet_share_a_folder_and_add_up(tmp_path):
 def test_a_folder_that_is_not_shared_is_unfit(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    for rank, (code, table) in enumerate(pair(tmp_path / "a", tmp_path / "b")):
+    for rank, (code, table) in enumerate(pair(tmp_path / "a", tmp_path / "b", timeout=10)):
         assert code == 78 and f"what node {1 - rank} wrote" in table["shared output"]["found"], table
 
 

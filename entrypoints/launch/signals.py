@@ -28,12 +28,13 @@ class StopRequests:
     """What a request to stop means to the command, which changes as the run goes on; a context manager.
 
     Before the workers run, it raises Stopped, for there is nothing to save yet. Within `while_saving` it makes the stop
-    file. After that the run has ended already, and it means nothing.
+    file. After that the run has ended already, and it means nothing. A second request adds nothing to the first.
     """
 
     def __init__(self, stop_file: Path, grace: float) -> None:
         """`stop_file`: gets the signal's name; `grace`: seconds that the workers then have."""
         self.stop_file, self.grace = stop_file, grace
+        self.asked = self.grace_is_over = False
         self._owner = os.getpid()  # a child that is forked meanwhile inherits the handlers
         self._meaning: Callable[[str], None] = self._stop_at_once
 
@@ -42,25 +43,26 @@ class StopRequests:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # srun --kill-on-bad-exit takes the first 75 for a failure: its SIGTERM must not change the others' exit codes.
         for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @property
-    def asked(self) -> bool:
-        """Whether the workers were asked to stop."""
-        return self.stop_file.exists()
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     @contextlib.contextmanager
     def while_saving(self, give_up: Callable[[], None]) -> Iterator[None]:
         """While it lasts, a request lets the workers save; `give_up` is called when the grace period is over."""
-        timer = threading.Timer(self.grace, give_up)
+
+        def end() -> None:
+            self.grace_is_over = True
+            give_up()
+
+        timer = threading.Timer(self.grace, end)
         timer.daemon = True
 
         def save(name: str) -> None:
-            if not self.asked:
-                print(f"train: {name}: saving and stopping within {self.grace:.0f} s", file=sys.stderr, flush=True)
-                self.stop_file.write_text(name)
-                timer.start()
+            self.asked = True
+            print(f"train: {name}: saving and stopping within {self.grace:.0f} s", file=sys.stderr, flush=True)
+            self.stop_file.write_text(name)
+            timer.start()
 
         self._meaning = save
         try:
@@ -70,10 +72,11 @@ class StopRequests:
             timer.cancel()
 
     def _handle(self, number: int, _: object) -> None:
-        if os.getpid() == self._owner:
+        if os.getpid() == self._owner and not self.asked:
             self._meaning(signal.Signals(number).name)
 
     def _stop_at_once(self, name: str) -> None:
+        self.asked = True
         raise Stopped(f"train: {name} before the first step; run the same again")
 
 
