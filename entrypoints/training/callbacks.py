@@ -63,13 +63,13 @@ class Record(Callback):
             "tokens": tokens,
             "seconds": round(seconds, 4),
         }
-        with self.folder.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
         if "seconds_to_first_step" not in self.status:
             self.status["seconds_to_first_step"] = round(time.time() - self.started, 1)
             print(f"worker: first step done {self.status['seconds_to_first_step']} s after the start", flush=True)
         self.status |= {"step": trainer.global_step, "loss": entry["loss"], "tokens": trainer.global_step * tokens}
-        self.folder.write_status(self.status)
+        self.folder.write_status(self.status)  # first: whoever sees the metrics finds the step in the status
+        with self.folder.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
         print(
             f"step {trainer.global_step}/{self.recipe.steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g} "
             f"{tokens / seconds:.0f} tokens/s",

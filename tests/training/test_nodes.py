@@ -141,7 +141,7 @@ def test_a_signal_to_every_process_of_a_step_stops_and_saves(nemo_model, data, t
     status = run.read_status()
     assert status["state"] == "stopped" and status["why"] == "SIGUSR1", status
     assert run.latest_checkpoint()[0] == status["step"]
-    assert not [member for member in family if Path(f"/proc/{member}").exists()]
+    assert not [member for member in family if is_alive(member)]
 
 
 def test_a_request_to_stop_while_nodes_are_awaited_ends_it_at_once(nemo_model, data, tmp_path, port):
@@ -165,28 +165,35 @@ def test_a_rank_that_fails_is_shown_with_its_last_lines(nemo_model, data, tmp_pa
     assert re.search(r"train: rank [01] on node 0 \(.*\) ended with exit code 1; its log: ", last_line(output))
 
 
-def test_a_node_that_vanishes_ends_the_run(nemo_model, data, tmp_path, port):
-    """The command itself is killed, as by a machine that goes down; what it had started is cleared away after it."""
-    run, marks = RunFolder(tmp_path / "run"), []
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_command_that_vanishes_ends_the_run_and_leaves_no_process(nemo_model, data, tmp_path, port):
+    """Killed as by a machine that goes down; its torchrun and worker would hold their GPUs for ever."""
+    run, marks, family = RunFolder(tmp_path / "run"), [], []
 
     def vanish() -> None:
         while not run.read_metrics():
             time.sleep(0.05)
-        marks.append(time.monotonic())
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
             if f"--out={run.path}".encode() in words and b"--node-rank=1" in words:
-                children = (folder / "task" / folder.name / "children").read_text().split()
-                for process in [folder.name, *children]:
-                    os.kill(int(process), signal.SIGKILL)
+                family.extend(descendants(int(folder.name)))
+                marks.append(time.monotonic())
+                os.kill(int(folder.name), signal.SIGKILL)
 
     words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
     (code, output), (other, _) = run_all(words, meanwhile=vanish)
     assert other == -signal.SIGKILL and time.monotonic() - marks[0] < 60
     assert code == 1 and "train: node 1 (" in last_line(output) and "is gone" in last_line(output), output
+    assert len(family) == 2 and not [process for process in family if is_alive(process)]
 
 
 @pytest.mark.parametrize(
