@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,18 @@ def slipway():
         return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
 
     return run
+
+
+def free_port() -> int:
+    """A port that is free, and the one after it too."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("", 0))
+            try:
+                next_one.bind(("", one.getsockname()[1] + 1))
+            except (OSError, OverflowError):
+                continue
+            return one.getsockname()[1]
 
 
 def texts() -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 from entrypoints.doctor import doctor
 from entrypoints.launch import checks
@@ -20,12 +21,6 @@ def found(*words: object) -> tuple[int, dict[str, dict]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, {check["what"]: check for check in json.loads(done.stdout)["checks"]}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def test_this_machine_is_described(tmp_path, nemo_model):
@@ -54,7 +49,7 @@ def test_the_table_is_for_people(slipway):
         (["--out", "/proc/run"], "output", "/proc: "),
         (["--gpus", "64"], "GPUs", ", of 64 asked for"),
         (["--nodes=2", "--node-rank=1", "--master-addr=no.such.host.invalid"], "master's name", "no.such.host.invalid"),
-        (["--master-port", "TAKEN"], "master's ports", "cannot be opened on this machine"),
+        (["--nproc-per-node=2", "--master-port", "TAKEN"], "master's ports", "cannot be opened on this machine"),
         (["--nodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--timeout=1"], "nodes meet", "does not answer at"),
         (["--nodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--timeout=1"], "nodes meet", "node 1 did not come"),
     ],

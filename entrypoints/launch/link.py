@@ -154,7 +154,7 @@ def meet(topology: Topology, claims: dict[str, str], timeout: float) -> Link:
     """
     count = topology.nodes if topology.local_rank is None else topology.world_size
     number = topology.node_rank if topology.local_rank is None else topology.rank
-    if topology.node_rank == 0 and topology.writes:
+    if topology.rank == 0 and topology.world_size > 1:
         check_port(topology.master_port)
     if count == 1:
         return Link({})

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 import entrypoints
 from entrypoints.preprocess import preprocess
@@ -33,15 +34,7 @@ def data(nemo_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    """A port that is free, and the one after it too."""
-    while True:
-        with socket.socket() as one, socket.socket() as next_one:
-            one.bind(("", 0))
-            try:
-                next_one.bind(("", one.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return one.getsockname()[1]
+    return free_port()
 
 
 def command(model: Path, data: Path, out: Path, port: int, /, **changes: object) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 from safetensors.torch import load_file
 
 import entrypoints
@@ -34,6 +35,7 @@ def flags(model: Path, data: Path, out: Path, /, **changes: object) -> list[str]
     chosen = {
         "model": model, "data": data, "out": out, "steps": STEPS, "seq_length": SEQ_LENGTH, "micro_batch_size": 2,
         "global_batch_size": BATCH, "lr": 2e-3, "warmup_steps": 2, "constant_steps": 1, "nproc_per_node": 1,
+        "master_port": free_port(),
     }  # fmt: skip
     return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in (chosen | changes).items())]
 
