@@ -255,7 +255,8 @@ def _claim_folder(run: Run) -> None:
     try:
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
-        known = run.folder.read_status() if run.begins_at else {}
+        before = run.folder.read_status()
+        known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
         tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
         run.folder.write_status(known | begun)

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from entrypoints.launch.signals import heed_the_parent_alone
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
 from entrypoints.training.troubles import explained
+
+if TYPE_CHECKING:
+    from entrypoints.training.callbacks import Record
 
 
 def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float) -> None:
@@ -57,6 +60,7 @@ def _train(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: fl
     import nemo.lightning as nl
     from nemo.collections import llm
 
+    from entrypoints.training.callbacks import Record
     from entrypoints.training.modes import MODES
 
     if int(os.environ.get("RANK", 0)) == 0:
@@ -65,7 +69,8 @@ def _train(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: fl
     folder = RunFolder.of(recipe)
     model = load_model(recipe, on_gpu)
     data = load_data(recipe, index)
-    trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu, started)
+    record = Record(recipe, folder, flops_per_token(recipe, model.config), started)
+    trainer = make_trainer(recipe, record, stop_file, nodes, on_gpu)
     latest = folder.latest_checkpoint()
     llm.finetune(
         model=model,
@@ -164,13 +169,22 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
     return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
 
 
-def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int, on_gpu: bool, started: float) -> Any:
+def flops_per_token(recipe: Recipe, config: Any) -> float:
+    """The arithmetic of a token in this run, for the log."""
+    from entrypoints.checkpoint.torch_dist import Reader
+    from entrypoints.training.throughput import arithmetic
+
+    tensors = Reader(Path(recipe.model)).tensors
+    return arithmetic(tensors, config, recipe.seq_length).per_token(recipe.mode)
+
+
+def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
     """NeMo's trainer with the run's parallel sizes and callbacks; its ranks are what torchrun's variables say."""
     import nemo.lightning as nl
     import torch
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
-    from entrypoints.training.callbacks import FrozenBase, Record, StopOnRequest
+    from entrypoints.training.callbacks import FrozenBase, StopOnRequest
 
     options = {
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
@@ -189,7 +203,6 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         from entrypoints.training import cpu
 
         strategy = cpu.strategy(**options)
-    record = Record(recipe, folder, started)
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
