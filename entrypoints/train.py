@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from entrypoints.checkpoint import locate
+from entrypoints.checkpoint.nemo_context import SOURCE_CONFIG
 from entrypoints.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
+from entrypoints.families import family_of
 from entrypoints.launch import torchrun
 from entrypoints.launch.failure import FAILED, Failure
 from entrypoints.launch.link import Link, meet
 from entrypoints.launch.signals import StopRequests
-from entrypoints.launch.topology import Topology, find_topology
+from entrypoints.launch.topology import ALONE, Topology, find_topology
 from entrypoints.report import Summary
+from entrypoints.training import memory, recipes
 from entrypoints.training.agreement import claims
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
@@ -33,26 +36,30 @@ def train(
     model: str,
     data: str,
     out: str,
+    recipe: str | None = None,
     mode: Literal["heads", "sft", "lora", "pretrain"] = "heads",
-    steps: int = Recipe.steps,
-    seq_length: int = Recipe.seq_length,
-    micro_batch_size: int = Recipe.micro_batch_size,
-    global_batch_size: int = Recipe.global_batch_size,
-    lr: float = Recipe.lr,
-    min_lr: float = Recipe.min_lr,
-    warmup_steps: int = Recipe.warmup_steps,
-    constant_steps: int = Recipe.constant_steps,
-    tensor_parallel_size: int = Recipe.tensor_parallel_size,
-    pipeline_parallel_size: int = Recipe.pipeline_parallel_size,
-    expert_parallel_size: int = Recipe.expert_parallel_size,
-    context_parallel_size: int = Recipe.context_parallel_size,
-    save_every: int = Recipe.save_every,
-    keep: int = Recipe.keep,
-    seed: int = Recipe.seed,
-    lora_rank: int = Recipe.lora_rank,
-    lora_alpha: int = Recipe.lora_alpha,
-    lora_dropout: float = Recipe.lora_dropout,
-    lora_targets: str = Recipe.lora_targets,
+    steps: int | None = None,
+    seq_length: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    lr: float | None = None,
+    min_lr: float | None = None,
+    warmup_steps: int | None = None,
+    constant_steps: int | None = None,
+    tensor_parallel_size: int | None = None,
+    pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int | None = None,
+    context_parallel_size: int | None = None,
+    save_every: int | None = None,
+    keep: int | None = None,
+    seed: int | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: int | None = None,
+    lora_dropout: float | None = None,
+    lora_targets: str | None = None,
+    wandb_project: str | None = None,
+    set: list[str] | None = None,
+    gpu_memory: int | None = None,
     nodes: int | None = None,
     node_rank: int | None = None,
     master_addr: str | None = None,
@@ -74,25 +81,30 @@ def train(
         out: folder of the run: checkpoints, status.json, metrics.jsonl, loss.png, TensorBoard.
         mode: what is trained; heads = temperature and top-p heads on a frozen base, sft = all weights on responses,
             lora = low-rank adapters on a frozen base, pretrain = all weights on all tokens.
-        steps: optimiser steps in all.
-        seq_length: tokens per sample; longer samples are dropped and counted.
-        micro_batch_size: samples per rank and forward pass.
-        global_batch_size: samples per step over all ranks.
-        lr: peak learning rate.
-        min_lr: learning rate at the end of the cosine.
-        warmup_steps: steps of linear warm-up.
-        constant_steps: steps at min_lr at the end.
-        tensor_parallel_size: ranks that share each layer.
-        pipeline_parallel_size: stages the layers are split into.
-        expert_parallel_size: ranks that share the experts.
-        context_parallel_size: ranks that share each sequence.
-        save_every: steps between checkpoints.
-        keep: newest checkpoints that are kept.
-        seed: of the first weights of what is attached, the order of the data and the dropped tokens.
-        lora_rank: inner size of an adapter.
-        lora_alpha: an adapter's output is multiplied by alpha / rank.
-        lora_dropout: share of an adapter's inputs that are dropped.
-        lora_targets: Megatron's modules that get an adapter, with commas between.
+        recipe: what is not given by flags: the name of a recipe that ships (deepseek_v3, gpt_oss_120b, gpt_oss_20b,
+            llama31_8b, qwen25_500m, qwen25_7b, qwen3_235b_a22b, qwen3_30b_a3b) or a .toml file like them.
+        steps: optimiser steps in all (400).
+        seq_length: tokens per sample; longer samples are dropped and counted (6144).
+        micro_batch_size: samples per rank and forward pass (1).
+        global_batch_size: samples per step over all ranks (32).
+        lr: peak learning rate (5e-6).
+        min_lr: learning rate at the end of the cosine (2e-8).
+        warmup_steps: steps of linear warm-up (20).
+        constant_steps: steps at min_lr at the end (50).
+        tensor_parallel_size: ranks that share each layer (1).
+        pipeline_parallel_size: stages the layers are split into (1).
+        expert_parallel_size: ranks that share the experts (1).
+        context_parallel_size: ranks that share each sequence (1).
+        save_every: steps between checkpoints (100).
+        keep: newest checkpoints that are kept (2).
+        seed: of the first weights of what is attached, the order of the data and the dropped tokens (1234).
+        lora_rank: inner size of an adapter (32).
+        lora_alpha: an adapter's output is multiplied by alpha / rank (32).
+        lora_dropout: share of an adapter's inputs that are dropped (0).
+        lora_targets: Megatron's modules that get an adapter, with commas between (all four linear layers).
+        wandb_project: log to this project of Weights & Biases as well, with WANDB_API_KEY from the environment.
+        set: KEY=VALUE of any key of a recipe, once or more; wins over the recipe.
+        gpu_memory: GB of a GPU, for the recipe's layout; without it, what nvidia-smi says, else 80.
         nodes: number of nodes; without it, what the launcher says, else 1.
         node_rank: number of this node, from 0.
         master_addr: address of node 0.
@@ -104,17 +116,25 @@ def train(
         dry_run: print the recipe, the topology and the torchrun command, and do nothing.
     """
     started = time.time()
+    given = {name: value for name, value in locals().items() if name in recipes.schema() and value is not None}
+    shipped = recipes.load(recipe, mode, gpu_memory or recipes.gpu_memory()) if recipe else None
+    given = (shipped.values if shipped else {}) | given | recipes.parse_settings(set or [])
     topology = find_topology(nodes, node_rank, master_addr, master_port, nproc_per_node)
-    model = str(locate.nemo_path(model))
-    recipe = Recipe(**{name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__})
-    recipe.check(topology.world_size)
+    if dry_run and shipped and topology.source == ALONE and nproc_per_node is None:
+        topology = Topology(
+            shipped.nodes, shipped.processes_per_node, 0, "MASTER", topology.master_port, f"recipe {shipped.name}"
+        )
+    recipe = Recipe(model=str(locate.nemo_path(model)), data=data, out=out, mode=mode, **given)
+    recipe.check(topology.world_size, shipped.name if shipped else "")
     vocab_size = _check_paths(recipe)
     folder = RunFolder(Path(out).absolute())
-    recipe.model, recipe.data, recipe.out = (str(Path(path).absolute()) for path in (model, data, out))
+    config = _check_model(recipe, shipped)
+    for name in ("model", "data", "out"):
+        setattr(recipe, name, str(Path(getattr(recipe, name)).absolute()))
     begins_at = _begin(recipe, folder, resume)
     run = Run(recipe, topology, folder, begins_at, started)
     if dry_run:
-        return _plan(run)
+        return _plan(run, config)
     if begins_at >= recipe.steps:
         return _result(run, None, False)
 
@@ -150,11 +170,29 @@ class Run:
     started: float
 
 
-def _plan(run: Run) -> str:
+def _plan(run: Run, config: dict[str, Any] | None) -> str:
     """What --dry-run prints."""
     words = torchrun.command(run.topology, _worker_arguments(Path("SCRATCH"), run), _logs(run))
-    alone = "one process: the worker runs in this one, which does the same as\n" if run.topology.world_size == 1 else ""
-    return f"{json.dumps(vars(run.recipe), indent=1)}\n{run.topology}\n{alone}{shlex.join(words)}"
+    lines = [json.dumps(vars(run.recipe), indent=1), str(run.topology)]
+    if config:
+        lines.append(str(memory.estimate(run.recipe, config, run.topology.world_size)))
+    lines += [f"{name}={value}" for name, value in torchrun.shown_environment().items()]
+    if run.topology.world_size == 1:
+        lines.append("one process: the worker runs in this one, which does the same as")
+    return "\n".join([*lines, shlex.join(words)])
+
+
+def _check_model(recipe: Recipe, shipped: recipes.Shipped | None) -> dict[str, Any] | None:
+    """The model's config.json, where its checkpoint has one; UsageError for sizes or a recipe that do not fit it."""
+    path = Path(recipe.model) / "context" / SOURCE_CONFIG
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text())
+    family = family_of(config, path).NAME
+    if shipped and shipped.family != family:
+        raise UsageError(f"--recipe {shipped.name} is for {shipped.family}, and --model {recipe.model} is {family}")
+    recipe.check_model(config)
+    return config
 
 
 def _worker_arguments(scratch: Path, run: Run) -> list[str]:
@@ -234,7 +272,8 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
     changed = [
         f"--{name.replace('_', '-')} was {before} and is {now}"
         for name, now in vars(recipe).items()
-        if name not in ("out", "save_every", "keep") and (before := vars(Recipe.load(folder.recipe))[name]) != now
+        if name not in ("out", "save_every", "keep", "wandb_project")
+        and (before := vars(Recipe.load(folder.recipe))[name]) != now
     ]
     if changed:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out")

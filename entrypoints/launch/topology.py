@@ -16,6 +16,7 @@ from entrypoints.errors import UsageError
 from entrypoints.launch.launchers import LAUNCHERS, Hints, Said
 
 DEFAULT_PORT = 29500
+ALONE = "nothing but this machine"  # the source of a topology that nobody gave
 
 # What must be the same whoever says it. An address or a port may be written in several ways: the first one counts.
 MUST_AGREE = {
@@ -91,7 +92,7 @@ def find_topology(
         _refuse_to_be_alone(env)
     count, counted_by = _pick("nodes", sources, 1)
     if count == 1:
-        return _one_node(flags, sources, counted_by or "nothing but this machine", env)
+        return _one_node(flags, sources, counted_by or ALONE, env)
 
     rank, ranked_by = _pick("node_rank", sources)
     address, addressed_by = _pick("master_addr", sources)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -68,6 +69,16 @@ def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> 
         f"--log-dir={logs}",
         *worker,
     ]
+
+
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+TOLD = re.compile(r"^(NCCL|NVTE|TORCH|WANDB|HF|CUDA|PYTORCH|SLIPWAY)_")
+
+
+def shown_environment() -> dict[str, str]:
+    """What of the workers' environment decides how they run, secrets masked."""
+    found = {key: value for key, value in environment().items() if key in ENVIRONMENT_DEFAULTS or TOLD.match(key)}
+    return {key: "***" if SECRET.search(key) else value for key, value in sorted(found.items())}
 
 
 def environment() -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from entrypoints.errors import UsageError
 
@@ -32,6 +34,9 @@ class Recipe:
     pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
     context_parallel_size: int = 1
+    first_stage_layers: int = 0  # of the first pipeline stage and the last one; 0: as many as the others
+    last_stage_layers: int = 0
+    recompute: str = "none"  # or full: keep a layer's input alone and compute the rest again for its backward pass
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept
     seed: int = 1234
@@ -39,14 +44,21 @@ class Recipe:
     lora_rank: int = 32
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    wandb_project: str = ""  # log to this project of Weights & Biases too
 
     @property
     def is_frozen(self) -> bool:
         """The base stays as it is."""
         return self.mode in ("heads", "lora")
 
-    def check(self, world_size: int) -> None:
-        """UsageError unless the sizes fit each other and a world of `world_size` processes."""
+    def check(self, world_size: int, recipe: str = "") -> None:
+        """UsageError unless the sizes fit each other and a world of `world_size` processes.
+
+        Args:
+            recipe: the name of the one that the sizes are from, for the message.
+        """
+        if self.recompute not in ("none", "full"):
+            raise UsageError(f"recompute is {self.recompute!r}; it is none or full")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             counts = field.name.endswith("size") or field.name in ("steps", "seq_length", "save_every", "keep")
@@ -57,7 +69,14 @@ class Recipe:
             raise UsageError(
                 f"{world_size} processes cannot be split into tensor {self.tensor_parallel_size} × pipeline "
                 f"{self.pipeline_parallel_size} × context {self.context_parallel_size} = {model_parallel}; "
-                "change the parallel sizes or the number of nodes"
+                + (f"see --dry-run for the nodes that recipe {recipe} is for" if recipe else "")
+                + ("" if recipe else "change the parallel sizes or the number of nodes")
+            )
+        experts_among = world_size // self.pipeline_parallel_size
+        if experts_among % self.expert_parallel_size:
+            raise UsageError(
+                f"--expert-parallel-size {self.expert_parallel_size} does not divide the {experts_among} processes "
+                "of a pipeline stage; change it or the number of nodes"
             )
         at_once = self.micro_batch_size * (world_size // model_parallel)
         if self.global_batch_size % at_once:
@@ -65,6 +84,26 @@ class Recipe:
                 f"--global-batch-size {self.global_batch_size} is not a multiple of micro batch size "
                 f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
             )
+
+    def check_model(self, c: Mapping[str, Any]) -> None:
+        """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
+        layers, first, last = c["num_hidden_layers"], self.first_stage_layers, self.last_stage_layers
+        experts = next((c[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c), 0)
+        others = self.pipeline_parallel_size - 2 if first or last else self.pipeline_parallel_size
+        shared = [
+            ("tensor", self.tensor_parallel_size, "attention heads", c["num_attention_heads"]),
+            ("tensor", self.tensor_parallel_size, "groups of keys and values", c["num_key_value_heads"]),
+            ("expert", self.expert_parallel_size, "experts", experts),
+            ("pipeline", max(others, 1), "layers of its stages", layers - first - last),
+        ]
+        for kind, size, what, count in shared:
+            if count % size:
+                raise UsageError(
+                    f"--{kind}-parallel-size {getattr(self, f'{kind}_parallel_size')} does not divide the model's "
+                    f"{count} {what}; change it"
+                )
+        if self.expert_parallel_size > 1 and not experts:
+            raise UsageError(f"--expert-parallel-size is {self.expert_parallel_size}, and the model has no experts")
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

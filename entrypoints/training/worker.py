@@ -123,6 +123,10 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     config = model.config
     config.seq_length = recipe.seq_length
     config.calculate_per_token_loss = True
+    config.num_layers_in_first_pipeline_stage = recipe.first_stage_layers or None
+    config.num_layers_in_last_pipeline_stage = recipe.last_stage_layers or None
+    if recipe.recompute == "full" and recipe.mode != "heads":
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if recipe.is_frozen:
         config.moe_router_bias_update_rate = 0.0
     config.data_step_fn = data_step
@@ -209,7 +213,7 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         num_nodes=nodes,
         max_steps=recipe.steps,
         strategy=strategy,
-        plugins=[TorchElasticEnvironment(), *([nl.MegatronMixedPrecision(precision="bf16-mixed")] if on_gpu else [])],
+        plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
         callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -221,6 +225,20 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
     # Lightning would end the run at SIGTERM without a checkpoint; stopping is for the launcher and StopOnRequest.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
+
+
+def precision() -> Any:
+    """BF16 weights from the first moment on (without params_dtype they are made in float32), gradients in float32."""
+    import nemo.lightning as nl
+    import torch
+
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed",
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
 
 
 def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
@@ -248,7 +266,16 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
         explicit_log_dir=str(folder.path / "logs"),
         ckpt=checkpoint,
         tensorboard=TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version=""),
+        wandb=_wandb(recipe, folder) if recipe.wandb_project else None,
         update_logger_directory=False,
+    )
+
+
+def _wandb(recipe: Recipe, folder: RunFolder) -> Any:
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(
+        project=recipe.wandb_project, name=folder.path.name, save_dir=str(folder.path), config=vars(recipe)
     )
 
 
