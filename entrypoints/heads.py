@@ -28,9 +28,7 @@ def extract_heads(ckpt: str, out: str) -> Summary:
         ckpt: NeMo checkpoint of heads training.
         out: folder to write: heads.safetensors and config.json.
     """
-    from safetensors.torch import save
-
-    from entrypoints.checkpoint import locate, stream, torch_dist
+    from entrypoints.checkpoint import huggingface, locate, stream, torch_dist
     from entrypoints.checkpoint.refs import Ref
 
     started, target = time.monotonic(), locate.output(out)
@@ -41,11 +39,11 @@ def extract_heads(ckpt: str, out: str) -> Summary:
             f"{ckpt} holds no trained heads ({ADAPTER}{missing[0]} is missing); give one of `train --mode heads`"
         )
     heads = {name: reader.read(Ref(ADAPTER + name)) for name in NAMES}
-    content = save(heads, metadata={"format": "pt"})
+    content = huggingface.one_file(heads)
     config = (json.dumps(heads_config(heads, _base_of(reader.folder)), indent=2) + "\n").encode()
     plan = stream.Plan({}, [], {FILE: content, "config.json": config}, {}, ["extract-heads", str(reader.folder)])
     stream.run(plan, target, "extract-heads", 1)
-    details = {"tensors": len(heads), "parameters": sum(part.numel() for part in heads.values())}
+    details = {"tensors": len(heads), "parameters": sum(part.size for part in heads.values())}
     return Summary("extract-heads", str(target), plan.bytes, time.monotonic() - started, details)
 
 

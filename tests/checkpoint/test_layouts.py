@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tensor_of
 
 from entrypoints.checkpoint import torch_dist
-from entrypoints.checkpoint.refs import Ref
 
 SCRIPT = Path(__file__).parent / "save_in_parallel.py"
 
@@ -36,4 +36,4 @@ def test_megatron_loads_and_saves_in_any_layout(nemo_model, tmp_path, tensor, pi
     ours, theirs = torch_dist.Reader(nemo_model), torch_dist.Reader(target)
     assert theirs.tensors.keys() == ours.tensors.keys()
     for key, info in ours.tensors.items():
-        assert torch.equal(theirs.read(Ref(key)).to(torch.bfloat16), ours.read(Ref(key))), (key, info)
+        assert torch.equal(tensor_of(theirs, key).to(torch.bfloat16), tensor_of(ours, key)), (key, info)
