@@ -41,7 +41,7 @@ def main() -> None:
             make_model(folder / "hf", options, options.peer_gigabytes)
             peer = measure("-m", "benchmarks.memory", "--peer", folder / "hf", folder / "out").peak
             rows.append([f"peer, {options.peer_gigabytes:g} GB", human_bytes(peer), "", ""])
-    print(f"peak memory, {options.model} in {options.format}; Python with torch {human_bytes(interpreter().peak)}")
+    print(f"peak memory, {options.model} in {options.format}; Python alone {human_bytes(interpreter().peak)}")
     print_table(["model in BF16", *COMMANDS], rows)
     for command, found in peaks.items():
         growth = found[-1] / found[0]
@@ -53,15 +53,18 @@ def hold_everything(source: Path, target: Path) -> None:
     """The peer: one file's tensors after the other into one dictionary, decoded, then saved."""
     from safetensors.torch import load_file, save_file
 
+    from entrypoints.checkpoint.bits import from_torch, to_torch
     from entrypoints.checkpoint.quantization import decode_fp8_block, decode_mxfp4
 
     stored = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     model = {}
     for name, tensor in stored.items():
         if name.endswith("_blocks"):
-            model[name] = decode_mxfp4(tensor, stored[name.removesuffix("_blocks") + "_scales"])
+            scales = stored[name.removesuffix("_blocks") + "_scales"]
+            model[name] = to_torch(decode_mxfp4(tensor.numpy(), scales.numpy()), "BF16")
         elif (scale := f"{name}_scale_inv") in stored:
-            model[name] = decode_fp8_block(tensor, stored[scale], (128, 128))
+            decoded = decode_fp8_block(from_torch(tensor), stored[scale].numpy(), (128, 128))
+            model[name] = to_torch(decoded, "BF16")
         elif not name.endswith(("_scales", "_scale_inv")):
             model[name] = tensor
     target.mkdir()

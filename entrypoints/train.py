@@ -24,7 +24,7 @@ def train(
     model: str,
     data: str,
     out: str,
-    mode: Literal["heads"] = "heads",
+    mode: Literal["heads", "sft", "lora", "pretrain"] = "heads",
     steps: int = Recipe.steps,
     seq_length: int = Recipe.seq_length,
     micro_batch_size: int = Recipe.micro_batch_size,
@@ -40,6 +40,10 @@ def train(
     save_every: int = Recipe.save_every,
     keep: int = Recipe.keep,
     seed: int = Recipe.seed,
+    lora_rank: int = Recipe.lora_rank,
+    lora_alpha: int = Recipe.lora_alpha,
+    lora_dropout: float = Recipe.lora_dropout,
+    lora_targets: str = Recipe.lora_targets,
     nodes: int | None = None,
     node_rank: int | None = None,
     master_addr: str | None = None,
@@ -58,7 +62,8 @@ def train(
         model: NeMo checkpoint of the base model, as `import` writes it: a folder or nemo://name.
         data: JSON lines of tokens, as `preprocess` writes them.
         out: folder of the run: checkpoints, status.json, metrics.jsonl, loss.png, TensorBoard.
-        mode: what is trained; heads = temperature and top-p heads on a frozen base.
+        mode: what is trained; heads = temperature and top-p heads on a frozen base, sft = all weights on responses,
+            lora = low-rank adapters on a frozen base, pretrain = all weights on all tokens.
         steps: optimiser steps in all.
         seq_length: tokens per sample; longer samples are dropped and counted.
         micro_batch_size: samples per rank and forward pass.
@@ -73,7 +78,11 @@ def train(
         context_parallel_size: ranks that share each sequence.
         save_every: steps between checkpoints.
         keep: newest checkpoints that are kept.
-        seed: of the heads' first weights, the order of the data and the dropped tokens.
+        seed: of the first weights of what is attached, the order of the data and the dropped tokens.
+        lora_rank: inner size of an adapter.
+        lora_alpha: an adapter's output is multiplied by alpha / rank.
+        lora_dropout: share of an adapter's inputs that are dropped.
+        lora_targets: Megatron's modules that get an adapter, with commas between.
         nodes: number of nodes; without it, what the launcher says, else 1.
         node_rank: number of this node, from 0.
         master_addr: address of node 0.
@@ -158,6 +167,8 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
 def _write_recipe(recipe: Recipe, folder: RunFolder, node_rank: int) -> None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        if node_rank == 0:
+            folder.remove_incomplete()
         recipe.save(folder.recipe)
     except OSError as error:
         raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from entrypoints.checkpoint import archive, huggingface, nemo_context, torch_dist
+from entrypoints.checkpoint import archive, huggingface, lora, nemo_context, torch_dist
 from entrypoints.checkpoint.bits import Bits, as_dtype, data
 from entrypoints.checkpoint.refs import Ref, TensorInfo
 from entrypoints.checkpoint.stream import Piece, Plan, Write, identity_of_files
@@ -18,8 +18,6 @@ from entrypoints.families import family_of, read_config, rules
 from entrypoints.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template")
-
-HF_FILES = "hf_files"  # in context/: the other files of the source, for export
 
 
 def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def import_plan(
         },
         copies={
             **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
-            **{f"context/{HF_FILES}/{file.name}": file for file in others},
+            **{f"context/{nemo_context.HF_FILES}/{file.name}": file for file in others},
         },
         identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
     )
@@ -130,9 +128,16 @@ def _is_tokenizer(file: Path) -> bool:
     return file.name.startswith(TOKENIZER_FILES) or file.name == "config.json"
 
 
-def open_nemo(checkpoint: Path) -> Opened:
-    """A NeMo checkpoint; the tensors of the optimizer are left aside."""
+def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
+    """A NeMo checkpoint; the tensors of the optimizer are left aside, low-rank adapters merged into their base.
+
+    Args:
+        base: checkpoint of the adapters' base, where it is not the one that NeMo noted.
+    """
     reader = torch_dist.Reader(checkpoint)
+    if lora.has_adapters(reader):
+        opened = open_nemo(lora.base_of(reader, base))
+        return replace(opened, reader=lora.Merged(opened.reader, reader))
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
@@ -156,9 +161,9 @@ def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
     )
 
 
-def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
+def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) -> Plan:
     """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
-    source = open_nemo(checkpoint)
+    source = open_nemo(checkpoint, base)
     reader, model = source.reader, source.model
     layout = huggingface.Layout(model.hf, shard_bytes)
 
@@ -169,8 +174,18 @@ def export_plan(checkpoint: Path, shard_bytes: int) -> Plan:
 
         return Piece(sum(TensorInfo(r.shape(model.megatron[r.name].shape)).bytes for r in cell.megatron), work)
 
-    others = context_folder(reader.folder) / HF_FILES
+    others = context_folder(reader.folder) / nemo_context.HF_FILES
     return _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
+
+
+def adapter_plan(checkpoint: Path, base: Path | None = None) -> Plan:
+    """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
+    reader = torch_dist.Reader(checkpoint)
+    if not lora.has_adapters(reader):
+        raise DataError(f"{checkpoint} holds no low-rank adapters; export it without --adapter")
+    folder = lora.base_of(reader, base)
+    files = lora.peft_adapter(reader, open_nemo(folder).model, folder.name)
+    return Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())])
 
 
 def context_folder(weights: Path) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 
 from entrypoints.checkpoint.bits import Bits, bits_type, contiguous, empty, from_torch, to_float32, to_torch
 from entrypoints.checkpoint.quantization import decode_fp8_block, decode_mxfp4
-from entrypoints.checkpoint.refs import DTYPE_BYTES, Ref, TensorInfo
+from entrypoints.checkpoint.refs import DTYPE_BYTES, TORCH_NAMES, Ref, TensorInfo
 from entrypoints.errors import DataError
 
 INDEX = "model.safetensors.index.json"
@@ -399,13 +399,13 @@ class Layout:
         return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
-def one_file(parts: Mapping[str, Bits]) -> bytes:
-    """A whole safetensors file of tensors in BF16."""
+def one_file(parts: Mapping[str, tuple[Bits, str]]) -> bytes:
+    """A whole safetensors file; parts are (tensor, dtype)."""
     from safetensors import serialize
 
     described = {
-        name: {"dtype": "bfloat16", "shape": part.shape, "data": contiguous(part).tobytes()}
-        for name, part in parts.items()
+        name: {"dtype": TORCH_NAMES[dtype], "shape": part.shape, "data": contiguous(part).tobytes()}
+        for name, (part, dtype) in parts.items()
     }
     return serialize(described, metadata={"format": "pt"})
 

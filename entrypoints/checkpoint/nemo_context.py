@@ -14,6 +14,7 @@ from typing import Any
 
 TOKENIZER = "nemo_tokenizer"
 SOURCE_CONFIG = "hf_config.json"
+HF_FILES = "hf_files"  # the source's other files, for export
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import nemo.lightning as nl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.lightning.ckpt_utils import ckpt_to_dir
 
+from entrypoints.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from entrypoints.training.recipe import Recipe
-from entrypoints.training.run_folder import RunFolder
+from entrypoints.training.run_folder import COMPLETE, RunFolder
 
 STEPS_DONE = "steps_done"  # the metric that names checkpoints
 
@@ -71,6 +75,35 @@ class Record(Callback):
         self.status["state"] = "done" if done else "stopped"
         self.folder.write_status(self.status)
         plot_losses(self.folder)
+
+
+class Checkpoints(nl.ModelCheckpoint):
+    """NeMo's checkpoints, with what export needs of the base in their context.
+
+    The last file written is the one that `RunFolder.latest_checkpoint` asks for: NeMo takes its marker of an
+    unfinished checkpoint away before it has written the context.
+
+    Args:
+        base: the base's checkpoint.
+    """
+
+    def __init__(self, base: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.base = base
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            keep_source(Path(self.base) / "context", ckpt_to_dir(filepath) / "context")
+
+
+def keep_source(base: Path, context: Path) -> None:
+    """Carry the Hugging Face files of the base's context over, where it has any, and mark the context as complete."""
+    if (base / HF_FILES).is_dir():
+        shutil.copytree(base / HF_FILES, context / HF_FILES, dirs_exist_ok=True)
+    if (base / SOURCE_CONFIG).is_file():
+        shutil.copyfile(base / SOURCE_CONFIG, context / SOURCE_CONFIG)
+    (context / COMPLETE).touch()
 
 
 class StopOnRequest(Callback):

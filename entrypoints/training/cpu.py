@@ -8,7 +8,10 @@ need no kernel of Transformer Engine. Nothing here is used where torch sees a GP
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,17 +92,24 @@ def _stand_in_for_cuda() -> None:
 def _patch_nemo_and_megatron() -> None:
     from megatron.core import tensor_parallel
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as peft_utils
     from nemo.lightning.io import pl
     from nemo.lightning.pytorch.strategies import megatron_strategy
 
     # Asserts that CUDA is initialised; there are no devices to choose from here.
     pl._fix_tensors_device = lambda checkpoint: checkpoint
     tensor_parallel.random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # Named but not defined where Transformer Engine is absent.
+    # Named but not defined where Transformer Engine is absent; no module is of these classes.
     moe_utils.te_general_gemm = None
+    peft_utils.HAVE_TE = False
+    lora.te = types.SimpleNamespace(Linear=type("Linear", (), {}))
     # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
     rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb or NotImplemented
+
+    torch_norm.WrappedTorchNorm.__new__ = _norm_under_sequence_parallelism(torch_norm.WrappedTorchNorm.__new__)
 
     @functools.wraps(moe_utils.maybe_move_tensor_to_cpu)
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
@@ -117,6 +127,20 @@ def _patch_nemo_and_megatron() -> None:
     megatron_strategy.init_model_parallel = init_model_parallel_and_seed
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _norm_under_sequence_parallelism(make: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """Megatron refuses torch's norms there, which works on each token alone: its weight's gradient must be summed."""
+
+    def make_and_mark(cls, config, *arguments, **options):
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = make(cls, plain, *arguments, **options)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    return make_and_mark
 
 
 # ---------------------------------------------------------------------------- the model and the strategy

@@ -1,4 +1,4 @@
-"""The heads as an extension of NeMo: a PEFT transform, a data step, a forward step and a loss.
+"""The heads as an extension of NeMo: a PEFT transform and a forward step.
 
 NeMo's PEFT machinery loads the base, freezes it, asks `HeadsTransform` to attach the trainable part and from then
 on saves that part alone, under keys with `.adapter.` in them. The forward step runs the base without a gradient.
@@ -14,18 +14,27 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
-from megatron.core.utils import unwrap_model
-from nemo.lightning.megatron_parallel import MegatronLossReduction
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import Tensor
+from torch.nn import functional
 
 from entrypoints.training.heads import DecodingHeads, heads_loss
-
-FIRST_STAGE_KEYS = ("tokens", "position_ids")
-LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
+from entrypoints.training.steps import megatron_gpt
 
 
-class HeadsTransform(PEFT):
+class FromBase(PEFT):
+    """Any PEFT method, made to remember its base: NeMo notes the adapter's own checkpoint instead after a resume,
+    and the next resume would fail. `base` is the base model's checkpoint."""
+
+    base: str
+
+    def apply_transform(self, trainer: Any) -> None:
+        super().apply_transform(trainer)
+        self.wrapped_io.model_ckpt_path = Path(self.base)
+
+
+class HeadsTransform(FromBase):
     """Puts the heads on the last pipeline stage as `adapter`; everything else is frozen.
 
     Args:
@@ -38,11 +47,6 @@ class HeadsTransform(PEFT):
         super().__init__()
         self.base, self.seed, self.use_enhanced_features = base, seed, use_enhanced_features
 
-    def apply_transform(self, trainer: Any) -> None:
-        super().apply_transform(trainer)
-        # After a resume NeMo takes the heads' own checkpoint for the base, and the next resume would fail.
-        self.wrapped_io.model_ckpt_path = Path(self.base)
-
     def transform(self, module: torch.nn.Module, name: str | None = None, prefix: str | None = None):
         if isinstance(module, MegatronGPT) and module.post_process:
             with torch.random.fork_rng(devices=[]):
@@ -52,16 +56,7 @@ class HeadsTransform(PEFT):
         return module
 
 
-def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
-    """The next micro batch with the tensors this pipeline stage needs on its device, the others None."""
-    batch = next(iterator)
-    batch = batch[0] if isinstance(batch, tuple) else batch
-    wanted = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
-    wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
-    return {key: value.cuda(non_blocking=True) if key in wanted else None for key, value in batch.items()}
-
-
-def forward_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
+def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
     """(loss sum, tokens counted) on the last stage, hidden states before it. The base runs without a gradient."""
     gpt = megatron_gpt(model)
     with torch.no_grad(), frozen(gpt):
@@ -69,25 +64,19 @@ def forward_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Ten
     if not gpt.post_process:
         return hidden
 
-    def logits_of(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
-            return gpt.output_layer(rows.unsqueeze(1), weight=weight)[0].squeeze(1)
-
-    hidden = hidden.transpose(0, 1).reshape(-1, hidden.size(-1))
+    weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+    weight = gpt.output_layer.weight if weight is None else weight
+    if gpt.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return heads_loss(
         gpt.adapter,
-        hidden,
-        logits_of,
+        hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
+        lambda rows: functional.linear(rows, weight),
         batch["labels"].reshape(-1),
         batch["loss_mask"].reshape(-1).bool(),
         batch["drop_if_easy"].reshape(-1),
+        group=parallel_state.get_tensor_model_parallel_group(),
     )
-
-
-def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
-    """Megatron's model inside NeMo's module and whatever wraps it."""
-    return next(module for module in unwrap_model(model).modules() if isinstance(module, MegatronGPT))
 
 
 @contextlib.contextmanager
@@ -101,17 +90,3 @@ def frozen(gpt: MegatronGPT) -> Iterator[None]:
         yield
     finally:
         gpt.post_process, gpt.mtp_process = post_process, mtp_process
-
-
-class HeadsLossReduction(MegatronLossReduction):
-    """Hands Megatron the sum and the count, so that the loss is a mean over the tokens of the global batch."""
-
-    def forward(self, batch: dict[str, Any], forward_out: tuple[Tensor, Tensor]):
-        total, count = forward_out
-        return total, count.to(torch.int), {"sum_and_count": torch.stack([total.detach(), count])}
-
-    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
-        both = torch.stack([part["sum_and_count"] for part in losses_reduced_per_micro_batch]).sum(0)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(both, group=group)
-        return both[0] / both[1].clamp(min=1)

@@ -17,7 +17,7 @@ class Recipe:
     model: str  # NeMo checkpoint of the base
     data: str  # JSON lines of tokens
     out: str  # where checkpoints, status, metrics and the plot go
-    mode: str = "heads"
+    mode: str = "heads"  # heads, sft, lora or pretrain
     steps: int = 400
     seq_length: int = 6144
     micro_batch_size: int = 1
@@ -35,6 +35,15 @@ class Recipe:
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept
     seed: int = 1234
+    lora_targets: str = "linear_qkv,linear_proj,linear_fc1,linear_fc2"  # Megatron's modules that get an adapter
+    lora_rank: int = 32
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+
+    @property
+    def is_frozen(self) -> bool:
+        """The base stays as it is."""
+        return self.mode in ("heads", "lora")
 
     def check(self, world_size: int) -> None:
         """UsageError unless the sizes fit each other and a world of `world_size` processes."""

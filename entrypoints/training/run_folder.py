@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+COMPLETE = ".complete"  # in the context of a checkpoint, once everything is there
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,15 @@ class RunFolder:
         found = []
         for folder in self.checkpoints.glob("step=*"):
             match = re.fullmatch(r"step=(\d+)", folder.name)
-            if match and (folder / "weights").is_dir() and not Path(f"{folder}-unfinished").exists():
+            if match and (folder / "context" / COMPLETE).exists() and not Path(f"{folder}-unfinished").exists():
                 found.append((int(match.group(1)), folder))
         return max(found, default=None)
+
+    def remove_incomplete(self) -> None:
+        """Take away what a killed run was writing, or NeMo would save beside it under another name."""
+        for folder in self.checkpoints.glob("step=*"):
+            if not (folder / "context" / COMPLETE).exists() or Path(f"{folder}-unfinished").exists():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
     def read_status(self) -> dict[str, Any]:
         """The status file, or {} where there is none."""

@@ -40,6 +40,8 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
     import nemo.lightning as nl
     from nemo.collections import llm
 
+    from entrypoints.training.modes import MODES
+
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - started:.1f} s, {_where(on_gpu)}", flush=True)
 
@@ -58,7 +60,7 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
             resume_from_path=str(latest[1]) if latest else None,
         ),
         optim=make_optimizer(recipe, on_gpu),
-        peft=make_transform(recipe),
+        peft=MODES[recipe.mode].transform(recipe),
         tokenizer=None,
     )
     # No rank leaves before rank 0 has written the status that every node's launcher reads.
@@ -88,16 +90,18 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     """NeMo's model as the checkpoint's context describes it, set up for the mode and the machine; no weights yet."""
     from nemo.lightning.io import load_context
 
-    from entrypoints.training import heads_on_nemo
+    from entrypoints.training.modes import MODES
+    from entrypoints.training.steps import TokenLoss, data_step
 
     model = load_context(Path(recipe.model) / "context", subpath="model")
     config = model.config
     config.seq_length = recipe.seq_length
     config.calculate_per_token_loss = True
-    config.moe_router_bias_update_rate = 0.0
-    config.data_step_fn = heads_on_nemo.data_step
-    config.forward_step_fn = heads_on_nemo.forward_step
-    model._training_loss_reduction = heads_on_nemo.HeadsLossReduction()
+    if recipe.is_frozen:
+        config.moe_router_bias_update_rate = 0.0
+    config.data_step_fn = data_step
+    config.forward_step_fn = MODES[recipe.mode].forward_step
+    model._training_loss_reduction = TokenLoss()
     if not on_gpu:
         from entrypoints.training import cpu
 
@@ -115,13 +119,6 @@ def load_data(recipe: Recipe, index: Path) -> Any:
     count = recipe.steps * recipe.global_batch_size
     samples = Samples(Path(recipe.data), lines, count, recipe.seq_length, recipe.seed)
     return TokenData(samples, recipe.micro_batch_size, recipe.global_batch_size)
-
-
-def make_transform(recipe: Recipe) -> Any:
-    """The PEFT transform of the mode."""
-    from entrypoints.training.heads_on_nemo import HeadsTransform
-
-    return HeadsTransform(base=recipe.model, seed=recipe.seed)
 
 
 def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
@@ -157,7 +154,9 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
         "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
         "expert_model_parallel_size": recipe.expert_parallel_size,
+        "expert_tensor_parallel_size": 1,
         "context_parallel_size": recipe.context_parallel_size,
+        "sequence_parallel": recipe.tensor_parallel_size > 1,
         "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
         "save_ckpt_format": "torch_dist",
     }
@@ -175,7 +174,7 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         max_steps=recipe.steps,
         strategy=strategy,
         plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if on_gpu else None,
-        callbacks=[StopOnRequest(stop_file), FrozenBase(record), record],
+        callbacks=[StopOnRequest(stop_file), *([FrozenBase(record)] if recipe.is_frozen else []), record],
         limit_val_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -190,9 +189,10 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from entrypoints.training.callbacks import STEPS_DONE
+    from entrypoints.training.callbacks import STEPS_DONE, Checkpoints
 
-    checkpoint = nl.ModelCheckpoint(
+    checkpoint = Checkpoints(
+        base=recipe.model,
         dirpath=folder.checkpoints,
         filename=f"step={{{STEPS_DONE}:.0f}}",
         auto_insert_metric_name=False,

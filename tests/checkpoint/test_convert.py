@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, saved, tensor_of
+from conftest import make_model, saved, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
 
 from entrypoints.checkpoint import huggingface, torch_dist
@@ -18,6 +20,7 @@ from entrypoints.checkpoint.refs import TORCH_NAMES, Ref
 from entrypoints.dequant import dequant
 from entrypoints.export import export
 from entrypoints.families import FAMILIES
+from entrypoints.heads import extract_heads, merge_heads
 from entrypoints.import_ import import_
 
 
@@ -197,3 +200,43 @@ def test_other_floats_become_bfloat16(dtype, tmp_path):
     save_file({name: t.bfloat16() for name, t in stored.items()}, file)
     import_(str(model), str(tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_heads_keep_their_dtype_and_are_merged_in_bfloat16(dtype, tmp_path):
+    from entrypoints.training.heads import DecodingHeads
+
+    heads = {name: t.to(dtype) for name, t in DecodingHeads(64).state_dict().items()}
+    write_torch_dist(tmp_path / "ckpt" / "weights", {f"adapter.{name}": t for name, t in heads.items()})
+    extract_heads(str(tmp_path / "ckpt"), str(tmp_path / "heads"))
+    stored = load_file(tmp_path / "heads" / "heads.safetensors")
+    assert all(torch.equal(stored[name], t) and stored[name].dtype == dtype for name, t in heads.items())
+    base = make_model(tmp_path / "base", quantized=False)
+    merge_heads(str(tmp_path / "heads"), str(base), str(tmp_path / "merged"))
+    merged = tensors(tmp_path / "merged")
+    assert all(torch.equal(merged[name], t.bfloat16()) for name, t in heads.items())
+
+
+NO_TORCH = """
+import sys
+from entrypoints import cli
+code = cli.main(sys.argv[1:])
+assert not {"torch", "transformers", "nemo", "megatron"} & sys.modules.keys()
+sys.exit(code)
+"""
+
+
+def test_no_command_here_needs_torch(mxfp4_model, nemo_model, tmp_path):
+    """Where no GPU is: they begin at once, and take little memory."""
+    heads = tmp_path / "heads" / "weights"
+    write_torch_dist(heads, {f"adapter.{n}": torch.zeros(shape) for n, shape in head_shapes().items()})
+    for words in (["dequant", mxfp4_model], ["import", mxfp4_model], ["export", nemo_model], ["extract-heads", heads]):
+        command = [sys.executable, "-c", NO_TORCH, *map(str, words), str(tmp_path / words[0])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+def head_shapes() -> dict[str, torch.Size]:
+    from entrypoints.training.heads import DecodingHeads
+
+    return {name: t.shape for name, t in DecodingHeads(64).state_dict().items()}

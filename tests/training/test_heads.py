@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from entrypoints.training.heads import DecodingHeads, heads_loss, token_losses
+from entrypoints.training.heads import DecodingHeads, distribution_features, heads_loss, token_losses
 
 HIDDEN, VOCABULARY, TOKENS = 24, 61, 50
 
@@ -63,7 +67,8 @@ def test_token_losses_are_the_definition():
 def naive(heads: DecodingHeads, hidden, weight, labels, counted, drop_if_easy):
     logits = hidden @ weight.T
     keep = counted & ~(drop_if_easy & (logits.argmax(-1) == labels))
-    return (token_losses(*heads(hidden, logits), logits, labels) * keep).sum(), keep.sum()
+    outputs = heads(hidden, lambda temperature: distribution_features(logits, temperature))
+    return (token_losses(*outputs, logits, labels) * keep).sum(), keep.sum()
 
 
 @pytest.mark.parametrize("enhanced", [True, False])
@@ -109,5 +114,17 @@ def test_nothing_to_learn_is_no_error(inputs):
 
 
 def test_outputs_stay_in_their_ranges(inputs):
-    temperature, top_p = make_heads()(100 * inputs["hidden"], 100 * inputs["hidden"] @ inputs["weight"].T)
+    logits = 100 * inputs["hidden"] @ inputs["weight"].T
+    temperature, top_p = make_heads()(100 * inputs["hidden"], lambda t: distribution_features(logits, t))
     assert ((temperature >= 0) & (temperature <= 2)).all() and ((top_p >= 0) & (top_p <= 1)).all()
+
+
+def test_counts_say_the_same_as_the_logits():
+    checks = Path(__file__).with_name("counted_checks.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -91,7 +91,7 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
     from transformers import AutoModelForCausalLM
 
     from entrypoints.dequant import dequant
-    from entrypoints.training.heads import DecodingHeads, token_losses
+    from entrypoints.training.heads import DecodingHeads, distribution_features, token_losses
     from entrypoints.training.lines import index_lines
     from entrypoints.training.samples import Samples
 
@@ -110,7 +110,8 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
             hidden, logits = out.hidden_states[-1][0], out.logits[0]
             easy = logits.argmax(-1) == sample["labels"]
             keep = sample["loss_mask"].bool() & ~(easy & sample["drop_if_easy"])
-            each = token_losses(*heads(hidden, logits), logits, sample["labels"])
+            outputs = heads(hidden, lambda t, logits=logits: distribution_features(logits, t))
+            each = token_losses(*outputs, logits, sample["labels"])
             total, count = total + (each * keep).sum().item(), count + keep.sum().item()
     assert losses(whole)[0] == pytest.approx(total / count, rel=1e-5)
 

@@ -1,0 +1,60 @@
+"""What a training step of any mode has in common: a micro batch on its device, the model in it, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel as MegatronGPT
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+FIRST_STAGE_KEYS = ("tokens", "position_ids")
+LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
+
+
+def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
+    """The next micro batch: what this pipeline stage needs, its context-parallel share, on the device; others None."""
+    batch = next(iterator)
+    batch = batch[0] if isinstance(batch, tuple) else batch
+    wanted = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
+    wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
+    batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
+    batch = get_batch_on_this_cp_rank(batch)
+    return {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS)}
+
+
+def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
+    """Megatron's model inside NeMo's module and whatever wraps it."""
+    return next(module for module in unwrap_model(model).modules() if isinstance(module, MegatronGPT))
+
+
+def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
+    """(sum of the cross entropies of the counted tokens, their number) on the last stage, hidden states before it."""
+    output = megatron_gpt(model)(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    if batch["labels"] is None:
+        return output
+    return (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+
+
+class TokenLoss(MegatronLossReduction):
+    """Hands Megatron the sum and the count, so that the loss is a mean over the tokens of the global batch."""
+
+    def forward(self, batch: dict[str, Any], forward_out: tuple[Tensor, Tensor]):
+        total, count = forward_out
+        return total, count.to(torch.int), {"sum_and_count": torch.stack([total.detach(), count])}
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
+        both = torch.stack([part["sum_and_count"] for part in losses_reduced_per_micro_batch]).sum(0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(both, group=group)
+        return both[0] / both[1].clamp(min=1)
