@@ -179,11 +179,14 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
 def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) -> None:
     todo = {number: piece.bytes for number, piece in enumerate(plan.pieces) if number not in done}
     files = {name: os.open(partial / name, os.O_WRONLY) for name in plan.sizes}
+    # One thread at a time writes a file: the kernel lets in no more, and those that wait there burn their cores.
+    turns = {name: threading.Lock() for name in plan.sizes}
     journal = _Journal(partial / "journal", files.values())
 
     def do(number: int) -> None:
         for name, offset, data in plan.pieces[number].work():
-            _write(files[name], offset, memoryview(data))
+            with turns[name]:
+                _write(files[name], offset, memoryview(data))
         journal.add(number)
 
     try:
@@ -234,8 +237,6 @@ def _write(descriptor: int, offset: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
-    # The disk begins at once: pages that wait in memory cost more, and the sync that follows would find them all.
-    os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
 
 
 def _sync(path: Path) -> None:
