@@ -25,18 +25,16 @@ def main() -> None:
     if options.peer:
         return hold_everything(*options.peer)
     rows, peaks = [], {command: [] for command in COMMANDS}
-    with scratch(options.scratch, 3 * max(options.gigabytes)) as folder:
+    with scratch(options.scratch, 2 * max(options.gigabytes)) as folder:
         for gigabytes in sorted(options.gigabytes):
             make_model(folder / "hf", options, gigabytes)
             sizes = [f"{gigabytes:g} GB"]
             for command in COMMANDS:
                 source = folder / ("import" if command == "export" else "hf")
                 peaks[command].append(slipway(command, source, folder / command).peak)
-                if command != "import":
-                    shutil.rmtree(folder / command)
+                shutil.rmtree(folder / ("hf" if command == "import" else command))
             rows.append(sizes + [human_bytes(peaks[command][-1]) for command in COMMANDS])
             shutil.rmtree(folder / "import")
-            shutil.rmtree(folder / "hf")
         if options.peer_gigabytes:
             make_model(folder / "hf", options, options.peer_gigabytes)
             peer = measure("-m", "benchmarks.memory", "--peer", folder / "hf", folder / "out").peak

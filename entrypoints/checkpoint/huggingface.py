@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,15 @@ class Reader:
             if count == 0:
                 raise DataError(f"{file}: ends inside tensor {name}; {AGAIN}")
             done += count
+
+    def check_parts(self, refs: Iterable[Ref]) -> None:
+        """DataError for a part that is smaller than what its form of quantisation can be read by."""
+        for ref in refs:
+            if ref.index and isinstance(self._codecs[ref.name], _Fp8):
+                raise DataError(
+                    f"{self.folder}: tensor {ref.name} is stored as {FP8[0]}, which is known for matrices of weights "
+                    "alone; take a checkpoint that keeps it in BF16"
+                )
 
     def _codec_of(self, name: str) -> _Codec | None:
         """The codec of the tensor whose main part is stored under `name`; None for scales, which belong to another."""
