@@ -15,7 +15,7 @@ from entrypoints.checkpoint.bits import Bits, contiguous, empty
 from entrypoints.checkpoint.refs import Ref, TensorInfo
 from entrypoints.errors import DataError
 
-MAX_CELL_BYTES = 64 << 20
+MAX_CELL_BYTES = 32 << 20
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -145,7 +145,7 @@ def qkv_by_groups(hf: tuple[Ref, ...], megatron: Ref, op: GroupedQKV, row_bytes:
         row_bytes: size of one row.
     """
     sizes = (op.queries, op.head_dim, op.head_dim)
-    step = max(1, MAX_CELL_BYTES // (sum(sizes) * row_bytes))
+    step = max(1, MAX_CELL_BYTES // (2 * sum(sizes) * row_bytes))  # in memory twice: the parts, and joined
     if step >= op.groups:
         yield Cell(hf, (megatron,), op)
         return

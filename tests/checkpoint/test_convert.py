@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, saved, tensor_of, write_torch_dist
+from conftest import config_of, make_model, saved, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
 
 from entrypoints.checkpoint import huggingface, torch_dist
@@ -203,18 +203,22 @@ def test_other_floats_become_bfloat16(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_heads_keep_their_dtype_and_are_merged_in_bfloat16(dtype, tmp_path):
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe", "deepseek_v3", "qwen25_tied", "llama31"])
+def test_heads_keep_their_dtype_and_are_merged_in_bfloat16(kind, dtype, tmp_path):
     from entrypoints.training.heads import DecodingHeads
 
-    heads = {name: t.to(dtype) for name, t in DecodingHeads(64).state_dict().items()}
+    heads = {name: t.to(dtype) for name, t in DecodingHeads(config_of(kind)["hidden_size"]).state_dict().items()}
     write_torch_dist(tmp_path / "ckpt" / "weights", {f"adapter.{name}": t for name, t in heads.items()})
     extract_heads(str(tmp_path / "ckpt"), str(tmp_path / "heads"))
     stored = load_file(tmp_path / "heads" / "heads.safetensors")
     assert all(torch.equal(stored[name], t) and stored[name].dtype == dtype for name, t in heads.items())
-    base = make_model(tmp_path / "base", quantized=False)
+    base = make_model(tmp_path / "base", kind, quantized=False)
     merge_heads(str(tmp_path / "heads"), str(base), str(tmp_path / "merged"))
     merged = tensors(tmp_path / "merged")
-    assert all(torch.equal(merged[name], t.bfloat16()) for name, t in heads.items())
+    assert all(torch.equal(merged.pop(name), t.bfloat16()) for name, t in heads.items())
+    plain = tensors(base)
+    assert merged.keys() == {f"llm.{name}" for name in plain}
+    assert all(torch.equal(merged[f"llm.{name}"], t) for name, t in plain.items())
 
 
 NO_TORCH = """
