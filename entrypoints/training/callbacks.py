@@ -17,6 +17,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from entrypoints.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import COMPLETE, RunFolder
+from entrypoints.training.throughput import peak_tflops
 
 STEPS_DONE = "steps_done"  # the metric that names checkpoints
 
@@ -32,13 +33,15 @@ def agree(flag: bool) -> bool:
 class Record(Callback):
     """Rank 0 writes a line, a metrics entry and the status after each step, and the plot at the end."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe, folder: RunFolder, flops_per_token: float) -> None:
+        self.recipe, self.folder, self.flops_per_token = recipe, folder, flops_per_token
         self.status: dict[str, Any] = {"state": "running", "step": 0, "steps": recipe.steps}
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.status["step"] = self.status["started_at_step"] = trainer.global_step
+        step = trainer.global_step
+        tokens = step * self.recipe.global_batch_size * self.recipe.seq_length
+        self.status |= {"step": step, "started_at_step": step, "tokens": tokens}
         if trainer.is_global_zero:
             self.folder.forget_metrics_from(trainer.global_step)
             self.folder.write_status(self.status)
@@ -51,22 +54,39 @@ class Record(Callback):
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         tokens = self.recipe.global_batch_size * self.recipe.seq_length
+        speed = self._speed(tokens / seconds, trainer.world_size)
         entry = {
             "step": trainer.global_step - 1,
             "loss": float(trainer.callback_metrics["reduced_train_loss"]),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": tokens,
             "seconds": round(seconds, 4),
+            **speed,
         }
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        self.status |= {"step": trainer.global_step, "loss": entry["loss"]}
+        trainer.logger.log_metrics({f"speed/{name}": value for name, value in speed.items()}, trainer.global_step)
+        self.status |= {
+            "step": trainer.global_step,
+            "loss": entry["loss"],
+            "tokens": self.status["tokens"] + tokens,
+        }
         self.folder.write_status(self.status)
-        print(
-            f"step {trainer.global_step}/{self.recipe.steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g} "
-            f"{tokens / seconds:.0f} tokens/s",
-            flush=True,
-        )
+        print(step_line(entry, self.recipe.steps), flush=True)
+
+    def _speed(self, tokens_per_second: float, ranks: int) -> dict[str, float]:
+        """Tokens a second, in all and per GPU, the arithmetic that is, and the peak of rank 0's memory."""
+        per_gpu = tokens_per_second / ranks
+        speed = {
+            "tokens_per_second": round(tokens_per_second, 1),
+            "tokens_per_second_per_gpu": round(per_gpu, 1),
+            "tflops_per_gpu": round(per_gpu * self.flops_per_token / 1e12, 4),
+        }
+        if torch.cuda.is_available():
+            peak = peak_tflops(torch.cuda.get_device_name())
+            speed |= {"mfu": round(speed["tflops_per_gpu"] / peak, 4)} if peak else {}
+            speed["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        return speed
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -75,6 +95,15 @@ class Record(Callback):
         self.status["state"] = "done" if done else "stopped"
         self.folder.write_status(self.status)
         plot_losses(self.folder)
+
+
+def step_line(entry: dict[str, Any], steps: int) -> str:
+    """What a person reads of a step."""
+    line = f"step {entry['step'] + 1}/{steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g}"
+    line += f" {entry['tokens_per_second']:.0f} tokens/s {entry['tokens_per_second_per_gpu']:.0f}/GPU"
+    line += f" {entry['tflops_per_gpu']:.3g} TFLOP/s/GPU"
+    line += f" MFU {entry['mfu']:.1%}" if "mfu" in entry else ""
+    return line + (f" {entry['memory_gb']:.1f} GB" if "memory_gb" in entry else "")
 
 
 class Checkpoints(nl.ModelCheckpoint):

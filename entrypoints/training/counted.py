@@ -5,8 +5,8 @@ occurs in a row says all that the heads and their loss ask of it: the moments, t
 descending order, inside a run of equal tokens as a geometric series. One pass over the logits counts; what follows
 works on VALUES counts instead of the vocabulary, and gives the derivatives by T and P along with the values.
 
-Logits below 2^-14 in size count as 2^-14: that changes a probability by less than a part in ten thousand, for one
-token in ten thousand. Equal logits are in the order of the vocabulary.
+Logits below 2^-18 in size count as 2^-18, which changes a probability by less than a part in a hundred thousand.
+Equal logits are in the order of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from entrypoints.training.heads import EPSILON_MASS, EPSILON_TEMPERATURE, TOP_P_SHARPNESS
 
 VALUES = 8192  # half of them positive, largest first, then the negative ones
-SMALLEST = 113 << 7  # the bits of 2^-14; the largest that is told apart is nearly 2^18
+SMALLEST = 109 << 7  # the bits of 2^-18; the largest that is told apart is nearly 2^14
 INFINITE = 0x7F80
-COUNT_BLOCK = 4096
+COUNT_BLOCK = 1024
 
 
 @triton.jit
@@ -192,7 +192,7 @@ class CountedRows:
         if tokens:
             _count_kernel[(tokens,)](
                 logits.contiguous().view(torch.int16), labels, self.counts, self.label_places, self.label_ranks,
-                largest, self.vocabulary, VALUES, SMALLEST, COUNT_BLOCK, num_warps=8,
+                largest, self.vocabulary, VALUES, SMALLEST, COUNT_BLOCK, num_warps=4,
             )  # fmt: skip
         self.is_finite = largest < INFINITE
 

@@ -48,7 +48,8 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int) -> None:
     folder = RunFolder(Path(recipe.out))
     model = load_model(recipe, on_gpu)
     data = load_data(recipe, index)
-    trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu)
+    flops = flops_per_token(recipe, model.config)
+    trainer = make_trainer(recipe, folder, stop_file, nodes, on_gpu, flops)
     latest = folder.latest_checkpoint()
     llm.finetune(
         model=model,
@@ -143,8 +144,17 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
     return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
 
 
-def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
-    """NeMo's trainer with the run's parallel sizes and callbacks."""
+def flops_per_token(recipe: Recipe, config: Any) -> float:
+    """The arithmetic of a token in this run, for the log."""
+    from entrypoints.checkpoint.torch_dist import Reader
+    from entrypoints.training.throughput import arithmetic
+
+    tensors = Reader(Path(recipe.model)).tensors
+    return arithmetic(tensors, config, recipe.seq_length).per_token(recipe.mode)
+
+
+def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int, on_gpu: bool, flops: float) -> Any:
+    """NeMo's trainer with the run's parallel sizes and callbacks; flops: of a token."""
     import nemo.lightning as nl
     import torch
 
@@ -166,7 +176,7 @@ def make_trainer(recipe: Recipe, folder: RunFolder, stop_file: Path, nodes: int,
         from entrypoints.training import cpu
 
         strategy = cpu.strategy(**options)
-    record = Record(recipe, folder)
+    record = Record(recipe, folder, flops)
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
