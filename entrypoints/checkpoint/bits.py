@@ -29,6 +29,7 @@ E8M0_BIAS = 127
 E8M0_NAN = 255
 REGION_BYTES = 1 << 30  # of addresses; memory is taken only where something is written
 ALIGNMENT = 64
+TILE = (512, 64)
 
 
 def bits_type(dtype: str) -> np.dtype:
@@ -73,8 +74,20 @@ def contiguous(part: Bits) -> Bits:
     if part.flags.c_contiguous:
         return part
     copy = empty(part.shape, part.dtype)
-    copy[...] = part
+    if part.ndim == 2 and part.strides[0] < part.strides[1]:
+        _transpose(part, copy)
+    else:
+        copy[...] = part
     return copy
+
+
+def _transpose(part: Bits, copy: Bits) -> None:
+    """copy = part, which lies column by column; in tiles that stay in a core's cache."""
+    rows, columns = part.shape
+    for row in range(0, rows, TILE[0]):
+        for column in range(0, columns, TILE[1]):
+            tile = slice(row, row + TILE[0]), slice(column, column + TILE[1])
+            copy[tile] = part[tile]
 
 
 def data(part: Bits) -> memoryview:

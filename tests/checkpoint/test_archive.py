@@ -10,6 +10,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import saved
@@ -62,6 +63,14 @@ def test_tensors_that_are_parts_of_larger_ones(tmp_path):
         torch.save(view, buffer)
         part, _ = read(tmp_path / "file", buffer.getvalue(), tuple(view.shape))
         assert torch.equal(bits.to_torch(part, "F32"), view)
+
+
+def test_transposed_parts_of_any_shape_are_put_in_order():
+    """Smaller than a tile, larger, and no multiple of one."""
+    for shape in ((1, 1), (3, 700), (64, 512), (200, 1025), (0, 5)):
+        part = np.random.default_rng(0).integers(0, 1 << 16, shape, dtype=np.uint16)
+        found = bits.contiguous(part.T)
+        assert found.flags.c_contiguous and np.array_equal(found, part.T)
 
 
 def test_an_object_without_tensors():
