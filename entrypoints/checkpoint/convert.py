@@ -51,7 +51,6 @@ def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
         config = without_mtp(config)  # transformers saves a model without its layer for multi-token prediction
     model = family.rules(config)
     rules.check_tensors(reader.tensors, model.hf, str(folder))
-    reader.check_parts(ref for cell in model.cells for ref in cell.hf)
     return Opened(config, family, model, reader)
 
 

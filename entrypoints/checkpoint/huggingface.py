@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,15 +207,6 @@ class Reader:
                 raise DataError(f"{file}: ends inside tensor {name}; {AGAIN}")
             done += count
 
-    def check_parts(self, refs: Iterable[Ref]) -> None:
-        """DataError for a part that is smaller than what its form of quantisation can be read by."""
-        for ref in refs:
-            if ref.index and isinstance(self._codecs[ref.name], _Fp8):
-                raise DataError(
-                    f"{self.folder}: tensor {ref.name} is stored as {FP8[0]}, which is known for matrices of weights "
-                    "alone; take a checkpoint that keeps it in BF16"
-                )
-
     def _codec_of(self, name: str) -> _Codec | None:
         """The codec of the tensor whose main part is stored under `name`; None for scales, which belong to another."""
         info = self.stored[name].info
@@ -314,8 +305,9 @@ class _Fp8:
     ) -> None:
         if scales.dtype not in FP8_SCALE_DTYPES:
             raise DataError(f"{folder}: {scale} is stored as {scales.dtype}; known are {', '.join(FP8_SCALE_DTYPES)}")
-        if len(weight.shape) != 2:
-            raise DataError(f"{folder}: FP8 tensor {name} has shape {list(weight.shape)}; only matrices are known")
+        if len(weight.shape) != 2 or name.endswith("bias"):  # the biases of experts are a matrix, read row by row
+            shape = list(weight.shape)
+            raise DataError(f"{folder}: FP8 tensor {name} has shape {shape}; only matrices are known, of weights")
         rows, columns = weight.shape
         grid = (-(-rows // block[0]), -(-columns // block[1]))
         if scales.shape in ((), (1,), (1, 1)):

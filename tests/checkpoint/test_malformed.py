@@ -108,7 +108,7 @@ CASES = {
     "FP8 stack": (lambda m: as_fp8(m, f"{EXPERTS}.gate_up_proj", (4, 64, 128)), "only matrices are known"),
     "FP8 biases of experts": (
         lambda m: as_fp8(m, f"{EXPERTS}.down_proj_bias"),
-        f"{EXPERTS}.down_proj_bias is stored as F8_E4M3, which is known for matrices",
+        f"FP8 tensor {EXPERTS}.down_proj_bias has shape [4, 64]; only matrices are known, of weights",
     ),
 }
 
