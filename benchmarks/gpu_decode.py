@@ -14,6 +14,7 @@ import torch
 import triton
 
 from entrypoints.checkpoint import gpu, quantization
+from entrypoints.checkpoint.bits import from_torch, to_torch
 
 FP8_SHAPES = {  # one matrix of DeepSeek-V3 and the same stacked to more than the cache holds
     "q_b_proj": (24576, 1536),
@@ -65,17 +66,20 @@ def same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 def check() -> None:
     """Every code with scales of every kind, ragged edges, NaN and infinity included, bit for bit."""
     torch.manual_seed(1)
+    decode = quantization.decode_fp8_block
     for rows, columns, block in ((300, 515, (128, 128)), (64, 256, (32, 64)), (1, 7, (128, 128)), (7, 300, (3, 100))):
         codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
         shape = (-(-rows // block[0]), -(-columns // block[1]))
         for scale in (torch.rand(shape), torch.randn(shape) * 1e36, torch.rand(shape) * 1e-40):
             for first in (0, 1):
-                part, wide = codes[first:], scale
-                wanted = quantization.decode_fp8_block(part, wide, block, first)
-                assert same_bits(gpu.decode_fp8_block(part.cuda(), wide.cuda(), block, first), wanted), (rows, columns)
+                part = codes[first:]
+                wanted = to_torch(decode(from_torch(part), scale.numpy(), block, first), "BF16")
+                found = gpu.decode_fp8_block(part.cuda(), scale.cuda(), block, first)
+                assert same_bits(found, wanted), (rows, columns)
     blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(1, 256, 1)
     scales = torch.arange(256, dtype=torch.uint8).view(1, 256).repeat(16, 1)
-    assert same_bits(gpu.decode_mxfp4(blocks.cuda(), scales.cuda()), quantization.decode_mxfp4(blocks, scales))
+    wanted = to_torch(quantization.decode_mxfp4(blocks.numpy(), scales.numpy()), "BF16")
+    assert same_bits(gpu.decode_mxfp4(blocks.cuda(), scales.cuda()), wanted)
     print("bits: every code, scale, ragged edge and NaN as on the CPU")
 
 

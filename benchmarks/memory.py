@@ -25,23 +25,21 @@ def main() -> None:
     if options.peer:
         return hold_everything(*options.peer)
     rows, peaks = [], {command: [] for command in COMMANDS}
-    with scratch(options.scratch, 3 * max(options.gigabytes)) as folder:
+    with scratch(options.scratch, 2 * max(options.gigabytes)) as folder:
         for gigabytes in sorted(options.gigabytes):
             make_model(folder / "hf", options, gigabytes)
             sizes = [f"{gigabytes:g} GB"]
             for command in COMMANDS:
                 source = folder / ("import" if command == "export" else "hf")
                 peaks[command].append(slipway(command, source, folder / command).peak)
-                if command != "import":
-                    shutil.rmtree(folder / command)
+                shutil.rmtree(folder / ("hf" if command == "import" else command))
             rows.append(sizes + [human_bytes(peaks[command][-1]) for command in COMMANDS])
             shutil.rmtree(folder / "import")
-            shutil.rmtree(folder / "hf")
         if options.peer_gigabytes:
             make_model(folder / "hf", options, options.peer_gigabytes)
             peer = measure("-m", "benchmarks.memory", "--peer", folder / "hf", folder / "out").peak
             rows.append([f"peer, {options.peer_gigabytes:g} GB", human_bytes(peer), "", ""])
-    print(f"peak memory, {options.model} in {options.format}; Python with torch {human_bytes(interpreter().peak)}")
+    print(f"peak memory, {options.model} in {options.format}; Python alone {human_bytes(interpreter().peak)}")
     print_table(["model in BF16", *COMMANDS], rows)
     for command, found in peaks.items():
         growth = found[-1] / found[0]
@@ -53,15 +51,18 @@ def hold_everything(source: Path, target: Path) -> None:
     """The peer: one file's tensors after the other into one dictionary, decoded, then saved."""
     from safetensors.torch import load_file, save_file
 
+    from entrypoints.checkpoint.bits import from_torch, to_torch
     from entrypoints.checkpoint.quantization import decode_fp8_block, decode_mxfp4
 
     stored = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     model = {}
     for name, tensor in stored.items():
         if name.endswith("_blocks"):
-            model[name] = decode_mxfp4(tensor, stored[name.removesuffix("_blocks") + "_scales"])
+            scales = stored[name.removesuffix("_blocks") + "_scales"]
+            model[name] = to_torch(decode_mxfp4(tensor.numpy(), scales.numpy()), "BF16")
         elif (scale := f"{name}_scale_inv") in stored:
-            model[name] = decode_fp8_block(tensor, stored[scale], (128, 128))
+            decoded = decode_fp8_block(from_torch(tensor), stored[scale].numpy(), (128, 128))
+            model[name] = to_torch(decoded, "BF16")
         elif not name.endswith(("_scales", "_scale_inv")):
             model[name] = tensor
     target.mkdir()

@@ -1,7 +1,7 @@
 """Planning DeepSeek-V3 at its full size: 671 B parameters in FP8 with the layer for multi-token prediction.
 
 The model is sparse files of the true sizes: headers are real, the data is holes. Beside the plan's seconds and memory
-stands what Python with torch takes by itself.
+stands what Python takes by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         model = Path(folder) / "deepseek_v3"
         measure("-m", "benchmarks.planning", "--make", model)
         start, rows, lines = interpreter(), [], []
-        rows.append(["Python with torch", f"{start.seconds:.1f}", human_bytes(start.peak)])
+        rows.append(["Python alone", f"{start.seconds:.1f}", human_bytes(start.peak)])
         for words in (["dequant"], ["import"], ["import", "--mtp"]):
             command = [words[0], model, Path(folder) / "out", *words[1:], "--dry-run"]
             found = slipway(*command)

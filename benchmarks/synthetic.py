@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from entrypoints.checkpoint.bits import E8M0_BIAS
 from entrypoints.checkpoint.huggingface import INDEX, Layout
-from entrypoints.checkpoint.quantization import E8M0_BIAS
 from entrypoints.checkpoint.refs import TORCH_NAMES, TensorInfo
 from entrypoints.families import FAMILIES
 

@@ -61,7 +61,8 @@ def by_definition(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
         elif f"{name}_scale_inv" in stored:
             tensors[name] = _fp8(tensor, stored[f"{name}_scale_inv"], about["weight_block_size"])
         elif f"{name}_scale" in stored:
-            weights = about["config_groups"]["group_0"]["weights"]
+            groups = about.get("config_groups", {})  # fbgemm has a scale for each row and no need to say so
+            weights = groups["group_0"]["weights"] if groups else {"strategy": "channel"}
             block = {"tensor": tensor.shape, "channel": (1, tensor.shape[1])}
             size = block.get(weights["strategy"]) or weights["block_structure"]
             tensors[name] = _fp8(tensor, stored[f"{name}_scale"], size)

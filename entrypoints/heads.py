@@ -28,9 +28,7 @@ def extract_heads(ckpt: str, out: str) -> Summary:
         ckpt: NeMo checkpoint of heads training.
         out: folder to write: heads.safetensors and config.json.
     """
-    from safetensors.torch import save
-
-    from entrypoints.checkpoint import locate, stream, torch_dist
+    from entrypoints.checkpoint import huggingface, locate, stream, torch_dist
     from entrypoints.checkpoint.refs import Ref
 
     started, target = time.monotonic(), locate.output(out)
@@ -41,11 +39,11 @@ def extract_heads(ckpt: str, out: str) -> Summary:
             f"{ckpt} holds no trained heads ({ADAPTER}{missing[0]} is missing); give one of `train --mode heads`"
         )
     heads = {name: reader.read(Ref(ADAPTER + name)) for name in NAMES}
-    content = save(heads, metadata={"format": "pt"})
+    content = huggingface.one_file({n: (part, reader.tensors[ADAPTER + n].dtype) for n, part in heads.items()})
     config = (json.dumps(heads_config(heads, _base_of(reader.folder)), indent=2) + "\n").encode()
     plan = stream.Plan({}, [], {FILE: content, "config.json": config}, {}, ["extract-heads", str(reader.folder)])
     stream.run(plan, target, "extract-heads", 1)
-    details = {"tensors": len(heads), "parameters": sum(part.numel() for part in heads.values())}
+    details = {"tensors": len(heads), "parameters": sum(part.size for part in heads.values())}
     return Summary("extract-heads", str(target), plan.bytes, time.monotonic() - started, details)
 
 
@@ -93,7 +91,8 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(name → tensor, config fields) of a folder that `extract-heads` wrote; DataError where it is anything else."""
+    """(name → tensor in BF16, config fields) of a folder that `extract-heads` wrote; DataError for any other."""
+    from entrypoints.checkpoint.bits import as_dtype
     from entrypoints.checkpoint.huggingface import Reader, read_header
     from entrypoints.checkpoint.refs import Ref
     from entrypoints.families import read_config
@@ -104,6 +103,6 @@ def read_heads(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if set(stored.tensors) != set(NAMES):
         odd = sorted(set(stored.tensors) ^ set(NAMES))[0]
         raise DataError(f"{folder / FILE}: {odd} is missing or surplus; extract the heads again")
-    tensors = {name: stored.read(Ref(name)) for name in NAMES}
+    tensors = {name: as_dtype(stored.read(Ref(name)), stored.tensors[name].dtype, "BF16") for name in NAMES}
     base = read_config(folder / "config.json").get("base_model_name_or_path", "")
     return tensors, heads_config(tensors, base)

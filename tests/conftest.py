@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import socket
 import subprocess
 import sys
@@ -98,19 +100,35 @@ def nemo_model(mxfp4_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def write_torch_dist(weights: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A torch_dist checkpoint, as training leaves one, of the tensors under these keys."""
-    from entrypoints.checkpoint import torch_dist
-    from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
+def tensor_of(reader: Any, name: str) -> torch.Tensor:
+    """A whole tensor, as torch's, of any reader of ours."""
+    from entrypoints.checkpoint.bits import to_torch
+    from entrypoints.checkpoint.refs import Ref
 
-    dtypes = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
-    infos = {key: TensorInfo(tuple(tensor.shape), dtypes[tensor.dtype]) for key, tensor in tensors.items()}
-    layout = torch_dist.Layout(infos, [Ref(key) for key in infos], [])
+    return to_torch(reader.read(Ref(name)), reader.tensors[name].dtype)
+
+
+def saved(tensor: torch.Tensor) -> bytes:
+    """The archive that torch.save writes of a tensor alone."""
+    buffer = io.BytesIO()
+    torch.save(tensor.clone(memory_format=torch.contiguous_format), buffer)
+    return buffer.getvalue()
+
+
+def write_torch_dist(weights: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A torch_dist checkpoint by torch's own code, of the tensors under these keys, as training leaves one."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    storage, state, content = {}, {}, b""
+    for key, tensor in tensors.items():
+        blob, start = saved(tensor), torch.Size([0] * tensor.dim())
+        chunks = [dcp.ChunkStorageMetadata(start, tensor.size())]
+        properties = dcp.TensorProperties(dtype=tensor.dtype)
+        state[f"module.{key}"] = dcp.TensorStorageMetadata(properties, tensor.size(), chunks)
+        where = _StorageInfo("__0_0.distcp", len(content), len(blob))
+        storage[dcp.MetadataIndex(f"module.{key}", start)] = where
+        content += blob
     weights.mkdir(parents=True)
-    for file, size in layout.sizes.items():
-        content = bytearray(size)
-        for ref, (at, offset, length) in layout.places.items():
-            if at == file:
-                content[offset : offset + length] = torch_dist.serialize(tensors[ref.name])
-        (weights / file).write_bytes(content)
-    (weights / ".metadata").write_bytes(layout.metadata())
+    (weights / "__0_0.distcp").write_bytes(content)
+    (weights / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(state, storage_data=storage)))

@@ -14,8 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from entrypoints.checkpoint import convert, huggingface, inspection, stream
-from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
+from entrypoints.checkpoint.bits import Bits, as_dtype, contiguous, to_float32, to_torch
+from entrypoints.checkpoint.refs import Ref, TensorInfo
 from entrypoints.errors import DataError, SlipwayError
 from entrypoints.families import family_of, read_config, rules
 from entrypoints.families.decoder import has_mtp, mtp_layers, without_mtp
@@ -36,14 +39,14 @@ class Model:
         path: where it lies.
         config: config.json of the dequantised model.
         family: its family.
-        read: the Hugging Face parts of a cell.
+        read: the Hugging Face parts of a cell, in the dtypes that the family's rules give them.
         nemo: it is a NeMo checkpoint.
     """
 
     path: Path
     config: dict[str, Any]
     family: ModuleType
-    read: Callable[[rules.Cell], tuple[Tensor, ...]]
+    read: Callable[[rules.Cell], tuple[Bits, ...]]
     nemo: bool = False
 
     @functools.cached_property
@@ -64,18 +67,16 @@ def open_model(path: Path) -> Model:
         return _open_merged(path)
     found = convert.open_model(path)
 
-    def read(cell: rules.Cell) -> tuple[Tensor, ...]:
-        return tuple(map(found.reader.read, cell.hf))
+    def read(cell: rules.Cell) -> tuple[Bits, ...]:
+        dtypes = ((found.reader.tensors[ref.name].dtype, found.model.hf[ref.name].dtype) for ref in cell.hf)
+        return tuple(as_dtype(found.reader.read(ref), *pair) for ref, pair in zip(cell.hf, dtypes, strict=True))
 
     return Model(path, convert.bf16_config(found.config), found.family, read)
 
 
 def _open_nemo(path: Path) -> Model:
     found = convert.open_nemo(path)
-
-    def read(cell: rules.Cell) -> tuple[Tensor, ...]:
-        return cell.op.to_hf(tuple(map(found.reader.read, cell.megatron)))
-
+    read = functools.partial(convert.hf_parts, found)
     return Model(found.reader.folder.parent, found.config, found.family, read, nemo=True)
 
 
@@ -86,10 +87,14 @@ def _open_merged(path: Path) -> Model:
     reader = huggingface.Reader(path, huggingface.read_folder(path), config)
     base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
     config = config if has_mtp(config, base) else without_mtp(config)
-    rules.check_tensors(base, family.rules(config).hf, str(path))
+    model = family.rules(config)
+    rules.check_tensors(base, model.hf, str(path))
 
-    def read(cell: rules.Cell) -> tuple[Tensor, ...]:
-        return tuple(reader.read(Ref(inspection.BASE + ref.name, ref.index, ref.rows)) for ref in cell.hf)
+    def read(cell: rules.Cell) -> tuple[Bits, ...]:
+        refs = (Ref(inspection.BASE + ref.name, ref.index, ref.rows) for ref in cell.hf)
+        dtypes = (model.hf[ref.name].dtype for ref in cell.hf)
+        parts = zip(refs, dtypes, strict=True)
+        return tuple(as_dtype(reader.read(ref), reader.tensors[ref.name].dtype, dtype) for ref, dtype in parts)
 
     return Model(path, config, family, read)
 
@@ -149,24 +154,22 @@ def _bytes(cell: rules.Cell, tensors: Mapping[str, TensorInfo]) -> int:
     return sum(TensorInfo(ref.shape(info.shape), info.dtype).bytes for ref, info in infos)
 
 
-def _difference(ref: Ref, info: TensorInfo, one: Tensor, other: Tensor, atol: float) -> str | None:
+def _difference(ref: Ref, info: TensorInfo, one: Bits, other: Bits, atol: float) -> str | None:
     """The first element of a part that differs, in words."""
-    import torch
-
-    dtype = getattr(torch, TORCH_NAMES[info.dtype])
-    one, other = (part.to(dtype).contiguous() for part in (one, other))
-    whole_numbers = torch.int16 if info.dtype == "BF16" else torch.int32
-    if torch.equal(one.view(whole_numbers), other.view(whole_numbers)):
-        return None
-    same = (one.isnan() & other.isnan()) | (one.view(whole_numbers) == other.view(whole_numbers))
-    if atol:
-        same |= (one.float() - other.float()).abs() <= atol
+    same = one == other
     if same.all():
         return None
-    at = int(same.logical_not().flatten().to(torch.uint8).argmax())
-    values = [part.flatten()[at].item() for part in (one, other)]
+    values = [to_float32(contiguous(part), info.dtype) for part in (one, other)]
+    same |= np.isnan(values[0]) & np.isnan(values[1])
+    if atol:
+        with np.errstate(invalid="ignore"):
+            same |= np.abs(values[0] - values[1]) <= atol
+    if same.all():
+        return None
+    at = int(same.argmin())
     index = _unravel(ref.start(info.shape) + at, info.shape)
-    return f"tensor {ref.name}{index} is {values[0]!r} in the first and {values[1]!r} in the second"
+    found = [float(value.flat[at]) for value in values]
+    return f"tensor {ref.name}{index} is {found[0]!r} in the first and {found[1]!r} in the second"
 
 
 def _unravel(at: int, shape: tuple[int, ...]) -> list[int]:
@@ -211,7 +214,8 @@ def _logits_of_transformers(model: Model, tokens: Tensor) -> Tensor:
     for cell in model.rules.cells:
         for ref, part in zip(cell.hf, model.read(cell), strict=True):
             whole = state[ref.name][ref.index]
-            (whole if ref.rows is None else whole[slice(*ref.rows)]).copy_(part)
+            tensor = to_torch(part, model.rules.hf[ref.name].dtype)
+            (whole if ref.rows is None else whole[slice(*ref.rows)]).copy_(tensor)
     module.tie_weights()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from entrypoints.checkpoint import huggingface, lora, nemo_context, torch_dist
-from entrypoints.checkpoint.refs import TORCH_NAMES, Ref, TensorInfo
-from entrypoints.checkpoint.stream import Piece, Plan, Write, identity_of_files, tensor_bytes
+from entrypoints.checkpoint import archive, huggingface, lora, nemo_context, torch_dist
+from entrypoints.checkpoint.bits import Bits, as_dtype, data
+from entrypoints.checkpoint.refs import Ref, TensorInfo
+from entrypoints.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from entrypoints.errors import DataError
 from entrypoints.families import family_of, read_config, rules
 from entrypoints.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template")
 
@@ -25,13 +23,6 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_
 def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the dequantised model."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
-
-
-def as_dtype(part: Tensor, dtype: str) -> Tensor:
-    """The part in a dtype given in safetensors' spelling."""
-    import torch
-
-    return part.to(getattr(torch, TORCH_NAMES[dtype]))
 
 
 @dataclass(frozen=True)
@@ -101,10 +92,12 @@ def import_plan(
             for ref, part in zip(cell.megatron, parts, strict=True):
                 file, offset, length = layout.places[ref]
                 info = tensors[ref.name]
-                part = as_dtype(part, info.dtype).reshape(torch_dist.chunk_sizes(ref, info.shape))
-                blob = torch_dist.serialize(part)
-                assert len(blob) == length, f"archive of {ref} has another length than planned"
-                yield f"weights/{file}", offset, blob
+                part = as_dtype(part, reader.tensors[cell.hf[0].name].dtype, info.dtype)
+                blob = archive.write(part.reshape(torch_dist.chunk_sizes(ref, info.shape)), info.dtype)
+                assert sum(map(len, blob)) == length, f"archive of {ref} has another length than planned"
+                for content in blob:
+                    yield f"weights/{file}", offset, content
+                    offset += len(content)
 
         return Piece(sum(reader.source_bytes(ref) for ref in cell.hf), work)
 
@@ -159,6 +152,15 @@ def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
     return Opened(config, family, model, reader)
 
 
+def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
+    """The Hugging Face parts of a cell of a NeMo checkpoint, in the dtypes that the family's rules give them."""
+    dtype = source.reader.tensors[cell.megatron[0].name].dtype
+    parts = cell.op.to_hf(tuple(map(source.reader.read, cell.megatron)))
+    return tuple(
+        as_dtype(part, dtype, source.model.hf[ref.name].dtype) for ref, part in zip(cell.hf, parts, strict=True)
+    )
+
+
 def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) -> Plan:
     """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
     source = open_nemo(checkpoint, base)
@@ -167,9 +169,8 @@ def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) ->
 
     def piece(cell: rules.Cell) -> Piece:
         def work() -> Iterable[Write]:
-            parts = cell.op.to_hf(tuple(reader.read(ref) for ref in cell.megatron))
-            for ref, part in zip(cell.hf, parts, strict=True):
-                yield (*layout.place(ref), tensor_bytes(as_dtype(part, model.hf[ref.name].dtype)))
+            for ref, part in zip(cell.hf, hf_parts(source, cell), strict=True):
+                yield (*layout.place(ref), data(part))
 
         return Piece(sum(TensorInfo(r.shape(model.megatron[r.name].shape)).bytes for r in cell.megatron), work)
 
@@ -192,8 +193,8 @@ def context_folder(weights: Path) -> Path:
     return weights.parent / "context"
 
 
-def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], base: Path, shard_bytes: int) -> Plan:
-    """Plan of one model of base (`llm.*`) and heads, in the form of AutoDeco."""
+def merge_plan(heads: Mapping[str, Bits], heads_config: Mapping[str, Any], base: Path, shard_bytes: int) -> Plan:
+    """Plan of one model of base (`llm.*`) and heads (in BF16), in the form of AutoDeco."""
     source = open_model(base)
     config, model, reader = source.config, source.model, source.reader
     if reader.quantized:
@@ -204,13 +205,12 @@ def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], bas
             f"{base} has {config['hidden_size']}; take the base they were trained on"
         )
     tensors = {f"llm.{name}": reader.tensors[name] for name in model.hf}
-    tensors |= {name: TensorInfo(tuple(part.shape), "BF16") for name, part in heads.items()}
+    tensors |= {name: TensorInfo(part.shape) for name, part in heads.items()}
     layout = huggingface.Layout(tensors, shard_bytes)
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, Ref(f"llm.{ref.name}", ref.index, ref.rows)) for ref in refs]
     pieces += [
-        Piece(part.nbytes, lambda n=name, p=part: [(*layout.place(Ref(n)), tensor_bytes(p.bfloat16()))])
-        for name, part in heads.items()
+        Piece(part.nbytes, lambda n=name, p=part: [(*layout.place(Ref(n)), data(p))]) for name, part in heads.items()
     ]
     merged = {
         **config,
@@ -224,7 +224,7 @@ def merge_plan(heads: Mapping[str, Tensor], heads_config: Mapping[str, Any], bas
 
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
     """Read (and decode) one part and put it at its place."""
-    return Piece(reader.source_bytes(source), lambda: [(*layout.place(target), tensor_bytes(reader.read(source)))])
+    return Piece(reader.source_bytes(source), lambda: [(*layout.place(target), data(reader.read(source)))])
 
 
 def _hf_plan(

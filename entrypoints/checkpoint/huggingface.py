@@ -11,16 +11,17 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from entrypoints.checkpoint.bits import Bits, bits_type, contiguous, empty, from_torch, to_float32, to_torch
+from entrypoints.checkpoint.quantization import decode_fp8_block, decode_mxfp4
 from entrypoints.checkpoint.refs import DTYPE_BYTES, TORCH_NAMES, Ref, TensorInfo
 from entrypoints.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -149,7 +150,7 @@ class Reader:
         devices: Sequence[str] = ("cpu",),
     ) -> None:
         self.folder, self.stored = folder, stored
-        self._pinned, self._devices = devices[0] != "cpu", itertools.cycle(devices)
+        self._devices, self._turns = devices, itertools.cycle(devices)
         self.block = _block_size(config, folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._codecs: dict[str, _Codec] = {}
@@ -164,19 +165,18 @@ class Reader:
         """The names of the tensors that are decoded on reading."""
         return [name for name, codec in self._codecs.items() if not isinstance(codec, _Plain)]
 
-    def read(self, ref: Ref) -> Tensor:
-        """The part as a tensor of its decoded dtype."""
+    def read(self, ref: Ref) -> Bits:
+        """The part, in its decoded dtype."""
         return self._codecs[ref.name].read(self, ref)
 
-    def decode(self, decoder: Callable[..., Tensor], *parts: Tensor, **options: Any) -> Tensor:
-        """What `decoder` makes of the parts on the next device, brought to the CPU."""
-        import torch
+    @property
+    def on_gpu(self) -> bool:
+        """Decoding is done by GPUs."""
+        return self._devices[0] != "cpu"
 
-        device = next(self._devices)
-        if device == "cpu":
-            return decoder(*parts, **options)
-        found = decoder(*(part.to(device, non_blocking=True) for part in parts), **options)
-        return torch.empty_like(found, device="cpu", pin_memory=True).copy_(found)
+    def next_device(self) -> str:
+        """The GPU whose turn it is."""
+        return next(self._turns)
 
     def source_bytes(self, ref: Ref) -> int:
         """How many bytes `read` reads for a part, for progress and for planning."""
@@ -188,17 +188,13 @@ class Reader:
         """Every safetensors file of the folder."""
         return sorted({place.file for place in self.stored.values()})
 
-    def read_stored(self, name: str, ref: Ref) -> Tensor:
+    def read_stored(self, name: str, ref: Ref) -> Bits:
         """A part of a tensor exactly as it is stored."""
-        import torch
-
         place = self.stored[name]
-        shape = ref.shape(place.info.shape)
-        info = TensorInfo(shape, place.info.dtype)
-        buffer = torch.empty(info.bytes, dtype=torch.uint8, pin_memory=self._pinned)
-        offset = place.offset + ref.start(place.info.shape) * DTYPE_BYTES[info.dtype]
-        self._fill(memoryview(buffer.numpy()), place.file, offset, name)
-        return buffer.view(getattr(torch, TORCH_NAMES[info.dtype])).view(shape)
+        part = empty(ref.shape(place.info.shape), bits_type(place.info.dtype))
+        offset = place.offset + ref.start(place.info.shape) * DTYPE_BYTES[place.info.dtype]
+        self._fill(memoryview(part.reshape(-1).view(np.uint8)), place.file, offset, name)
+        return part
 
     def _fill(self, view: memoryview, file: Path, offset: int, name: str) -> None:
         descriptor = self._descriptors.get(file)
@@ -271,7 +267,7 @@ class _Plain:
     def __init__(self, name: str, info: TensorInfo) -> None:
         self.name, self.info, self.stored_bytes = name, info, info.bytes
 
-    def read(self, reader: Reader, ref: Ref) -> Tensor:
+    def read(self, reader: Reader, ref: Ref) -> Bits:
         return reader.read_stored(self.name, ref)
 
 
@@ -288,13 +284,17 @@ class _Mxfp4:
         self.name, self.info = name, TensorInfo((experts, 32 * groups, rows))
         self.stored_bytes = blocks.bytes + scales.bytes
 
-    def read(self, reader: Reader, ref: Ref) -> Tensor:
-        from entrypoints.checkpoint.quantization import decode_mxfp4
-
+    def read(self, reader: Reader, ref: Ref) -> Bits:
         assert ref.rows is None and len(ref.index) <= 1, "MXFP4 is read by whole experts"
         blocks = reader.read_stored(f"{self.name}_blocks", ref)
         scales = reader.read_stored(f"{self.name}_scales", ref)
-        return reader.decode(decode_mxfp4, blocks, scales).transpose(-1, -2)
+        if reader.on_gpu:
+            from entrypoints.checkpoint import gpu
+
+            device = reader.next_device()
+            found = gpu.decode_mxfp4(*(to_torch(part, "U8").to(device) for part in (blocks, scales)))
+            return from_torch(found.cpu()).swapaxes(-1, -2)
+        return decode_mxfp4(blocks, scales).swapaxes(-1, -2)
 
 
 class _Fp8:
@@ -305,8 +305,9 @@ class _Fp8:
     ) -> None:
         if scales.dtype not in FP8_SCALE_DTYPES:
             raise DataError(f"{folder}: {scale} is stored as {scales.dtype}; known are {', '.join(FP8_SCALE_DTYPES)}")
-        if len(weight.shape) != 2:
-            raise DataError(f"{folder}: FP8 tensor {name} has shape {list(weight.shape)}; only matrices are known")
+        if len(weight.shape) != 2 or name.endswith("bias"):  # the biases of experts are a matrix, read row by row
+            shape = list(weight.shape)
+            raise DataError(f"{folder}: FP8 tensor {name} has shape {shape}; only matrices are known, of weights")
         rows, columns = weight.shape
         grid = (-(-rows // block[0]), -(-columns // block[1]))
         if scales.shape in ((), (1,), (1, 1)):
@@ -319,15 +320,19 @@ class _Fp8:
                 f"found {list(scales.shape)}; is weight_block_size in config.json right?"
             )
         self.name, self.info, self.scale, self.block, self.grid = name, TensorInfo(weight.shape), scale, block, grid
-        self.stored_bytes = weight.bytes + scales.bytes
+        self.scale_dtype, self.stored_bytes = scales.dtype, weight.bytes + scales.bytes
 
-    def read(self, reader: Reader, ref: Ref) -> Tensor:
-        from entrypoints.checkpoint.quantization import decode_fp8_block
-
+    def read(self, reader: Reader, ref: Ref) -> Bits:
         weight = reader.read_stored(self.name, ref)
-        scales = reader.read_stored(self.scale, Ref(self.scale)).view(self.grid)
+        scales = to_float32(reader.read_stored(self.scale, Ref(self.scale)), self.scale_dtype).reshape(self.grid)
         first_row = ref.rows[0] if ref.rows else 0
-        return reader.decode(decode_fp8_block, weight, scales, block=self.block, first_row=first_row)
+        if reader.on_gpu:
+            from entrypoints.checkpoint import gpu
+
+            device = reader.next_device()
+            on_gpu = to_torch(weight, "F8_E4M3").to(device), to_torch(scales, "F32").to(device)
+            return from_torch(gpu.decode_fp8_block(*on_gpu, self.block, first_row).cpu())
+        return decode_fp8_block(weight, scales, self.block, first_row)
 
 
 _Codec = _Plain | _Mxfp4 | _Fp8
@@ -393,6 +398,17 @@ class Layout:
         parameters = total // 2
         metadata = {"total_parameters": parameters, "total_size": total}
         return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def one_file(parts: Mapping[str, tuple[Bits, str]]) -> bytes:
+    """A whole safetensors file; parts are (tensor, dtype)."""
+    from safetensors import serialize
+
+    described = {
+        name: {"dtype": TORCH_NAMES[dtype], "shape": part.shape, "data": contiguous(part).tobytes()}
+        for name, (part, dtype) in parts.items()
+    }
+    return serialize(described, metadata={"format": "pt"})
 
 
 def other_files(folder: Path) -> list[Path]:

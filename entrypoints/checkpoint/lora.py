@@ -11,15 +11,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from entrypoints.checkpoint import huggingface
+from entrypoints.checkpoint.bits import Bits, as_dtype, to_float32
 from entrypoints.checkpoint.refs import Ref, TensorInfo
 from entrypoints.checkpoint.torch_dist import Reader
 from entrypoints.errors import DataError
 from entrypoints.families import rules
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 IN, OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
 BASE_NOTE = "adapter_metadata.json"
@@ -58,7 +58,7 @@ def rank_of(adapters: Reader) -> int:
 
 
 class Merged:
-    """A base checkpoint read as if its adapters had been trained into it; rounded once, at the end.
+    """A base checkpoint read as if its adapters had been trained into it: adapted tensors in float32, not rounded.
 
     Args:
         base, adapters: readers of both.
@@ -66,19 +66,24 @@ class Merged:
 
     def __init__(self, base: Reader, adapters: Reader) -> None:
         self.base, self.adapters, self.scale = base, adapters, scale_of(adapters)
-        self.folder, self.tensors = base.folder, base.tensors
-        for key in targets(adapters):
+        self._adapted = set(targets(adapters))
+        for key in self._adapted:
             _check_fit(key, base, adapters)
+        self.folder, self.tensors = base.folder, dict(base.tensors)
+        self.tensors |= {key: TensorInfo(base.tensors[key].shape, "F32") for key in self._adapted}
 
-    def read(self, ref: Ref) -> Tensor:
-        """A part of the sum, in the base's dtype."""
+    def read(self, ref: Ref) -> Bits:
+        """A part of the sum."""
         part = self.base.read(ref)
-        stem = ref.name.removesuffix(".weight")
-        if stem + IN not in self.adapters.tensors:
+        if ref.name not in self._adapted:
             return part
-        inner = self.adapters.read(Ref(stem + IN, ref.index)).float()
-        outer = self.adapters.read(Ref(stem + OUT, ref.index, ref.rows)).float()
-        return part.float().add_(outer @ inner, alpha=self.scale).to(part.dtype)
+        stem = ref.name.removesuffix(".weight")
+        inner = _floats(self.adapters, Ref(stem + IN, ref.index))
+        outer = _floats(self.adapters, Ref(stem + OUT, ref.index, ref.rows))
+        found = np.matmul(outer, inner)
+        found *= np.float32(self.scale)
+        found += to_float32(part, self.base.tensors[ref.name].dtype)
+        return found.view(np.uint32)
 
     def files(self) -> list[Path]:
         """Every file of both."""
@@ -106,6 +111,10 @@ def _check_fit(key: str, base: Reader, adapters: Reader) -> None:
             )
 
 
+def _floats(reader: Reader, ref: Ref) -> Bits:
+    return to_float32(reader.read(ref), reader.tensors[ref.name].dtype)
+
+
 # ---------------------------------------------------------------------------- peft
 
 
@@ -114,12 +123,10 @@ def peft_adapter(adapters: Reader, model: rules.Rules, base_name: str) -> dict[s
 
     Errors: DataError for weights that Hugging Face's form does not hold as matrices of their own.
     """
-    from safetensors.torch import save
-
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, tuple[Bits, str]] = {}
     for name, inner, outer in _per_matrix(adapters, model):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = inner
-        tensors[f"base_model.model.{name}.lora_B.weight"] = outer
+        tensors[f"base_model.model.{name}.lora_A.weight"] = inner, "BF16"
+        tensors[f"base_model.model.{name}.lora_B.weight"] = outer, "BF16"
     names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
     config = {
         "peft_type": "LORA",
@@ -132,33 +139,36 @@ def peft_adapter(adapters: Reader, model: rules.Rules, base_name: str) -> dict[s
         "bias": "none",
         "target_modules": _short_names(names, model.hf),
     }
-    return {FILE: save(tensors, metadata={"format": "pt"}), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    return {FILE: huggingface.one_file(tensors), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _per_matrix(adapters: Reader, model: rules.Rules) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(Hugging Face's module, A [rank, in], B [out, rank]), B's rows collected from all cells of the matrix."""
-    import torch
-
-    wanted, outers = set(targets(adapters)), {}
-    inners: dict[str, Tensor] = {}
+def _per_matrix(adapters: Reader, model: rules.Rules) -> Iterator[tuple[str, Bits, Bits]]:
+    """(Hugging Face's module, A [rank, in], B [out, rank]) in bfloat16, B's rows collected from all cells."""
+    wanted = set(targets(adapters))
+    inners: dict[str, Bits] = {}
+    outers: dict[str, Bits] = {}
     for cell in model.cells:
         if not any(ref.name in wanted for ref in cell.megatron):
             continue
-        stems = [ref.name.removesuffix(".weight") for ref in cell.megatron]
         if any(ref.index for ref in cell.hf) or len({ref.name for ref in cell.megatron}) > 1:
             raise DataError(
                 f"{adapters.folder}: {cell.hf[0].name} is no matrix of its own, and peft adapts no other; "
                 "export the merged model, without --adapter"
             )
-        inner = adapters.read(Ref(stems[0] + IN, cell.megatron[0].index)).bfloat16()
-        parts = [adapters.read(Ref(s + OUT, r.index, r.rows)) for s, r in zip(stems, cell.megatron, strict=True)]
-        for ref, part in zip(cell.hf, cell.op.to_hf(tuple(parts)), strict=True):
+        stem, index = cell.megatron[0].name.removesuffix(".weight"), cell.megatron[0].index
+        inner = _rounded(adapters, Ref(stem + IN, index))
+        parts = tuple(_rounded(adapters, Ref(stem + OUT, ref.index, ref.rows)) for ref in cell.megatron)
+        for ref, part in zip(cell.hf, cell.op.to_hf(parts), strict=True):
             rows = model.hf[ref.name].shape[0]
-            outer = outers.setdefault(ref.name, torch.empty(rows, inner.shape[0], dtype=torch.bfloat16))
-            outer[slice(*ref.rows) if ref.rows else slice(None)] = part.bfloat16()
+            outer = outers.setdefault(ref.name, np.empty((rows, len(inner)), part.dtype))
+            outer[slice(*ref.rows) if ref.rows else slice(None)] = part
             inners[ref.name] = inner
     for name, outer in outers.items():
-        yield name.removesuffix(".weight"), inners[name].clone(), outer
+        yield name.removesuffix(".weight"), inners[name], outer
+
+
+def _rounded(reader: Reader, ref: Ref) -> Bits:
+    return as_dtype(reader.read(ref), reader.tensors[ref.name].dtype, "BF16")
 
 
 def _short_names(names: set[str], hf: Mapping[str, TensorInfo]) -> list[str]:

@@ -3,126 +3,106 @@
 MXFP4       OCP Microscaling Formats 1.0: e2m1 elements, two to a byte with the low nibble first, one e8m0
             scale (2^(byte - 127), 255 = NaN) for every 32 of them
 FP8 block   DeepSeek-V3: float8_e4m3fn times one scale for each block of rows × columns
+
+Both give the product in float32, rounded to bfloat16. MXFP4 is looked up: byte and scale have few values. FP8 is
+computed, a stretch at a time that stays in a core's cache.
 """
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from entrypoints.checkpoint.bits import NAN, Bits, e8m0, empty, round_to_bfloat16, to_bfloat16
 from entrypoints.errors import PreflightError
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-E8M0_BIAS = 127
-E8M0_NAN = 255
-NAN = 0x7FFF  # the bits of the NaN that GPUs write
-ELEMENTS_AT_ONCE = 1 << 19  # what fits into a core's cache with all that is computed from it
+CODES = 256
+E4M3_NAN = 0x7F
+E4M3_SCALE = np.float32(2**120)  # between the exponents of e4m3 and float32
+CODES_AT_ONCE = 1 << 18  # what fits into a core's cache with all that is computed from it
+GPU_DRIVER = Path("/dev/nvidiactl")  # what every process opens that uses a GPU
 
 
 def devices(device: Literal["auto", "cpu", "cuda"]) -> list[str]:
     """What decodes: every GPU there is, or "cpu"; PreflightError where a GPU is asked for and there is none."""
-    count = 0 if device == "cpu" else torch.cuda.device_count()
+    count = 0
+    if device == "cuda" or (device == "auto" and GPU_DRIVER.exists()):
+        import torch
+
+        count = torch.cuda.device_count()
     if device == "cuda" and not count:
         raise PreflightError("--device cuda: torch finds no GPU here; leave the flag out to decode on the CPU")
     return [f"cuda:{number}" for number in range(count)] or ["cpu"]
 
 
 @functools.cache
-def _byte_pairs() -> Tensor:
-    """[256] int32: both bfloat16 values of a byte, the low nibble's in the low half."""
-    nibbles = torch.tensor(E2M1, dtype=torch.bfloat16)
-    byte = torch.arange(256)
-    pairs = torch.stack([nibbles[byte & 15], nibbles[byte >> 4]], dim=-1)
-    return pairs.view(torch.int32).squeeze(-1)
+def _mxfp4() -> Bits:
+    """[scale · 256 + byte] uint32: both bfloat16 values of a byte, the low nibble's in the low half."""
+    nibbles, byte = np.array(E2M1, np.float32), np.arange(CODES)
+    pairs = np.stack([nibbles[byte & 15], nibbles[byte >> 4]], axis=-1)
+    with np.errstate(all="ignore"):
+        values = to_bfloat16(e8m0()[:, None, None] * pairs)
+    return values.copy().reshape(-1).view(np.uint32)  # a copy, since `values` may be the current piece's only
 
 
-@functools.cache
-def _e8m0() -> Tensor:
-    """[256] float32: the value of each scale byte."""
-    values = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
-    values[E8M0_NAN] = float("nan")
-    return values
+def decode_mxfp4(blocks: Bits, scales: Bits) -> Bits:
+    """bfloat16 [..., 32·G] from blocks uint8 [..., G, 16] and scales uint8 [..., G]."""
+    size = blocks.shape[-1]
+    values = empty((scales.size, size), np.uint32)
+    codes, exponents = blocks.reshape(-1, size), scales.reshape(-1, 1).astype(np.uint16) << 8
+    step = CODES_AT_ONCE // size
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        np.take(_mxfp4(), exponents[part] | codes[part], out=values[part], mode="clip")
+    return values.view(np.uint16).reshape(*scales.shape[:-1], 2 * size * scales.shape[-1])
 
 
-@functools.cache
-def _e4m3() -> Tensor:
-    """[256] float32: the value of each float8_e4m3fn code."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-
-
-def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """[codes.numel()]: the table's entry for each byte. Many times faster than indexing and than torch's own cast."""
-    return table.index_select(0, codes.reshape(-1).int())
-
-
-def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """bfloat16 [..., 32·G] from blocks uint8 [..., G, 16] and scales uint8 [..., G].
-
-    Every product is exact in bfloat16 but for the smallest and largest scales, where it is rounded to nearest even.
-    """
-    if blocks.is_cuda:
-        from entrypoints.checkpoint import gpu
-
-        return gpu.decode_mxfp4(blocks, scales)
-    exact = _exact_in_bfloat16(scales)
-    size = 2 * blocks.shape[-1]
-    step = ELEMENTS_AT_ONCE // size
-    values = torch.empty(scales.numel(), size, dtype=torch.bfloat16)
-    parts = (values, blocks.reshape(-1, blocks.shape[-1]), scales.reshape(-1))
-    for part, codes, exponents in zip(*(whole.split(step) for whole in parts), strict=True):
-        pairs = _look_up(_byte_pairs(), codes).view(torch.bfloat16).view(-1, size)
-        scale = _look_up(_e8m0(), exponents).unsqueeze(1)
-        if exact:
-            torch.mul(pairs, scale.bfloat16(), out=part)
-        else:
-            part.copy_(pairs.float() * scale)
-    if not exact:
-        _make_nans_one(values)
-    return values.view(*scales.shape[:-1], -1)
-
-
-def _exact_in_bfloat16(scales: Tensor) -> bool:
-    """No product is subnormal, infinite or NaN, so that multiplying in bfloat16 rounds nothing."""
-    low, high = scales.aminmax() if scales.numel() else (torch.tensor(127), torch.tensor(127))
-    return low.item() >= 3 and high.item() <= 251
-
-
-def decode_fp8_block(weight: Tensor, scale: Tensor, block: tuple[int, int], first_row: int = 0) -> Tensor:
+def decode_fp8_block(weight: Bits, scale: Bits, block: tuple[int, int], first_row: int = 0) -> Bits:
     """bfloat16 [rows, columns] from float8_e4m3fn [rows, columns] and the scales of its blocks.
 
     Args:
         weight: some rows of the tensor, from row `first_row` on.
-        scale: [ceil(all rows / block[0]), ceil(columns / block[1])], float32 or float8_e8m0fnu; the whole tensor's.
+        scale: float32 [ceil(all rows / block[0]), ceil(columns / block[1])], the whole tensor's.
         block: rows and columns of a block; the blocks at the lower and right edge may be cut off.
     """
-    if weight.is_cuda:
-        from entrypoints.checkpoint import gpu
-
-        return gpu.decode_fp8_block(weight, scale, block, first_row)
     rows, columns = weight.shape
-    values, scales = torch.empty(rows, columns, dtype=torch.bfloat16), scale.float()
-    step = max(1, ELEMENTS_AT_ONCE // max(1, columns))
-    for start in range(0, rows, step):
-        codes = weight[start : start + step].view(torch.uint8)
-        block_rows = torch.arange(first_row + start, first_row + start + len(codes)) // block[0]
-        factors = scales[block_rows].repeat_interleave(block[1], dim=1)[:, :columns]
-        values[start : start + step] = _look_up(_e4m3(), codes).view(codes.shape).mul_(factors)
-    if not _is_finite(weight, scales):
-        _make_nans_one(values)
+    values = empty(weight.shape, np.uint16)
+    step = min(rows, max(1, CODES_AT_ONCE // max(1, columns)))
+    wide, spare = (empty((step, columns), np.uint32) for _ in range(2))
+    start = 0
+    while start < rows:
+        row, inside = divmod(first_row + start, block[0])
+        if scale.shape[1] == 1:  # a scale for each block of rows: as many blocks at once as there is room for
+            stop = min(start + step, rows)
+            factors = scale[np.arange(first_row + start, first_row + stop) // block[0]]
+        else:
+            stop = min(start + step, start + block[0] - inside, rows)
+            factors = np.repeat(scale[row], block[1])[:columns]
+        _decode_e4m3(weight[start:stop], factors, values[start:stop], wide[: stop - start], spare[: stop - start])
+        start = stop
     return values
 
 
-def _is_finite(weight: Tensor, scale: Tensor) -> bool:
-    """No code is NaN (0x7f and 0xff: the greatest signed and unsigned byte) and no scale is infinite or NaN."""
-    if not weight.numel():
-        return True
-    greatest = (weight.view(torch.int8).max() < 127) & (weight.view(torch.uint8).max() < 255)
-    return bool(greatest & scale.isfinite().all())
+def _decode_e4m3(codes: Bits, factors: Bits, out: Bits, wide: Bits, spare: Bits) -> None:
+    """out = bfloat16(e4m3(codes) · factors), NaN as bits.NAN; `wide` and `spare` are uint32 to work in.
 
-
-def _make_nans_one(values: Tensor) -> None:
-    """Every NaN of a bfloat16 tensor becomes the same: processors differ in theirs, and a checkpoint must not."""
-    values.view(torch.int16).masked_fill_(values.isnan(), NAN)
+    A code's seven lower bits, put where a float32 has its lowest exponent and highest mantissa bits, are its value
+    times 2^-120, the subnormal ones too; the sign goes with them by sign extension.
+    """
+    np.copyto(wide.view(np.int32), codes.view(np.int8))
+    np.left_shift(wide, 20, out=wide)
+    np.bitwise_and(wide, 0x87F00000, out=wide)
+    floats = wide.view(np.float32)
+    with np.errstate(all="ignore"):
+        np.multiply(floats, E4M3_SCALE, out=floats)
+        np.multiply(floats, factors, out=floats)
+    round_to_bfloat16(wide, out, spare)
+    codes = codes & 0x7F
+    if codes.size and codes.max() == E4M3_NAN:
+        out[codes == E4M3_NAN] = NAN
+    if not np.isfinite(factors).all():
+        out[np.isnan(floats)] = NAN

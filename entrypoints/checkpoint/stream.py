@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,17 +179,22 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
 def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) -> None:
     todo = {number: piece.bytes for number, piece in enumerate(plan.pieces) if number not in done}
     files = {name: os.open(partial / name, os.O_WRONLY) for name in plan.sizes}
+    # One thread at a time writes a file: the kernel lets in no more, and those that wait there burn their cores.
+    turns = {name: threading.Lock() for name in plan.sizes}
     journal = _Journal(partial / "journal", files.values())
 
     def do(number: int) -> None:
         for name, offset, data in plan.pieces[number].work():
-            _write(files[name], offset, memoryview(data))
+            with turns[name]:
+                _write(files[name], offset, memoryview(data))
         journal.add(number)
 
     try:
         in_parallel(todo, do, title, memory)
+        journal.close()
         journal.commit()
     finally:
+        journal.close()
         for descriptor in files.values():
             os.close(descriptor)
 
@@ -201,22 +206,18 @@ def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str,
         sizes: number → bytes that its work reads, for progress and for the budget.
         memory: bytes that the work of all threads may hold together; larger work is done alone.
     """
-    import torch
+    from entrypoints.checkpoint import bits
 
     workers = os.cpu_count() or 1
-    threads, _ = torch.get_num_threads(), torch.set_num_threads(1)
     budget = _Budget(memory)
-    try:
-        with ThreadPoolExecutor(workers) as pool, Progress(title, sum(sizes.values())) as progress:
+    with ThreadPoolExecutor(workers) as pool, Progress(title, sum(sizes.values())) as progress:
 
-            def work(number: int) -> None:
-                with budget.take(COPIES_IN_MEMORY * sizes[number]):
-                    do(number)
-                progress.advance(sizes[number])
+        def work(number: int) -> None:
+            with budget.take(COPIES_IN_MEMORY * sizes[number]), bits.piece():
+                do(number)
+            progress.advance(sizes[number])
 
-            _run_all(pool, work, sizes, 4 * workers)
-    finally:
-        torch.set_num_threads(threads)
+        _run_all(pool, work, sizes, 4 * workers)
 
 
 def _run_all(pool: ThreadPoolExecutor, do: Callable[[int], None], numbers: Iterable[int], ahead: int) -> None:
@@ -268,19 +269,25 @@ class _Budget:
 
 
 class _Journal:
-    """The numbers of finished pieces, each written down only after its data is on disk."""
+    """The numbers of finished pieces, each written down only after its data is on disk, by a thread of its own."""
 
     def __init__(self, path: Path, descriptors: Iterable[int]) -> None:
         self._path, self._descriptors = path, list(descriptors)
         self._waiting: list[int] = []
         self._lock = threading.Lock()
         self._last = time.monotonic()
+        self._writer = ThreadPoolExecutor(1)
+        self._commit: Future[None] | None = None
 
     def add(self, number: int) -> None:
         with self._lock:
             self._waiting.append(number)
-        if time.monotonic() - self._last >= JOURNAL_SECONDS:
-            self.commit()
+            busy = self._commit is not None and not self._commit.done()
+            if busy or time.monotonic() - self._last < JOURNAL_SECONDS:
+                return
+            finished, self._commit = self._commit, self._writer.submit(self.commit)
+        if finished is not None:
+            finished.result()
 
     def commit(self) -> None:
         with self._lock:
@@ -293,9 +300,6 @@ class _Journal:
             file.flush()
             os.fsync(file.fileno())
 
-
-def tensor_bytes(tensor: Any) -> memoryview:
-    """A tensor's data in row-major order, without a copy where it lies so already."""
-    import torch
-
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    def close(self) -> None:
+        """Waits for a commit under way."""
+        self._writer.shutdown()

@@ -93,7 +93,20 @@ class CompressedTensors:
         return {**about, "config_groups": {"group_0": group}}
 
 
-Form = Mxfp4 | Fp8 | CompressedTensors
+@dataclass(frozen=True)
+class Fbgemm:
+    """fbgemm's FP8, as Llama 3.1 405B is published: float8_e4m3fn and, as `_scale`, a float32 scale for each row."""
+
+    def tensors(self, name: str, info: TensorInfo, generator: Generator) -> dict[str, Tensor]:
+        return CompressedTensors("channel", scale_dtype="float32").tensors(name, info, generator)
+
+    def config(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+        skipped = ["model.embed_tokens", "model.norm", "lm_head"]
+        return {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": skipped}
+
+
+Form = Mxfp4 | Fp8 | CompressedTensors | Fbgemm
 
 
 def _codes(info: TensorInfo, generator: Generator) -> Tensor:

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from entrypoints.checkpoint.bits import Bits, contiguous, empty
 from entrypoints.checkpoint.refs import Ref, TensorInfo
 from entrypoints.errors import DataError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MAX_CELL_BYTES = 64 << 20
+MAX_CELL_BYTES = 32 << 20
 FLOATS = ("BF16", "F16", "F32")
 
 
 class _Same:
     """One tensor, unchanged."""
 
-    def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         return parts
 
-    def to_hf(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         return parts
 
 
@@ -39,24 +38,25 @@ class Transposed:
 
     inner: _Same | AlternatingRows = SAME
 
-    def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self.inner.to_megatron(tuple(part.transpose(-1, -2) for part in parts))
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return self.inner.to_megatron(tuple(part.swapaxes(-1, -2) for part in parts))
 
-    def to_hf(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(part.transpose(-1, -2) for part in self.inner.to_hf(parts))
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return tuple(part.swapaxes(-1, -2) for part in self.inner.to_hf(parts))
 
 
 class AlternatingRows:
     """gate_up with the rows of gate and up in turn ↔ gate, up."""
 
-    def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         (both,) = parts
         return both[::2], both[1::2]
 
-    def to_hf(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        import torch
-
-        return (torch.stack(parts, dim=1).flatten(0, 1),)
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        gate, up = parts
+        both = empty((2 * len(gate), *gate.shape[1:]), gate.dtype)
+        both[::2], both[1::2] = gate, up
+        return (both,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +73,21 @@ class GroupedQKV:
     queries: int
     head_dim: int
 
-    def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        import torch
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        whole = empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        np.concatenate([_grouped(part, self.groups) for part in parts], axis=1, out=_grouped(whole, self.groups))
+        return (whole,)
 
-        grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
-        return (torch.cat(grouped, dim=1).flatten(0, 1),)
-
-    def to_hf(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         (both,) = parts
-        sizes = [self.queries, self.head_dim, self.head_dim]
-        return tuple(part.flatten(0, 1) for part in both.unflatten(0, (self.groups, -1)).split(sizes, dim=1))
+        cuts = [self.queries, self.queries + self.head_dim]
+        parts = np.split(_grouped(both, self.groups), cuts, axis=1)
+        return tuple(contiguous(part).reshape(-1, *part.shape[2:]) for part in parts)
+
+
+def _grouped(part: Bits, groups: int) -> Bits:
+    """[groups, rows of one, …] from [rows, …]."""
+    return part.reshape(groups, -1, *part.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +100,13 @@ class Copies:
 
     names: tuple[str, ...]
 
-    def to_megatron(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         for name, part in zip(self.names[1:], parts[1:], strict=True):
             if not (part == parts[0]).all():
                 raise DataError(f"tensor {name} is not the copy of {self.names[0]} that it should be; fetch it again")
         return parts[:1]
 
-    def to_hf(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         return parts * len(self.names)
 
 
@@ -140,7 +145,7 @@ def qkv_by_groups(hf: tuple[Ref, ...], megatron: Ref, op: GroupedQKV, row_bytes:
         row_bytes: size of one row.
     """
     sizes = (op.queries, op.head_dim, op.head_dim)
-    step = max(1, MAX_CELL_BYTES // (sum(sizes) * row_bytes))
+    step = max(1, MAX_CELL_BYTES // (2 * sum(sizes) * row_bytes))  # in memory twice: the parts, and joined
     if step >= op.groups:
         yield Cell(hf, (megatron,), op)
         return

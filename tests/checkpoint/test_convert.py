@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import config_of, make_model, saved, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
 
 from entrypoints.checkpoint import huggingface, torch_dist
+from entrypoints.checkpoint.bits import to_torch
 from entrypoints.checkpoint.refs import TORCH_NAMES, Ref
 from entrypoints.dequant import dequant
 from entrypoints.export import export
 from entrypoints.families import FAMILIES
+from entrypoints.heads import extract_heads, merge_heads
 from entrypoints.import_ import import_
 
 
@@ -114,7 +118,7 @@ def test_torchs_own_reader_reads_the_checkpoint(nemo_model):
     own = torch_dist.Reader(nemo_model)
     plain = {key.removeprefix("module."): t for key, t in loaded.items() if isinstance(t, torch.Tensor)}
     assert plain.keys() == own.tensors.keys()
-    assert all(torch.equal(own.read(Ref(key)), tensor) for key, tensor in plain.items())
+    assert all(torch.equal(tensor_of(own, key), tensor) for key, tensor in plain.items())
 
 
 def test_the_reader_joins_chunks_however_they_were_cut(tmp_path):
@@ -127,7 +131,7 @@ def test_the_reader_joins_chunks_however_they_were_cut(tmp_path):
     with (tmp_path / "__0_0.distcp").open("wb") as file:
         for offsets, extent in cuts:
             part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, extent, strict=True))]
-            blob = torch_dist.serialize(part)
+            blob = saved(part)
             file.write(blob)
             chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(extent)))
             where = torch.distributed.checkpoint.filesystem._StorageInfo("__0_0.distcp", at, len(blob))
@@ -140,7 +144,8 @@ def test_the_reader_joins_chunks_however_they_were_cut(tmp_path):
     reader = torch_dist.Reader(tmp_path)
     for ref in (Ref("x"), Ref("x", (3,)), Ref("x", (), (1, 5)), Ref("x", (5,), (3, 6)), Ref("x", (2, 7))):
         part = whole[ref.index]
-        assert torch.equal(reader.read(ref), part if ref.rows is None else part[slice(*ref.rows)])
+        found = to_torch(reader.read(ref), "F32")
+        assert torch.equal(found, part if ref.rows is None else part[slice(*ref.rows)])
 
 
 def test_metadata_runs_no_foreign_code(tmp_path):
@@ -195,3 +200,47 @@ def test_other_floats_become_bfloat16(dtype, tmp_path):
     save_file({name: t.bfloat16() for name, t in stored.items()}, file)
     import_(str(model), str(tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe", "deepseek_v3", "qwen25_tied", "llama31"])
+def test_heads_keep_their_dtype_and_are_merged_in_bfloat16(kind, dtype, tmp_path):
+    from entrypoints.training.heads import DecodingHeads
+
+    heads = {name: t.to(dtype) for name, t in DecodingHeads(config_of(kind)["hidden_size"]).state_dict().items()}
+    write_torch_dist(tmp_path / "ckpt" / "weights", {f"adapter.{name}": t for name, t in heads.items()})
+    extract_heads(str(tmp_path / "ckpt"), str(tmp_path / "heads"))
+    stored = load_file(tmp_path / "heads" / "heads.safetensors")
+    assert all(torch.equal(stored[name], t) and stored[name].dtype == dtype for name, t in heads.items())
+    base = make_model(tmp_path / "base", kind, quantized=False)
+    merge_heads(str(tmp_path / "heads"), str(base), str(tmp_path / "merged"))
+    merged = tensors(tmp_path / "merged")
+    assert all(torch.equal(merged.pop(name), t.bfloat16()) for name, t in heads.items())
+    plain = tensors(base)
+    assert merged.keys() == {f"llm.{name}" for name in plain}
+    assert all(torch.equal(merged[f"llm.{name}"], t) for name, t in plain.items())
+
+
+NO_TORCH = """
+import sys
+from entrypoints import cli
+code = cli.main(sys.argv[1:])
+assert not {"torch", "transformers", "nemo", "megatron"} & sys.modules.keys()
+sys.exit(code)
+"""
+
+
+def test_no_command_here_needs_torch(mxfp4_model, nemo_model, tmp_path):
+    """Where no GPU is: they begin at once, and take little memory."""
+    heads = tmp_path / "heads" / "weights"
+    write_torch_dist(heads, {f"adapter.{n}": torch.zeros(shape) for n, shape in head_shapes().items()})
+    for words in (["dequant", mxfp4_model], ["import", mxfp4_model], ["export", nemo_model], ["extract-heads", heads]):
+        command = [sys.executable, "-c", NO_TORCH, *map(str, words), str(tmp_path / words[0])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+def head_shapes() -> dict[str, torch.Size]:
+    from entrypoints.training.heads import DecodingHeads
+
+    return {name: t.shape for name, t in DecodingHeads(64).state_dict().items()}

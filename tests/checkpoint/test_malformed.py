@@ -10,6 +10,8 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from entrypoints.dequant import dequant
 from entrypoints.errors import DataError, SlipwayError, UsageError
@@ -18,6 +20,7 @@ from entrypoints.import_ import import_
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
+EXPERTS = "model.layers.0.mlp.experts"
 
 
 @pytest.fixture
@@ -101,6 +104,12 @@ CASES = {
         "overlap",
     ),
     "scales missing": (lambda m: rename_scales(m), "has no scales"),
+    "FP8 vector": (lambda m: as_fp8(m, "model.norm.weight"), "only matrices are known"),
+    "FP8 stack": (lambda m: as_fp8(m, f"{EXPERTS}.gate_up_proj", (4, 64, 128)), "only matrices are known"),
+    "FP8 biases of experts": (
+        lambda m: as_fp8(m, f"{EXPERTS}.down_proj_bias"),
+        f"FP8 tensor {EXPERTS}.down_proj_bias has shape [4, 64]; only matrices are known, of weights",
+    ),
 }
 
 
@@ -114,6 +123,17 @@ def rename_scales(model: Path) -> None:
     file = json.loads((model / INDEX).read_text())["weight_map"][name]
     edit_json(model / INDEX, lambda i: i["weight_map"].update({"odd": i["weight_map"].pop(name)}))
     rewrite_header(model / file, lambda h: h.update({"odd": h.pop(name)}))
+
+
+def as_fp8(model: Path, name: str, shape: tuple[int, ...] = ()) -> None:
+    """Store one tensor (and nothing quantised of that name) as FP8 with a scale for all of it."""
+    stored = {n: t for file in model.glob("*.safetensors") for n, t in load_file(file).items()}
+    shape = shape or tuple(stored[name].shape)
+    stored = {n: t for n, t in stored.items() if n not in (name, f"{name}_blocks", f"{name}_scales")}
+    stored |= {name: torch.zeros(shape).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    for file in [*model.glob("*.safetensors"), model / INDEX]:
+        file.unlink()
+    save_file(stored, model / "model.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES)

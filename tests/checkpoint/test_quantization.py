@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from entrypoints.checkpoint.quantization import E2M1, decode_fp8_block, decode_mxfp4
+from entrypoints.checkpoint import quantization
+from entrypoints.checkpoint.bits import from_torch, to_float32, to_torch
+from entrypoints.checkpoint.quantization import E2M1
+from entrypoints.checkpoint.refs import TORCH_NAMES
+
+SPELLINGS = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
+
+
+def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return to_torch(quantization.decode_mxfp4(blocks.numpy(), scales.numpy()), "BF16")
+
+
+def decode_fp8_block(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], first_row: int = 0):
+    values = to_float32(from_torch(scale), SPELLINGS[scale.dtype])
+    return to_torch(quantization.decode_fp8_block(from_torch(weight), values, block, first_row), "BF16")
 
 
 def same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Equal bit for bit, any NaN being any other."""
-    both_nan = found.isnan() & wanted.isnan()
-    return bool((both_nan | (found.view(torch.int16) == wanted.view(torch.int16))).all())
+    """Equal bit for bit, every NaN being 0x7FFF."""
+    expected = torch.where(wanted.isnan(), 0x7FFF, wanted.view(torch.int16))
+    return torch.equal(found.view(torch.int16), expected.to(torch.int16))
 
 
 def test_mxfp4_every_byte_times_every_scale():
@@ -46,10 +60,12 @@ def test_fp8_every_code_times_scales_of_every_size():
     weight = codes.view(torch.float8_e4m3fn).view(16, 16)
     values = torch.tensor([definition_fp8(code) for code in range(256)], dtype=torch.float64).view(16, 16)
     generator = torch.Generator().manual_seed(0)
-    scales = [2.0**e for e in range(-126, 128, 7)] + torch.rand(200, generator=generator).tolist() + [0.0, float("nan")]
+    scales = torch.rand(200, generator=generator).tolist() + [2.0**e for e in range(-149, 128)]
+    scales += [-0.1, 0.0, -0.0, 3e38, float("inf"), float("nan")]
     for scale in scales:
         scale32 = torch.tensor([[scale]], dtype=torch.float32)
-        wanted = (values.float() * scale32).bfloat16()  # the product rounded to float32, then to bfloat16
+        # The product, exact in float64, rounded to float32, then to bfloat16.
+        wanted = (values * scale32.double()).float().bfloat16()
         assert same_bits(decode_fp8_block(weight, scale32, (128, 128)), wanted), scale
 
 

@@ -16,7 +16,7 @@ from entrypoints.demo_checks import by_definition
 from entrypoints.dequant import dequant
 from entrypoints.errors import DataError
 from entrypoints.families import FAMILIES, rules
-from entrypoints.families.quantized import CompressedTensors, Form, Fp8, Mxfp4
+from entrypoints.families.quantized import CompressedTensors, Fbgemm, Form, Fp8, Mxfp4
 from entrypoints.import_ import import_
 
 # By a name for each: (kind of model, form). No side is a multiple of 128, 48 or 20 in all of them: ragged edges.
@@ -30,6 +30,7 @@ FORMS: dict[str, tuple[str, Form]] = {
     "compressed, a scale per row": ("llama31", FAMILIES["llama31"].FORM),
     "compressed, float32": ("qwen25_tied", CompressedTensors(scale_dtype="float32")),
     "compressed, one scale": ("llama31", CompressedTensors("tensor")),
+    "fbgemm": ("llama31", Fbgemm()),
     "compressed, blocks": ("qwen3_moe", CompressedTensors("block", (20, 48), "float32")),
 }
 

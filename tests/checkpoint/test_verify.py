@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, make_model, write_torch_dist
+from conftest import KINDS, make_model, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
 from test_malformed import CASES, edit_json
 
 from entrypoints.checkpoint import torch_dist
 from entrypoints.checkpoint.compare import Different
-from entrypoints.checkpoint.refs import Ref
 from entrypoints.dequant import dequant
 from entrypoints.errors import DataError, UsageError
 from entrypoints.export import export
@@ -42,7 +41,7 @@ def models(mxfp4_model, nemo_model, tmp_path_factory) -> dict[str, Path]:
     extract_heads(str(folder / "heads-training"), str(folder / "heads"))
     merge_heads(str(folder / "heads"), str(bf16), str(merged))
     reader = torch_dist.Reader(nemo_model)
-    state = {key: reader.read(Ref(key)).float() for key in reader.tensors}  # as training in float32 saves it
+    state = {key: tensor_of(reader, key).float() for key in reader.tensors}  # as training in float32 saves it
     state |= {f"optimizer.state.exp_avg.module.{key}": tensor for key, tensor in state.items()}
     write_torch_dist(folder / "trained" / "weights", state)
     shutil.copytree(nemo_model / "context", folder / "trained" / "context")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,15 +17,20 @@ from entrypoints.families import FAMILIES, rules
 sizes = st.integers(1, 6)
 
 
+def random_bits(shape: tuple[int, ...]) -> np.ndarray:
+    """Bits of which none are zero."""
+    return np.random.default_rng(0).integers(1, 1 << 16, shape, dtype=np.uint16)
+
+
 def identical(back: tuple, parts: tuple) -> bool:
-    return len(back) == len(parts) and all(torch.equal(a, b) for a, b in zip(back, parts, strict=True))
+    return len(back) == len(parts) and all(np.array_equal(a, b) for a, b in zip(back, parts, strict=True))
 
 
 @given(groups=sizes, queries=sizes, dim=sizes, width=st.integers(0, 5))
 def test_qkv_comes_back(groups, queries, dim, width):
     tail = (width,) if width else ()  # a bias has no columns
     op = rules.GroupedQKV(groups, queries * dim, dim)
-    parts = tuple(torch.randn(groups * rows * dim, *tail) for rows in (queries, 1, 1))
+    parts = tuple(random_bits((groups * rows * dim, *tail)) for rows in (queries, 1, 1))
     (merged,) = op.to_megatron(parts)
     assert merged.shape[0] == groups * (queries + 2) * dim
     assert identical(op.to_hf((merged,)), parts)
@@ -33,7 +38,7 @@ def test_qkv_comes_back(groups, queries, dim, width):
 
 
 def test_qkv_is_grouped_as_megatron_reads_it():
-    q, k, v = torch.arange(8), torch.arange(100, 104), torch.arange(200, 204)
+    q, k, v = np.arange(8), np.arange(100, 104), np.arange(200, 204)
     (merged,) = rules.GroupedQKV(2, 4, 2).to_megatron((q, k, v))
     assert merged.tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
 
@@ -46,12 +51,12 @@ def test_gate_and_up_come_back(rows, columns):
         (rules.Transposed(), (rows, columns)),
         (rules.SAME, (rows, columns)),
     ):
-        parts = (torch.randn(shape),)
+        parts = (random_bits(shape),)
         assert identical(op.to_hf(op.to_megatron(parts)), parts)
 
 
 def test_gate_is_the_even_rows():
-    gate, up = rules.AlternatingRows().to_megatron((torch.arange(6).view(6, 1),))
+    gate, up = rules.AlternatingRows().to_megatron((np.arange(6).reshape(6, 1),))
     assert gate.flatten().tolist() == [0, 2, 4] and up.flatten().tolist() == [1, 3, 5]
 
 
@@ -90,20 +95,20 @@ def test_models_of_any_shape_are_covered_and_come_back(name, cell_bytes, monkeyp
     config = FAMILIES[name].tiny_config() | data.draw(shapes(name))
     model = FAMILIES[name].rules(config)
     rules.check_coverage(model.cells, model.hf, model.megatron)
-    source = {name: torch.randn(info.shape) for name, info in model.hf.items()}
+    source = {name: random_bits(info.shape) for name, info in model.hf.items()}
     for cell in model.cells:
         if isinstance(cell.op, rules.Copies):
             for copy in cell.hf[1:]:
-                view(source, copy).copy_(view(source, cell.hf[0]))
-    there = {key: torch.full(info.shape, float("nan")) for key, info in model.megatron.items()}
-    back = {name: torch.full(info.shape, float("nan")) for name, info in model.hf.items()}
+                view(source, copy)[...] = view(source, cell.hf[0])
+    there = {key: np.zeros(info.shape, np.uint16) for key, info in model.megatron.items()}
+    back = {name: np.zeros(info.shape, np.uint16) for name, info in model.hf.items()}
     for cell in model.cells:
         for ref, part in zip(cell.megatron, cell.op.to_megatron(tuple(view(source, r) for r in cell.hf)), strict=True):
-            view(there, ref).copy_(part)
+            view(there, ref)[...] = part
     for cell in model.cells:
         for ref, part in zip(cell.hf, cell.op.to_hf(tuple(view(there, r) for r in cell.megatron)), strict=True):
-            view(back, ref).copy_(part)
-    assert all(torch.equal(back[name], source[name]) for name in model.hf)
+            view(back, ref)[...] = part
+    assert all(np.array_equal(back[name], source[name]) for name in model.hf)
 
 
 # (family, what config.json says of a published model, its parameters as published)
@@ -144,10 +149,11 @@ def test_published_models_have_their_parameters_and_go_in_small_pieces(name):
     rules.check_coverage(model.cells, model.hf, model.megatron)
     assert sum(math.prod(info.shape) for info in model.hf.values()) == parameters
     largest = max(sum(TensorInfo(r.shape(model.hf[r.name].shape)).bytes for r in cell.hf) for cell in model.cells)
-    assert largest <= 1.2 * rules.MAX_CELL_BYTES
+    group = 2 * 18 * 128 * 16384  # of queries, keys and values, which is not cut; that of Llama 405B is the largest
+    assert largest <= (group if name == "llama31 405b" else 1.2 * rules.MAX_CELL_BYTES)
 
 
-def view(tensors: dict[str, torch.Tensor], ref: Ref) -> torch.Tensor:
+def view(tensors: dict[str, np.ndarray], ref: Ref) -> np.ndarray:
     part = tensors[ref.name][ref.index]
     return part if ref.rows is None else part[slice(*ref.rows)]
 

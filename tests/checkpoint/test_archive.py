@@ -1,0 +1,114 @@
+"""torch.save's archives and torch.distributed.checkpoint's metadata, against torch itself."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import saved
+
+from entrypoints.checkpoint import archive, bits, dcp
+from entrypoints.checkpoint.refs import TORCH_NAMES
+
+SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 3, 4, 5), (300, 1)]
+
+
+def archive_of(part: bits.Bits, dtype: str) -> bytes:
+    return b"".join(map(bytes, archive.write(part, dtype)))
+
+
+def read(path: Path, content: bytes, shape: tuple[int, ...], start: int = 0) -> tuple[bits.Bits, str]:
+    path.write_bytes(bytes(start) + content)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return archive.read(descriptor, start, len(content), shape)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("dtype", archive.STORAGES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torch_loads_what_is_written_and_the_other_way_round(dtype, shape, tmp_path):
+    tensor = torch.randint(0, 2, shape).to(getattr(torch, TORCH_NAMES[dtype]))
+    content = archive_of(bits.from_torch(tensor), dtype)
+    assert len(content) == archive.length(shape, dtype)
+    loaded = torch.load(io.BytesIO(content), weights_only=True)
+    assert loaded.dtype == tensor.dtype and loaded.shape == tensor.shape and torch.equal(loaded, tensor)
+    with zipfile.ZipFile(io.BytesIO(content)) as zipped:
+        assert zipped.testzip() is None and zipped.getinfo("archive/data/0").file_size == tensor.nbytes
+    part, found = read(tmp_path / "ours", content, shape)
+    assert found == dtype and torch.equal(bits.to_torch(part, dtype), tensor)
+    part, found = read(tmp_path / "torch's", saved(tensor), shape, start=1000)
+    assert found == dtype and torch.equal(bits.to_torch(part, dtype), tensor)
+
+
+def test_the_data_lies_aligned():
+    content = archive_of(bits.from_torch(torch.full((4,), 7, dtype=torch.int64)), "I64")
+    assert content.index(struct.pack("<4q", 7, 7, 7, 7)) % archive.ALIGNMENT == 0
+
+
+def test_tensors_that_are_parts_of_larger_ones(tmp_path):
+    """What torch saves of a view: the whole storage, and where in it the view lies."""
+    whole = torch.arange(24.0).view(4, 6)
+    for view in (whole[1:3, 2:5], whole.T, whole[::2], whole[0].expand(3, 6)):
+        buffer = io.BytesIO()
+        torch.save(view, buffer)
+        part, _ = read(tmp_path / "file", buffer.getvalue(), tuple(view.shape))
+        assert torch.equal(bits.to_torch(part, "F32"), view)
+
+
+def test_transposed_parts_of_any_shape_are_put_in_order():
+    """Smaller than a tile, larger, and no multiple of one."""
+    for shape in ((1, 1), (3, 700), (64, 512), (200, 1025), (0, 5)):
+        part = np.random.default_rng(0).integers(0, 1 << 16, shape, dtype=np.uint16)
+        found = bits.contiguous(part.T)
+        assert found.flags.c_contiguous and np.array_equal(found, part.T)
+
+
+def test_an_object_without_tensors():
+    content = {"epoch": 0, "marks": [True, None, "x"]}
+    assert torch.load(io.BytesIO(archive.of_plain(content)), weights_only=True) == content
+
+
+def test_metadata_is_torchs_own():
+    index = dcp.MetadataIndex(fqn="x", offset=dcp.size((0, 0)), index=None)
+    entry = dcp.TensorStorageMetadata(
+        properties=dcp.TensorProperties(dtype="BF16"),
+        size=dcp.size((4, 6)),
+        chunks=[dcp.ChunkStorageMetadata(offsets=dcp.size((0, 0)), sizes=dcp.size((4, 6)))],
+    )
+    where = dcp.StorageInfo(relative_path="f", offset=1, length=2)
+    fields = {"planner_data": None, "storage_meta": None, "version": None}
+    pickled = dcp.dumps(dcp.Metadata(state_dict_metadata={"x": entry}, storage_data={index: where}, **fields))
+
+    from torch.distributed.checkpoint import metadata as torchs
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    size, start = torch.Size([4, 6]), torch.Size([0, 0])
+    wanted = torchs.Metadata(
+        {"x": torchs.TensorStorageMetadata(
+            torchs.TensorProperties(dtype=torch.bfloat16), size, [torchs.ChunkStorageMetadata(start, size)]
+        )},
+        storage_data={torchs.MetadataIndex("x", start): _StorageInfo("f", 1, 2)},
+    )  # fmt: skip
+    assert pickle.loads(pickled) == wanted
+    for text in (pickled, pickle.dumps(wanted)):
+        found = dcp.loads(text)
+        assert found.state_dict_metadata["x"].properties.dtype == "BF16"
+        assert [at.fqn for at in found.storage_data] == ["x"] and found.state_dict_metadata["x"].size == (4, 6)
+
+
+def test_a_pickle_cannot_ask_for_memory():
+    """Numbers of entries in a table that is filled in order everywhere else."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in (1 << 28, (1 << 32) - 1):
+        assert dcp.loads(b"\x80\x02Nr" + struct.pack("<I", number) + b".") is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
