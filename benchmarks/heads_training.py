@@ -115,6 +115,8 @@ def ours(gpt: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -
     from entrypoints.training.heads_on_nemo import heads_step
 
     total, count = heads_step(gpt, batch)
+    for parameter in gpt.adapter.parameters():
+        parameter.grad /= count
     return _finish(total / count, optimizer)
 
 
@@ -133,11 +135,12 @@ def published(gpt: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimiz
     rows = Rows(logits, batch["labels"][0])
     outputs = gpt.adapter(hidden[0][:, 0].float(), lambda t: distribution_features(rows.logits, t))
     keep = ~(batch["drop_if_easy"][0] & rows.is_easy)
-    return _finish((rows.losses(*outputs) * keep).sum() / keep.sum(), optimizer)
+    loss = (rows.losses(*outputs) * keep).sum() / keep.sum()
+    loss.backward()
+    return _finish(loss, optimizer)
 
 
 def _finish(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()

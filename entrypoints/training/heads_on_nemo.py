@@ -7,7 +7,7 @@ on saves that part alone, under keys with `.adapter.` in them. The forward step 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import Tensor
 from torch.nn import functional
@@ -57,7 +59,10 @@ class HeadsTransform(FromBase):
 
 
 def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
-    """(loss sum, tokens counted) on the last stage, hidden states before it. The base runs without a gradient."""
+    """(loss sum, tokens counted) on the last stage, hidden states before it. The base runs without a gradient.
+
+    The gradients of the heads are taken here, as nothing has to go back through the pipeline.
+    """
     gpt = megatron_gpt(model)
     with torch.no_grad(), frozen(gpt):
         hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
@@ -68,15 +73,42 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     weight = gpt.output_layer.weight if weight is None else weight
     if gpt.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-    return heads_loss(
-        gpt.adapter,
-        hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
-        lambda rows: functional.linear(rows, weight),
-        batch["labels"].reshape(-1),
-        batch["loss_mask"].reshape(-1).bool(),
-        batch["drop_if_easy"].reshape(-1),
-        group=parallel_state.get_tensor_model_parallel_group(),
-    )
+    with torch.enable_grad():
+        total, count = heads_loss(
+            gpt.adapter,
+            hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
+            lambda rows: functional.linear(rows, weight),
+            batch["labels"].reshape(-1),
+            batch["loss_mask"].reshape(-1).bool(),
+            batch["drop_if_easy"].reshape(-1),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    total.backward()
+    return total.detach(), count
+
+
+def leave_out_backward() -> None:
+    """From here on NeMo's training step is Megatron's pipeline schedule with its forward half alone.
+
+    With a backward half every stage would wait for a gradient of what it sent, which a frozen base never makes.
+    """
+    schedule_of = MegatronStep.__dict__["forward_backward_func"].func
+    MegatronStep.forward_backward_func = property(lambda step: _forward_alone(schedule_of(step)))
+
+
+def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable[..., list[dict[str, Tensor]]]:
+    """The schedule, and after it what Megatron does with the gradients of a step."""
+
+    def run(*, model: Any, forward_only: bool, **options: Any) -> list[dict[str, Tensor]]:
+        losses = schedule(model=model, forward_only=True, **options)
+        if not forward_only:
+            chunks = model if isinstance(model, list) else [model]
+            count = torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
+            count += sum(int(part["sum_and_count"][1]) for part in losses)
+            get_model_config(chunks[0]).finalize_model_grads_func(chunks, count)
+        return losses
+
+    return run
 
 
 @contextlib.contextmanager

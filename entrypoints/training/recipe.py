@@ -102,6 +102,11 @@ class Recipe:
                     f"--{kind}-parallel-size {getattr(self, f'{kind}_parallel_size')} does not divide the model's "
                     f"{count} {what}; change it"
                 )
+        if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and "linear_fc" in self.lora_targets:
+            raise UsageError(
+                "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
+                "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
+            )
         if self.expert_parallel_size > 1 and not experts:
             raise UsageError(f"--expert-parallel-size is {self.expert_parallel_size}, and the model has no experts")
 

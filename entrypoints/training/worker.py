@@ -66,6 +66,7 @@ def _train(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: fl
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
+    MODES[recipe.mode].prepare()
     folder = RunFolder.of(recipe)
     model = load_model(recipe, on_gpu)
     data = load_data(recipe, index)
@@ -117,14 +118,16 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     from nemo.lightning.io import load_context
 
     from entrypoints.training.modes import MODES
+    from entrypoints.training.repairs import mend, scale_auxiliary_loss
     from entrypoints.training.steps import TokenLoss, data_step
 
     model = load_context(Path(recipe.model) / "context", subpath="model")
     config = model.config
     config.seq_length = recipe.seq_length
     config.calculate_per_token_loss = True
-    config.num_layers_in_first_pipeline_stage = recipe.first_stage_layers or None
-    config.num_layers_in_last_pipeline_stage = recipe.last_stage_layers or None
+    scale_auxiliary_loss(config, recipe)
+    build = config.configure_model
+    config.configure_model = lambda *arguments, **options: mend(build(*arguments, **options))
     if recipe.recompute == "full" and recipe.mode != "heads":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if recipe.is_frozen:
@@ -196,6 +199,8 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         "expert_model_parallel_size": recipe.expert_parallel_size,
         "expert_tensor_parallel_size": 1,
         "context_parallel_size": recipe.context_parallel_size,
+        "num_layers_in_first_pipeline_stage": recipe.first_stage_layers or None,
+        "num_layers_in_last_pipeline_stage": recipe.last_stage_layers or None,
         "sequence_parallel": recipe.tensor_parallel_size > 1,
         "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
         "save_ckpt_format": "torch_dist",

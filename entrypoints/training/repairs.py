@@ -1,0 +1,41 @@
+"""What megatron-core 0.15.3 and NeMo 2.7.3 get wrong when a model with experts is trained in parallel.
+
+tests/training/test_parallel.py shows each: without it, training in that layout computes something else than alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from entrypoints.training.recipe import Recipe
+
+
+def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:
+    """Under calculate_per_token_loss the routers' auxiliary loss is multiplied by a rank's own tokens, and where ranks
+    share the tokens of a micro batch these are a part of them."""
+    if getattr(config, "moe_aux_loss_coeff", 0):
+        config.moe_aux_loss_coeff *= recipe.tensor_parallel_size * recipe.context_parallel_size
+
+
+def mend(module: nn.Module) -> nn.Module:
+    """Mark what ranks have to sum; before Megatron wraps the model.
+
+    Under sequence parallelism a router's bias sees its own rank's tokens, as its weight does, but is not marked for
+    the sum over these ranks. So do whole experts on tensor parallel ranks, and are reduced over the data-parallel ranks
+    alone where there is no expert parallelism. Adapters on experts are reduced as if every rank held the same ones.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    for part in module.modules():
+        if isinstance(part, TopKRouter) and part.bias is not None:
+            part.bias.sequence_parallel = part.config.sequence_parallel
+        if isinstance(part, (GroupedMLP, SequentialMLP, TEGroupedMLP)) and (experts > 1 or tensor > 1):
+            for parameter in part.parameters():
+                parameter.allreduce = False
+    return module
