@@ -20,8 +20,10 @@ target "image" {
   dockerfile = "${STAGING}/Dockerfile"
   context    = "${STAGING}/rootfs"
   contexts = {
-    wheels          = "${STAGING}/wheels"
-    lists           = "${STAGING}/lists"
+    uv              = "${STAGING}/uv"
+    locked          = "${STAGING}/locked"
+    building        = "${STAGING}/building"
+    variant         = "${STAGING}/variant"
     scripts         = "${STAGING}/scripts"
     files           = "${STAGING}/files"
     entrypoints     = "${STAGING}/entrypoints"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import entrypoints
@@ -16,7 +17,7 @@ from images.manifest import HERE, Manifest, check_variant, families, read_manife
 from images.sources import trees
 from images.store import BuildError, store
 
-NEEDED_BYTES = 20_000_000_000  # build cache, image and unpacked image
+NEEDED_BYTES = 16_000_000_000  # build cache, image and unpacked image
 BYTES_PER_JOB = 4_000_000_000  # what one compiler of CUDA or torch code takes at most
 # What the built layer takes as wheels, beside what it compiles; and what only compiles.
 READY = {"cpu": (), "index": ("te",), "full": ("te",)}
@@ -39,7 +40,7 @@ def image(model: str, variant: str, source: list[str] | None = None) -> None:
     started = time.monotonic()
     check_variant(variant)
     manifest = read_manifest(model)
-    places = _places(source or [])
+    places = places_of(source)
     wanted = sources(manifest, variant)
     folders = trees(wanted, variant, places)
     engine.require()
@@ -67,8 +68,9 @@ def tag(model: str, variant: str) -> str:
     return f"slipway/{model}:{variant}"
 
 
-def _places(given: list[str]) -> dict[str, str]:
-    places = dict(word.partition("=")[::2] for word in given)
+def places_of(given: list[str] | None) -> dict[str, str]:
+    """Source name → place, of words NAME=PLACE."""
+    places = dict(word.partition("=")[::2] for word in given or [])
     for name, place in places.items():
         if not name or not place:
             raise BuildError(f"--source {name}: write it as NAME=PLACE, PLACE being a clone or an address", exit_code=2)
@@ -154,7 +156,7 @@ def compile_jobs() -> int:
 
 def stage(folder: Path, manifest: Manifest, variant: str) -> None:
     """Lay out the build contexts: hard links into the store and the project's own files."""
-    for name in ("rootfs", "wheels", "lists", "scripts", "family", "empty"):
+    for name in ("rootfs", "uv", "locked", "building", "variant", "scripts", "family", "empty"):
         (folder / name).mkdir()
     shutil.copy(HERE / "Dockerfile", folder)
     for name in debian.SETS:
@@ -169,30 +171,36 @@ def stage(folder: Path, manifest: Manifest, variant: str) -> None:
 
 
 def _stage_packages(folder: Path, variant: str) -> None:
-    """The wheels that the variant takes, and the lists of what goes where."""
+    """uv, and a context for each of: what every image installs, what builds wheels, what the variant takes beside."""
+    os.link(lock.uv(), folder / "uv" / "uv")
     runtime = lock.requirements("--no-default-groups")
     archives = {p["name"]: p["sdist"]["path"] for p in lock.locked_packages() if "sdist" in p}
     pure = [name for name in runtime if name in archives and name not in lock.BUILT_FROM_SOURCE]
+    wheels = {name: line for name, line in runtime.items() if name not in archives}
+    _stage_list(folder / "locked", "runtime.txt", wheels)
+    for name in pure:
+        os.link(store() / "wheelhouse" / archives[name], folder / "locked" / archives[name])
+    (folder / "locked" / "source-only.txt").write_text("".join(f"{archives[name]}\n" for name in pure))
+    build_tools = lock.requirements("--only-group", "build")
+    _stage_list(folder / "building", "build.txt", build_tools)
     ready: dict[str, str] = {}
     for group in READY[variant]:
         ready |= lock.requirements("--only-group", group)
+    ready = {name: line for name, line in ready.items() if name not in {*runtime, *COMPILED[variant]}}
     cuda = lock.requirements("--only-group", "cuda") if variant != "cpu" else {}
-    build_tools = lock.requirements("--only-group", "build")
-    lists = {
-        "runtime.txt": {name: line for name, line in runtime.items() if name not in archives},
-        "ready.txt": {n: line for n, line in ready.items() if n not in runtime and n not in COMPILED[variant]},
-        "cuda.txt": {name: line for name, line in cuda.items() if name not in build_tools},
-        "build.txt": build_tools,
-    }
-    for name, lines in lists.items():
-        (folder / "lists" / name).write_text("".join(lines.values()))
-    (folder / "lists" / "source-only.txt").write_text("".join(f"{archives[name]}\n" for name in pure))
-    os.link(lock.uv(), folder / "lists" / "uv")
-    wanted = {name for lines in lists.values() for name in lines} | set(pure)
+    cuda = {name: line for name, line in cuda.items() if name not in build_tools}
+    _stage_list(folder / "variant", "ready.txt", ready)
+    _stage_list(folder / "variant", "cuda.txt", cuda, besides=wheels)
+
+
+def _stage_list(folder: Path, file: str, lines: dict[str, str], besides: Iterable[str] = ()) -> None:
+    """A list of requirements in `folder`, and beside it the wheels of all that are not elsewhere."""
+    (folder / file).write_text("".join(lines.values()))
+    wanted = lines.keys() - set(besides)
     for package in lock.locked_packages():
         if package["name"] in wanted:
-            path = archives[package["name"]] if package["name"] in pure else package["wheels"][0]["path"]
-            os.link(store() / "wheelhouse" / path, folder / "wheels" / path)
+            path = package["wheels"][0]["path"]
+            os.link(store() / "wheelhouse" / path, folder / path)
 
 
 def _stage_family(folder: Path, manifest: Manifest, variant: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from images import engine
-from images.image import build, fetch_for, inspect, tag
+from images.image import build, fetch_for, inspect, places_of, tag
 from images.manifest import check_variant, read_manifest, sources
 from images.sources import trees
 from images.store import BuildError
@@ -24,8 +24,7 @@ def verify(model: str, variant: str, source: list[str] | None = None) -> None:
     check_variant(variant)
     manifest = read_manifest(model)
     engine.require()
-    places = dict(word.partition("=")[::2] for word in source or [])
-    folders = trees(sources(manifest, variant), variant, places)
+    folders = trees(sources(manifest, variant), variant, places_of(source))
     fetch_for(variant)
     names = [f"{tag(model, variant)}-verify{number}" for number in (1, 2)]
     try:
