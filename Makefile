@@ -5,8 +5,11 @@ BUILD := $(PYTHON) build.py
 .DEFAULT_GOAL := help
 
 VARIANT ?= cpu
+# Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE"
+SOURCES ?=
+OUT ?= slipway_$(MODEL).sqsh
 
-.PHONY: help setup lock demo test lint engine image engine-stop test-image
+.PHONY: help setup lock audit demo test lint engine image images engine-stop test-image test-image-slow verify size sbom sqsh
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -17,6 +20,9 @@ setup:  ## install what uv.lock names into .venv (instant when nothing changed)
 lock:  ## resolve the dependencies anew and write uv.lock
 	@$(BUILD) lock
 
+audit: setup  ## known vulnerabilities of what uv.lock names (needs a network; says so where there is none)
+	@$(BUILD) audit
+
 demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 	@.venv/bin/slipway demo --model $(MODEL)
 
@@ -26,17 +32,36 @@ test: setup lint  ## unit and integration tests
 lint: setup
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check .
-	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh images/root/usr/local/bin/slipway-entrypoint
+	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/root/usr/local/bin/slipway-entrypoint
 	@.venv/bin/hadolint images/Dockerfile
 
 engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)
 	@$(BUILD) engine
 
 image:  ## an image: MODEL=gpt_oss VARIANT=cpu
-	@$(BUILD) image --model $(MODEL) --variant $(VARIANT)
+	@$(BUILD) image --model $(MODEL) --variant $(VARIANT) $(SOURCES)
+
+images:  ## every family's image: VARIANT=cpu
+	@$(BUILD) images --variant $(VARIANT) $(SOURCES)
+
+verify:  ## build an image twice without cache and compare the digests
+	@$(BUILD) verify --model $(MODEL) --variant $(VARIANT) $(SOURCES)
+
+size:  ## what the layers of an image hold
+	@$(BUILD) size --model $(MODEL) --variant $(VARIANT)
+
+sbom:  ## an image's bill of materials
+	@$(BUILD) sbom --model $(MODEL) --variant $(VARIANT)
+
+sqsh:  ## an image as a squashfs for enroot and pyxis: OUT=FILE
+	@$(BUILD) sqsh --model $(MODEL) --variant $(VARIANT) --out $(OUT)
 
 test-image: engine image  ## build the image and run the tests of it
 	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) tests/image/run
+
+test-image-slow: engine image  ## the tests that build again: times of rebuilds, squashfs, digests of two builds
+	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-slow tests/image/run
+	@$(BUILD) verify --model $(MODEL) --variant $(VARIANT)
 
 engine-stop:  ## stop the private engine; what it built is kept
 	@$(BUILD) engine-stop

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from images import debian, engine, image, lock
+from images import audit, debian, engine, image, lock, sbom, size, sqsh, verify
 from images.store import BuildError
 
 
@@ -20,31 +20,51 @@ COMMANDS = {
     "setup": (lock.setup, "make .venv from uv.lock"),
     "lock": (lock_all, "resolve anew and write uv.lock and images/debian.lock"),
     "check": (lock.check, "does uv.lock fit pyproject.toml?"),
+    "audit": (audit.audit, "known vulnerabilities of what uv.lock names"),
     "fetch": (image.fetch, "bring everything that images are made of into the store"),
     "engine": (engine.start, "start a private Docker engine unless one answers"),
     "engine-stop": (engine.stop, "stop the private engine"),
     "image": (image.image, "build an image"),
+    "images": (image.images, "build every family's image"),
+    "verify": (verify.verify, "build an image twice without cache and compare"),
+    "size": (size.size, "what an image's layers hold"),
+    "sbom": (sbom.sbom, "print an image's bill of materials (CycloneDX)"),
+    "sqsh": (sqsh.sqsh, "write an image as a squashfs for enroot and pyxis"),
     "docker": (engine.run_client, "run docker against the engine in use: build.py docker -- ps"),
 }
+OF_A_MODEL = ("image", "verify", "size", "sbom", "sqsh")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="build.py", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in OF_A_MODEL:
+            command.add_argument("--model", default="gpt_oss")
+        if name in (*OF_A_MODEL, "images"):
+            command.add_argument("--variant", default="cpu")
+        if name in ("image", "images", "verify"):
+            command.add_argument("--source", action="append", metavar="NAME=PLACE", help="a clone or a mirror")
+        if name == "sqsh":
+            command.add_argument("--out", required=True, help="the file to write")
+        if name == "docker":
+            command.add_argument("words", nargs="*")
+    return top
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="build.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name == "image":
-            command.add_argument("--model", default="gpt_oss")
-            command.add_argument("--variant", default="cpu")
-        if name == "docker":
-            command.add_argument("words", nargs="*")
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser().parse_args())
     function, _ = COMMANDS[arguments.pop("command")]
     try:
         function(**arguments)
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("build.py: interrupted; the same command goes on with what is there", file=sys.stderr)
+        return 130
     return 0
 
 

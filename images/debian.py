@@ -23,9 +23,11 @@ LOCK = Path(__file__).parent / "debian.lock"
 SUITE = "bookworm"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# What each root file system is asked to hold, beside Debian's essential packages.
-BASE = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata")
-BUILD = (*BASE, "g++", "make", "python3.11-dev")
+# What each root file system is asked to hold, beside Debian's essential packages. Triton compiles the code that
+# launches a kernel when it first runs it: gcc, the C library's headers and Python's.
+TRITON = ("gcc", "libc6-dev", "libpython3.11-dev")
+BASE = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata", *TRITON)
+BUILD = (*BASE, "ccache", "g++", "make", "python3.11-dev")
 SETS = {"base": BASE, "build": BUILD}
 
 
@@ -184,6 +186,17 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
         "--dpkgopt=path-exclude=/usr/share/man/*",
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=path-exclude=/usr/share/info/*",
+        # Compiling needs no link-time optimiser, no sanitisers and no static C library.
+        "--dpkgopt=path-exclude=/usr/lib/gcc/*/lto*",
+        "--dpkgopt=path-exclude=/usr/bin/*-lto-dump*",
+        "--dpkgopt=path-exclude=/usr/lib/*/lib[alt]san.so*",
+        "--dpkgopt=path-exclude=/usr/lib/*/libubsan.so*",
+        "--dpkgopt=path-exclude=/usr/lib/gcc/*/lib*san*",
+        "--dpkgopt=path-exclude=/usr/lib/python3.11/config-*/*.a",
+        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libc.a",
+        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libm-*.a",
+        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libmvec.a",
+        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libpython3.11*.a",
         '--customize-hook=rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/etc/apt/sources.list',
         # No program of an image needs to become another user.
         '--customize-hook=find "$1" -xdev -perm /6000 -type f -exec chmod ug-s {} +',

@@ -2,31 +2,57 @@
 variable "MODEL" {}
 variable "VARIANT" {}
 variable "STAGING" {}
-variable "SOURCE_DATE_EPOCH" { default = "0" }
-variable "PINS" {}
+variable "TAG" {}
 variable "OUTPUT" {}
+variable "PINS" {}
+variable "VERSION" {}
+variable "BUILDER" {}
+variable "MAX_JOBS" {}
+variable "CCACHE_DISABLE" {}
+variable "CUDA_ARCHITECTURES" {}
+# Source trees, each a folder of the store; the staging folder's empty one where the variant has none.
+variable "NEMO" {}
+variable "MEGATRON_CORE" {}
+variable "TRANSFORMER_ENGINE" {}
+variable "APEX" {}
 
 target "image" {
   dockerfile = "${STAGING}/Dockerfile"
   context    = "${STAGING}/rootfs"
   contexts = {
-    wheels      = "${STAGING}/wheels"
-    tools       = "${STAGING}/tools"
-    entrypoints = "${STAGING}/entrypoints"
+    uv              = "${STAGING}/uv"
+    locked          = "${STAGING}/locked"
+    building        = "${STAGING}/building"
+    variant         = "${STAGING}/variant"
+    scripts         = "${STAGING}/scripts"
+    files           = "${STAGING}/files"
+    entrypoints     = "${STAGING}/entrypoints"
+    family          = "${STAGING}/family"
+    nemo-source     = NEMO
+    megatron-source = MEGATRON_CORE
+    te-source       = TRANSFORMER_ENGINE
+    apex-source     = APEX
   }
-  target = "family"
+  target = "image"
   args = {
-    MODEL             = MODEL
-    VARIANT           = VARIANT
-    SOURCE_DATE_EPOCH = SOURCE_DATE_EPOCH
+    VARIANT              = VARIANT
+    SOURCE_DATE_EPOCH    = "0"
+    MAX_JOBS             = MAX_JOBS
+    CCACHE_DISABLE       = CCACHE_DISABLE
+    TORCH_CUDA_ARCH_LIST = CUDA_ARCHITECTURES
+    NVTE_CUDA_ARCHS      = replace(replace(CUDA_ARCHITECTURES, ".", ""), " ", ";")
   }
   labels = {
-    "org.slipway.pins"    = PINS
-    "org.slipway.model"   = MODEL
-    "org.slipway.variant" = VARIANT
+    "org.opencontainers.image.title"       = "slipway/${MODEL}"
+    "org.opencontainers.image.description" = "NeMo and Megatron for ${MODEL}, variant ${VARIANT}"
+    "org.opencontainers.image.version"     = VERSION
+    "org.slipway.model"                    = MODEL
+    "org.slipway.variant"                  = VARIANT
+    "org.slipway.pins"                     = PINS
+    "org.slipway.builder"                  = BUILDER
   }
-  network    = "none"
-  attest     = ["type=provenance,disabled=true"]
-  tags       = ["slipway/${MODEL}:${VARIANT}"]
-  output     = [OUTPUT]
+  network = "none"
+  attest  = ["type=provenance,disabled=true"]
+  tags    = [TAG]
+  output  = [OUTPUT]
 }

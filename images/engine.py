@@ -21,7 +21,7 @@ from images.debian import Apt
 from images.store import BuildError, store
 
 SUITE = "trixie"
-UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "containerd")
+UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
 INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}  # program → Debian package
 OLDEST_BUILDX = (0, 13)  # the first that rewrites timestamps
 START_SECONDS = 30
@@ -102,8 +102,8 @@ def _install() -> None:
     missing = [package for program, package in INSTALLED.items() if not shutil.which(program)]
     if missing:
         apt_get("install", "-y", "--no-install-recommends", *missing)
-    root = home() / "root"
-    if root.exists():
+    root, stamp = home() / "root", home() / "unpacked"
+    if root.exists() and stamp.exists() and stamp.read_text().split() == list(UNPACKED):
         return
     with tempfile.TemporaryDirectory(dir=store()) as scratch:
         apt = Apt(Path(scratch) / "apt", SUITE)
@@ -112,12 +112,14 @@ def _install() -> None:
         apt.run("apt-get", "download", *UNPACKED, cwd=debs)
         for deb in sorted(debs.glob("*.deb")):
             subprocess.run(["dpkg-deb", "-x", deb, Path(scratch) / "root"], check=True)
-        plugin = next((Path(scratch) / "root").rglob("cli-plugins/docker-buildx"))
         plugins = home() / "config" / "cli-plugins"
         plugins.mkdir(parents=True, exist_ok=True)
-        shutil.copy(plugin, plugins)
-        (plugins / plugin.name).chmod(0o755)
+        for plugin in (Path(scratch) / "root").rglob("cli-plugins/docker-*"):
+            shutil.copy(plugin, plugins)
+            (plugins / plugin.name).chmod(0o755)
+        shutil.rmtree(root, ignore_errors=True)
         os.rename(Path(scratch) / "root", root)
+    stamp.write_text(" ".join(UNPACKED))
 
 
 def apt_get(*words: str) -> None:

@@ -2,68 +2,65 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
-from images import debian, engine, lock
-from images.store import BuildError, sha256_of, store
+import entrypoints
+from images import debian, engine, lock, provenance, sbom
+from images.manifest import HERE, Manifest, check_variant, families, read_manifest, sources
+from images.sources import trees
+from images.store import BuildError, store
 
-HERE = Path(__file__).parent
-VARIANTS = ("cpu",)
-MANIFEST_KEYS = {"family", "models", "cuda_architectures"}
-NEEDED_BYTES = 25_000_000_000  # build cache, image and unpacked image
-
-
-def families() -> list[str]:
-    """The families that have a manifest."""
-    return sorted(path.stem for path in HERE.glob("*.toml"))
-
-
-def read_manifest(model: str) -> dict:
-    """images/MODEL.toml; BuildError for an unknown model or a wrong key."""
-    if model not in families():
-        near = difflib.get_close_matches(model, families(), n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise BuildError(f"there is no model {model!r}{hint} (there are: {', '.join(families())})", exit_code=2)
-    path = HERE / f"{model}.toml"
-    try:
-        manifest = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise BuildError(f"{path.name}: {error}", exit_code=65) from None
-    if odd := sorted(manifest.keys() ^ MANIFEST_KEYS):
-        verb = "is missing" if odd[0] in MANIFEST_KEYS else "is no key of a manifest"
-        raise BuildError(f"{path.name}: {odd[0]} {verb}; the keys are {', '.join(sorted(MANIFEST_KEYS))}", exit_code=65)
-    return manifest
+NEEDED_BYTES = 16_000_000_000  # build cache, image and unpacked image
+BYTES_PER_JOB = 4_000_000_000  # what one compiler of CUDA or torch code takes at most
+# What the built layer takes as wheels, beside what it compiles; and what only compiles.
+READY = {"cpu": (), "index": ("te",), "full": ("te",)}
+COMPILED = {
+    "cpu": (),
+    "index": ("transformer-engine-torch",),
+    "full": ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"),
+}
+SCRIPTS = ("slim.py", "import_check.py")
 
 
-def image(model: str, variant: str) -> None:
-    """Build slipway/MODEL:VARIANT and print its digest and size."""
+def image(model: str, variant: str, source: list[str] | None = None) -> None:
+    """Build slipway/MODEL:VARIANT; print its digest and size; leave SBOM and provenance in the store.
+
+    Args:
+        model: a family with a manifest.
+        variant: full, index or cpu.
+        source: NAME=PLACE for each source that comes from another clone or mirror than its pin says.
+    """
     started = time.monotonic()
     check_variant(variant)
-    read_manifest(model)
+    manifest = read_manifest(model)
+    places = places_of(source)
+    wanted = sources(manifest, variant)
+    folders = trees(wanted, variant, places)
     engine.require()
-    fetch()
+    fetch_for(variant)
     fetched = time.monotonic()
     # Uncompressed, since this engine keeps the image where it was built; `docker push` compresses.
-    build(model, variant, f"type=image,name={tag(model, variant)},unpack=true,compression=uncompressed")
-    digest, size = inspect(tag(model, variant))
+    name = tag(model, variant)
+    build(manifest, variant, folders, name, f"type=image,name={name},unpack=true,compression=uncompressed")
+    digest, size = inspect(name)
+    provenance.write(manifest, variant, wanted, name, digest)
     print(
-        f"image: {tag(model, variant)} {digest}, {size / 1e9:.2f} GB, fetched in {fetched - started:.0f} s, "
+        f"image: {name} {digest}, {size / 1e9:.2f} GB, fetched in {fetched - started:.0f} s, "
         f"built in {time.monotonic() - fetched:.0f} s"
     )
 
 
-def check_variant(variant: str) -> None:
-    """BuildError unless the variant is one that is built today."""
-    if variant not in VARIANTS:
-        raise BuildError(f"VARIANT is {variant!r}; there is {', '.join(VARIANTS)}", exit_code=2)
+def images(variant: str, source: list[str] | None = None) -> None:
+    """Build every family's image."""
+    for model in families():
+        image(model, variant, source)
 
 
 def tag(model: str, variant: str) -> str:
@@ -71,86 +68,153 @@ def tag(model: str, variant: str) -> str:
     return f"slipway/{model}:{variant}"
 
 
+def places_of(given: list[str] | None) -> dict[str, str]:
+    """Source name → place, of words NAME=PLACE."""
+    places = dict(word.partition("=")[::2] for word in given or [])
+    for name, place in places.items():
+        if not name or not place:
+            raise BuildError(f"--source {name}: write it as NAME=PLACE, PLACE being a clone or an address", exit_code=2)
+    return places
+
+
 def fetch() -> None:
-    """Bring everything that images are made of into the store."""
-    lock.fetch_wheels()
+    """Bring everything that images of the variants cpu and index are made of into the store."""
+    for variant in ("cpu", "index"):
+        fetch_for(variant)
+        for model in families():
+            trees(sources(read_manifest(model), variant), variant, {})
+
+
+def fetch_for(variant: str) -> None:
+    """Bring the packages of one variant into the store."""
+    groups = ("build", *READY[variant], *(["cuda"] if variant != "cpu" else []))
+    words = [word for group in groups for word in ("--group", group)]
+    lock.fetch_wheels(lock.requirements("--no-default-groups", *words))
     for name in debian.SETS:
         debian.root_file_system(name)
 
 
-def build(model: str, variant: str, output: str, *options: str) -> None:
-    """Run BuildKit on a fresh staging folder. `output` is buildx's, `options` go to `docker buildx bake`."""
+def build(
+    manifest: Manifest,
+    variant: str,
+    folders: dict[str, Path],
+    name: str,
+    output: str,
+    *options: str,
+    proof: bool = False,
+) -> None:
+    """Run BuildKit on a fresh staging folder.
+
+    Args:
+        manifest, variant: what to build.
+        folders: source name → its tree.
+        name: the image's name.
+        output: buildx's.
+        options: for `docker buildx bake`.
+        proof: let no compiler's cache help.
+    """
     free = shutil.disk_usage(store()).free
     if free < NEEDED_BYTES:
-        raise BuildError(f"{store()}: 25 GB are needed, {free / 1e9:.0f} GB are free; free some space", exit_code=73)
+        needed = f"{NEEDED_BYTES / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free"
+        raise BuildError(f"{store()}: {needed}; free some space or set SLIPWAY_STORE", exit_code=73)
     with tempfile.TemporaryDirectory(dir=store(), prefix="staging-") as scratch:
         staging = Path(scratch)
-        stage(staging, model)
-        variables = {
-            "MODEL": model,
-            "VARIANT": variant,
-            "STAGING": str(staging),
-            "PINS": json.dumps(pins(), sort_keys=True),
-            "OUTPUT": output,
-            "SOURCE_DATE_EPOCH": "0",
-        }
+        stage(staging, manifest, variant)
         command = [engine.client(), "buildx", "bake", "--file", str(HERE / "docker-bake.hcl"), *options, "image"]
+        variables = _variables(staging, manifest, variant, folders)
+        variables |= {"TAG": name, "OUTPUT": output, "CCACHE_DISABLE": "1" if proof else ""}
         done = subprocess.run(command, env={**engine.environment(), **variables}, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise BuildError(f"the build of {tag(model, variant)} failed; its last lines stand above", exit_code=1)
+        raise BuildError(f"the build of {name} failed; its last lines stand above", exit_code=1)
 
 
-def pins() -> dict[str, str]:
-    """What identifies the inputs: source commits and the hashes of both locks."""
-    sources = tomllib.loads((lock.ROOT / "entrypoints" / "pins.toml").read_text())
-    versions = {name: f"{pin['version']} {pin['commit']}" for name, pin in sources.items() if name in BUILT}
-    return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.LOCK)}
+def _variables(staging: Path, manifest: Manifest, variant: str, folders: dict[str, Path]) -> dict[str, str]:
+    trees_of = {
+        name.replace("-", "_").upper(): str(folders.get(name, staging / "empty"))
+        for name in ("nemo", "megatron-core", "transformer-engine", "apex")
+    }
+    return trees_of | {
+        "MODEL": manifest.family,
+        "VARIANT": variant,
+        "STAGING": str(staging),
+        "PINS": json.dumps(provenance.pins(sources(manifest, variant)), sort_keys=True),
+        "VERSION": entrypoints.__version__,
+        "BUILDER": provenance.builder(),
+        "MAX_JOBS": str(compile_jobs()),
+        "CUDA_ARCHITECTURES": " ".join(manifest.cuda_architectures),
+    }
 
 
-BUILT = ("nemo", "megatron-core")
+def compile_jobs() -> int:
+    """As many compilers at once as there are cores and as memory holds."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_JOB))
 
 
-def stage(folder: Path, model: str) -> None:
+# ---------------------------------------------------------------------------- the build contexts
+
+
+def stage(folder: Path, manifest: Manifest, variant: str) -> None:
     """Lay out the build contexts: hard links into the store and the project's own files."""
-    for name in ("rootfs", "wheels", "tools"):
+    for name in ("rootfs", "uv", "locked", "building", "variant", "scripts", "family", "empty"):
         (folder / name).mkdir()
     shutil.copy(HERE / "Dockerfile", folder)
     for name in debian.SETS:
         os.link(debian.root_file_system(name), folder / "rootfs" / f"{name}.tar")
-    packages = lock.locked_packages()
-    from_source = [p for p in packages if "sdist" in p]
-    for package in packages:
-        entry = package["sdist"] if package in from_source else package["wheels"][0]
-        os.link(store() / "wheelhouse" / entry["path"], folder / "wheels" / entry["path"])
-    tools = folder / "tools"
-    os.link(lock.uv(), tools / "uv")
-    (tools / "runtime.txt").write_text(_requirements(["--no-default-groups"], {p["name"] for p in from_source}))
-    (tools / "build.txt").write_text(_requirements(["--only-group", "build"], set()))
-    archives = [p["sdist"]["path"] for p in from_source if p["name"] not in lock.BUILT_FROM_SOURCE]
-    (tools / "source-only.txt").write_text("".join(f"{archive}\n" for archive in archives))
-    shutil.copy(HERE / "import_check.py", tools)
-    shutil.copy(HERE / f"{model}.toml", tools / "manifest.toml")
-    shutil.copytree(HERE / "root", tools / "image")
+    for script in SCRIPTS:
+        shutil.copy(HERE / script, folder / "scripts")
+    shutil.copytree(HERE / "root", folder / "files")
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(lock.ROOT / "entrypoints", folder / "entrypoints", ignore=ignore)
+    _stage_packages(folder, variant)
+    _stage_family(folder / "family", manifest, variant)
 
 
-def _requirements(options: list[str], without: set[str]) -> str:
-    """The hash-pinned list that uv makes of the lock, less some packages."""
-    left_out = [word for name in sorted(without) for word in ("--no-emit-package", name)]
-    words = ["export", "--frozen", "--no-emit-project", "--no-header", "--no-annotate", *options, *left_out]
-    done = subprocess.run([lock.uv(), *words], cwd=lock.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise BuildError(f"uv export failed:\n{done.stderr.strip()}", exit_code=65)
-    return "".join(
-        line + "\n" for line in done.stdout.splitlines() if not line.startswith(("--find-links", "--no-index"))
-    )
+def _stage_packages(folder: Path, variant: str) -> None:
+    """uv, and a context for each of: what every image installs, what builds wheels, what the variant takes beside."""
+    os.link(lock.uv(), folder / "uv" / "uv")
+    runtime = lock.requirements("--no-default-groups")
+    archives = {p["name"]: p["sdist"]["path"] for p in lock.locked_packages() if "sdist" in p}
+    pure = [name for name in runtime if name in archives and name not in lock.BUILT_FROM_SOURCE]
+    wheels = {name: line for name, line in runtime.items() if name not in archives}
+    _stage_list(folder / "locked", "runtime.txt", wheels)
+    for name in pure:
+        os.link(store() / "wheelhouse" / archives[name], folder / "locked" / archives[name])
+    (folder / "locked" / "source-only.txt").write_text("".join(f"{archives[name]}\n" for name in pure))
+    build_tools = lock.requirements("--only-group", "build")
+    _stage_list(folder / "building", "build.txt", build_tools)
+    ready: dict[str, str] = {}
+    for group in READY[variant]:
+        ready |= lock.requirements("--only-group", group)
+    ready = {name: line for name, line in ready.items() if name not in {*runtime, *COMPILED[variant]}}
+    cuda = lock.requirements("--only-group", "cuda") if variant != "cpu" else {}
+    cuda = {name: line for name, line in cuda.items() if name not in build_tools}
+    _stage_list(folder / "variant", "ready.txt", ready)
+    _stage_list(folder / "variant", "cuda.txt", cuda, besides=wheels)
+
+
+def _stage_list(folder: Path, file: str, lines: dict[str, str], besides: Iterable[str] = ()) -> None:
+    """A list of requirements in `folder`, and beside it the wheels of all that are not elsewhere."""
+    (folder / file).write_text("".join(lines.values()))
+    wanted = lines.keys() - set(besides)
+    for package in lock.locked_packages():
+        if package["name"] in wanted:
+            path = package["wheels"][0]["path"]
+            os.link(store() / "wheelhouse" / path, folder / path)
+
+
+def _stage_family(folder: Path, manifest: Manifest, variant: str) -> None:
+    """What the last layer holds: the manifest, the pins as they are for this family, the SBOM."""
+    shutil.copy(HERE / f"{manifest.family}.toml", folder / "image.toml")
+    wanted = sources(manifest, variant)
+    (folder / "pins.json").write_text(json.dumps(provenance.pins(wanted), indent=1, sort_keys=True) + "\n")
+    (folder / "sbom.cdx.json").write_text(sbom.text(manifest, variant, wanted))
 
 
 def inspect(name: str) -> tuple[str, int]:
     """(digest, bytes on disk) of an image."""
     done = engine.docker("image", "inspect", "--format", "{{.Id}} {{.Size}}", name, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{name} is not there: {done.stderr.strip()}")
+        raise BuildError(f"{name} is not there ({done.stderr.strip()}); `make image` builds it")
     digest, size = done.stdout.split()
     return digest, int(size)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from images.store import BuildError, LockedFile, fetch, index_address, store
@@ -186,10 +187,21 @@ def check() -> None:
 # ---------------------------------------------------------------------------- installing
 
 
-def fetch_wheels() -> None:
-    """Fill wheelhouse/ with every file that uv.lock names."""
+def requirements(*options: str) -> dict[str, str]:
+    """Package → its line, pinned and with hashes, in the list that uv makes of the lock; `options` are uv export's."""
+    words = ["export", "--frozen", "--no-emit-project", "--no-header", "--no-annotate", *options]
+    done = subprocess.run([uv(), *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"uv export failed:\n{done.stderr.strip()}", exit_code=65)
+    blocks = re.findall(r"(?m)^[\w.-]+==.*(?:\n[ ]+.*)*", done.stdout)
+    return {block.partition("==")[0]: block + "\n" for block in blocks}
+
+
+def fetch_wheels(names: Iterable[str] | None = None) -> None:
+    """Fill wheelhouse/ with the files that uv.lock has of these packages, or of all."""
     wheelhouse = store() / "wheelhouse"
-    fetch(locked_files(locked_packages()), wheelhouse)
+    wanted = None if names is None else set(names)
+    fetch(locked_files([p for p in locked_packages() if wanted is None or p["name"] in wanted]), wheelhouse)
     link = ROOT / "wheelhouse"
     if not link.exists() or link.resolve() != wheelhouse.resolve():
         link.unlink(missing_ok=True)
@@ -204,7 +216,7 @@ def setup() -> None:
         return
     if sys.version_info[:2] != (3, 11):
         raise BuildError(f"Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`")
-    fetch_wheels()
+    fetch_wheels(requirements())
     # Compiled once here, or every first import of NeMo takes half a minute.
     run_uv("sync", "--frozen", "--compile-bytecode")
     STAMP.write_text(state)

@@ -1,4 +1,4 @@
-"""build.py without an engine: the lock, the store, the manifests; downloads come from a server of the test's own."""
+"""build.py without an engine: the lock and the store; downloads come from a server of the test's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from images import image, lock, store
+from images import lock, store
 from images.store import BuildError, LockedFile
 
 ROOT = Path(__file__).parent.parent
@@ -146,29 +146,15 @@ def test_setup_is_instant_when_nothing_changed():
     assert done.returncode == 0 and done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    "model, text, code, message",
-    [
-        ("gpt_os", None, 2, "there is no model 'gpt_os', did you mean gpt_oss"),
-        ("x", "family = ", 65, "x.toml: "),
-        ("x", 'family = "x"\nmodels = []\ncuda_architectures = []\ncolour = 1', 65, "colour is no key of a manifest"),
-        ("x", 'family = "x"', 65, "cuda_architectures is missing"),
-    ],
-)
-def test_a_wrong_manifest_is_said(tmp_path, monkeypatch, model, text, code, message):
-    (tmp_path / "gpt_oss.toml").write_bytes((image.HERE / "gpt_oss.toml").read_bytes())
-    if text is not None:
-        (tmp_path / "x.toml").write_text(text)
-    monkeypatch.setattr(image, "HERE", tmp_path)
-    with pytest.raises(BuildError) as error:
-        image.read_manifest(model)
-    assert message in str(error.value) and error.value.exit_code == code
-
-
 def test_build_py_ends_with_a_line_and_the_exit_code():
-    words = [sys.executable, ROOT / "build.py", "image", "--variant", "tiny"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("build.py: VARIANT is 'tiny'; there is ")
+    for words, start in (
+        (["--variant", "tiny"], "build.py: VARIANT is 'tiny'; there is "),
+        (["--model", "gpt_os"], "build.py: there is no model 'gpt_os', did you mean gpt_oss?"),
+        (["--source", "nemo"], "build.py: --source nemo: write it as NAME=PLACE"),
+    ):
+        command = [sys.executable, ROOT / "build.py", "image", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(start) and done.stderr.count("\n") == 1
 
 
 def test_no_file_names_a_package_registry():

@@ -1,0 +1,80 @@
+"""How an image came to be: pins and builder, as labels of the image and as a SLSA statement beside it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import entrypoints
+from images import debian, engine, lock
+from images.manifest import Manifest, Source
+from images.store import sha256_of, store
+
+
+def folder_of(model: str, variant: str) -> Path:
+    """Where the files beside an image lie: provenance.json, sbom.cdx.json."""
+    return store() / "images" / f"{model}-{variant}"
+
+
+def pins(wanted: list[Source]) -> dict[str, str]:
+    """What identifies the inputs: versions and commits of the sources, the hashes of both locks."""
+    versions = {source.name: f"{source.version} {source.commit}" for source in wanted}
+    return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.LOCK)}
+
+
+@functools.cache
+def builder() -> str:
+    """Slipway's version and those of what it builds with."""
+    words = engine.docker("version", "--format", "{{.Server.Version}}", capture_output=True, text=True).stdout.split()
+    buildx = engine.docker("buildx", "version", capture_output=True, text=True).stdout.split()
+    return f"slipway {entrypoints.__version__}, docker {words[0]}, buildx {buildx[1]}"
+
+
+def write(manifest: Manifest, variant: str, wanted: list[Source], name: str, digest: str) -> None:
+    """Leave provenance.json and the SBOM of a built image beside it, in the store."""
+    from images import sbom
+
+    folder = folder_of(manifest.family, variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in (
+        ("provenance.json", json.dumps(statement(manifest, variant, wanted, name, digest), indent=1) + "\n"),
+        ("sbom.cdx.json", sbom.text(manifest, variant, wanted)),
+    ):
+        (folder / f".{file}").write_text(text)
+        os.replace(folder / f".{file}", folder / file)
+
+
+def statement(manifest: Manifest, variant: str, wanted: list[Source], name: str, digest: str) -> dict:
+    """An in-toto statement with SLSA's provenance, version 1."""
+    algorithm, _, value = digest.partition(":")
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": name, "digest": {algorithm: value}}],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "build.py image",
+                "externalParameters": {"model": manifest.family, "variant": variant},
+                "internalParameters": {"pins": pins(wanted), "cuda_architectures": manifest.cuda_architectures},
+                "resolvedDependencies": [_dependency(source) for source in wanted],
+            },
+            "runDetails": {"builder": {"id": "slipway", "version": {"build.py": _revision(), "with": builder()}}},
+        },
+    }
+
+
+def _dependency(source: Source) -> dict:
+    digest = {"gitCommit": source.commit}
+    if source.archive:
+        digest["sha256"] = source.archive.sha256
+    return {"name": source.name, "uri": f"git+{source.repository}", "digest": digest}
+
+
+def _revision() -> str:
+    """The commit that this checkout stands at; "-dirty" where files differ from it."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(words, cwd=lock.ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "no git checkout"

@@ -1,0 +1,103 @@
+"""build.py sqsh: an image as a squashfs, as `enroot import` makes one and `srun --container-image=FILE` takes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from images import engine
+from images.image import inspect, tag
+from images.manifest import check_variant, read_manifest
+from images.store import BuildError
+
+# enroot's own files in a root file system: what starts, the environment, mounts.
+RC = """mkdir -p "{workdir}" 2> /dev/null
+cd "{workdir}" && unset OLDPWD || exit 1
+
+if [ -s /etc/rc.local ]; then
+    . /etc/rc.local
+fi
+
+if [ $# -gt 0 ]; then
+    exec {entrypoint} "$@"
+else
+    exec {entrypoint} {command}
+fi
+"""
+
+
+def sqsh(model: str, variant: str, out: str) -> None:
+    """Write the image's file system to `out`; enroot starts what the image's entrypoint and command say."""
+    check_variant(variant)
+    read_manifest(model)
+    engine.require()
+    name = tag(model, variant)
+    inspect(name)
+    target = Path(out).absolute()
+    if not target.parent.is_dir():
+        raise BuildError(f"--out: there is no folder {target.parent}; make it first", exit_code=73)
+    if os.getuid() != 0:
+        raise BuildError("writing files of other owners needs root; run as root, or `enroot import dockerd://` it")
+    if not shutil.which("mksquashfs"):
+        engine.apt_get("install", "-y", "--no-install-recommends", "squashfs-tools")
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".sqsh-") as scratch:
+            root = Path(scratch) / "root"
+            root.mkdir()
+            _export(name, root)
+            configure(root, _config(name))
+            _squash(root, Path(scratch) / "image.sqsh")
+            os.replace(Path(scratch) / "image.sqsh", target)
+    except OSError as error:
+        raise BuildError(
+            f"--out: {target}: {error.strerror}; free some space or choose another disk", exit_code=73
+        ) from None
+    print(f"sqsh: {target}, {target.stat().st_size / 1e9:.2f} GB")
+
+
+def _config(name: str) -> dict:
+    done = engine.docker("image", "inspect", "--format", "{{json .Config}}", name, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def _export(name: str, root: Path) -> None:
+    """Unpack the image's file system, by way of a container that never runs."""
+    created = engine.docker("create", name, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        command = [engine.client(), "export", created]
+        export = subprocess.Popen(command, env=engine.environment(), stdout=subprocess.PIPE)
+        words = ["tar", "--extract", "--numeric-owner", "--same-permissions", f"--directory={root}"]
+        unpacked = subprocess.run(words, stdin=export.stdout, capture_output=True, text=True)
+        if unpacked.returncode or export.wait():
+            reason = (unpacked.stderr.strip().splitlines() or ["docker export failed"])[-1]
+            raise BuildError(f"{root.parent.parent}: cannot unpack the image ({reason}); free some space", exit_code=73)
+    finally:
+        engine.docker("rm", "--force", created, capture_output=True)
+
+
+def configure(root: Path, config: dict) -> None:
+    """Write enroot's files: /etc/rc, /etc/environment, /etc/fstab, /etc/rc.local."""
+    rc = RC.format(
+        workdir=config["WorkingDir"] or "/",
+        entrypoint=shlex.join(config["Entrypoint"] or []),
+        command=shlex.join(config["Cmd"] or ["/bin/sh"]),
+    )
+    etc = root / "etc"
+    (etc / "rc").write_text(rc)
+    (etc / "rc").chmod(0o755)
+    (etc / "environment").write_text("".join(f"{line}\n" for line in config["Env"]))
+    (etc / "fstab").touch()
+    (etc / "rc.local").touch()
+    (root / ".dockerenv").unlink(missing_ok=True)
+
+
+def _squash(root: Path, target: Path) -> None:
+    words = ["mksquashfs", str(root), str(target), "-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet"]
+    done = subprocess.run([*words, "-no-progress", "-mkfs-time", "0", "-all-root"], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"mksquashfs: {done.stderr.strip().splitlines()[-1]}; free some space", exit_code=73)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The squashfs holds the image's tree and what enroot reads: how it starts, its environment; commands are on PATH.
+set -euo pipefail
+
+variant="${IMAGE##*:}" model="${IMAGE#slipway/}"
+(cd "$ROOT" && "$PYTHON" build.py sqsh --model "${model%%:*}" --variant "$variant" --out "$WORK/image.sqsh")
+unsquashfs -l "$WORK/image.sqsh" >"$WORK/tree"
+for path in etc/rc etc/environment etc/fstab usr/local/bin/train usr/local/bin/slipway-entrypoint usr/bin/tini \
+    opt/slipway/entrypoints/cli.py opt/venv/bin/python; do
+    grep -qx "squashfs-root/$path" "$WORK/tree" || { echo "no $path"; exit 1; }
+done
+unsquashfs -cat "$WORK/image.sqsh" etc/rc | tee "$WORK/rc" | bash -n
+grep -q 'exec /usr/bin/tini -- /usr/local/bin/slipway-entrypoint "$@"' "$WORK/rc"
+unsquashfs -cat "$WORK/image.sqsh" etc/environment | grep -q '^PATH=/opt/venv/bin'
+
+# Mounted, it runs as pyxis runs it: a command of PATH, no entrypoint, the image's own root.
+mkdir "$WORK/root"
+mount -o loop,ro "$WORK/image.sqsh" "$WORK/root"
+trap 'umount "$WORK/root"' EXIT
+chroot --userspec=65534:65534 "$WORK/root" /bin/bash -lc 'train --help' | grep -q 'slipway train'

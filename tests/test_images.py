@@ -1,0 +1,254 @@
+"""What images are made from, without an engine: manifests, sources, bills of materials, what is taken out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from images import debian, image, licences, lock, manifest, sbom, slim, sources, store, verify
+from images.manifest import Source
+from images.store import BuildError
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ["deepseek_v3", "gpt_oss", "llama31", "qwen25", "qwen3"]
+
+
+# ---------------------------------------------------------------------------- manifests
+
+
+def test_every_family_of_the_package_has_an_image():
+    from entrypoints.families import FAMILIES as in_package
+
+    assert manifest.families() == FAMILIES == sorted(in_package)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_and_recipe_of_a_manifest_are_nemos(family):
+    import importlib.util
+
+    found = manifest.read_manifest(family)
+    recipes = Path(importlib.util.find_spec("nemo").origin).parent / "collections" / "llm" / "recipes"
+    assert found.recipe in found.models
+    assert [model for model in found.models if not (recipes / f"{model}.py").exists()] == []
+
+
+GOOD = 'family = "x"\nmodels = ["m"]\nrecipe = "m"\ncuda_architectures = ["9.0"]\n'
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("family = ", "x.toml: "),
+        (GOOD + "colour = 1", "colour is no key of a manifest; the keys are family,"),
+        (GOOD.replace("models", "model"), "model is no key of a manifest, did you mean models?"),
+        ('family = "x"', "cuda_architectures is missing"),
+        (GOOD.replace('"m"\ncuda', "1\ncuda"), "recipe is no str"),
+        (GOOD.replace('family = "x"', 'family = "y"'), "it must be the file's name, 'x'"),
+        (GOOD.replace("9.0", "90"), "cuda_architectures has '90'; write them as in \"9.0\""),
+        (GOOD + "[pins.nemmo]", "nemmo is no key of pins, did you mean nemo?"),
+        (GOOD + '[pins.nemo]\nversion = "1"', "commit is missing in pins.nemo"),
+        (GOOD + '[pins.nemo]\nversion = "1"\ncommit = "c"\narchive = "a"', "needs archive and sha256 together"),
+    ],
+)
+def test_a_wrong_manifest_is_said_in_one_line(tmp_path, monkeypatch, text, message):
+    (tmp_path / "x.toml").write_text(text)
+    monkeypatch.setattr(manifest, "HERE", tmp_path)
+    with pytest.raises(BuildError) as error:
+        manifest.read_manifest("x")
+    assert message in str(error.value) and error.value.exit_code == 65 and "\n" not in str(error.value)
+
+
+def test_a_familys_own_pin_changes_that_source_alone(tmp_path, monkeypatch):
+    own = '[pins.megatron-core]\nversion = "9"\ncommit = "cc"\narchive = "m-9.tar.gz"\nsha256 = "aa"\n'
+    (tmp_path / "x.toml").write_text(GOOD + own)
+    monkeypatch.setattr(manifest, "HERE", tmp_path)
+    general = manifest.sources(manifest.Manifest("y", ["m"], "m", []), "cpu")
+    found = manifest.sources(manifest.read_manifest("x"), "cpu")
+    assert found[0] == general[0] and found[0].name == "nemo"
+    assert (found[1].version, found[1].commit, found[1].archive.sha256) == ("9", "cc", "aa")
+    assert found[1].repository == general[1].repository and general[1].archive.sha256 != "aa"
+
+
+@pytest.mark.parametrize("jobs_of, cores, gigabytes", [(1, 2, 4), (2, 2, 100), (8, 64, 33)])
+def test_compile_jobs_fit_cores_and_memory(monkeypatch, jobs_of, cores, gigabytes):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 10**9 // 4096}.get)
+    assert image.compile_jobs() == jobs_of
+
+
+# ---------------------------------------------------------------------------- sources
+
+
+def _git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> tuple[Path, Source]:
+    """A repository with a submodule, and the pin of its commit; the store is empty."""
+    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
+    for name in ("part", "whole"):
+        (tmp_path / name).mkdir()
+        _git(tmp_path / name, "init", "--quiet")
+        (tmp_path / name / "file.txt").write_text(name)
+        _git(tmp_path / name, "add", ".")
+        _git(tmp_path / name, "commit", "--quiet", "-m", "one")
+    whole = tmp_path / "whole"
+    _git(whole, "submodule", "add", "--quiet", str(tmp_path / "part"), "inner/part")
+    _git(whole, "commit", "--quiet", "-m", "two")
+    commits = {name: _git(tmp_path / name, "rev-parse", "HEAD").strip() for name in ("part", "whole")}
+    nowhere = "https://host.invalid/part"
+    submodules = {"part": {"commit": commits["part"], "repository": nowhere}}
+    source = Source("whole", "whole", "1", commits["whole"], nowhere, "MIT", submodules=submodules)
+    return tmp_path, source
+
+
+def test_a_commit_and_its_submodules_come_from_the_clones_given(clone):
+    folder, source = clone
+    places = {"whole": str(folder / "whole"), "part": str(folder / "part")}
+    tree = sources.trees([source], "full", places)["whole"]
+    assert (tree / "file.txt").read_text() == "whole" and (tree / "inner" / "part" / "file.txt").read_text() == "part"
+    shutil.rmtree(folder / "whole")  # what is in the store is not asked for again
+    assert sources.trees([source], "full", {})["whole"] == tree
+
+
+def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
+    folder, source = clone
+    started = time.monotonic()
+    with pytest.raises(BuildError) as error:
+        sources.trees([source], "full", {"whole": str(folder / "whole")})
+    assert time.monotonic() - started < 20 and error.value.exit_code == 78
+    message = str(error.value)
+    assert "cannot reach part (https://host.invalid/part)" in message and "--source part=CLONE" in message
+    assert "--source whole" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"commit": "1" * 40}, "does not give commit 1111"),
+        ({"submodules": {}}, r"its submodule inner/part is at \w+, which entrypoints/pins.toml does not name"),
+    ],
+)
+def test_a_clone_that_is_not_as_pinned_is_refused(clone, change, message):
+    folder, source = clone
+    with pytest.raises(BuildError, match=message):
+        other = replace(source, **change)
+        sources.trees([other], "full", {name: str(folder / name) for name in ("whole", *other.submodules)})
+    assert not [path for path in (folder / "store").rglob("*") if path.name == "file.txt"]
+
+
+def test_a_source_that_is_not_there_is_said(clone):
+    with pytest.raises(BuildError, match="--source hole: there is no such source; there are part, whole") as error:
+        sources.trees([clone[1]], "full", {"hole": "/"})
+    assert error.value.exit_code == 2
+    with pytest.raises(BuildError, match="its pin names no source archive") as error:
+        sources.trees([clone[1]], "cpu", {})
+    assert error.value.exit_code == 65
+
+
+def test_full_without_a_git_host_is_said_in_seconds():
+    words = [sys.executable, ROOT / "build.py", "image", "--variant", "full", "--source", "nemo=/nonexistent"]
+    started = time.monotonic()
+    environment = {**os.environ, "GIT_SSL_NO_VERIFY": "1", "https_proxy": "http://127.0.0.1:9", "DOCKER_HOST": "x"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 78 and time.monotonic() - started < 30
+    assert len(done.stderr.splitlines()) == 1 and "--source nemo=CLONE" in done.stderr and "apex" in done.stderr
+
+
+# ---------------------------------------------------------------------------- bills of materials
+
+
+@pytest.fixture(scope="module")
+def bill() -> str:
+    """The bill of materials of an image with everything that needs no git host."""
+    found = manifest.read_manifest("gpt_oss")
+    lock.fetch_wheels(lock.requirements("--no-default-groups", "--group", "te"))
+    return sbom.text(found, "index", manifest.sources(found, "index"))
+
+
+def test_the_bill_of_materials_fits_cyclonedx(bill):
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill) is None
+    wrong = bill.replace('"bomFormat"', '"bomFormt"')
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(wrong) is not None
+
+
+def test_the_bill_of_materials_names_everything_with_a_licence(bill):
+    components = json.loads(bill)["components"]
+    names = {component["name"] for component in components}
+    assert {"nemo-toolkit", "megatron-core", "transformer-engine", "torch", "libc6", "tini"} <= names
+    assert names >= {package.name for package in debian.read_lock() if "base" in package.sets}
+    nemo = next(component for component in components if component["name"] == "nemo-toolkit")
+    pin = tomllib.loads((ROOT / "entrypoints" / "pins.toml").read_text())["nemo"]
+    assert nemo["purl"].endswith(f"@{pin['commit']}") and nemo["licenses"] == [{"expression": "Apache-2.0"}]
+    assert all(component["licenses"] for component in components)
+    silent = [c["name"] for c in components if c["licenses"] == [licences.named(licences.NOT_STATED)]]
+    assert len(silent) < 10, silent
+    assert bill == sbom.text(manifest.read_manifest("gpt_oss"), "index", _sources_of("index"))
+
+
+def _sources_of(variant: str) -> list[Source]:
+    return manifest.sources(manifest.read_manifest("gpt_oss"), variant)
+
+
+# ---------------------------------------------------------------------------- what is taken out
+
+
+def test_what_is_taken_out_leaves_the_records_true(tmp_path, monkeypatch):
+    (tmp_path / "a" / "tests").mkdir(parents=True)
+    (tmp_path / "a-1.dist-info").mkdir()
+    for name, content in (("__init__.py", ""), ("tests/t.py", "x"), ("lib.a", "y"), ("lib.so", "z")):
+        (tmp_path / "a" / name).write_text(content)
+    record = tmp_path / "a-1.dist-info" / "RECORD"
+    record.write_text('a/__init__.py,,0\na/tests/t.py,,1\na/lib.a,,1\na/lib.so,sha256=old,1\n"a, b",,\n')
+    gone = slim.remove(tmp_path, [("**/tests/", "tests"), ("**/*.a", "static")])
+    (tmp_path / "a" / "lib.so").write_text("smaller")
+    slim.correct_records(tmp_path, gone, {tmp_path / "a" / "lib.so"})
+    digest = hashlib.sha256(b"smaller").digest()
+    expected = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+    assert record.read_text() == f'a/__init__.py,,0\na/lib.so,sha256={expected},7\n"a, b",,\n'
+    assert not (tmp_path / "a" / "tests").exists() and not (tmp_path / "a" / "lib.a").exists()
+    with pytest.raises(SystemExit, match="nothing; take it off the list"):
+        slim.remove(tmp_path, [("**/tests/", "tests")])
+
+
+def test_the_difference_of_two_layers_names_the_file_and_what_of_it(tmp_path):
+    def layer(text: str, mtime: int) -> io.BytesIO:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            for name, content in (("same", b"s"), ("other", text.encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mtime = len(content), mtime if name == "other" else 0
+                tar.addfile(entry, io.BytesIO(content))
+        stream.seek(0)
+        return stream
+
+    one, two = verify.entries(layer("a", 1)), verify.entries(layer("b", 2))
+    assert one["same"] == two["same"]
+    assert verify.what_differs(one["other"], two["other"]) == "time, content"
+    assert verify.what_differs(one["other"], None) == "only in the first"
+
+
+def test_a_full_disk_is_said_before_the_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path))
+    monkeypatch.setattr(image, "NEEDED_BYTES", 10**18)
+    with pytest.raises(BuildError, match="GB are needed") as error:
+        image.build(manifest.read_manifest("gpt_oss"), "cpu", {}, "x", "type=image")
+    assert error.value.exit_code == 73 and not list(store.store().iterdir())
