@@ -12,7 +12,7 @@ from entrypoints.report import human_bytes
 TOKENS = 64
 # The same float32 arithmetic in another order is off by a few units in the last place, wrong weights by 0.1 and more.
 TOLERANCE = 1e-4
-TOLERANCE_ON_GPU = 0.5  # NeMo's arithmetic is bfloat16 there
+TOLERANCE_ON_GPU = 0.02  # Transformer Engine multiplies float32 as TF32
 
 
 @dataclass

@@ -30,7 +30,7 @@ def logits_of(checkpoint: Path, tokens: Tensor) -> Tensor:
 
 
 def load(checkpoint: Path) -> GPTModel:
-    """NeMo's model in evaluation mode, its weights loaded by megatron-core's own reader; float32 without a GPU."""
+    """NeMo's model in evaluation mode, its weights loaded by megatron-core's own reader; in float32."""
     from entrypoints.training.worker import quiet
 
     quiet()
@@ -51,7 +51,10 @@ def load(checkpoint: Path) -> GPTModel:
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
     model = load_context(checkpoint / "context", subpath="model")
-    if not on_gpu:
+    if on_gpu:  # in BF16 a token may go to other experts, and its logits are then another token's
+        model.config.bf16 = False
+        model.config.params_dtype = model.config.pipeline_dtype = model.config.autocast_dtype = torch.float32
+    else:
         cpu.configure_model(model.config)
     module = model.config.configure_model(tokenizer=None).eval().cuda()
     for parameter in module.parameters():  # and no buffer: a router's expert_bias stays float32
