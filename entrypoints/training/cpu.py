@@ -109,6 +109,15 @@ def _patch_nemo_and_megatron() -> None:
     # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
     rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb or NotImplemented
 
+    # An expert adds its bias in place, which autograd refuses on what a custom function returned.
+    row_parallel = tensor_parallel.RowParallelLinear.forward
+
+    @functools.wraps(row_parallel)
+    def row_parallel_and_clone(self, input_):
+        output, bias = row_parallel(self, input_)
+        return output.clone() if output.requires_grad else output, bias
+
+    tensor_parallel.RowParallelLinear.forward = row_parallel_and_clone
     torch_norm.WrappedTorchNorm.__new__ = _norm_under_sequence_parallelism(torch_norm.WrappedTorchNorm.__new__)
 
     @functools.wraps(moe_utils.maybe_move_tensor_to_cpu)

@@ -30,9 +30,15 @@ for node in 0 1; do
         train --model /data/nemo --data /data/tokens.jsonl --out /data/run --nodes 2 --nproc-per-node 1 \
         --master-addr node0 --seq-length 128 --micro-batch-size 2 --global-batch-size 8 --dry-run >"$WORK/out" 2>&1 ||
         { cat "$WORK/out"; exit 1; }
-    grep -q -- "--node-rank=$node" "$WORK/out" && grep -q -- '--nnodes=2' "$WORK/out" || { cat "$WORK/out"; exit 1; }
+    if ! { grep -q -- "--node-rank=$node" "$WORK/out" && grep -q -- '--nnodes=2' "$WORK/out"; }; then
+        cat "$WORK/out"
+        exit 1
+    fi
 done
 # What was asked for is what the container has.
 "${compose[@]}" run --rm --no-deps -T node0 bash -c 'df --block-size=1G --output=size /dev/shm | tail -1; ulimit -l' \
     >"$WORK/limits"
-grep -qx ' *16' "$WORK/limits" && grep -qx "$locked" "$WORK/limits" || { cat "$WORK/limits"; exit 1; }
+if ! { grep -qx ' *16' "$WORK/limits" && grep -qx "$locked" "$WORK/limits"; }; then
+    cat "$WORK/limits"
+    exit 1
+fi
