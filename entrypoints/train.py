@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from entrypoints.checkpoint import locate
 from entrypoints.checkpoint.nemo_context import SOURCE_CONFIG
 from entrypoints.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
-from entrypoints.families import family_of
 from entrypoints.launch import torchrun
 from entrypoints.launch.failure import FAILED, Failure
 from entrypoints.launch.link import Link, meet
 from entrypoints.launch.signals import StopRequests
 from entrypoints.launch.topology import ALONE, Topology, find_topology
 from entrypoints.report import Summary
-from entrypoints.training import memory, recipes
+from entrypoints.training import recipes
 from entrypoints.training.agreement import claims
 from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
@@ -172,6 +171,8 @@ class Run:
 
 def _plan(run: Run, config: dict[str, Any] | None) -> str:
     """What --dry-run prints."""
+    from entrypoints.training import memory
+
     words = torchrun.command(run.topology, _worker_arguments(Path("SCRATCH"), run), _logs(run))
     lines = [json.dumps(vars(run.recipe), indent=1), str(run.topology)]
     if config:
@@ -187,6 +188,8 @@ def _check_model(recipe: Recipe, shipped: recipes.Shipped | None) -> dict[str, A
     path = Path(recipe.model) / "context" / SOURCE_CONFIG
     if not path.is_file():
         return None
+    from entrypoints.families import family_of
+
     config = json.loads(path.read_text())
     family = family_of(config, path).NAME
     if shipped and shipped.family != family:
