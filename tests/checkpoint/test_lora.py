@@ -28,7 +28,7 @@ def with_random_adapters(base: Path, folder: Path) -> torch.nn.Module:
 
     from entrypoints.training.modes import LoRA
 
-    module = walk(module, LoRA(str(base), TARGETS, RANK, ALPHA, 0.0).transform).eval()
+    module = walk(module, LoRA(str(base), 0, TARGETS, RANK, ALPHA, 0.0).transform).eval()
     generator = torch.Generator().manual_seed(5)
     for name, parameter in module.named_parameters():
         if ".adapter." in name:
