@@ -153,7 +153,12 @@ def train(
         link = meet(topology, claims(recipe, index, topology, begins_at), rendezvous_timeout)
         if topology.rank == 0:
             _claim_folder(run)
-        failure = _work(run, index, Path(scratch), stop, link)
+        try:
+            failure = _work(run, index, Path(scratch), stop, link)
+        except Stopped:  # between the claim and the first worker
+            if topology.rank == 0:
+                _note(folder, "stopped", stop.asked_by)
+            raise
         link.close()
         return _result(run, failure, stop.grace_is_over)
 
@@ -219,7 +224,7 @@ def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link)
         logs.mkdir(parents=True, exist_ok=True)
         failure = torchrun.launch(run.topology, _worker_arguments(scratch, run), stop, logs, link)
         if failure and run.topology.rank == 0:
-            _note_failure(run.folder, failure.said or str(failure))
+            _note(run.folder, "failed", failure.said or str(failure))
         return failure
 
     def work() -> None:
@@ -229,20 +234,22 @@ def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link)
 
     try:
         torchrun.run_here(run.topology, work, stop)
+    except Stopped:
+        raise
     except BaseException as error:
-        _note_failure(run.folder, f"{type(error).__name__}: {error}")
+        _note(run.folder, "failed", f"{type(error).__name__}: {error}")
         if isinstance(error, torchrun.GraceIsOver):
             return Failure("rank 0", str(error), FAILED)
         raise
     return None
 
 
-def _note_failure(folder: RunFolder, why: str) -> None:
+def _note(folder: RunFolder, state: str, why: str) -> None:
     """Say in the status why it ended. A full disk gets room for that from the checkpoint that did not fit."""
     with contextlib.suppress(OSError):
         folder.remove_incomplete()
     with contextlib.suppress(OSError):
-        folder.write_status(folder.read_status() | {"state": "failed", "why": why})
+        folder.write_status(folder.read_status() | {"state": state, "why": why})
 
 
 def _check_paths(recipe: Recipe) -> int:

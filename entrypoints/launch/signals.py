@@ -34,7 +34,8 @@ class StopRequests:
     def __init__(self, stop_file: Path, grace: float) -> None:
         """`stop_file`: gets the signal's name; `grace`: seconds that the workers then have."""
         self.stop_file, self.grace = stop_file, grace
-        self.asked = self.grace_is_over = False
+        self.asked_by = ""  # the signal's name
+        self.grace_is_over = False
         self._owner = os.getpid()  # a child that is forked meanwhile inherits the handlers
         self._meaning: Callable[[str], None] = self._stop_at_once
 
@@ -45,7 +46,7 @@ class StopRequests:
     def __exit__(self, *_: object) -> None:
         # srun --kill-on-bad-exit takes the first 75 for a failure: its SIGTERM must not change the others' exit codes.
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.asked else handler)
+            signal.signal(number, signal.SIG_IGN if self.asked_by else handler)
 
     @contextlib.contextmanager
     def while_saving(self, give_up: Callable[[], None]) -> Iterator[None]:
@@ -59,7 +60,7 @@ class StopRequests:
         timer.daemon = True
 
         def save(name: str) -> None:
-            self.asked = True
+            self.asked_by = name
             print(f"train: {name}: saving and stopping within {self.grace:.0f} s", file=sys.stderr, flush=True)
             self.stop_file.write_text(name)
             timer.start()
@@ -72,11 +73,11 @@ class StopRequests:
             timer.cancel()
 
     def _handle(self, number: int, _: object) -> None:
-        if os.getpid() == self._owner and not self.asked:
+        if os.getpid() == self._owner and not self.asked_by:
             self._meaning(signal.Signals(number).name)
 
     def _stop_at_once(self, name: str) -> None:
-        self.asked = True
+        self.asked_by = name
         raise Stopped(f"train: {name} before the first step; run the same again")
 
 
