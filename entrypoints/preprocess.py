@@ -1,167 +1,102 @@
-"""`slipway preprocess`: text, prompts or chats → the JSON lines of tokens that `train` reads."""
+"""`slipway preprocess`: text, prompts or chats → the tokens that `train` reads."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from entrypoints.checkpoint import locate
 from entrypoints.errors import DataError, UsageError, WriteError
 from entrypoints.report import Progress, Summary
+from entrypoints.tokens.inputs import PIECE_BYTES, input_files, pieces
 
-Sample = tuple[list[int], list[int]]  # (p_ids, r_ids)
-TEXT_SUFFIXES = (".txt", ".md", ".py")
+if TYPE_CHECKING:
+    from entrypoints.tokens.encoder import Settings
 
 
-def preprocess(data: str, out: str, *, tokenizer: str, seq_length: int = 6144) -> Summary:
+def preprocess(
+    data: str,
+    out: str,
+    *,
+    tokenizer: str,
+    seq_length: int = 6144,
+    append_eos: bool = True,
+    workers: int | None = None,
+) -> Summary:
     """Turn text, prompts with completions, or chats into token data for `train`.
 
-    A text file is cut into windows of SEQ_LENGTH - 1 tokens, all of them learned. A .jsonl file holds one object a
-    line: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}, whose last message is learned
-    under the chat template of the tokenizer. Samples of SEQ_LENGTH tokens or more, and those that leave nothing to
-    learn, are dropped and counted.
+    A .jsonl file holds one object a line: {"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [...]}, whose
+    last message is learned under the chat template of the tokenizer, or {"inputs": {"p_ids": [...], "r_ids": [...]}},
+    which is tokens already. Any other file is one text.
+
+    OUT.jsonl gets samples: texts are cut into windows of SEQ_LENGTH - 1 tokens, all of them learned; samples of
+    SEQ_LENGTH tokens or more, and those that leave nothing to learn, are dropped and counted. OUT.bin gets texts alone,
+    whole, with OUT.idx beside it, as Megatron keeps them. Stopped, the same command goes on where it was.
 
     Args:
         data: a text or .jsonl file, or a folder of them.
-        out: the .jsonl file to write.
+        out: the .jsonl or .bin file to write.
         tokenizer: model whose tokenizer is used: a folder, hf://org/name[@revision] or nemo://name.
         seq_length: the limit that training will have.
+        append_eos: end each text and each completion with the tokenizer's eos_token.
+        workers: processes that tokenise; without it, one per core.
     """
     started = time.monotonic()
-    files, folder, target = _files(Path(data)), _tokenizer_folder(tokenizer), Path(out)
-    if target.exists():
-        raise UsageError(f"{target} exists; remove it or choose another OUT")
-    if seq_length < 3:
-        raise UsageError(f"--seq-length is {seq_length}; a sample that teaches anything needs at least 3")
-    encoder = Encoder(folder)
-    part = target.with_name(f".{target.name}.partial")
-    kept = too_long = empty = tokens = 0
+    target = Path(out)
+    _check(target, seq_length, workers)
+    files = input_files(Path(data))
+
+    from entrypoints.tokens.encoder import Encoder, Settings, tokenizer_folder
+    from entrypoints.tokens.outputs import Output
+    from entrypoints.tokens.parallel import encoded
+
+    settings = Settings(tokenizer_folder(tokenizer), seq_length, append_eos, target.suffix == ".bin")
+    encoder = Encoder(settings)
+    total = sum(file.stat().st_size for file in files)
+    workers = min(workers or len(os.sched_getaffinity(0)), max(1, total // PIECE_BYTES))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            part.open("w") as output,
-            Progress("preprocess", sum(f.stat().st_size for f in files)) as progress,
-        ):
-            for file in files:
-                for prompt, response in samples_of(file, encoder, seq_length):
-                    length = len(prompt) + len(response)
-                    if not response or length < 2:
-                        empty += 1
-                    elif length >= seq_length:
-                        too_long += 1
-                    else:
-                        output.write(json.dumps({"inputs": {"p_ids": prompt, "r_ids": response}}) + "\n")
-                        kept, tokens = kept + 1, tokens + length
-                progress.advance(file.stat().st_size)
-            output.flush()
-            os.fsync(output.fileno())
-        if not kept:
-            raise DataError(
-                f"{data}: no sample is left, {too_long} were too long and {empty} empty; raise --seq-length"
-            )
-        os.replace(part, target)
+        with Output(target, _identity(files, settings)) as output, Progress("preprocess", total) as progress:
+            todo = pieces(files)
+            for piece in islice(todo, output.pieces):
+                progress.advance(piece.end - piece.start)
+            for piece, tokenised in encoded(todo, encoder, workers):
+                output.add(tokenised)
+                progress.advance(piece.end - piece.start)
+            if not output.counts.get("samples"):
+                raise DataError(
+                    f"{data}: no sample is left, {output.counts.get('dropped_too_long', 0)} were too long and "
+                    f"{output.counts.get('dropped_empty', 0)} empty; raise --seq-length"
+                )
+            size = output.finish(encoder.dtype)
     except OSError as error:
         raise WriteError(
             f"{target} cannot be written: {error.strerror}; free some space or choose another OUT"
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
-    details = {"samples": kept, "tokens": tokens, "dropped_too_long": too_long, "dropped_empty": empty}
-    return Summary("preprocess", str(target), target.stat().st_size, time.monotonic() - started, details)
+    return Summary("preprocess", str(target), size, time.monotonic() - started, output.counts)
 
 
-def _files(data: Path) -> list[Path]:
-    if not data.exists():
-        raise UsageError(f"DATA {data} does not exist")
-    if data.is_file():
-        return [data]
-    files = sorted(file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file())
-    if not files:
-        raise DataError(f"{data} holds no {', '.join(TEXT_SUFFIXES)} or .jsonl file")
-    return files
+def _check(target: Path, seq_length: int, workers: int | None) -> None:
+    if target.suffix not in (".jsonl", ".bin"):
+        raise UsageError(
+            f"OUT is {target}; end it in .jsonl for samples, or in .bin for whole texts as Megatron keeps them"
+        )
+    for file in {target, target.with_suffix(".idx") if target.suffix == ".bin" else target}:
+        if file.exists():
+            raise UsageError(f"{file} exists; remove it or choose another OUT")
+    if seq_length < 3:
+        raise UsageError(f"--seq-length is {seq_length}; a sample that teaches anything needs at least 3")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be at least 1")
 
 
-def _tokenizer_folder(model: str) -> Path:
-    base = locate.locate(model, files=locate.TOKENIZER)
-    for folder in (base, base / "context" / "nemo_tokenizer"):
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    raise UsageError(f"--tokenizer {model} has no tokenizer.json; give the folder of the model")
-
-
-class Encoder:
-    """The model's tokenizer: plain text by `tokenizers`, chats by the template that transformers knows."""
-
-    def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self.folder = folder
-        self.text = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._chat: Any = None
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, special tokens left out."""
-        return self.text.encode(text, add_special_tokens=False).ids
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> Sample:
-        """(tokens up to the last message, tokens of the last message) under the chat template."""
-        if not messages or not all(isinstance(message["content"], str) and message["role"] for message in messages):
-            raise ValueError
-        if self._chat is None:
-            from transformers import AutoTokenizer
-
-            self._chat = AutoTokenizer.from_pretrained(self.folder)
-            if not self._chat.chat_template:
-                raise DataError(
-                    f"{self.folder}: the tokenizer has no chat template; give prompt and completion instead"
-                )
-        prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = self._chat.apply_chat_template(messages, tokenize=False)
-        if not whole.startswith(prompt):
-            raise DataError(f"{self.folder}: its chat template rewrites earlier messages; give prompt and completion")
-        return self.encode(prompt), self.encode(whole[len(prompt) :])
-
-
-def samples_of(file: Path, encoder: Encoder, seq_length: int) -> Iterator[Sample]:
-    """The samples of one file, in order; DataError names file and line of what is malformed."""
-    if file.suffix != ".jsonl":
-        yield from windows(encoder.encode(_read_text(file)), seq_length)
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            yield from sample_of_line(line, encoder, seq_length, f"{file}:{number}")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-
-
-def windows(ids: list[int], seq_length: int) -> Iterator[Sample]:
-    """Consecutive windows of seq_length - 1 tokens."""
-    size = seq_length - 1
-    for start in range(0, len(ids), size):
-        yield [], ids[start : start + size]
-
-
-def sample_of_line(line: bytes, encoder: Encoder, seq_length: int, where: str) -> Iterator[Sample]:
-    """The samples of one JSON line in any of the forms that `preprocess` names."""
-    forms: dict[str, Callable[[dict], Iterator[Sample]]] = {
-        "text": lambda entry: windows(encoder.encode(entry["text"]), seq_length),
-        "prompt": lambda entry: iter([(encoder.encode(entry["prompt"]), encoder.encode(entry["completion"]))]),
-        "messages": lambda entry: iter([encoder.encode_chat(entry["messages"])]),
+def _identity(files: list[Path], settings: Settings) -> dict[str, Any]:
+    """What two calls must have alike for the second to go on where the first was."""
+    states = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    tokenizer = (settings.tokenizer / "tokenizer.json").stat()
+    return {
+        "files": [list(state) for state in states],
+        "settings": {**vars(settings), "tokenizer": str(settings.tokenizer.absolute())},
+        "tokenizer": [tokenizer.st_size, tokenizer.st_mtime_ns],
     }
-    try:
-        entry = json.loads(line)
-        form = next(key for key in forms if key in entry)
-        yield from forms[form](entry)
-    except (ValueError, LookupError, TypeError, StopIteration):
-        raise DataError(
-            f'{where}: not an object with "text", "prompt" and "completion", or "messages"; mend or remove the line'
-        ) from None

@@ -27,7 +27,7 @@ from entrypoints.training.recipe import Recipe
 from entrypoints.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from entrypoints.training.lines import Index
+    from entrypoints.tokens.scan import Index
 
 
 def train(
@@ -56,6 +56,10 @@ def train(
     lora_alpha: int | None = None,
     lora_dropout: float | None = None,
     lora_targets: str | None = None,
+    pack: bool | None = None,
+    eval_data: str | None = None,
+    eval_every: int | None = None,
+    eval_batches: int | None = None,
     wandb_project: str | None = None,
     set: list[str] | None = None,
     gpu_memory: int | None = None,
@@ -76,7 +80,7 @@ def train(
 
     Args:
         model: NeMo checkpoint of the base model, as `import` writes it: a folder or nemo://name.
-        data: JSON lines of tokens, as `preprocess` writes them.
+        data: tokens as `preprocess` writes them: samples in a .jsonl file, or texts in a .bin with its .idx.
         out: folder of the run: checkpoints, status.json, metrics.jsonl, loss.png, TensorBoard.
         mode: what is trained; heads = temperature and top-p heads on a frozen base, sft = all weights on responses,
             lora = low-rank adapters on a frozen base, pretrain = all weights on all tokens.
@@ -101,6 +105,10 @@ def train(
         lora_alpha: an adapter's output is multiplied by alpha / rank (32).
         lora_dropout: share of an adapter's inputs that are dropped (0).
         lora_targets: Megatron's modules that get an adapter, with commas between (all four linear layers).
+        pack: put several samples of a .jsonl file into one sequence where they fit; none of them sees another.
+        eval_data: tokens that are held out, for an evaluation now and then.
+        eval_every: steps between evaluations (100).
+        eval_batches: global batches of an evaluation, at most (32).
         wandb_project: log to this project of Weights & Biases as well, with WANDB_API_KEY from the environment.
         set: KEY=VALUE of any key of a recipe, once or more; wins over the recipe.
         gpu_memory: GB of a GPU, for the recipe's layout; without it, what nvidia-smi says, else 80.
@@ -128,8 +136,9 @@ def train(
     vocab_size = _check_paths(recipe)
     folder = RunFolder(Path(out).absolute())
     config = _check_model(recipe, shipped)
-    for name in ("model", "data", "out"):
-        setattr(recipe, name, str(Path(getattr(recipe, name)).absolute()))
+    for name in ("model", "data", "out", "eval_data"):
+        if path := getattr(recipe, name):
+            setattr(recipe, name, str(Path(path).absolute()))
     begins_at = _begin(recipe, folder, resume)
     run = Run(recipe, topology, folder, begins_at, started)
     if dry_run:
@@ -137,24 +146,18 @@ def train(
     if begins_at >= recipe.steps:
         return _result(run, None, False)
 
-    from entrypoints.training.lines import index_lines
-
     with (
         tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch,
         StopRequests(Path(scratch) / "stop", grace) as stop,
     ):
-        index = index_lines(Path(recipe.data), recipe.seq_length, vocab_size)
+        index, held_out = _scan(recipe, vocab_size, Path(scratch))
         print(topology, file=sys.stderr)
-        print(
-            f"train: {len(index.offsets)} samples, {index.too_long} dropped for {recipe.seq_length} tokens or more",
-            file=sys.stderr,
-        )
         _make_folder(folder)
-        link = meet(topology, claims(recipe, index, topology, begins_at), rendezvous_timeout)
+        link = meet(topology, claims(recipe, index, held_out, topology, begins_at), rendezvous_timeout)
         if topology.rank == 0:
             _claim_folder(run)
         try:
-            failure = _work(run, index, Path(scratch), stop, link)
+            failure = _work(run, Path(scratch), stop, link)
         except Stopped:  # between the claim and the first worker
             if topology.rank == 0:
                 _note(folder, "stopped", stop.asked_by)
@@ -204,7 +207,7 @@ def _check_model(recipe: Recipe, shipped: recipes.Shipped | None) -> dict[str, A
 
 
 def _worker_arguments(scratch: Path, run: Run) -> list[str]:
-    files = [f"{scratch}/recipe.json", "--index", f"{scratch}/index.npy", "--stop-file", f"{scratch}/stop"]
+    files = [f"{scratch}/recipe.json", "--indices", str(scratch), "--stop-file", f"{scratch}/stop"]
     return [*files, "--nodes", str(run.topology.nodes), "--started", str(run.started)]
 
 
@@ -213,11 +216,28 @@ def _logs(run: Run) -> Path:
     return run.folder.logs / f"node{run.topology.node_rank}" / time.strftime("%Y%m%d-%H%M%S")
 
 
-def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link) -> Failure | None:
-    """Run the workers of this command to their end; why they failed, if they did."""
-    import numpy
+def _scan(recipe: Recipe, vocab_size: int, scratch: Path) -> tuple[Index, Index | None]:
+    """The indices of the data and of what is held out, saved in `scratch`; DataError for what cannot be used."""
+    from entrypoints.tokens.scan import scan
 
-    numpy.save(scratch / "index.npy", index.offsets)
+    index = scan(Path(recipe.data), recipe.seq_length, vocab_size, recipe.pack)
+    index.save(scratch / "train.npz")
+    print(f"train: {index.describe(recipe.seq_length)}", file=sys.stderr)
+    if not recipe.eval_data:
+        return index, None
+    held_out = scan(Path(recipe.eval_data), recipe.seq_length, vocab_size, recipe.pack)
+    held_out.save(scratch / "eval.npz")
+    print(f"train: evaluation on {held_out.describe(recipe.seq_length)}", file=sys.stderr)
+    if len(held_out) < recipe.global_batch_size:
+        raise DataError(
+            f"--eval-data {recipe.eval_data} fills {len(held_out)} sequences, and a global batch takes "
+            f"{recipe.global_batch_size}; give more of it or lower --global-batch-size"
+        )
+    return index, held_out
+
+
+def _work(run: Run, scratch: Path, stop: StopRequests, link: Link) -> Failure | None:
+    """Run the workers of this command to their end; why they failed, if they did."""
     run.recipe.save(scratch / "recipe.json")
     if run.topology.world_size > 1:
         logs = _logs(run)
@@ -230,7 +250,7 @@ def _work(run: Run, index: Index, scratch: Path, stop: StopRequests, link: Link)
     def work() -> None:
         from entrypoints.training import worker
 
-        worker.run(run.recipe, scratch / "index.npy", stop.stop_file, 1, run.started)
+        worker.run(run.recipe, scratch, stop.stop_file, 1, run.started)
 
     try:
         torchrun.run_here(run.topology, work, stop)
@@ -259,8 +279,12 @@ def _check_paths(recipe: Recipe) -> int:
         raise UsageError(f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
-    if not Path(recipe.data).is_file():
-        raise UsageError(f"--data {recipe.data} does not exist; `slipway preprocess` makes it from text")
+    for name in ("data", "eval_data"):
+        path = getattr(recipe, name)
+        if path and not Path(path).is_file():
+            raise UsageError(
+                f"--{name.replace('_', '-')} {path} does not exist; `slipway preprocess` makes it from text"
+            )
     return _vocab_size(model)
 
 
@@ -282,7 +306,7 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: str) -> int:
     changed = [
         f"--{name.replace('_', '-')} was {before} and is {now}"
         for name, now in vars(recipe).items()
-        if name not in ("out", "save_every", "keep", "wandb_project")
+        if name not in ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
         and (before := vars(Recipe.load(folder.recipe))[name]) != now
     ]
     if changed:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Commands
 
 import entrypoints
 from entrypoints.families import FAMILIES
@@ -27,6 +28,13 @@ def slipway():
         return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Runs commands that need not wait for NeMo's import; see forked.Commands."""
+    with Commands() as commands:
+        yield commands
 
 
 def free_port() -> int:

@@ -208,14 +208,20 @@ def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) ->
     os.environ.update(environment() | rank_variables(topology) | {"MASTER_PORT": "0"})
 
     def interrupt(*_: object) -> None:
-        raise GraceIsOver("did not save in time")
+        raise _Interruption
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with stop.while_saving(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)):
             run()
+    except _Interruption:
+        raise GraceIsOver("did not save in time") from None
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+class _Interruption(BaseException):
+    """What no `except Exception` of a library keeps for itself."""
 
 
 class GraceIsOver(SlipwayError):

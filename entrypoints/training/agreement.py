@@ -11,13 +11,13 @@ from entrypoints.launch.topology import Topology
 from entrypoints.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from entrypoints.training.lines import Index
+    from entrypoints.tokens.scan import Index
 
-PATHS = ("model", "data", "out")  # may differ from machine to machine; what lies there may not
+PATHS = ("model", "data", "out", "eval_data")  # may differ from machine to machine; what lies there may not
 SAMPLE_BYTES = 4096  # of either end of each weights file
 
 
-def claims(recipe: Recipe, index: Index, topology: Topology, begins_at: int) -> dict[str, str]:
+def claims(recipe: Recipe, index: Index, held_out: Index | None, topology: Topology, begins_at: int) -> dict[str, str]:
     """Name → value of everything that decides what is computed."""
     fields = {name: value for name, value in vars(recipe).items() if name not in PATHS}
     return {
@@ -25,16 +25,16 @@ def claims(recipe: Recipe, index: Index, topology: Topology, begins_at: int) -> 
         "--nodes": str(topology.nodes),
         "--nproc-per-node": str(topology.processes_per_node),
         **{f"--{name.replace('_', '-')}": str(value) for name, value in fields.items()},
-        "the data (bytes, usable lines, digest of where they begin)": data_digest(Path(recipe.data), index),
+        "the data (bytes, usable samples, digest of where they begin)": data_digest(Path(recipe.data), index),
+        "the data of evaluations": data_digest(Path(recipe.eval_data), held_out) if held_out else "none",
         "the model (digest of the ends of its weights' files)": model_digest(Path(recipe.model)),
         "the step to go on from in --out, which all nodes must share": str(begins_at),
     }
 
 
 def data_digest(path: Path, index: Index) -> str:
-    """Size, number of lines and their offsets: two files of tokens that share all of it are the same in practice."""
-    offsets = hashlib.sha256(index.offsets.tobytes()).hexdigest()[:12]
-    return f"{path.stat().st_size} bytes, {len(index.offsets)} lines, {offsets}"
+    """Size, number of samples and where they begin: two files that share all of it are the same in practice."""
+    return f"{path.stat().st_size} bytes, {len(index)} samples, {index.digest[:12]}"
 
 
 def model_digest(model: Path) -> str:

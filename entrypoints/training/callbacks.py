@@ -46,7 +46,7 @@ class Record(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.status |= {"state": "running", "started_at_step": trainer.global_step}
         if trainer.is_global_zero:
-            self.folder.forget_metrics_from(trainer.global_step)
+            self.folder.forget_from(trainer.global_step)
             self.folder.write_status(self.status)
         self._clock = time.monotonic()
 
@@ -75,6 +75,16 @@ class Record(Callback):
             file.write(json.dumps(entry) + "\n")
         trainer.logger.log_metrics({f"speed/{name}": value for name, value in speed.items()}, trainer.global_step)
         print(step_line(entry, self.recipe.steps), flush=True)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._clock = time.monotonic()  # the next step's time is its own
+        if not trainer.is_global_zero or trainer.should_stop:
+            return
+        loss = float(trainer.callback_metrics["val_loss"])
+        self.status["eval_loss"] = loss
+        with self.folder.evaluations.open("a") as file:
+            file.write(json.dumps({"step": trainer.global_step - 1, "loss": loss}) + "\n")
+        print(f"evaluation after step {trainer.global_step}: loss {loss:.6f}", flush=True)
 
     def _speed(self, tokens_per_second: float, ranks: int) -> dict[str, float]:
         """Tokens a second, in all and per GPU, the arithmetic that is, and the peak of rank 0's memory."""
@@ -157,6 +167,11 @@ class StopOnRequest(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._stop_if_asked(trainer)
 
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self._stop_if_asked(trainer)
+        if trainer.should_stop:
+            raise StopIteration  # which ends Lightning's evaluation loop
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
         asked = self.stop_file.exists()
         if agree(asked):
@@ -210,8 +225,13 @@ def plot_losses(folder: RunFolder) -> None:
 
     metrics = folder.read_metrics()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([m["step"] + 1 for m in metrics], [m["loss"] for m in metrics], marker=".")
-    axes.set(xlabel="step", ylabel="loss per token", title=f"{folder.path.name}: loss of the heads")
+    axes.plot([m["step"] + 1 for m in metrics], [m["loss"] for m in metrics], marker=".", label="training")
+    if evaluations := folder.read_evaluations():
+        axes.plot(
+            [e["step"] + 1 for e in evaluations], [e["loss"] for e in evaluations], marker="o", label="evaluation"
+        )
+        axes.legend()
+    axes.set(xlabel="step", ylabel="loss per token", title=f"{folder.path.name}: {Recipe.load(folder.recipe).mode}")
     axes.grid(alpha=0.3)
     figure.savefig(folder.plot, dpi=120)
     pyplot.close(figure)

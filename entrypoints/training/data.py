@@ -1,4 +1,4 @@
-"""The samples as NeMo wants them: a data module that resumes at the right sample."""
+"""The samples as NeMo wants them: a data module that resumes at the right sample, and evaluates on the same ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from entrypoints.training.samples import Samples
 
 
 class TokenData(LightningDataModule):
-    """NeMo's data module over `Samples`; keeps the number of samples consumed in the checkpoint."""
+    """NeMo's data module over `Samples`; keeps the number of samples consumed in the checkpoint.
 
-    def __init__(self, samples: Samples, micro_batch_size: int, global_batch_size: int) -> None:
+    Args:
+        samples: to train on.
+        held_out: to evaluate on, whole global batches; None: nothing.
+    """
+
+    def __init__(
+        self, samples: Samples, held_out: Samples | None, micro_batch_size: int, global_batch_size: int
+    ) -> None:
         super().__init__()
-        self.samples, self.seq_length = samples, samples.seq_length
+        self.samples, self.held_out, self.seq_length = samples, held_out, samples.seq_length
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.data_sampler = MegatronDataSampler(
             seq_len=samples.seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
@@ -24,6 +31,11 @@ class TokenData(LightningDataModule):
         # Samples are counted from here on; what was consumed before stands in the checkpoint.
         self.data_sampler.init_global_step = self.trainer.global_step
         return WrappedDataLoader(mode="train", dataset=self.samples, num_workers=0)
+
+    def val_dataloader(self) -> WrappedDataLoader | list:
+        if self.held_out is None:
+            return []
+        return WrappedDataLoader(mode="validation", dataset=self.held_out, num_workers=0)
 
     def state_dict(self) -> dict[str, int]:
         steps = self.trainer.global_step - self.data_sampler.init_global_step

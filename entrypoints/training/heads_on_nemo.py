@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from entrypoints.training.heads import DecodingHeads, heads_loss
-from entrypoints.training.steps import megatron_gpt
+from entrypoints.training.steps import attention_options, megatron_gpt
 
 
 class FromBase(PEFT):
@@ -65,7 +65,7 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     """
     gpt = megatron_gpt(model)
     with torch.no_grad(), frozen(gpt):
-        hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+        hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], **attention_options(batch))
     if not gpt.post_process:
         return hidden
 
@@ -73,17 +73,17 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     weight = gpt.output_layer.weight if weight is None else weight
     if gpt.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-    with torch.enable_grad():
-        total, count = heads_loss(
-            gpt.adapter,
-            hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
-            lambda rows: functional.linear(rows, weight),
-            batch["labels"].reshape(-1),
-            batch["loss_mask"].reshape(-1).bool(),
-            batch["drop_if_easy"].reshape(-1),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-    total.backward()
+    total, count = heads_loss(
+        gpt.adapter,
+        hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
+        lambda rows: functional.linear(rows, weight),
+        batch["labels"].reshape(-1),
+        batch["loss_mask"].reshape(-1).bool(),
+        batch["drop_if_easy"].reshape(-1),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    if torch.is_grad_enabled():  # not while it is evaluated
+        total.backward()
     return total.detach(), count
 
 

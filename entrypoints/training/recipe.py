@@ -11,13 +11,15 @@ from typing import Any
 
 from entrypoints.errors import UsageError
 
+COUNTS = ("steps", "seq_length", "save_every", "keep", "eval_every", "eval_batches")
+
 
 @dataclass
 class Recipe:
     """The defaults are those the heads were published with; sizes are in samples and tokens."""
 
     model: str  # NeMo checkpoint of the base
-    data: str  # JSON lines of tokens
+    data: str  # tokens: JSON lines of samples, or .bin with .idx beside it
     out: str  # where checkpoints, status, metrics and the plot go
     mode: str = "heads"  # heads, sft, lora or pretrain
     steps: int = 400
@@ -44,6 +46,10 @@ class Recipe:
     lora_rank: int = 32
     lora_alpha: int = 32
     lora_dropout: float = 0.0
+    pack: bool = False  # several samples in a sequence where they fit, each attending to itself alone
+    eval_data: str = ""  # tokens to evaluate on
+    eval_every: int = 100  # steps between evaluations
+    eval_batches: int = 32  # global batches of an evaluation, at most
     wandb_project: str = ""  # log to this project of Weights & Biases too
 
     @property
@@ -61,7 +67,7 @@ class Recipe:
             raise UsageError(f"recompute is {self.recompute!r}; it is none or full")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            counts = field.name.endswith("size") or field.name in ("steps", "seq_length", "save_every", "keep")
+            counts = field.name.endswith("size") or field.name in COUNTS
             if counts and value < 1:
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
         model_parallel = self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
@@ -85,6 +91,20 @@ class Recipe:
                 f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
             )
 
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        if not self.pack:
+            return
+        for path in filter(None, (self.data, self.eval_data)):
+            if path.endswith(".bin"):
+                raise UsageError(f"--pack is for samples of .jsonl files, and {path} has full sequences already")
+        for name in ("micro_batch_size", "context_parallel_size"):
+            if (value := getattr(self, name)) > 1:
+                raise UsageError(
+                    f"--pack puts many samples into one sequence, which takes --{name.replace('_', '-')} 1, not {value}"
+                )
+
     def check_model(self, c: Mapping[str, Any]) -> None:
         """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
         layers, first, last = c["num_hidden_layers"], self.first_stage_layers, self.last_stage_layers
@@ -106,6 +126,15 @@ class Recipe:
             raise UsageError(
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
                 "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
+            )
+        if self.pack and c["model_type"] == "gpt_oss":
+            raise UsageError(
+                "--pack cannot be used with gpt_oss: Transformer Engine has no attention with sinks for packed samples"
+            )
+        if self.pack and self.mode in ("sft", "pretrain") and c.get("num_nextn_predict_layers"):
+            raise UsageError(
+                f"--pack cannot be used with --mode {self.mode} and the model's MTP layer, which would predict one "
+                "sample's tokens from another's"
             )
         if self.expert_parallel_size > 1 and not experts:
             raise UsageError(f"--expert-parallel-size is {self.expert_parallel_size}, and the model has no experts")

@@ -21,6 +21,7 @@ GPUS = (80, 141)  # GB of memory
 NOT_COMPUTED = {"nodes": int, "processes_per_node": int, "memory_gb": int}
 ABOUT = ("family", "base")
 OF_A_RUN = ("model", "data", "out", "mode")  # not for a file to say
+_BOOLEANS = {"true": True, "false": False}
 MODES = ("heads", "lora", "sft", "pretrain")
 
 
@@ -80,7 +81,7 @@ def check(values: Mapping[str, Any], where: str) -> None:
 @functools.cache
 def schema() -> dict[str, type]:
     """Every key of a recipe that a file or --set may give, and its type."""
-    kinds = {"str": str, "int": int, "float": float}
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
     return {f.name: kinds[f.type] for f in dataclasses.fields(Recipe) if f.name not in OF_A_RUN}
 
 
@@ -93,8 +94,8 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not equals or key not in schema():
             raise UsageError(f"--set {setting}: not KEY=VALUE of a recipe{_near(key, schema())}")
         try:
-            found[key] = schema()[key](text)
-        except ValueError:
+            found[key] = _BOOLEANS[text.lower()] if schema()[key] is bool else schema()[key](text)
+        except (ValueError, KeyError):
             raise UsageError(f"--set {setting}: {text!r} is no {schema()[key].__name__}") from None
     return found
 

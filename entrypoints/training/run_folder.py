@@ -4,6 +4,7 @@ checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` be
 recipe.json           what is computed
 status.json           state (starting, running, stopped, done, failed), step, loss, tokens, and why it ended
 metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
+evaluations.jsonl     one object per evaluation: step, loss
 logs/node0/…           what each rank printed
 loss.png, tensorboard/
 """
@@ -49,6 +50,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
     def plot(self) -> Path:
         return self.path / "loss.png"
 
@@ -82,14 +87,25 @@ class RunFolder:
         os.replace(part, self.status)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One dict per step, in order; a line that is not whole, on a full disk or just now, does not count."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines(True) if line.endswith("\n")]
+        """One dict per step, in order."""
+        return _read_lines(self.metrics)
 
-    def forget_metrics_from(self, step: int) -> None:
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """One dict per evaluation, in order; `step`: the last one before it."""
+        return _read_lines(self.evaluations)
+
+    def forget_from(self, step: int) -> None:
         """Drop what was recorded from `step` on: a resumed run computes those steps again."""
-        kept = [entry for entry in self.read_metrics() if entry["step"] < step]
-        part = self.metrics.with_suffix(".part")
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        os.replace(part, self.metrics)
+        for file in (self.metrics, self.evaluations):
+            kept = [entry for entry in _read_lines(file) if entry["step"] < step]
+            if file == self.metrics or file.exists():
+                part = file.with_suffix(".part")
+                part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+                os.replace(part, file)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects; a line that is not whole, on a full disk or just now, does not count."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]

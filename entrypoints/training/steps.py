@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 FIRST_STAGE_KEYS = ("tokens", "position_ids")
 LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
+EVERY_STAGE_KEYS = ("cu_seqlens",)
 
 
 def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
@@ -22,9 +24,35 @@ def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
     batch = batch[0] if isinstance(batch, tuple) else batch
     wanted = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
     wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
+    wanted += EVERY_STAGE_KEYS
     batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
-    batch = get_batch_on_this_cp_rank(batch)
-    return {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS)}
+    batch = get_batch_on_this_cp_rank(batch)  # packed samples are not shared, see Recipe.check
+    return {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS, *EVERY_STAGE_KEYS)}
+
+
+def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
+    """What keeps packed samples apart: their bounds for Transformer Engine, a mask for Megatron's own attention.
+
+    Rotary positions need nothing on the CPU, for attention sees their differences alone.
+    """
+    bounds = batch["cu_seqlens"]
+    if bounds is None:
+        return {"attention_mask": None}
+    bounds = bounds.flatten()
+    lengths = bounds.diff()
+    if bounds.is_cuda:
+        longest = int(lengths.max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return {"attention_mask": None, "packed_seq_params": packed}
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    seen = torch.ones(len(sample), len(sample), dtype=torch.bool).tril() & (sample[:, None] == sample[None, :])
+    return {"attention_mask": ~seen[None, None]}
 
 
 def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
@@ -37,7 +65,7 @@ def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None])
     output = megatron_gpt(model)(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
-        attention_mask=None,
+        **attention_options(batch),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )

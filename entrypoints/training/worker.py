@@ -14,8 +14,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from entrypoints.errors import SlipwayError
 from entrypoints.launch.failure import leave_word
 from entrypoints.launch.signals import heed_the_parent_alone
@@ -27,12 +25,12 @@ if TYPE_CHECKING:
     from entrypoints.training.callbacks import Record
 
 
-def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float) -> None:
+def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
     """Train from the newest checkpoint in the run's folder, or from the base.
 
     Args:
         recipe: what to compute.
-        index: .npy file with the offsets of the data's usable lines.
+        indices: folder with the indices of the data: train.npz, and eval.npz where there is an evaluation.
         stop_file: training saves and stops soon after this file appears.
         nodes: number of nodes in the run.
         started: time.time() when the command began, for the time to the first step.
@@ -40,14 +38,14 @@ def run(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float
     Errors: PreflightError when memory runs out, WriteError when the disk is full.
     """
     try:
-        _train(recipe, index, stop_file, nodes, started)
+        _train(recipe, indices, stop_file, nodes, started)
     except Exception as error:
         if known := explained(error, recipe):
             raise known from None
         raise
 
 
-def _train(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: float) -> None:
+def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
     import_starts = time.monotonic()
     quiet()
     import torch
@@ -69,7 +67,7 @@ def _train(recipe: Recipe, index: Path, stop_file: Path, nodes: int, started: fl
     MODES[recipe.mode].prepare()
     folder = RunFolder.of(recipe)
     model = load_model(recipe, on_gpu)
-    data = load_data(recipe, index)
+    data = load_data(recipe, indices)
     record = Record(recipe, folder, flops_per_token(recipe, model.config), started)
     trainer = make_trainer(recipe, record, stop_file, nodes, on_gpu)
     latest = folder.latest_checkpoint()
@@ -134,7 +132,7 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
         config.moe_router_bias_update_rate = 0.0
     config.data_step_fn = data_step
     config.forward_step_fn = MODES[recipe.mode].forward_step
-    model._training_loss_reduction = TokenLoss()
+    model._training_loss_reduction = model._validation_loss_reduction = TokenLoss()
     if not on_gpu:
         from entrypoints.training import cpu
 
@@ -142,16 +140,34 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     return model
 
 
-def load_data(recipe: Recipe, index: Path) -> Any:
-    """NeMo's data module over the run's samples."""
+def load_data(recipe: Recipe, indices: Path) -> Any:
+    """NeMo's data module over the run's samples, and those held out for evaluation."""
     from entrypoints.training.data import TokenData
-    from entrypoints.training.lines import Index
+
+    samples = _samples(recipe, recipe.data, indices / "train.npz", recipe.steps)
+    held_out = None
+    if recipe.eval_data:
+        held_out = _samples(recipe, recipe.eval_data, indices / "eval.npz", None)
+    return TokenData(samples, held_out, recipe.micro_batch_size, recipe.global_batch_size)
+
+
+def _samples(recipe: Recipe, data: str, index: Path, batches: int | None) -> Any:
+    """`batches` global batches in random order; without a number those of an evaluation, in the file's order."""
+    from entrypoints.tokens.scan import Index, open_units
     from entrypoints.training.samples import Samples
 
-    lines = Index(np.load(index), too_long=0)
-    count = recipe.steps * recipe.global_batch_size
-    samples = Samples(Path(recipe.data), lines, count, recipe.seq_length, recipe.seed)
-    return TokenData(samples, recipe.micro_batch_size, recipe.global_batch_size)
+    units = open_units(Path(data), Index.load(index), recipe.seq_length)
+    shuffled = batches is not None
+    batches = batches or min(recipe.eval_batches, len(units) // recipe.global_batch_size)
+    return Samples(
+        units,
+        batches * recipe.global_batch_size,
+        recipe.seq_length,
+        recipe.seed,
+        packed=recipe.pack,
+        learn_prompts=recipe.mode == "pretrain",
+        shuffled=shuffled,
+    )
 
 
 def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
@@ -220,7 +236,7 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         strategy=strategy,
         plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
         callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
-        limit_val_batches=0,
+        **_evaluations(recipe),
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         use_distributed_sampler=False,
@@ -230,6 +246,13 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
     # Lightning would end the run at SIGTERM without a checkpoint; stopping is for the launcher and StopOnRequest.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
+
+
+def _evaluations(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.eval_data:
+        return {"limit_val_batches": 0}
+    every = {"val_check_interval": recipe.eval_every, "check_val_every_n_epoch": None}  # steps, whatever the epoch
+    return {"limit_val_batches": recipe.eval_batches, **every}
 
 
 def precision() -> Any:
@@ -287,14 +310,14 @@ def _wandb(recipe: Recipe, folder: RunFolder) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--index", type=Path, required=True)
+    parser.add_argument("--indices", type=Path, required=True)
     parser.add_argument("--stop-file", type=Path, required=True)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--started", type=float, required=True)
     arguments = parser.parse_args()
     heed_the_parent_alone()
     try:
-        run(Recipe.load(arguments.recipe), arguments.index, arguments.stop_file, arguments.nodes, arguments.started)
+        run(Recipe.load(arguments.recipe), arguments.indices, arguments.stop_file, arguments.nodes, arguments.started)
     except SlipwayError as error:
         leave_word(arguments.stop_file.parent, int(os.environ["LOCAL_RANK"]), error)
         print(f"slipway: {error}", file=sys.stderr)

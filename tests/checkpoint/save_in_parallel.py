@@ -1,22 +1,26 @@
-"""Run under torchrun: load a NeMo checkpoint in a parallel layout and save it again, both by megatron-core's own code.
+"""Load a NeMo checkpoint in parallel layouts and save it again, both by megatron-core's own code.
 
-Usage: save_in_parallel.py SOURCE TARGET TENSOR PIPELINE EXPERT VIRTUAL
+python save_in_parallel.py SOURCE JOBS.json, a list of {"name": FOLDER beside JOBS.json, "port": N, and the parallel
+sizes "tensor", "pipeline", "expert", "virtual"}; each rank of each job is a fork.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import fork_ranks, import_nemo
+
 from entrypoints.training import cpu
 from entrypoints.training.worker import quiet
 
 
-def main(source: Path, target: Path, tensor: int, pipeline: int, expert: int, virtual: int) -> None:
-    quiet()
-    cpu.enable()
+def save(source: Path, target: Path, tensor: int, pipeline: int, expert: int, virtual: int) -> None:
+    """One rank's part of a job."""
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from nemo.lightning.io import load_context
 
@@ -56,4 +60,11 @@ def main(source: Path, target: Path, tensor: int, pipeline: int, expert: int, vi
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:7]))
+    quiet()
+    import_nemo()
+    source, jobs = map(Path, sys.argv[1:])
+    for job in json.loads(jobs.read_text()):
+        folder, port = jobs.parent / job.pop("name"), job.pop("port")
+        folder.mkdir()
+        ranks = max(job["tensor"] * job["pipeline"], job["expert"])
+        fork_ranks(ranks, port, folder, lambda job=job, target=folder / "weights": save(source, target, **job))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, tensor_of
+from conftest import free_port, make_model, tensor_of
 
 from entrypoints.checkpoint import torch_dist
 from entrypoints.import_ import import_
@@ -27,23 +28,33 @@ def four_layers(tmp_path_factory) -> Path:
     return folder / "nemo"
 
 
-@pytest.mark.parametrize(
-    "tensor, pipeline, expert, virtual",
-    [(2, 1, 1, 1), (1, 2, 1, 2), (1, 1, 2, 1), (2, 1, 2, 1)],
-    ids=["TP2", "PP2-VPP2", "EP2", "TP2-EP2"],
-)
-def test_megatron_loads_and_saves_in_any_layout(four_layers, tmp_path, tensor, pipeline, expert, virtual):
-    target = tmp_path / "saved" / "weights"
-    processes = max(tensor * pipeline, expert)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", SCRIPT]
-    sizes = map(str, (tensor, pipeline, expert, virtual))
+LAYOUTS = {
+    "TP2": {"tensor": 2, "pipeline": 1, "expert": 1, "virtual": 1},
+    "PP2-VPP2": {"tensor": 1, "pipeline": 2, "expert": 1, "virtual": 2},
+    "EP2": {"tensor": 1, "pipeline": 1, "expert": 2, "virtual": 1},
+    "TP2-EP2": {"tensor": 2, "pipeline": 1, "expert": 2, "virtual": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(four_layers, tmp_path_factory) -> Path:
+    """The folder with what Megatron saved in each layout."""
+    root = tmp_path_factory.mktemp("saved")
+    jobs = [{"name": name, "port": free_port(), **sizes} for name, sizes in LAYOUTS.items()]
+    (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*words, four_layers, target, *sizes], capture_output=True, text=True, timeout=250, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shutil.copytree(four_layers / "context", tmp_path / "saved" / "context")
-    ours, theirs = torch_dist.Reader(four_layers), torch_dist.Reader(target)
+    words = [sys.executable, "-W", "ignore", SCRIPT, four_layers, root / "jobs.json"]
+    subprocess.run(words, timeout=280, env=environment, check=True)
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_loads_and_saves_in_any_layout(four_layers, saved, layout):
+    folder = saved / layout
+    logs = "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("rank*.log")))
+    assert (folder / "weights" / "metadata.json").exists(), logs
+    shutil.copytree(four_layers / "context", folder / "context")
+    ours, theirs = torch_dist.Reader(four_layers), torch_dist.Reader(folder / "weights")
     assert theirs.tensors.keys() == ours.tensors.keys()
     for key, info in ours.tensors.items():
         assert torch.equal(tensor_of(theirs, key).to(torch.bfloat16), tensor_of(ours, key)), (key, info)

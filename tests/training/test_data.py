@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from entrypoints.errors import DataError
-from entrypoints.training.lines import index_lines
+from entrypoints.tokens.indexed import write_index
+from entrypoints.tokens.lines import index_lines, pack
+from entrypoints.tokens.scan import Index, open_units, scan
+from entrypoints.training.samples import Samples
 
 
 def write(path: Path, samples: list) -> Path:
@@ -24,9 +29,7 @@ def data(tmp_path) -> Path:
 
 
 def samples(path: Path, count: int, seed: int = 1, seq_length: int = 16):
-    from entrypoints.training.samples import Samples
-
-    return Samples(path, index_lines(path, seq_length, 100), count, seq_length, seed)
+    return Samples(open_units(path, scan(path, seq_length, 100), seq_length), count, seq_length, seed)
 
 
 def test_a_sample_is_shifted_masked_and_padded(tmp_path):
@@ -39,7 +42,7 @@ def test_a_sample_is_shifted_masked_and_padded(tmp_path):
 
 def test_each_epoch_holds_every_line_once_in_another_order(data):
     found = samples(data, 3 * 39)
-    epochs = [[found._line_of(39 * epoch + i) for i in range(39)] for epoch in range(3)]
+    epochs = [[found.unit_of(39 * epoch + i) for i in range(39)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(39)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(39))
 
@@ -50,7 +53,7 @@ def test_a_sample_depends_on_seed_and_number_alone(data):
     for i in reversed(range(100)):
         assert all(torch.equal(wanted[i][key], tensor) for key, tensor in backward[i].items())
     other = samples(data, 100, seed=2)
-    assert [other._line_of(i) for i in range(39)] != [forward._line_of(i) for i in range(39)]
+    assert [other.unit_of(i) for i in range(39)] != [forward.unit_of(i) for i in range(39)]
     rate = torch.stack([sample["drop_if_easy"] for sample in wanted]).float().mean().item()
     assert rate == pytest.approx(0.6, abs=0.05)
 
@@ -61,6 +64,66 @@ def test_long_lines_are_dropped_and_counted(tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     assert index.too_long == 2
     assert index.offsets.tolist() == np.cumsum([0, *map(len, lines)])[[1, 3]].tolist()
+
+
+def test_packed_samples_keep_their_bounds(tmp_path):
+    path = write(tmp_path / "x.jsonl", [([7, 8], [9, 10]), ([], [1] * 5), ([3, 5], [4])])
+    index = scan(path, 6, 100, packed=True)
+    assert list(map(list, index.packs)) == [[1, 2], [0]] and len(index) == 2
+    index.save(tmp_path / "index.npz")
+    units = open_units(path, Index.load(tmp_path / "index.npz"), 6)
+    one, other = (Samples(units, 2, 6, 1, packed=True, shuffled=False)[i] for i in range(2))
+    assert one["tokens"].tolist() == [1, 1, 1, 1, 3, 5] and one["labels"].tolist() == [1, 1, 1, 1, 5, 4]
+    assert one["loss_mask"].tolist() == [1, 1, 1, 1, 0, 1] and one["cu_seqlens"].tolist() == [0, 4, 6]
+    assert one["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert other["loss_mask"].tolist() == [0, 1, 1, 0, 0, 0] and other["cu_seqlens"].tolist() == [0, 3, 6]
+    assert Samples(units, 2, 6, 1, learn_prompts=True, shuffled=False)[0]["loss_mask"].tolist() == [1] * 6
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packing_loses_nothing_and_nearly_fills(lengths):
+    packs = pack(np.array(lengths, np.int32), 20)
+    assert sorted(int(number) for each in packs for number in each) == list(range(len(lengths)))
+    filled = [sum(lengths[number] for number in each) for each in packs]
+    assert max(filled) <= 20
+    assert sum(1 for each in filled if each <= 10) <= 1, "two half-empty sequences would have been one"
+
+
+def test_windows_hold_every_token_once_as_a_label(tmp_path):
+    write_texts(tmp_path / "x.bin", [[1, 2, 3], [4, 5, 6, 7], [8, 9]])
+    units = open_units(tmp_path / "x.bin", scan(tmp_path / "x.bin", 4, 100), 4)
+    found = [Samples(units, 2, 4, 1, shuffled=False)[i] for i in range(2)]
+    assert [sample["tokens"].tolist() for sample in found] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert [sample["labels"].tolist() for sample in found] == [[2, 3, 4, 5], [6, 7, 8, 9]]
+    assert all(sample["loss_mask"].all() for sample in found)
+
+
+def write_texts(path: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:
+    path.write_bytes(b"".join(np.array(each, dtype).tobytes() for each in documents))
+    with path.with_suffix(".idx").open("wb") as file:
+        write_index(file, dtype, np.array([len(each) for each in documents], np.int32), np.ones(len(documents), bool))
+    return path
+
+
+def test_damaged_texts_are_named(tmp_path):
+    path, index = write_texts(tmp_path / "x.bin", [[1, 2, 3], [4, 5, 99]]), tmp_path / "x.idx"
+    for seq_length, vocab_size, message in ((6, 100, "has 6 tokens"), (2, 99, "token 5 is 99")):
+        with pytest.raises(DataError, match=message):
+            scan(path, seq_length, vocab_size)
+    whole = index.read_bytes()
+    for content, message in (
+        (b"", "no index of Megatron's"),
+        (b"X" + whole[1:], "no index of Megatron's"),
+        (whole[:-9], "damaged"),
+        (whole[:9] + b"\x02" + whole[10:], "another version"),
+        (whole[:34] + b"\x07" + whole[35:], "has 12 bytes"),
+    ):
+        index.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            scan(path, 2, 100)
+    index.unlink()
+    with pytest.raises(DataError, match=r"x\.idx does not exist"):
+        scan(path, 2, 100)
 
 
 @pytest.mark.parametrize(

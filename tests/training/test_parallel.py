@@ -12,13 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import free_port, make_model
 
 from entrypoints.import_ import import_
 from entrypoints.preprocess import preprocess
-from entrypoints.training.lines import index_lines
+from entrypoints.tokens.scan import scan
 from entrypoints.training.run_folder import RunFolder
 
 SEQ_LENGTH, STEPS = 32, 3
@@ -62,8 +61,7 @@ def job(root: Path, kind: str, mode: str, layout: str) -> dict:
     }  # fmt: skip
     if kind == "deepseek_v3" and layout == "pp2":  # three layers
         recipe |= {"first_stage_layers": 2, "last_stage_layers": 1}
-    index = str(root / kind / "index.npy")
-    return {"recipe": recipe, "index": index, "ranks": 1 if layout == "one" else 2, "port": free_port()}
+    return {"recipe": recipe, "indices": str(root / kind), "ranks": 1 if layout == "one" else 2, "port": free_port()}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def runs(tmp_path_factory) -> Path:
         import_(str(root / kind / "hf"), str(root / kind / "nemo"))
         preprocess(str(Path(__file__).parent), str(root / kind / "data.jsonl"), tokenizer=str(root / kind / "nemo"),
                    seq_length=SEQ_LENGTH)  # fmt: skip
-        np.save(root / kind / "index.npy", index_lines(root / kind / "data.jsonl", SEQ_LENGTH, 512).offsets)
+        scan(root / kind / "data.jsonl", SEQ_LENGTH, 512).save(root / kind / "train.npz")
     alone = sorted({(kind, mode, "one") for kind, mode, _ in CELLS})
     (root / "jobs.json").write_text(json.dumps([job(root, *cell) for cell in [*alone, *CELLS]]))
     words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_many.py")), str(root / "jobs.json")]

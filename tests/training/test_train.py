@@ -7,7 +7,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import free_port
+from forked import Cold, Commands
 from safetensors.torch import load_file
 
 import entrypoints
@@ -45,14 +45,13 @@ def train(
     stop_after: int | None = None,
     by: signal.Signals = signal.SIGTERM,
     limits: dict[int, int] | None = None,
+    commands: Cold | Commands | None = None,
 ) -> tuple[int, str]:
-    """Run the command; with `stop_after`, send the signal once that many steps are done, or while NeMo is imported."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "entrypoints.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """Run the command; with `stop_after`, send the signal once that many steps are done, or before the first one."""
+    run = RunFolder(Path(next(word for word in words if word.startswith("--out="))[6:]))
+    process = (commands or Cold()).start(words, run.path.with_name(f"output-{time.monotonic_ns()}"))
     for kind, most in (limits or {}).items():
         resource.prlimit(process.pid, kind, (most, most))
-    run = RunFolder(Path(next(word for word in words if word.startswith("--out="))[6:]))
 
     def is_time() -> bool:
         if stop_after == 0:
@@ -66,8 +65,7 @@ def train(
 
     if stop_after is not None:
         threading.Thread(target=watch, daemon=True).start()
-    output, _ = process.communicate(timeout=280)
-    return process.returncode, output
+    return process.finish(timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +112,16 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
     from transformers import AutoModelForCausalLM
 
     from entrypoints.dequant import dequant
+    from entrypoints.tokens.scan import open_units, scan
     from entrypoints.training.heads import DecodingHeads, distribution_features, token_losses
-    from entrypoints.training.lines import index_lines
     from entrypoints.training.samples import Samples
 
     dequant(str(mxfp4_model), str(tmp_path / "bf16"))
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "bf16", dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    samples = Samples(data, index_lines(data, SEQ_LENGTH, 512), STEPS * BATCH, SEQ_LENGTH, seed=1234)
+    units = open_units(data, scan(data, SEQ_LENGTH, 512), SEQ_LENGTH)
+    samples = Samples(units, STEPS * BATCH, SEQ_LENGTH, seed=1234)
     torch.manual_seed(1234)
     heads = DecodingHeads(model.config.hidden_size)
     total = count = 0.0
@@ -139,11 +138,11 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
     assert losses(whole)[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, tmp_path):
+def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, tmp_path, warm):
     run = RunFolder(tmp_path / "run")
     words = flags(nemo_model, data, run.path)
     for after, by in ((0, signal.SIGTERM), (1, signal.SIGTERM), (3, signal.SIGUSR1)):
-        code, output = train(words, after, by)
+        code, output = train(words, after, by, commands=warm)
         assert code == 75 and "Traceback" not in output, output
         status = run.read_status()
         assert status["state"] == "stopped" and status["why"] == by.name
@@ -152,27 +151,27 @@ def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_
             assert status["step"] == 0 and "step 1/" not in output and run.latest_checkpoint() is None
         else:
             assert after <= status["step"] < STEPS and run.latest_checkpoint()[0] == status["step"]
-    code, output = train(words)
+    code, output = train(words, commands=warm)
     assert code == 0, output
     assert losses(run) == losses(whole)
-    code, output = train(words)
+    code, output = train(words, commands=warm)
     assert code == 0 and "torch.distributed.run" not in output, "there was nothing left to do"
     assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(whole, nemo_model, data, tmp_path):
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(whole, nemo_model, data, tmp_path, warm):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path], check=True)
     try:
         run = RunFolder(tmp_path / "run")
         words = flags(nemo_model, data, run.path, save_every=1)
-        code, output = train(words)
+        code, output = train(words, commands=warm)
         assert code == 73 and "Traceback" not in output, output
         last = output.strip().splitlines()[-1]
         assert re.search(r"checkpoints/step=3 cannot be written, .* are free there .*step=2 is complete", last), last
         assert run.read_status()["state"] == "failed" and "cannot be written" in run.read_status()["why"]
         assert run.latest_checkpoint()[0] == 2
         subprocess.run(["mount", "-o", "remount,size=50m", tmp_path], check=True)
-        code, output = train(words)
+        code, output = train(words, commands=warm)
         assert code == 0 and losses(run) == losses(whole), output
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -191,10 +190,22 @@ def test_too_little_memory_says_which_knobs_to_turn(nemo_model, data, tmp_path):
     assert "--tensor-parallel-size 1 → 2" in last and re.search(r"\(rank [01] on node 0 \(.*\)\)$", last), last
 
 
-def test_without_time_to_save_it_says_so(nemo_model, data, tmp_path):
-    code, output = train(flags(nemo_model, data, tmp_path / "run", steps=5000, grace=0), 1)
+def test_without_time_to_save_it_says_so(nemo_model, data, tmp_path, warm):
+    code, output = train(flags(nemo_model, data, tmp_path / "run", steps=5000, grace=0), 1, commands=warm)
     assert code == 1 and "Traceback" not in output, output
     assert "ended before a checkpoint could be saved; the last one is at step 0: allow more --grace" in output
+
+
+def test_a_stop_while_it_evaluates_leaves_the_evaluation(nemo_model, data, tmp_path, warm):
+    """One of these evaluations takes longer than the whole test may."""
+    run = RunFolder(tmp_path / "run")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_bytes(data.read_bytes() * 40)
+    words = flags(nemo_model, data, run.path, eval_data=held_out, eval_every=1, eval_batches=10**6)
+    code, output = train(words, 1, commands=warm)
+    assert code == 75 and "Traceback" not in output, output
+    assert run.latest_checkpoint()[0] == run.read_status()["step"] == 1
+    assert run.read_status()["why"] == "SIGTERM" and not run.read_evaluations()
 
 
 def test_two_processes_compute_what_one_does(whole, nemo_model, data, tmp_path):

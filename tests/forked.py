@@ -1,0 +1,163 @@
+"""Processes that begin with NeMo imported, as forks of one that has done it: what they do then is no different.
+
+Run as a program it is a server: each line of its input is {"words": [...], "output": PATH}, for a `slipway` command
+that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import util
+from pathlib import Path
+
+
+def import_nemo() -> None:
+    """What a worker imports, without a thread that would not outlive a fork."""
+    from entrypoints.training import cpu
+
+    cpu.enable()
+    cpu.enable = lambda: None
+    from entrypoints.training import callbacks, data, modes  # noqa: F401 (for the forks)
+
+
+def fork(work: Callable[[], int | None], output: Path) -> int:
+    """Do `work` in a process that writes to `output`; its number."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = work() or 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    util._exit_function()  # Megatron's helper processes end with this one
+    os._exit(code)
+
+
+def fork_ranks(ranks: int, port: int, logs: Path, work: Callable[[], None], limit: float = 60) -> bool:
+    """Do `work` as each rank of a world on this machine; True if all ended well in `limit` seconds.
+
+    Args:
+        logs: folder that gets rankN.log.
+    """
+    started, codes = time.monotonic(), {}
+    children = []
+    for rank in range(ranks):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+        children.append(fork(work, logs / f"rank{rank}.log"))
+    while len(codes) < ranks and time.monotonic() - started < limit and not any(codes.values()):
+        for child in children:
+            pid, status = os.waitpid(child, os.WNOHANG) if child not in codes else (0, 0)
+            codes |= {pid: status} if pid else {}
+        time.sleep(0.02)
+    for child in children:
+        if child not in codes:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    return len(codes) == ranks and not any(codes.values())
+
+
+class Commands:
+    """`slipway` commands that need not wait for NeMo's import; a context manager."""
+
+    def __enter__(self) -> Commands:
+        words = [sys.executable, "-W", "ignore", __file__]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        self._server = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+
+    def start(self, words: list[str], output: Path) -> Command:
+        """Begin a command; what it prints goes to `output`."""
+        self._server.stdin.write(json.dumps({"words": words, "output": str(output)}) + "\n")
+        self._server.stdin.flush()
+        return Command(int(self._server.stdout.readline()), output)
+
+
+class Cold:
+    """`slipway` commands as a person starts them."""
+
+    def start(self, words: list[str], output: Path) -> Command:
+        """Begin a command; what it prints goes to `output`."""
+        with output.open("w") as file:
+            process = subprocess.Popen([sys.executable, "-m", "entrypoints.cli", *words], stdout=file, stderr=file)
+        command = Command(process.pid, output)
+        command.poll = process.poll
+        return command
+
+
+class Command:
+    """A command that runs, with what is used here of subprocess.Popen."""
+
+    def __init__(self, pid: int, output: Path) -> None:
+        self.pid, self.output = pid, output
+
+    def poll(self) -> int | None:
+        """The exit code, once there is one."""
+        code = Path(f"{self.output}.code")
+        return int(code.read_text()) if code.exists() else None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Nothing, after its end."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def finish(self, timeout: float) -> tuple[int, str]:
+        """(exit code, everything it printed)."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise TimeoutError(self.output.read_text())
+            time.sleep(0.02)
+        return code, self.output.read_text()
+
+
+def serve() -> None:
+    """Until the input ends."""
+    import_nemo()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    answers = os.dup(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if not os.fork():
+            _keep(job["words"], Path(job["output"]), answers)
+
+
+def _keep(words: list[str], output: Path, answers: int) -> None:
+    """Start the command and write its exit code when there is one."""
+    from entrypoints import cli
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = fork(lambda: cli.main(words), output)
+    os.write(answers, f"{child}\n".encode())
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    part = Path(f"{output}.part")
+    part.write_text(str(code))
+    part.rename(f"{output}.code")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()
