@@ -24,7 +24,9 @@ def import_nemo() -> None:
 
     cpu.enable()
     cpu.enable = lambda: None
-    from entrypoints.training import callbacks, data, modes  # noqa: F401 (for the forks)
+    from entrypoints.training import callbacks, data, modes, repairs  # noqa: F401 (for the forks)
+
+    repairs.read_and_write_plain_files()
 
 
 def fork(work: Callable[[], int | None], output: Path) -> int:
