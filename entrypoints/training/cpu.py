@@ -196,7 +196,9 @@ def local_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
         parts = layer.submodules
         keys = parts.sharded_state_dict_keys_map
         if config.multi_latent_attention:
-            parts.self_attention.submodules.core_attention = attention_of_mla()
+            attention = parts.self_attention.submodules
+            attention.core_attention = attention_of_mla()
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = linear_on_every_rank()
             keys |= MLA_KEYS
         # Transformer Engine fuses the norm with a dense MLP and keeps the one before experts as it is.
         if parts.mlp.module is MoELayer:
@@ -221,6 +223,26 @@ def attention_of_mla() -> type:
             super().__init__(**options)
 
     return Attention
+
+
+@functools.cache
+def linear_on_every_rank() -> type:
+    """What Transformer Engine projects down with in multi-latent attention: the same whole matrix on every tensor
+    parallel rank. Megatron's own way, to share it, forgets the other ranks' heads in the gradient of the rotary key.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    class Linear(torch.nn.Linear):
+        def __init__(self, inputs: int, outputs: int, *, config: Any, parallel_mode: str, **_: Any) -> None:
+            assert parallel_mode == "duplicated"
+            super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype)
+            self.weight.sequence_parallel = config.sequence_parallel  # each rank sees its own tokens
+
+        def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return super().forward(input_), None
+
+    multi_latent_attention.TELinear = Linear  # the class that is asked for when it is given parallel_mode
+    return Linear
 
 
 def strategy(**options: Any) -> Any:

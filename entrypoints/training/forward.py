@@ -42,6 +42,10 @@ def load(checkpoint: Path) -> GPTModel:
 
         cpu.enable()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+
+    from entrypoints.training.repairs import read_and_write_plain_files
+
+    read_and_write_plain_files()
     from nemo.lightning.io import load_context
 
     if not torch.distributed.is_initialized():

@@ -221,14 +221,15 @@ def test_what_cannot_be_compared(models, tmp_path):
 # ---------------------------------------------------------------------------- the forward pass
 
 
-def test_the_forward_pass_of_a_quantised_model_and_of_nemo(models, slipway):
-    done = slipway("verify", models["mxfp4"], models["nemo"], "--forward", "--json")
-    assert done.returncode == 0, done.stderr
-    logits = json.loads(done.stdout)["logits"]
+def test_the_forward_pass_of_a_quantised_model_and_of_nemo(models, warm, tmp_path):
+    words = ["verify", str(models["mxfp4"]), str(models["nemo"]), "--forward", "--json"]
+    code, output = warm.start(words, tmp_path / "output").finish(timeout=280)
+    assert code == 0, output
+    logits = json.loads(output[output.index("{") :])["logits"]
     assert 0 < logits["max_difference"] < 1e-4 and logits["top1_agreement"] == 1.0 and logits["tolerance"] == 1e-4
 
 
-def test_the_forward_pass_finds_what_tensors_cannot_show(models, tmp_path, slipway):
+def test_the_forward_pass_finds_what_tensors_cannot_show(models, tmp_path, slipway, warm):
     """NeMo's own configuration is wrong, the tensors and the copy of config.json are right."""
     folder = Path(shutil.copytree(models["nemo"], tmp_path / "nemo"))
     path = folder / "context" / "io.json"
@@ -236,8 +237,9 @@ def test_the_forward_pass_finds_what_tensors_cannot_show(models, tmp_path, slipw
     assert text.count('"value": 150000,') == 1
     path.write_text(text.replace('"value": 150000,', '"value": 100,'))
     assert slipway("verify", models["merged"], folder).returncode == 0
-    done = slipway("verify", models["merged"], folder, "--forward")
-    assert done.returncode == 1 and "have the same tensors, but their logits differ by at most" in done.stderr
+    words = ["verify", str(models["merged"]), str(folder), "--forward"]
+    code, output = warm.start(words, tmp_path / "output").finish(timeout=280)
+    assert code == 1 and "have the same tensors, but their logits differ by at most" in output
 
 
 def test_the_forward_pass_of_two_hugging_face_models_is_the_same_to_the_bit(models):
