@@ -7,9 +7,10 @@ these repairs, training in that layout computes something else than alone.
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from entrypoints.training.recipe import Recipe
 
@@ -26,6 +27,27 @@ def read_and_write_plain_files() -> None:
 
     MultiStorageClientFeature.disable()
     filesystem_async._results_queue = queue.SimpleQueue()
+
+
+def keep_routers_counts() -> None:
+    """Let a router's biases for balance, and the tokens that it counts for them, stay float32 in a model of BF16.
+
+    Megatron turns all buffers into BF16 when it wraps the model and turns the biases back at the first forward pass,
+    rounded: whoever loaded them before, as NeMo does for adapters, trains on a base that is not the one that was given.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    convert = TopKRouter._apply
+
+    def apply(router: TopKRouter, function: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
+        names = ("expert_bias", "local_tokens_per_expert") if router.enable_expert_bias else ()
+        exact = {name: getattr(router, name) for name in names}
+        convert(router, function, recurse)
+        for name, buffer in exact.items():
+            setattr(router, name, buffer.to(getattr(router, name).device))
+        return router
+
+    TopKRouter._apply = apply
 
 
 def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:

@@ -35,7 +35,7 @@ def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
 
     Rotary positions need nothing on the CPU, for attention sees their differences alone.
     """
-    bounds = batch["cu_seqlens"]
+    bounds = batch.get("cu_seqlens")
     if bounds is None:
         return {"attention_mask": None}
     bounds = bounds.flatten()

@@ -62,11 +62,12 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
 
     from entrypoints.training.callbacks import Record
     from entrypoints.training.modes import MODES
-    from entrypoints.training.repairs import read_and_write_plain_files
+    from entrypoints.training.repairs import keep_routers_counts, read_and_write_plain_files
 
     gc.freeze()
     gc.enable()
     read_and_write_plain_files()
+    keep_routers_counts()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
@@ -257,8 +258,8 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
 def _evaluations(recipe: Recipe) -> dict[str, Any]:
     if not recipe.eval_data:
         return {"limit_val_batches": 0}
-    every = {"val_check_interval": recipe.eval_every, "check_val_every_n_epoch": None}  # steps, whatever the epoch
-    return {"limit_val_batches": recipe.eval_batches, **every}
+    # Steps, whatever the epoch; and everything that `_samples` holds out, for Lightning counts micro batches.
+    return {"val_check_interval": recipe.eval_every, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
 
 
 def precision() -> Any:

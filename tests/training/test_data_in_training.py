@@ -19,7 +19,7 @@ from entrypoints.tokens.scan import scan
 from entrypoints.training.run_folder import RunFolder
 
 SEQ_LENGTH, STEPS = 24, 3
-LENGTHS = (25, 13, 13, 9, 9, 9, 17, 9)  # less one, and longest first, they fill four sequences to the last token
+LENGTHS = (23, 13, 13, 9, 9, 9, 17, 9)  # without their last tokens they go into four sequences
 SAMPLES = len(LENGTHS)
 KINDS = ("llama31", "qwen3_moe", "deepseek_v3")
 # run: kind, what it trains with
@@ -35,6 +35,8 @@ RUNS = {
     "heads-packed-and-evaluated": ("llama31", {"mode": "heads", "pack": True, "eval": True}),
     "heads-evaluated": ("llama31", {"mode": "heads", "eval": True}),
     "evaluated": ("llama31", {"mode": "sft", "eval": True}),
+    "evaluated-in-batches": ("llama31", {"mode": "sft", "eval": True, "global_batch_size": 4}),
+    "evaluated-in-part": ("llama31", {"mode": "sft", "eval": True, "global_batch_size": 4, "eval_batches": 1}),
     "evaluated-in-stages": ("llama31", {"mode": "sft", "eval": True, "pipeline_parallel_size": 2}),
     "texts": ("llama31", {"mode": "pretrain", "texts": True, "eval": True}),
     "prompts": ("llama31", {"mode": "pretrain"}),
@@ -116,6 +118,11 @@ def test_packed_samples_meet_the_same_model(runs, kind):
 def test_an_evaluation_is_the_next_steps_loss(runs, name):
     """On the same samples, of which every step takes all."""
     assert evaluations(runs, name)[:-1] == pytest.approx(losses(runs, name)[1:], rel=1e-5)
+
+
+def test_an_evaluation_takes_as_many_batches_as_it_is_told(runs):
+    assert len(set(evaluations(runs, "evaluated-in-batches"))) == STEPS
+    assert evaluations(runs, "evaluated-in-part") != evaluations(runs, "evaluated-in-batches")
 
 
 def test_evaluations_change_nothing(runs):

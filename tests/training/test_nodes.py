@@ -141,7 +141,7 @@ def test_a_request_to_stop_while_nodes_are_awaited_ends_it_at_once(nemo_model, d
     words = command(nemo_model, data, tmp_path / "run", port, **node(0))
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     lines = [process.stderr.readline() for _ in range(2)]
-    assert lines[0].startswith("topology: 2 nodes"), lines
+    assert lines[1].startswith("topology: 2 nodes"), lines
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 75 and "SIGUSR1 before the first step; run the same again" in last_line(errors)
@@ -193,7 +193,7 @@ def test_a_command_that_vanishes_ends_the_run_and_leaves_no_process(nemo_model, 
     "what, message",
     [
         ({"lr": 2e-3}, "--lr is 0.001 on node 0 and 0.002 on node 1 ("),
-        ({"data": "OTHER"}, "the data (bytes, usable lines, digest of where they begin) is "),
+        ({"data": "OTHER"}, "the data (bytes, usable samples, digest of where they begin) is "),
         ({"model": "OTHER"}, "the model (digest of the ends of its weights' files) is "),
         ({"model": "COPY", "data": "COPY"}, None),
     ],
