@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import free_port, make_model
+from torch.nn import functional
 
+from entrypoints.export import export
 from entrypoints.import_ import import_
 from entrypoints.tokens.indexed import write_index
-from entrypoints.tokens.lines import as_line
+from entrypoints.tokens.lines import as_line, read_line
 from entrypoints.tokens.scan import scan
 from entrypoints.training.run_folder import RunFolder
 
@@ -135,3 +138,21 @@ def test_evaluations_change_nothing(runs):
 
 def test_pretraining_learns_prompts_too(runs):
     assert losses(runs, "prompts")[0] != pytest.approx(losses(runs, "dense-apart")[0], rel=1e-4)
+
+
+def test_trained_weights_come_out_for_transformers(runs, tmp_path):
+    """Exported after the last step, the model has the loss there that the last evaluation had here."""
+    from transformers import AutoModelForCausalLM
+
+    export(str(runs / "evaluated" / "checkpoints" / f"step={STEPS}"), str(tmp_path / "hf"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    total = count = 0.0
+    for line in (runs.parent / "data.jsonl").read_bytes().splitlines():
+        prompt, response = read_line(line, "")
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        total += functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += len(response)
+    first, last = losses(runs, "evaluated")[0], evaluations(runs, "evaluated")[-1]
+    assert total / count == pytest.approx(last, rel=1e-3) and abs(last - first) > 50e-3
