@@ -90,6 +90,11 @@ def _transpose(part: Bits, copy: Bits) -> None:
             copy[tile] = part[tile]
 
 
+def address(content: memoryview) -> int:
+    """Where the bytes lie in memory."""
+    return np.frombuffer(content, np.uint8).__array_interface__["data"][0]
+
+
 def data(part: Bits) -> memoryview:
     """The bytes of a part in row-major order, without a copy where it lies so already."""
     return memoryview(contiguous(part).reshape(-1).view(np.uint8))

@@ -48,6 +48,8 @@ def memory_knobs(recipe: Recipe) -> str:
     if recipe.micro_batch_size > 1:
         half = recipe.micro_batch_size // 2
         knobs.append(f"--micro-batch-size {recipe.micro_batch_size} → {half} (same results, fewer tokens at once)")
+    if recipe.mode != "heads" and recipe.recompute == "none":
+        knobs.append("--set recompute=full (same results, a layer's input kept instead of all that is in it)")
     knobs.append(f"--seq-length {recipe.seq_length} → {recipe.seq_length // 2} (longer samples are dropped)")
     knobs.append(f"--tensor-parallel-size {tensor} → {2 * tensor} (the model over twice as many GPUs)")
     if not recipe.is_frozen:

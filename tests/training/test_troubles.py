@@ -25,7 +25,13 @@ def test_a_gpu_without_memory_is_said_with_numbers_and_knobs(tmp_path):
     assert str(error).startswith(
         "out of memory: 4096.00 GiB more wanted, 139.80 GiB of the GPU's memory, 139.29 GiB free"
     )
-    for knob in ("--micro-batch-size 4 → 2", "--seq-length 4096 → 2048", "--tensor-parallel-size 1 → 2", "sft → lora"):
+    for knob in (
+        "--micro-batch-size 4 → 2",
+        "--set recompute=full",
+        "--seq-length 4096 → 2048",
+        "--tensor-parallel-size 1 → 2",
+        "sft → lora",
+    ):
         assert knob in str(error)
 
 
