@@ -2,7 +2,8 @@
 
 Beside a weight `X.weight` [..., out, in] of the base lie `X.adapter.linear_in.weight` A [..., rank, in] and
 `X.adapter.linear_out.weight` B [..., out, rank]; the model computes with W + alpha / rank · B·A. What the rules do
-with the rows of W on the way to Hugging Face they do with the rows of B; A is the same for every part.
+with the rows of W on the way to Hugging Face they do with the rows of B; A is the same for every part. Where W has a
+matrix for every expert, A and B have as well, or there is one pair for all of them: so NeMo adapts grouped experts.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class Merged:
         if ref.name not in self._adapted:
             return part
         stem = ref.name.removesuffix(".weight")
-        inner = _floats(self.adapters, Ref(stem + IN, ref.index))
-        outer = _floats(self.adapters, Ref(stem + OUT, ref.index, ref.rows))
+        inner = _floats(self.adapters, _ref(self.adapters, stem + IN, ref.index))
+        outer = _floats(self.adapters, _ref(self.adapters, stem + OUT, ref.index, ref.rows))
         found = np.matmul(outer, inner)
         found *= np.float32(self.scale)
         found += to_float32(part, self.base.tensors[ref.name].dtype)
@@ -104,11 +105,16 @@ def _check_fit(key: str, base: Reader, adapters: Reader) -> None:
     rank = adapters.tensors[stem + IN].shape[-2]
     wanted = {stem + IN: (*stack, rank, inner), stem + OUT: (*stack, out, rank)}
     for name, shape in wanted.items():
-        if adapters.tensors[name].shape != shape:
+        if adapters.tensors[name].shape not in (shape, (*stack[:-1], *shape[-2:])):
             raise DataError(
                 f"{adapters.folder}: {name} has shape {list(adapters.tensors[name].shape)}, "
                 f"{base.folder} asks for {list(shape)}; wrong base?"
             )
+
+
+def _ref(adapters: Reader, name: str, index: tuple[int, ...], rows: tuple[int, int] | None = None) -> Ref:
+    """The part of an adapter for the matrix `index` of its weight."""
+    return Ref(name, index[: len(adapters.tensors[name].shape) - 2], rows)
 
 
 def _floats(reader: Reader, ref: Ref) -> Bits:
@@ -156,8 +162,8 @@ def _per_matrix(adapters: Reader, model: rules.Rules) -> Iterator[tuple[str, Bit
                 "export the merged model, without --adapter"
             )
         stem, index = cell.megatron[0].name.removesuffix(".weight"), cell.megatron[0].index
-        inner = _rounded(adapters, Ref(stem + IN, index))
-        parts = tuple(_rounded(adapters, Ref(stem + OUT, ref.index, ref.rows)) for ref in cell.megatron)
+        inner = _rounded(adapters, _ref(adapters, stem + IN, index))
+        parts = tuple(_rounded(adapters, _ref(adapters, stem + OUT, ref.index, ref.rows)) for ref in cell.megatron)
         for ref, part in zip(cell.hf, cell.op.to_hf(parts), strict=True):
             rows = model.hf[ref.name].shape[0]
             outer = outers.setdefault(ref.name, np.empty((rows, len(inner)), part.dtype))

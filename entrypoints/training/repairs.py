@@ -74,6 +74,7 @@ def mend(module: nn.Module) -> nn.Module:
         if isinstance(part, TopKRouter) and part.bias is not None:
             part.bias.sequence_parallel = part.config.sequence_parallel
         if isinstance(part, (GroupedMLP, SequentialMLP, TEGroupedMLP)) and (experts > 1 or tensor > 1):
-            for parameter in part.parameters():
-                parameter.allreduce = False
+            for name, parameter in part.named_parameters():
+                shared = ".adapter." in name and not isinstance(part, SequentialMLP)  # one for all grouped experts
+                parameter.allreduce = shared
     return module

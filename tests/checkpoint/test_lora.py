@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, tensor_of, write_torch_dist
 
+from entrypoints.checkpoint import torch_dist
 from entrypoints.errors import DataError
 from entrypoints.export import export
 from entrypoints.import_ import import_
@@ -116,3 +118,23 @@ def test_what_does_not_fit_is_said(trained, tmp_path):
         export(str(folder / "lora"), str(tmp_path / "out"))
     note.write_text(text)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["merged", "peft"])
+def test_one_adapter_for_all_experts_is_the_same_one_for_each(trained, tmp_path, adapter):
+    """NeMo attaches one to grouped experts, which only Transformer Engine has; here it is cut from equal ones."""
+    kind, folder, _, _ = trained
+    if kind not in ("qwen3_moe", "deepseek_v3"):
+        return
+    reader = torch_dist.Reader(folder / "lora")
+    tensors = {key: tensor_of(reader, key) for key in reader.tensors}
+    experts = [key for key in tensors if ".experts.experts." in key]
+    assert experts
+    equal = tensors | {key: tensors[key].select(-3, 0).unsqueeze(-3).expand_as(tensors[key]) for key in experts}
+    one = tensors | {key: tensors[key].select(-3, 0) for key in experts}
+    for name, found in (("equal", equal), ("one", one)):
+        write_torch_dist(tmp_path / name / "weights", found)
+        shutil.copytree(folder / "lora" / "context", tmp_path / name / "context")
+        export(str(tmp_path / name), str(tmp_path / f"{name}-hf"), base=str(folder / "nemo"), adapter=adapter)
+    files = sorted((tmp_path / "equal-hf").glob("*.safetensors"))
+    assert files and all(file.read_bytes() == (tmp_path / "one-hf" / file.name).read_bytes() for file in files)
