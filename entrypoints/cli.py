@@ -86,7 +86,7 @@ def _run(argv: list[str]) -> int:
 def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[bool, dict[str, Any]]:
     """(--json given?, argument name → value of its annotated type); UsageError for anything else."""
     annotations = typing.get_type_hints(function)
-    parameters = {p.name: annotations.get(p.name, str) for p in inspect.signature(function).parameters.values()}
+    parameters = {p: _given(annotations.get(p, str)) for p in inspect.signature(function).parameters}
     positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     as_json, words, flags = _split(name, parameters, argv)
     if len(words) > len(positional):
@@ -149,10 +149,15 @@ def _parameter(name: str, flag: str, parameters: dict[str, Any]) -> tuple[str, b
     raise UsageError(f"{name}: unknown flag {flag}{_suggest(flag, known)}; see `slipway {name} --help`")
 
 
-def convert(name: str, key: str, text: str, kind: Any) -> Any:
-    """`text` as a value of the annotation `kind`: str, int, float, bool, Literal, list[str], each or None."""
+def _given(kind: Any) -> Any:
+    """What a value has to be if there is one: X of X | None."""
     if isinstance(kind, types.UnionType):
-        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        return next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    return kind
+
+
+def convert(name: str, key: str, text: str, kind: Any) -> Any:
+    """`text` as a value of the annotation `kind`: str, int, float, bool, Literal or list[str]."""
     if typing.get_origin(kind) is typing.Literal:
         choices = [str(choice) for choice in typing.get_args(kind)]
         if text not in choices:

@@ -18,9 +18,9 @@ SLIPWAY = Path(sys.executable).parent / "slipway"
 
 
 def verb(src: str, *, nodes: int = 1, rate: float = 0.5, quick: bool = False, kind: Literal["a", "b"] = "a",
-         name: str | None = None, set: list[str] | None = None) -> str:  # fmt: skip
+         name: str | None = None, set: list[str] | None = None, wide: bool | None = None) -> str:  # fmt: skip
     """A command."""
-    return f"{src} {nodes} {rate} {quick} {kind} {name} {set}"
+    return f"{src} {nodes} {rate} {quick} {kind} {name} {set} {wide}"
 
 
 def parsed(*words: str) -> dict:
@@ -35,6 +35,8 @@ def parsed(*words: str) -> dict:
         (["x", "--nodes=3", "--rate", "1e-5"], {"src": "x", "nodes": 3, "rate": 1e-5}),
         (["x", "--quick"], {"src": "x", "quick": True}),
         (["x", "--no-quick"], {"src": "x", "quick": False}),
+        (["--wide", "--name", "y", "x"], {"wide": True, "name": "y", "src": "x"}),
+        (["x", "--no-wide"], {"src": "x", "wide": False}),
         (["x", "--quick=false"], {"src": "x", "quick": False}),
         # What Fire alone makes of these: inf, a tuple, a cut-off name.
         (["97e1234", "--name=97e1234"], {"src": "97e1234", "name": "97e1234"}),
@@ -79,7 +81,7 @@ def test_what_is_wrong_is_said(words, message):
 def test_fire_calls_the_function_with_exactly_what_was_parsed(capsys):
     given = {"src": "97e1234", "nodes": 2, "set": ["a=b,c"]}
     cli._call_through_fire("verb", verb, given, as_json=False)
-    assert capsys.readouterr().out.strip() == "97e1234 2 0.5 False a None ['a=b,c']"
+    assert capsys.readouterr().out.strip() == "97e1234 2 0.5 False a None ['a=b,c'] None"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])

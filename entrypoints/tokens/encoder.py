@@ -73,7 +73,7 @@ class Encoder:
         token = token["content"] if isinstance(token, dict) else token
         number = self.tokenizer.token_to_id(token) if token else None
         if number is None:
-            raise UsageError(f"{path} names no eos_token; use --append-eos=False to write none")
+            raise UsageError(f"{path} names no eos_token; use --no-append-eos to write none")
         return number
 
     def __call__(self, piece: Piece) -> Encoded:
