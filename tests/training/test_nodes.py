@@ -129,6 +129,7 @@ def test_a_signal_to_every_process_of_a_step_stops_and_saves(nemo_model, data, t
     for number in (signal.SIGUSR1, signal.SIGTERM):
         for member in reversed(family):
             os.kill(member, number)
+        time.sleep(0.2)  # of two at once, Python may handle either first
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     status = run.read_status()
