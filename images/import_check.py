@@ -1,30 +1,29 @@
-"""Run while the image is built: imports what commands need, and proves that compiled extensions are there.
+"""Run while the image is built: imports every distribution, and proves that compiled extensions are there and whole.
 
 Usage: import_check.py VARIANT. Each module is imported in a process of its own. Where no GPU is, a CUDA extension
-cannot be loaded: that it was compiled and linked is seen from the symbols that it exports.
+cannot be loaded: that it was compiled is seen from the symbols that it exports, that it fits the torch beside it from
+those that it asks for.
 """
 
+from __future__ import annotations
+
+import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
+# What commands need below a distribution's top level.
 MODULES = (
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "safetensors",
     "megatron.core.datasets.helpers_cpp",
-    "megatron.core",
     "nemo.collections.llm",
-    "nvidia_resiliency_ext",
-    "tensorboard",
-    "tensorstore",
-    "wandb",
-    "matplotlib",
+    "torch.distributed.checkpoint",
+    "torch.utils.tensorboard",
 )
+WITH_TRANSFORMER_ENGINE = ("transformer_engine.pytorch",)
 # Variant → (pattern below site-packages, a symbol that it exports).
 TRANSFORMER_ENGINE = (
     ("transformer_engine/**/libtransformer_engine.so", "nvte_cublas_gemm"),
@@ -35,18 +34,61 @@ SYMBOLS = {
     "index": TRANSFORMER_ENGINE,
     "full": (*TRANSFORMER_ENGINE, ("amp_C*.so", "PyInit_amp_C")),
 }
+# Names of distributions that are none of a module: what slim.py removed; what loads through transformer_engine.pytorch.
+NO_MODULES = {"tests", "transformer_engine_torch"}
+NEEDS_GPU = {"amp_C", "apex_C"}  # imported, these look for CUDA's driver: SYMBOLS stands for them
+
+
+def modules(variant: str) -> list[str]:
+    """The names that the installed distributions offer for import, and what the variant's commands import below."""
+    offered = {name for name in metadata.packages_distributions() if name.isidentifier() and name[0] != "_"}
+    extensions = {path.name.partition(".")[0] for path in Path(sysconfig.get_path("purelib")).glob("*_cuda.*.so")}
+    below = MODULES if variant == "cpu" else MODULES + WITH_TRANSFORMER_ENGINE
+    return [*sorted(offered - NO_MODULES - NEEDS_GPU - extensions), *below]
+
+
+def import_errors(names: Iterable[str]) -> list[str]:
+    """A line for each module that cannot be imported, with the last line of its own error."""
+
+    def attempt(name: str) -> str | None:
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {name}"], capture_output=True, text=True)
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return f"cannot import {name} ({reason})" if done.returncode else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [line for line in pool.map(attempt, names) if line]
 
 
 def missing_symbols(site: Path, variant: str) -> list[str]:
     """What is not there of the variant's extensions."""
-    missing = []
-    for pattern, symbol in SYMBOLS[variant]:
-        files = list(site.glob(pattern))
-        words = ["nm", "--dynamic", "--defined-only", "--format=just-symbols", *files]
-        exported = subprocess.run(words, capture_output=True, text=True).stdout if files else ""
-        if symbol not in exported.split():
-            missing.append(f"{pattern} with {symbol}")
-    return missing
+    return [
+        f"{pattern} with {symbol} is not there"
+        for pattern, symbol in SYMBOLS[variant]
+        if symbol not in _symbols("--defined-only", site.glob(pattern))
+    ]
+
+
+def unfit_symbols(site: Path, variant: str) -> list[str]:
+    """What the variant's extensions ask of torch and of each other that is not exported there."""
+    files = [file for pattern, _ in SYMBOLS[variant] for file in site.glob(pattern)]
+    if not files:
+        return []
+    exported = _symbols("--defined-only", [*files, *site.glob("torch/lib/*.so")])
+    asked = {name for name in _symbols("--undefined-only", files) if _is_torchs(name) or name.startswith("nvte_")}
+    return [f"{name} is asked for and not exported by torch" for name in sorted(asked - exported)]
+
+
+def _is_torchs(symbol: str) -> bool:
+    """Is it a C++ name of torch's namespaces?"""
+    return symbol.startswith(("_ZN3c10", "_ZNK3c10", "_ZN2at", "_ZNK2at", "_ZN5torch", "_ZNK5torch"))
+
+
+def _symbols(which: str, files: Iterable[Path]) -> set[str]:
+    """The dynamic symbols of libraries, without their versions."""
+    words = ["nm", "--dynamic", which, "--format=just-symbols", *files]
+    if not words[4:]:
+        return set()
+    return {line.partition("@")[0] for line in subprocess.run(words, capture_output=True, text=True).stdout.split()}
 
 
 def missing_distributions() -> list[str]:
@@ -65,13 +107,11 @@ def missing_distributions() -> list[str]:
 
 
 if __name__ == "__main__":
-    wrong = [
-        f"cannot import {module}"
-        for module in MODULES
-        if subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"]).returncode
-    ]
-    wrong += missing_symbols(Path(sysconfig.get_path("purelib")), sys.argv[1])
+    folder, built = Path(sysconfig.get_path("purelib")), sys.argv[1]
     for line in missing_distributions():
         print(f"import check: {line}")
+    names = modules(built)
+    wrong = [*import_errors(names), *missing_symbols(folder, built), *unfit_symbols(folder, built)]
     if wrong:
-        sys.exit(f"import check: {'; '.join(wrong)}")
+        sys.exit("\n".join(f"import check: {line}" for line in wrong))
+    print(f"import check: {len(names)} modules, {len(SYMBOLS[built])} CUDA extensions")

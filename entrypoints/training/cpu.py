@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+GPU_ONLY = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 
 def enable() -> None:
     """Make this process run Megatron on the CPU. Call before NeMo or Megatron is imported; says so once."""
+    _without_kernels()
     _without_compiling()
     _stand_in_for_cuda()
     _OnCpu().__enter__()
@@ -49,6 +52,14 @@ def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
+
+
+def _without_kernels() -> None:
+    """Transformer Engine and Apex count as not installed: what Megatron takes from them runs on GPUs alone."""
+    if loaded := {"megatron", "nemo"} & sys.modules.keys():
+        raise RuntimeError(f"{loaded.pop()} is imported already; call cpu.enable() first")
+    for name in GPU_ONLY:
+        sys.modules[name] = None  # an import of it raises ModuleNotFoundError
 
 
 def _without_compiling() -> None:
