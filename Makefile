@@ -5,11 +5,10 @@ BUILD := $(PYTHON) build.py
 .DEFAULT_GOAL := help
 
 VARIANT ?= cpu
-# Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE"
+# Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
-OUT ?= slipway_$(MODEL).sqsh
 
-.PHONY: help setup lock audit demo test lint engine image images engine-stop test-image test-image-slow verify size sbom sqsh
+.PHONY: help setup lock audit demo test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -53,6 +52,14 @@ size:  ## what the layers of an image hold
 sbom:  ## an image's bill of materials
 	@$(BUILD) sbom --model $(MODEL) --variant $(VARIANT)
 
+push:  ## an image into a registry: TO=HOST/NAME:TAG
+	@$(BUILD) push --model $(MODEL) --variant $(VARIANT) --to $(TO) $(SOURCES)
+
+archive: OUT ?= slipway_$(MODEL).tar
+archive:  ## an image as one OCI archive: OUT=FILE
+	@$(BUILD) archive --model $(MODEL) --variant $(VARIANT) --out $(OUT) $(SOURCES)
+
+sqsh: OUT ?= slipway_$(MODEL).sqsh
 sqsh:  ## an image as a squashfs for enroot and pyxis: OUT=FILE
 	@$(BUILD) sqsh --model $(MODEL) --variant $(VARIANT) --out $(OUT)
 

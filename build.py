@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
-from images import audit, debian, engine, image, lock, sbom, size, sqsh, verify
+from images import audit, debian, engine, image, lock, publish, sbom, size, sqsh, verify
 from images.store import BuildError
 
 
@@ -29,10 +30,13 @@ COMMANDS = {
     "verify": (verify.verify, "build an image twice without cache and compare"),
     "size": (size.size, "what an image's layers hold"),
     "sbom": (sbom.sbom, "print an image's bill of materials (CycloneDX)"),
+    "push": (publish.push, "push an image, its layers compressed, to a registry that docker is logged in to"),
+    "archive": (publish.archive, "write an image, its layers compressed, as one OCI archive"),
     "sqsh": (sqsh.sqsh, "write an image as a squashfs for enroot and pyxis"),
     "docker": (engine.run_client, "run docker against the engine in use: build.py docker -- ps"),
 }
-OF_A_MODEL = ("image", "verify", "size", "sbom", "sqsh")
+BUILDING = ("image", "images", "verify", "push", "archive")
+OF_A_MODEL = ("image", "verify", "size", "sbom", "push", "archive", "sqsh")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,10 +49,15 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--model", default="gpt_oss")
         if name in (*OF_A_MODEL, "images"):
             command.add_argument("--variant", default="cpu")
-        if name in ("image", "images", "verify"):
+        if name in BUILDING:
             command.add_argument("--source", action="append", metavar="NAME=PLACE", help="a clone or a mirror")
-        if name == "sqsh":
+            command.add_argument("--context", action="append", metavar="NAME=PLACE", help="a named build context")
+        if name in ("archive", "sqsh"):
             command.add_argument("--out", required=True, help="the file to write")
+        if name == "push":
+            command.add_argument("--to", required=True, metavar="HOST/NAME:TAG", help="where to push it")
+        if name in ("push", "archive"):
+            command.add_argument("--compression", default="zstd", help="of the layers: zstd or gzip")
         if name == "docker":
             command.add_argument("words", nargs="*")
     return top
@@ -57,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = vars(parser().parse_args())
     function, _ = COMMANDS[arguments.pop("command")]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as on Ctrl-C
     try:
         function(**arguments)
     except BuildError as error:

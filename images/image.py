@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import entrypoints
 from images import debian, engine, lock, provenance, sbom
-from images.manifest import HERE, Manifest, check_variant, families, read_manifest, sources
+from images.manifest import HERE, Manifest, Source, check_variant, families, near, read_manifest, sources
 from images.sources import trees
 from images.store import BuildError, store
 
@@ -27,40 +29,68 @@ COMPILED = {
     "full": ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"),
 }
 SCRIPTS = ("slim.py", "import_check.py")
+# Source → the stage that builds it; its tree is the context STAGE-source. In index, te-torch builds Transformer Engine.
+SOURCE_STAGES = {"nemo": "nemo", "megatron-core": "megatron", "transformer-engine": "te", "apex": "apex"}
+STAGING = "staging-"
 
 
-def image(model: str, variant: str, source: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Request:
+    """An image to build, with everything that it is made of fetched and verified."""
+
+    manifest: Manifest
+    variant: str
+    wanted: list[Source]
+    folders: dict[str, Path]
+    contexts: dict[str, str]
+
+    @classmethod
+    def of(cls, model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> Request:
+        """Check all of it, fetch what is missing, find an engine; BuildError before anything is built.
+
+        Args:
+            model: a family with a manifest.
+            variant: full, index or cpu.
+            source: NAME=PLACE for each source that comes from another clone or mirror than its pin says.
+            context: NAME=PLACE for each stage or source tree that is replaced by a named build context.
+        """
+        check_variant(variant)
+        manifest = read_manifest(model)
+        contexts = contexts_of(context)
+        wanted = [_replaced(source, contexts) for source in sources(manifest, variant)]
+        folders = trees([source for source in wanted if not source.replaced], variant, places_of(source))
+        engine.require()
+        fetch_for(variant)
+        return cls(manifest, variant, wanted, folders, contexts)
+
+    @property
+    def tag(self) -> str:
+        return tag(self.manifest.family, self.variant)
+
+
+def image(model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
     """Build slipway/MODEL:VARIANT; print its digest and size; leave SBOM and provenance in the store.
 
-    Args:
-        model: a family with a manifest.
-        variant: full, index or cpu.
-        source: NAME=PLACE for each source that comes from another clone or mirror than its pin says.
+    Args: as of Request.of.
     """
     started = time.monotonic()
-    check_variant(variant)
-    manifest = read_manifest(model)
-    places = places_of(source)
-    wanted = sources(manifest, variant)
-    folders = trees(wanted, variant, places)
-    engine.require()
-    fetch_for(variant)
+    request = Request.of(model, variant, source, context)
     fetched = time.monotonic()
-    # Uncompressed, since this engine keeps the image where it was built; `docker push` compresses.
-    name = tag(model, variant)
-    build(manifest, variant, folders, name, f"type=image,name={name},unpack=true,compression=uncompressed")
+    name = request.tag
+    # Uncompressed, since this engine keeps the image where it was built; images/publish.py compresses.
+    build(request, name, f"type=image,name={name},unpack=true,compression=uncompressed")
     digest, size = inspect(name)
-    provenance.write(manifest, variant, wanted, name, digest)
+    provenance.write(request, name, digest)
     print(
         f"image: {name} {digest}, {size / 1e9:.2f} GB, fetched in {fetched - started:.0f} s, "
         f"built in {time.monotonic() - fetched:.0f} s"
     )
 
 
-def images(variant: str, source: list[str] | None = None) -> None:
+def images(variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
     """Build every family's image."""
     for model in families():
-        image(model, variant, source)
+        image(model, variant, source, context)
 
 
 def tag(model: str, variant: str) -> str:
@@ -70,11 +100,40 @@ def tag(model: str, variant: str) -> str:
 
 def places_of(given: list[str] | None) -> dict[str, str]:
     """Source name → place, of words NAME=PLACE."""
-    places = dict(word.partition("=")[::2] for word in given or [])
-    for name, place in places.items():
+    return _pairs("--source", given, "PLACE being a clone or an address")
+
+
+def contexts_of(given: list[str] | None) -> dict[str, str]:
+    """Stage or source tree → build context, of words NAME=PLACE; a folder is named by its absolute path."""
+    contexts = _pairs("--context", given, "PLACE being a folder, docker-image://NAME or oci-layout://FOLDER")
+    stages = re.findall(r"(?m)^FROM \S+ AS (\S+)", (HERE / "Dockerfile").read_text())
+    trees_of = [f"{stage}-source" for stage in SOURCE_STAGES.values()]
+    for name, place in contexts.items():
+        if name not in (*stages, *trees_of):
+            known = ", ".join((*trees_of, *stages))
+            raise BuildError(
+                f"--context {name}: there is no such stage or source tree{near(name, known.split(', '))}; "
+                f"there are {known}",
+                exit_code=2,
+            )
+        if "://" not in place and not Path(place).is_dir():
+            raise BuildError(f"--context {name}={place}: there is no such folder", exit_code=65)
+    return {name: place if "://" in place else str(Path(place).absolute()) for name, place in contexts.items()}
+
+
+def _pairs(flag: str, given: list[str] | None, what: str) -> dict[str, str]:
+    pairs = dict(word.partition("=")[::2] for word in given or [])
+    for name, place in pairs.items():
         if not name or not place:
-            raise BuildError(f"--source {name}: write it as NAME=PLACE, PLACE being a clone or an address", exit_code=2)
-    return places
+            raise BuildError(f"{flag} {name}: write it as NAME=PLACE, {what}", exit_code=2)
+    return pairs
+
+
+def _replaced(source: Source, contexts: dict[str, str]) -> Source:
+    """The source, with the name of the context that stands for it or for what is built from it."""
+    stage = SOURCE_STAGES[source.name]
+    stands = [name for name in (f"{stage}-source", stage, f"{stage}-torch") if name in contexts]
+    return replace(source, replaced=stands[0]) if stands else source
 
 
 def fetch() -> None:
@@ -94,20 +153,11 @@ def fetch_for(variant: str) -> None:
         debian.root_file_system(name)
 
 
-def build(
-    manifest: Manifest,
-    variant: str,
-    folders: dict[str, Path],
-    name: str,
-    output: str,
-    *options: str,
-    proof: bool = False,
-) -> None:
+def build(request: Request, name: str, output: str, *options: str, proof: bool = False) -> None:
     """Run BuildKit on a fresh staging folder.
 
     Args:
-        manifest, variant: what to build.
-        folders: source name → its tree.
+        request: what to build.
         name: the image's name.
         output: buildx's.
         options: for `docker buildx bake`.
@@ -117,31 +167,40 @@ def build(
     if free < NEEDED_BYTES:
         needed = f"{NEEDED_BYTES / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free"
         raise BuildError(f"{store()}: {needed}; free some space or set SLIPWAY_STORE", exit_code=73)
-    with tempfile.TemporaryDirectory(dir=store(), prefix="staging-") as scratch:
+    remove_abandoned()
+    with tempfile.TemporaryDirectory(dir=store(), prefix=f"{STAGING}{os.getpid()}-") as scratch:
         staging = Path(scratch)
-        stage(staging, manifest, variant)
-        command = [engine.client(), "buildx", "bake", "--file", str(HERE / "docker-bake.hcl"), *options, "image"]
-        variables = _variables(staging, manifest, variant, folders)
+        stage(staging, request)
+        replacements = [f"--set=image.contexts.{name}={place}" for name, place in request.contexts.items()]
+        command = [engine.client(), "buildx", "bake", "--file", str(HERE / "docker-bake.hcl"), *options]
+        variables = _variables(staging, request)
         variables |= {"TAG": name, "OUTPUT": output, "CCACHE_DISABLE": "1" if proof else ""}
-        done = subprocess.run(command, env={**engine.environment(), **variables}, stdin=subprocess.DEVNULL)
+        environment = {**engine.environment(), **variables}
+        done = subprocess.run([*command, *replacements, "image"], env=environment, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise BuildError(f"the build of {name} failed; its last lines stand above", exit_code=1)
 
 
-def _variables(staging: Path, manifest: Manifest, variant: str, folders: dict[str, Path]) -> dict[str, str]:
+def remove_abandoned() -> None:
+    """Remove the staging folders of builds that were killed."""
+    for folder in store().glob(f"{STAGING}*"):
+        if not Path("/proc", folder.name.removeprefix(STAGING).partition("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _variables(staging: Path, request: Request) -> dict[str, str]:
     trees_of = {
-        name.replace("-", "_").upper(): str(folders.get(name, staging / "empty"))
-        for name in ("nemo", "megatron-core", "transformer-engine", "apex")
+        name.replace("-", "_").upper(): str(request.folders.get(name, staging / "empty")) for name in SOURCE_STAGES
     }
     return trees_of | {
-        "MODEL": manifest.family,
-        "VARIANT": variant,
+        "MODEL": request.manifest.family,
+        "VARIANT": request.variant,
         "STAGING": str(staging),
-        "PINS": json.dumps(provenance.pins(sources(manifest, variant)), sort_keys=True),
+        "PINS": json.dumps(provenance.pins(request.wanted), sort_keys=True),
         "VERSION": entrypoints.__version__,
         "BUILDER": provenance.builder(),
         "MAX_JOBS": str(compile_jobs()),
-        "CUDA_ARCHITECTURES": " ".join(manifest.cuda_architectures),
+        "CUDA_ARCHITECTURES": " ".join(request.manifest.cuda_architectures),
     }
 
 
@@ -154,7 +213,7 @@ def compile_jobs() -> int:
 # ---------------------------------------------------------------------------- the build contexts
 
 
-def stage(folder: Path, manifest: Manifest, variant: str) -> None:
+def stage(folder: Path, request: Request) -> None:
     """Lay out the build contexts: hard links into the store and the project's own files."""
     for name in ("rootfs", "uv", "locked", "building", "variant", "scripts", "family", "empty"):
         (folder / name).mkdir()
@@ -166,8 +225,8 @@ def stage(folder: Path, manifest: Manifest, variant: str) -> None:
     shutil.copytree(HERE / "root", folder / "files")
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(lock.ROOT / "entrypoints", folder / "entrypoints", ignore=ignore)
-    _stage_packages(folder, variant)
-    _stage_family(folder / "family", manifest, variant)
+    _stage_packages(folder, request.variant)
+    _stage_family(folder / "family", request)
 
 
 def _stage_packages(folder: Path, variant: str) -> None:
@@ -203,12 +262,11 @@ def _stage_list(folder: Path, file: str, lines: dict[str, str], besides: Iterabl
             os.link(store() / "wheelhouse" / path, folder / path)
 
 
-def _stage_family(folder: Path, manifest: Manifest, variant: str) -> None:
+def _stage_family(folder: Path, request: Request) -> None:
     """What the last layer holds: the manifest, the pins as they are for this family, the SBOM."""
-    shutil.copy(HERE / f"{manifest.family}.toml", folder / "image.toml")
-    wanted = sources(manifest, variant)
-    (folder / "pins.json").write_text(json.dumps(provenance.pins(wanted), indent=1, sort_keys=True) + "\n")
-    (folder / "sbom.cdx.json").write_text(sbom.text(manifest, variant, wanted))
+    shutil.copy(HERE / f"{request.manifest.family}.toml", folder / "image.toml")
+    (folder / "pins.json").write_text(json.dumps(provenance.pins(request.wanted), indent=1, sort_keys=True) + "\n")
+    (folder / "sbom.cdx.json").write_text(sbom.text(request.manifest, request.variant, request.wanted))
 
 
 def inspect(name: str) -> tuple[str, int]:

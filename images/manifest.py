@@ -28,7 +28,10 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Source:
-    """One source of an image: its commit and, where the package index has it, its source archive."""
+    """One source of an image: its commit and, where the package index has it, its source archive.
+
+    `replaced` names the build context that is taken instead, of which nothing is known.
+    """
 
     name: str
     distribution: str
@@ -38,6 +41,7 @@ class Source:
     license: str
     archive: LockedFile | None = None
     submodules: dict[str, dict[str, str]] = field(default_factory=dict)
+    replaced: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,14 @@ def check_variant(variant: str) -> None:
     """BuildError unless there is such a variant."""
     if variant not in VARIANTS:
         raise BuildError(
-            f"VARIANT is {variant!r}{_near(variant, VARIANTS)}; there is {', '.join(VARIANTS)}", exit_code=2
+            f"VARIANT is {variant!r}{near(variant, VARIANTS)}; there is {', '.join(VARIANTS)}", exit_code=2
         )
 
 
 def read_manifest(model: str) -> Manifest:
     """images/MODEL.toml; BuildError for an unknown model or anything in it that is not as it must be."""
     if model not in families():
-        hint = _near(model, families())
+        hint = near(model, families())
         raise BuildError(f"there is no model {model!r}{hint} (there are: {', '.join(families())})", exit_code=2)
     path = HERE / f"{model}.toml"
     try:
@@ -99,7 +103,7 @@ def _check_values(path: Path, table: dict[str, Any]) -> None:
 def _check_keys(path: Path, what: str, table: dict, known: Iterable[str], needed: set[str]) -> None:
     for key in table:
         if key not in known:
-            hint = _near(key, known)
+            hint = near(key, known)
             raise _wrong(path, f"{key} is no key of {what}{hint}; the keys are {', '.join(known)}")
     if missing := sorted(needed - table.keys()):
         raise _wrong(path, f"{missing[0]} is missing in {what}")
@@ -109,7 +113,8 @@ def _wrong(path: Path, what: str) -> BuildError:
     return BuildError(f"{path.name}: {what}", exit_code=65)
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def near(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean …?" where a known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
 

@@ -7,11 +7,15 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import entrypoints
 from images import debian, engine, lock
-from images.manifest import Manifest, Source
+from images.manifest import Source
 from images.store import sha256_of, store
+
+if TYPE_CHECKING:
+    from images.image import Request
 
 
 def folder_of(model: str, variant: str) -> Path:
@@ -21,7 +25,10 @@ def folder_of(model: str, variant: str) -> Path:
 
 def pins(wanted: list[Source]) -> dict[str, str]:
     """What identifies the inputs: versions and commits of the sources, the hashes of both locks."""
-    versions = {source.name: f"{source.version} {source.commit}" for source in wanted}
+    versions = {
+        source.name: f"context {source.replaced}" if source.replaced else f"{source.version} {source.commit}"
+        for source in wanted
+    }
     return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.LOCK)}
 
 
@@ -33,23 +40,34 @@ def builder() -> str:
     return f"slipway {entrypoints.__version__}, docker {words[0]}, buildx {buildx[1]}"
 
 
-def write(manifest: Manifest, variant: str, wanted: list[Source], name: str, digest: str) -> None:
+def write(request: Request, name: str, digest: str) -> None:
     """Leave provenance.json and the SBOM of a built image beside it, in the store."""
     from images import sbom
 
-    folder = folder_of(manifest.family, variant)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in (
-        ("provenance.json", json.dumps(statement(manifest, variant, wanted, name, digest), indent=1) + "\n"),
-        ("sbom.cdx.json", sbom.text(manifest, variant, wanted)),
-    ):
-        (folder / f".{file}").write_text(text)
-        os.replace(folder / f".{file}", folder / file)
+    folder = folder_of(request.manifest.family, request.variant)
+    _write(folder / "sbom.cdx.json", sbom.text(request.manifest, request.variant, request.wanted))
+    write_statement(folder / "provenance.json", request, name, digest)
 
 
-def statement(manifest: Manifest, variant: str, wanted: list[Source], name: str, digest: str) -> dict:
+def write_statement(path: Path, request: Request, name: str, digest: str) -> None:
+    """Write an image's provenance to `path`."""
+    _write(path, json.dumps(statement(request, name, digest), indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def statement(request: Request, name: str, digest: str) -> dict:
     """An in-toto statement with SLSA's provenance, version 1."""
     algorithm, _, value = digest.partition(":")
+    asked = {"model": request.manifest.family, "variant": request.variant}
+    if request.contexts:
+        asked["contexts"] = sorted(request.contexts)
+    architectures = request.manifest.cuda_architectures
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"name": name, "digest": {algorithm: value}}],
@@ -57,9 +75,9 @@ def statement(manifest: Manifest, variant: str, wanted: list[Source], name: str,
         "predicate": {
             "buildDefinition": {
                 "buildType": "build.py image",
-                "externalParameters": {"model": manifest.family, "variant": variant},
-                "internalParameters": {"pins": pins(wanted), "cuda_architectures": manifest.cuda_architectures},
-                "resolvedDependencies": [_dependency(source) for source in wanted],
+                "externalParameters": asked,
+                "internalParameters": {"pins": pins(request.wanted), "cuda_architectures": architectures},
+                "resolvedDependencies": [_dependency(source) for source in request.wanted if not source.replaced],
             },
             "runDetails": {"builder": {"id": "slipway", "version": {"build.py": _revision(), "with": builder()}}},
         },

@@ -15,6 +15,7 @@ from images import debian, licences, lock
 from images.manifest import Manifest, Source, check_variant, read_manifest, sources
 
 SPEC = "1.6"
+_UNKNOWN = licences.named(licences.NOT_STATED)
 NAMESPACE = uuid.UUID("6f1f1a3c-7f0e-5d2a-9d0b-2b8d0c6f5a11")  # of Slipway's serial numbers, nothing else's
 
 
@@ -55,6 +56,10 @@ def _component(purl: str, name: str, version: str, licence: dict, sha256: str | 
 
 def _source(source: Source) -> dict[str, Any]:
     """A source with its commit; its submodules are named with theirs."""
+    if source.replaced:
+        properties = [{"name": "slipway:context", "value": source.replaced}]
+        component = _component(f"pkg:generic/{source.distribution}", source.distribution, "unknown", _UNKNOWN)
+        return component | {"properties": properties}
     place = urllib.parse.urlsplit(source.repository).path.strip("/").lower()
     purl = f"pkg:github/{place}@{source.commit}"
     component = _component(purl, source.distribution, source.version, {"expression": source.license})

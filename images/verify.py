@@ -8,39 +8,32 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from images import engine
-from images.image import build, fetch_for, inspect, places_of, tag
-from images.manifest import check_variant, read_manifest, sources
-from images.sources import trees
+from images.image import Request, build, inspect
 from images.store import BuildError
 
 SHOWN = 20  # files of a layer that are named
 
 
-def verify(model: str, variant: str, source: list[str] | None = None) -> None:
+def verify(model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
     """Build twice without cache and compare; BuildError that names layers and files where the digests differ."""
-    check_variant(variant)
-    manifest = read_manifest(model)
-    engine.require()
-    folders = trees(sources(manifest, variant), variant, places_of(source))
-    fetch_for(variant)
-    names = [f"{tag(model, variant)}-verify{number}" for number in (1, 2)]
+    request = Request.of(model, variant, source, context)
+    names = [f"{request.tag}-verify{number}" for number in (1, 2)]
     try:
-        digests = [_build_anew(manifest, variant, folders, name) for name in names]
+        digests = [_build_anew(request, name) for name in names]
         if digests[0] != digests[1]:
             lines = [f"{model} {variant}: the two builds differ", *_differences(*names)]
             raise BuildError("\n".join(lines), exit_code=1)
-        print(f"verify: {tag(model, variant)}: both builds are {digests[0]}")
+        print(f"verify: {request.tag}: both builds are {digests[0]}")
     finally:
         engine.docker("image", "rm", "--force", *names, capture_output=True)
 
 
-def _build_anew(manifest, variant: str, folders: dict[str, Path], name: str) -> str:
+def _build_anew(request: Request, name: str) -> str:
     started = time.monotonic()
     output = f"type=image,name={name},unpack=false,compression=uncompressed"
-    build(manifest, variant, folders, name, output, "--no-cache", proof=True)
+    build(request, name, output, "--no-cache", proof=True)
     digest, _ = inspect(name)
     print(f"verify: {name} {digest}, built in {time.monotonic() - started:.0f} s", flush=True)
     return digest

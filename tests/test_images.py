@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from images import debian, image, licences, lock, manifest, sbom, slim, sources, store, verify
+from images import debian, engine, image, licences, lock, manifest, provenance, sbom, slim, sources, store, verify
 from images.manifest import Source
 from images.store import BuildError
 
@@ -246,9 +246,73 @@ def test_the_difference_of_two_layers_names_the_file_and_what_of_it(tmp_path):
     assert verify.what_differs(one["other"], None) == "only in the first"
 
 
-def test_a_full_disk_is_said_before_the_build(monkeypatch, tmp_path):
+# ---------------------------------------------------------------------------- builds
+
+
+@pytest.fixture
+def request_of_gpt_oss() -> image.Request:
+    found = manifest.read_manifest("gpt_oss")
+    return image.Request(found, "cpu", manifest.sources(found, "cpu"), {}, {})
+
+
+def test_a_full_disk_is_said_before_the_build(monkeypatch, tmp_path, request_of_gpt_oss):
     monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path))
     monkeypatch.setattr(image, "NEEDED_BYTES", 10**18)
     with pytest.raises(BuildError, match="GB are needed") as error:
-        image.build(manifest.read_manifest("gpt_oss"), "cpu", {}, "x", "type=image")
+        image.build(request_of_gpt_oss, "x", "type=image")
     assert error.value.exit_code == 73 and not list(store.store().iterdir())
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for process in (ended.pid, os.getpid()):
+        (tmp_path / f"{image.STAGING}{process}-x" / "rootfs").mkdir(parents=True)
+    image.remove_abandoned()
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"{image.STAGING}{os.getpid()}-x"]
+
+
+@pytest.mark.parametrize(
+    "word, code, message",
+    [
+        ("te-sauce=/tmp", 2, "there is no such stage or source tree, did you mean te-source"),
+        ("te-source", 2, "write it as NAME=PLACE"),
+        ("te-source=/nonexistent", 65, "--context te-source=/nonexistent: there is no such folder"),
+    ],
+)
+def test_a_wrong_context_is_said_in_one_line(word, code, message):
+    with pytest.raises(BuildError, match=message) as error:
+        image.contexts_of([word])
+    assert error.value.exit_code == code and "\n" not in str(error.value)
+
+
+def test_a_source_that_a_context_replaces_is_not_asked_for_and_not_claimed(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(image, "trees", lambda wanted, *_: asked.extend(source.name for source in wanted) or {})
+    monkeypatch.setattr(image, "fetch_for", lambda _: None)
+    monkeypatch.setattr(engine, "require", lambda: None)
+    contexts = [f"te-source={tmp_path}", "apex=docker-image://site/apex:1"]
+    request = image.Request.of("gpt_oss", "full", context=contexts)
+    assert asked == ["nemo", "megatron-core"]
+    assert request.contexts == {"te-source": str(tmp_path), "apex": "docker-image://site/apex:1"}
+    named = provenance.pins(request.wanted)
+    assert (named["transformer-engine"], named["apex"]) == ("context te-source", "context apex")
+    assert named["nemo"].startswith("2.")
+    listed = {c["name"]: c for c in json.loads(sbom.text(request.manifest, "full", request.wanted))["components"]}
+    assert listed["apex"]["purl"] == "pkg:generic/apex" and "hashes" not in listed["apex"]
+    assert listed["apex"]["properties"] == [{"name": "slipway:context", "value": "apex"}]
+
+
+@pytest.mark.parametrize("version, message", [("v0.12.1", "has buildx v0.12.1, 0.13 or newer"), ("", "has no buildx")])
+def test_an_engine_that_is_too_old_is_said(monkeypatch, tmp_path, version, message):
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\n[ "$1" = info ] || echo "github.com/docker/buildx {version} 30feaa1"\n')
+    if not version:
+        docker.write_text('#!/bin/sh\n[ "$1" = info ]\n')
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
+    with pytest.raises(BuildError, match=message) as error:
+        engine.require()
+    assert error.value.exit_code == 78

@@ -1,0 +1,74 @@
+"""build.py push and archive: an image with compressed layers, into a registry or into one file.
+
+The engine keeps images uncompressed, and would push them so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from images import provenance
+from images.image import Request, build
+from images.store import BuildError
+
+# zstd is smaller and unpacks faster; enroot reads it from 4.0 on, and no mixture of the two.
+COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compression=gzip"}
+
+
+def archive(model: str, variant: str, out: str, compression: str = "zstd", **given: list[str] | None) -> None:
+    """Write an image as an OCI archive, for `podman load` and its like; OUT.provenance.json lies beside it.
+
+    Args:
+        model, variant, given: as of image.image.
+        out: the file; it appears when it is whole.
+        compression: of the layers, zstd or gzip.
+    """
+    target = Path(out).absolute()
+    if not target.parent.is_dir():
+        raise BuildError(f"--out: there is no folder {target.parent}; make it first", exit_code=73)
+    request = _request(model, variant, compression, given)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as scratch:
+        part = Path(scratch) / "image.tar"
+        digest = _export(request, request.tag, f"type=oci,dest={part}", compression)
+        beside = Path(scratch) / "provenance.json"
+        provenance.write_statement(beside, request, request.tag, digest)
+        os.replace(beside, f"{target}.provenance.json")
+        os.replace(part, target)
+    print(f"archive: {target} {digest}, {target.stat().st_size / 1e9:.2f} GB")
+
+
+def push(model: str, variant: str, to: str, compression: str = "zstd", **given: list[str] | None) -> None:
+    """Push an image to a registry that docker is logged in to; pushed.json lies beside the image's provenance.
+
+    Args:
+        model, variant, given: as of image.image.
+        to: HOST/NAME:TAG.
+        compression: of the layers, zstd or gzip.
+    """
+    if "/" not in to or "://" in to:
+        raise BuildError(f"--to {to}: write it as HOST/NAME:TAG, as `docker push` takes it", exit_code=2)
+    started = time.monotonic()
+    request = _request(model, variant, compression, given)
+    digest = _export(request, to, "type=image,push=true,unpack=false,store=false", compression)
+    pushed = provenance.folder_of(model, variant) / "pushed.json"
+    provenance.write_statement(pushed, request, to, digest)
+    print(f"push: {to}@{digest} in {time.monotonic() - started:.0f} s")
+
+
+def _request(model: str, variant: str, compression: str, given: dict[str, list[str] | None]) -> Request:
+    if compression not in COMPRESSIONS:
+        raise BuildError(f"--compression {compression}: there is {', '.join(COMPRESSIONS)}", exit_code=2)
+    return Request.of(model, variant, **given)
+
+
+def _export(request: Request, name: str, output: str, compression: str) -> str:
+    """Let BuildKit export what it has built (built anew where it was not), and return the digest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        metadata = Path(scratch) / "metadata.json"
+        words = f"{output},name={name},{COMPRESSIONS[compression]},force-compression=true,oci-mediatypes=true"
+        build(request, name, words, "--metadata-file", str(metadata))
+        return json.loads(metadata.read_text())["image"]["containerimage.digest"]
