@@ -32,11 +32,12 @@ COMMANDS = {
     "sbom": (sbom.sbom, "print an image's bill of materials (CycloneDX)"),
     "push": (publish.push, "push an image, its layers compressed, to a registry that docker is logged in to"),
     "archive": (publish.archive, "write an image, its layers compressed, as one OCI archive"),
+    "wheels": (publish.wheels, "write the wheels that an image's sources are built into"),
     "sqsh": (sqsh.sqsh, "write an image as a squashfs for enroot and pyxis"),
     "docker": (engine.run_client, "run docker against the engine in use: build.py docker -- ps"),
 }
-BUILDING = ("image", "images", "verify", "push", "archive")
-OF_A_MODEL = ("image", "verify", "size", "sbom", "push", "archive", "sqsh")
+BUILDING = ("image", "images", "verify", "push", "archive", "wheels")
+OF_A_MODEL = ("image", "verify", "size", "sbom", "push", "archive", "wheels", "sqsh")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
         if name in BUILDING:
             command.add_argument("--source", action="append", metavar="NAME=PLACE", help="a clone or a mirror")
             command.add_argument("--context", action="append", metavar="NAME=PLACE", help="a named build context")
-        if name in ("archive", "sqsh"):
-            command.add_argument("--out", required=True, help="the file to write")
+        if name in ("archive", "wheels", "sqsh"):
+            command.add_argument("--out", required=True, help="the file, or for wheels the folder, to write")
+        if name == "wheels":
+            command.add_argument("--anew", action="store_true", help="compile again, without a cache")
         if name == "push":
             command.add_argument("--to", required=True, metavar="HOST/NAME:TAG", help="where to push it")
         if name in ("push", "archive"):

@@ -132,7 +132,8 @@ def _pairs(flag: str, given: list[str] | None, what: str) -> dict[str, str]:
 def _replaced(source: Source, contexts: dict[str, str]) -> Source:
     """The source, with the name of the context that stands for it or for what is built from it."""
     stage = SOURCE_STAGES[source.name]
-    stands = [name for name in (f"{stage}-source", stage, f"{stage}-torch") if name in contexts]
+    names = (f"{stage}-source", stage, f"{stage}-torch", "built-wheels")
+    stands = [name for name in names if name in contexts]
     return replace(source, replaced=stands[0]) if stands else source
 
 

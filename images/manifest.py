@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 PINS = lock.ROOT / "entrypoints" / "pins.toml"
 VARIANTS = ("full", "index", "cpu")
 TYPES = {"family": str, "models": list, "recipe": str, "cuda_architectures": list, "pins": dict}
-PIN_KEYS = ("version", "commit", "archive", "sha256")
+PIN_KEYS = ("version", "commit", "repository", "archive", "sha256", "submodules")
+SUBMODULE_KEYS = ("commit", "repository")
 # The sources that a variant builds.
 SOURCES = {
     "cpu": ("nemo", "megatron-core"),
@@ -52,7 +53,7 @@ class Manifest:
     models: list[str]
     recipe: str
     cuda_architectures: list[str]
-    pins: dict[str, dict[str, str]] = field(default_factory=dict)
+    pins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def families() -> list[str]:
@@ -98,6 +99,9 @@ def _check_values(path: Path, table: dict[str, Any]) -> None:
         _check_keys(path, f"pins.{name}", pin, PIN_KEYS, needed={"version", "commit"})
         if ("archive" in pin) != ("sha256" in pin):
             raise _wrong(path, f"pins.{name} needs archive and sha256 together, or neither")
+        for part, submodule in pin.get("submodules", {}).items():
+            where = f"pins.{name}.submodules.{part}"
+            _check_keys(path, where, submodule, SUBMODULE_KEYS, needed=set(SUBMODULE_KEYS))
 
 
 def _check_keys(path: Path, what: str, table: dict, known: Iterable[str], needed: set[str]) -> None:
@@ -125,7 +129,7 @@ def sources(manifest: Manifest, variant: str) -> list[Source]:
     return [_source(name, general[name], manifest.pins.get(name)) for name in SOURCES[variant]]
 
 
-def _source(name: str, general: dict[str, Any], own: dict[str, str] | None) -> Source:
+def _source(name: str, general: dict[str, Any], own: dict[str, Any] | None) -> Source:
     pin = {**general, **(own or {})}
     archive = own_archive(pin) if own else locked_archive(pin.get("archive_of", pin["distribution"]))
     return Source(
@@ -140,7 +144,7 @@ def _source(name: str, general: dict[str, Any], own: dict[str, str] | None) -> S
     )
 
 
-def own_archive(pin: dict[str, str]) -> LockedFile | None:
+def own_archive(pin: dict[str, Any]) -> LockedFile | None:
     """The source archive that a family's pin names."""
     if "archive" not in pin:
         return None

@@ -1,4 +1,4 @@
-"""build.py push and archive: an image with compressed layers, into a registry or into one file.
+"""build.py push, archive and wheels: an image with compressed layers, into a registry or into one file; its wheels.
 
 The engine keeps images uncompressed, and would push them so.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from images import provenance
 from images.image import Request, build
-from images.store import BuildError
+from images.store import BuildError, sha256_of
 
 # zstd is smaller and unpacks faster; enroot reads it from 4.0 on, and no mixture of the two.
 COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compression=gzip"}
@@ -57,6 +57,27 @@ def push(model: str, variant: str, to: str, compression: str = "zstd", **given: 
     pushed = provenance.folder_of(model, variant) / "pushed.json"
     provenance.write_statement(pushed, request, to, digest)
     print(f"push: {to}@{digest} in {time.monotonic() - started:.0f} s")
+
+
+def wheels(model: str, variant: str, out: str, anew: bool = False, **given: list[str] | None) -> None:
+    """Write the wheels that an image's sources are built into; another site passes them as --context built-wheels=OUT.
+
+    Args:
+        model, variant, given: as of image.image.
+        out: a folder that is not there yet.
+        anew: compile everything again, without a cache.
+    """
+    target = Path(out).absolute()
+    if target.exists() or not target.parent.is_dir():
+        raise BuildError(f"--out: {target} must be a new folder in one that is there", exit_code=73)
+    request = Request.of(model, variant, **given)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheels-") as scratch:
+        output = f"type=local,dest={scratch}/wheels"
+        options = ["--set=image.target=built-wheels", *(["--no-cache"] if anew else [])]
+        build(request, request.tag, output, *options, proof=anew)
+        os.replace(Path(scratch) / "wheels", target)
+    for wheel in sorted(target.iterdir()):
+        print(f"wheels: {sha256_of(wheel)}  {wheel.name}")
 
 
 def _request(model: str, variant: str, compression: str, given: dict[str, list[str] | None]) -> Request:

@@ -61,6 +61,11 @@ GOOD = 'family = "x"\nmodels = ["m"]\nrecipe = "m"\ncuda_architectures = ["9.0"]
         (GOOD + "[pins.nemmo]", "nemmo is no key of pins, did you mean nemo?"),
         (GOOD + '[pins.nemo]\nversion = "1"', "commit is missing in pins.nemo"),
         (GOOD + '[pins.nemo]\nversion = "1"\ncommit = "c"\narchive = "a"', "needs archive and sha256 together"),
+        (GOOD + "[pins.apex.submodules.cutlass]\n[pins.nemo]", "commit is missing in pins.apex"),
+        (
+            GOOD + '[pins.apex]\nversion = "1"\ncommit = "c"\n[pins.apex.submodules.cutlass]\ncommit = "d"',
+            "repository is missing in pins.apex.submodules.cutlass",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_said_in_one_line(tmp_path, monkeypatch, text, message):
@@ -69,6 +74,15 @@ def test_a_wrong_manifest_is_said_in_one_line(tmp_path, monkeypatch, text, messa
     with pytest.raises(BuildError) as error:
         manifest.read_manifest("x")
     assert message in str(error.value) and error.value.exit_code == 65 and "\n" not in str(error.value)
+
+
+def test_a_familys_own_commit_has_submodules_of_its_own(tmp_path, monkeypatch):
+    pin = '[pins.apex]\nversion = "1"\ncommit = "c"\n[pins.apex.submodules.part]\ncommit = "d"\nrepository = "r"\n'
+    (tmp_path / "x.toml").write_text(GOOD + pin)
+    monkeypatch.setattr(manifest, "HERE", tmp_path)
+    found = {source.name: source for source in manifest.sources(manifest.read_manifest("x"), "full")}
+    assert found["apex"].submodules == {"part": {"commit": "d", "repository": "r"}}
+    assert "cutlass" in found["transformer-engine"].submodules
 
 
 def test_a_familys_own_pin_changes_that_source_alone(tmp_path, monkeypatch):

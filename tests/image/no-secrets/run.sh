@@ -11,3 +11,24 @@ if grep -iE 'token=|password=|secret=|://[^/ ]*:[^/ ]*@' "$WORK/history"; then e
 docker run --rm --user 0 "$IMAGE" bash -c '
     ! find / -xdev \( -name .netrc -o -name .pypirc -o -name pip.conf -o -name uv.toml -o -name "id_rsa*" \) | grep . &&
     ! command -v g++ && ! command -v nvcc && ! ls -d /wheels/?* /tools/?* /built/?* 2>/dev/null'
+
+# Every file of every layer, also one that a later layer hides; so are the logins of the addresses that this machine
+# fetches from.
+logins="$(cd "$ROOT" && "$PYTHON" -c '
+import urllib.parse
+from images import debian, store
+for address in (store.index_address(), debian.mirror()):
+    parts = urllib.parse.urlsplit(address)
+    print(parts.username or "", parts.password or "")
+')"
+# shellcheck disable=SC2086 # each login is a word
+docker save "$IMAGE" | "$PYTHON" "$ROOT/tests/image/no-secrets/scan.py" $logins
+
+# The scan finds what it looks for.
+printf 'ghp_%036d' 0 >"$WORK/token"
+: >"$WORK/nothing"
+printf 'FROM scratch\nCOPY token /token\nCOPY nothing /token\n' >"$WORK/Dockerfile"
+docker build --quiet --tag "slipway-token-$$" "$WORK"
+trap 'docker image rm --force "slipway-token-$$" >/dev/null' EXIT
+docker save "slipway-token-$$" | "$PYTHON" "$ROOT/tests/image/no-secrets/scan.py" >"$WORK/found" && exit 1
+grep -q 'a GitHub token' "$WORK/found"

@@ -1,0 +1,20 @@
+#include <ATen/cuda/CUDAContext.h>
+#include <cudnn.h>
+#include <torch/extension.h>
+
+namespace {
+// Symbols of an unnamed namespace get another name in each compile, unless nvcc is given a seed.
+__global__ void multiply(float* values, float factor, long count) {
+    long place = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x;
+    if (place < count) values[place] *= factor;
+}
+}  // namespace
+
+at::Tensor scale(const at::Tensor& values, double factor) {
+    auto result = values.clone();
+    long count = result.numel();
+    multiply<<<(count + 255) / 256, 256, 0, at::cuda::getCurrentCUDAStream()>>>(
+        result.data_ptr<float>(), static_cast<float>(factor), count);
+    TORCH_CHECK(cudaGetLastError() == cudaSuccess, __FILE__, " failed");
+    return result;
+}

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Podman runs the image: an archive with zstd layers is loaded, and the whole flow works with a root that cannot be
+# written, without a network, for any user. The archive is no larger than promised.
+set -euo pipefail
+
+command -v podman >/dev/null || apt-get install -y --no-install-recommends podman crun >/dev/null 2>&1
+variant="${IMAGE##*:}" model="${IMAGE#slipway/}"
+(cd "$ROOT" && "$PYTHON" build.py archive --model "${model%%:*}" --variant "$variant" --out "$WORK/image.tar")
+bytes="$(stat --format %s "$WORK/image.tar")"
+echo "archive: $bytes bytes"
+[ "$bytes" -le 4000000000 ]
+"$PYTHON" - "$WORK" <<'PYTHON'
+import json, sys, tarfile
+
+with tarfile.open(f"{sys.argv[1]}/image.tar") as archive:
+    (image,) = json.load(archive.extractfile("index.json"))["manifests"]
+    manifest = json.load(archive.extractfile("blobs/sha256/" + image["digest"].removeprefix("sha256:")))
+assert {layer["mediaType"].rpartition("+")[2] for layer in manifest["layers"]} == {"zstd"}, manifest
+stated = json.load(open(f"{sys.argv[1]}/image.tar.provenance.json"))["subject"][0]["digest"]["sha256"]
+assert image["digest"] == f"sha256:{stated}"
+PYTHON
+
+podman() { command podman --root "$WORK/storage" --runroot "$WORK/state" --cgroup-manager cgroupfs "$@"; }
+trap 'podman system reset --force >/dev/null 2>&1 || true' EXIT
+podman load --quiet --input "$WORK/image.tar"
+rm "$WORK/image.tar"
+name="$(podman images --format '{{.Repository}}:{{.Tag}}' | grep "slipway/")"
+podman run --rm --network none "$name" --help | grep -q 'Usage: slipway COMMAND'
+[ "$(podman run --rm --network none "$name" id -u)" -eq 1000 ]
+mkdir --mode=1777 "$WORK/out"
+podman run --rm --network none --read-only --tmpfs /tmp --user 4242:4343 --volume "$WORK/out:/out" "$name" \
+    demo --out /out/demo --json >"$WORK/result.json"
+"$PYTHON" -c '
+import json, sys
+checks = json.load(open(sys.argv[1]))["checks"]
+assert len(checks) == 8 and all(check["passed"] for check in checks), checks' "$WORK/result.json"
