@@ -50,8 +50,11 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--model", default="gpt_oss")
         if name in (*OF_A_MODEL, "images"):
             command.add_argument("--variant", default="cpu")
-        if name in BUILDING:
+        if name == "fetch":
+            command.add_argument("--variant", action="append", help="cpu and index if none is named")
+        if name in (*BUILDING, "fetch"):
             command.add_argument("--source", action="append", metavar="NAME=PLACE", help="a clone or a mirror")
+        if name in BUILDING:
             command.add_argument("--context", action="append", metavar="NAME=PLACE", help="a named build context")
         if name in ("archive", "wheels", "sqsh"):
             command.add_argument("--out", required=True, help="the file, or for wheels the folder, to write")

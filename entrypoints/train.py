@@ -1,4 +1,4 @@
-"""`slipway train`: from a NeMo checkpoint and token data to trained heads."""
+"""`slipway train`: from a NeMo checkpoint and token data to trained heads, adapters or weights."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from images.sources import trees
 from images.store import BuildError, store
 
 NEEDED_BYTES = 16_000_000_000  # build cache, image and unpacked image
+FULL_BYTES = 1_000_000_000  # with less a build fails for want of space
 BYTES_PER_JOB = 4_000_000_000  # what one compiler of CUDA or torch code takes at most
 # What the built layer takes as wheels, beside what it compiles; and what only compiles.
 READY = {"cpu": (), "index": ("te",), "full": ("te",)}
@@ -137,12 +138,13 @@ def _replaced(source: Source, contexts: dict[str, str]) -> Source:
     return replace(source, replaced=stands[0]) if stands else source
 
 
-def fetch() -> None:
-    """Bring everything that images of the variants cpu and index are made of into the store."""
-    for variant in ("cpu", "index"):
-        fetch_for(variant)
+def fetch(variant: list[str] | None = None, source: list[str] | None = None) -> None:
+    """Bring everything that images of these variants (cpu and index if none is named) are made of into the store."""
+    for name in variant or ("cpu", "index"):
+        check_variant(name)
+        fetch_for(name)
         for model in families():
-            trees(sources(read_manifest(model), variant), variant, {})
+            trees(sources(read_manifest(model), name), name, places_of(source))
 
 
 def fetch_for(variant: str) -> None:
@@ -164,10 +166,7 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
         options: for `docker buildx bake`.
         proof: let no compiler's cache help.
     """
-    free = shutil.disk_usage(store()).free
-    if free < NEEDED_BYTES:
-        needed = f"{NEEDED_BYTES / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free"
-        raise BuildError(f"{store()}: {needed}; free some space or set SLIPWAY_STORE", exit_code=73)
+    require_free(NEEDED_BYTES)
     remove_abandoned()
     with tempfile.TemporaryDirectory(dir=store(), prefix=f"{STAGING}{os.getpid()}-") as scratch:
         staging = Path(scratch)
@@ -178,8 +177,18 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
         variables |= {"TAG": name, "OUTPUT": output, "CCACHE_DISABLE": "1" if proof else ""}
         environment = {**engine.environment(), **variables}
         done = subprocess.run([*command, *replacements, "image"], env=environment, stdin=subprocess.DEVNULL)
+    if done.returncode and (free := shutil.disk_usage(store()).free) < FULL_BYTES:
+        raise BuildError(f"{store()}: {free / 1e9:.1f} GB are free; free some space or set SLIPWAY_STORE", exit_code=73)
     if done.returncode:
         raise BuildError(f"the build of {name} failed; its last lines stand above", exit_code=1)
+
+
+def require_free(needed: int) -> None:
+    """BuildError unless the store's disk has so many bytes to spare."""
+    free = shutil.disk_usage(store()).free
+    if free < needed:
+        what = f"{needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free"
+        raise BuildError(f"{store()}: {what}; free some space or set SLIPWAY_STORE", exit_code=73)
 
 
 def remove_abandoned() -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from images import engine
-from images.image import Request, build, inspect
+from images.image import NEEDED_BYTES, Request, build, inspect, require_free
 from images.store import BuildError
 
 SHOWN = 20  # files of a layer that are named
@@ -19,6 +19,7 @@ SHOWN = 20  # files of a layer that are named
 def verify(model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
     """Build twice without cache and compare; BuildError that names layers and files where the digests differ."""
     request = Request.of(model, variant, source, context)
+    require_free(2 * NEEDED_BYTES)
     names = [f"{request.tag}-verify{number}" for number in (1, 2)]
     try:
         digests = [_build_anew(request, name) for name in names]

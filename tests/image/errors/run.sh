@@ -17,3 +17,25 @@ expect() { # CODE TEXT COMMAND...
 expect 2 'did you mean gpt_oss' image --model gpt_os
 expect 2 'VARIANT' image --variant tiny
 DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_oss
+
+# A build that is stopped leaves no image of half a build, no container, no staging folder; it says so in one line.
+git -C "$ROOT" ls-files -z | (cd "$ROOT" && xargs -0 cp --parents -t "$WORK")
+echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/cli.py"
+variant="${IMAGE##*:}"
+things() { docker ps --all --quiet; docker image inspect --format '{{.Id}}' "slipway/qwen25:$variant" 2>/dev/null || echo none; }
+things >"$WORK/before"
+(cd "$WORK" && exec "$PYTHON" build.py image --model qwen25 --variant "$variant") >"$WORK/out" 2>"$WORK/err" &
+build=$!
+until grep -q '\[commands 1/2\] RUN' "$WORK/err"; do
+    kill -0 "$build" || { tail "$WORK/err"; exit 1; }
+    sleep 0.1
+done
+kill -TERM "$build"
+code=0
+wait "$build" || code=$?
+[ "$code" -eq 130 ]
+[ "$(tail -1 "$WORK/err")" = "build.py: interrupted; the same command goes on with what is there" ]
+if grep -q Traceback "$WORK/err"; then exit 1; fi
+store="${SLIPWAY_STORE:-$HOME/.cache/slipway}"
+[ -z "$(find "$store" -maxdepth 1 -name "staging-$build-*")" ]
+things | diff "$WORK/before" -
