@@ -151,11 +151,16 @@ def root_file_system(name: str) -> Path:
     Made once for each state of the lock and kept in the store.
     """
     target = store() / "rootfs" / f"{name}-{sha256_of(LOCK)[:16]}.tar"
-    if target.exists():
-        return target
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        make_root_file_system(name, target)
+    return target
+
+
+def make_root_file_system(name: str, target: Path) -> None:
+    """Make a root file system anew; `target` appears when it is whole."""
     debs = fetch()
     packages = [package for package in read_lock() if name in package.sets]
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         archive = Path(scratch) / "archive"
         archive.mkdir()
@@ -165,7 +170,6 @@ def root_file_system(name: str) -> Path:
         part = Path(scratch) / "root.tar"
         _mmdebstrap(archive, [package.name for package in packages], part)
         os.replace(part, target)
-    return target
 
 
 def _stanza(package: Package, archive: Path) -> str:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-from images import engine
+from images import debian, engine
 from images.image import NEEDED_BYTES, Request, build, inspect, require_free
-from images.store import BuildError
+from images.store import BuildError, sha256_of
 
 SHOWN = 20  # files of a layer that are named
 
@@ -20,6 +22,8 @@ def verify(model: str, variant: str, source: list[str] | None = None, context: l
     """Build twice without cache and compare; BuildError that names layers and files where the digests differ."""
     request = Request.of(model, variant, source, context)
     require_free(2 * NEEDED_BYTES)
+    for name in debian.SETS:
+        _compare_root_file_system(name)
     names = [f"{request.tag}-verify{number}" for number in (1, 2)]
     try:
         digests = [_build_anew(request, name) for name in names]
@@ -29,6 +33,18 @@ def verify(model: str, variant: str, source: list[str] | None = None, context: l
         print(f"verify: {request.tag}: both builds are {digests[0]}")
     finally:
         engine.docker("image", "rm", "--force", *names, capture_output=True)
+
+
+def _compare_root_file_system(name: str) -> None:
+    """Make what stages start from anew; BuildError unless it is what lies in the store."""
+    kept = debian.root_file_system(name)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        anew = Path(scratch) / kept.name
+        debian.make_root_file_system(name, anew)
+        digests = [sha256_of(kept), sha256_of(anew)]
+    if digests[0] != digests[1]:
+        raise BuildError(f"{kept}: made anew it is another file ({digests[1]}, not {digests[0]})", exit_code=1)
+    print(f"verify: Debian's packages for {name}: sha256:{digests[0]}, made anew", flush=True)
 
 
 def _build_anew(request: Request, name: str) -> str:
