@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from images import provenance
+from images import engine, provenance
 from images.image import Request, build
 from images.store import BuildError, sha256_of
 
@@ -53,7 +53,10 @@ def push(model: str, variant: str, to: str, compression: str = "zstd", **given: 
         raise BuildError(f"--to {to}: write it as HOST/NAME:TAG, as `docker push` takes it", exit_code=2)
     started = time.monotonic()
     request = _request(model, variant, compression, given)
-    digest = _export(request, to, "type=image,push=true,unpack=false,store=false", compression)
+    try:
+        digest = _export(request, to, "type=image,push=true,unpack=false", compression)
+    finally:
+        engine.docker("image", "rm", "--force", to, capture_output=True)
     pushed = provenance.folder_of(model, variant) / "pushed.json"
     provenance.write_statement(pushed, request, to, digest)
     print(f"push: {to}@{digest} in {time.monotonic() - started:.0f} s")

@@ -3,7 +3,7 @@
 # written, without a network, for any user. The archive is no larger than promised.
 set -euo pipefail
 
-command -v podman >/dev/null || apt-get install -y --no-install-recommends podman crun >/dev/null 2>&1
+command -v podman >/dev/null || apt-get install -y --no-install-recommends podman runc >/dev/null 2>&1
 variant="${IMAGE##*:}" model="${IMAGE#slipway/}"
 (cd "$ROOT" && "$PYTHON" build.py archive --model "${model%%:*}" --variant "$variant" --out "$WORK/image.tar")
 bytes="$(stat --format %s "$WORK/image.tar")"
@@ -20,15 +20,17 @@ stated = json.load(open(f"{sys.argv[1]}/image.tar.provenance.json"))["subject"][
 assert image["digest"] == f"sha256:{stated}"
 PYTHON
 
-podman() { command podman --root "$WORK/storage" --runroot "$WORK/state" --cgroup-manager cgroupfs "$@"; }
+podman() { command podman --root "$WORK/storage" --runroot "$WORK/state" --cgroup-manager cgroupfs --runtime runc "$@"; }
 trap 'podman system reset --force >/dev/null 2>&1 || true' EXIT
 podman load --quiet --input "$WORK/image.tar"
 rm "$WORK/image.tar"
 name="$(podman images --format '{{.Repository}}:{{.Tag}}' | grep "slipway/")"
-podman run --rm --network none "$name" --help | grep -q 'Usage: slipway COMMAND'
-[ "$(podman run --rm --network none "$name" id -u)" -eq 1000 ]
+# An engine that runs in a container itself may not raise limits, which is Podman's default.
+run=(run --rm --network none --ulimit nofile=1024:1024 --ulimit nproc=4096:4096)
+podman "${run[@]}" "$name" --help | grep -q 'Usage: slipway COMMAND'
+[ "$(podman "${run[@]}" "$name" id -u)" -eq 1000 ]
 mkdir --mode=1777 "$WORK/out"
-podman run --rm --network none --read-only --tmpfs /tmp --user 4242:4343 --volume "$WORK/out:/out" "$name" \
+podman "${run[@]}" --read-only --tmpfs /tmp --user 4242:4343 --volume "$WORK/out:/out" "$name" \
     demo --out /out/demo --json >"$WORK/result.json"
 "$PYTHON" -c '
 import json, sys

@@ -15,7 +15,7 @@ YAML
 docker-registry serve "$WORK/registry.yml" >"$WORK/registry.log" 2>&1 &
 registry=$!
 to="localhost:$port/slipway/$model:$variant"
-trap 'kill "$registry"; docker image rm --force "$to" >/dev/null 2>&1' EXIT
+trap 'kill "$registry" 2>/dev/null || true; docker image rm --force "$to" >/dev/null 2>&1' EXIT
 until (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do sleep 0.1; done
 
 (cd "$ROOT" && "$PYTHON" build.py push --model "$model" --variant "$variant" --to "$to") | tee "$WORK/pushed"
