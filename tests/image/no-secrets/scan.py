@@ -51,7 +51,7 @@ def scan(stream, patterns: Iterable[Pattern]) -> tuple[int, set[tuple[str, str, 
             if not blob.isfile():
                 continue
             try:
-                with tarfile.open(fileobj=image.extractfile(blob), mode="r|") as layer:
+                with tarfile.open(fileobj=image.extractfile(blob), mode="r|*") as layer:
                     for entry in layer:
                         if entry.isfile() and not MACHINE_CODE.search(entry.name):
                             read += entry.size
