@@ -56,9 +56,9 @@ def _is_cuda(device: Any) -> bool:
 
 def _without_kernels() -> None:
     """Transformer Engine and Apex count as not installed: what Megatron takes from them runs on GPUs alone."""
-    if loaded := {"megatron", "nemo"} & sys.modules.keys():
-        raise RuntimeError(f"{loaded.pop()} is imported already; call cpu.enable() first")
     for name in GPU_ONLY:
+        if sys.modules.get(name):
+            raise RuntimeError(f"{name} is imported already; call cpu.enable() before NeMo and Megatron")
         sys.modules[name] = None  # an import of it raises ModuleNotFoundError
 
 

@@ -26,9 +26,9 @@ def test_what_runs_on_gpus_alone_counts_as_not_installed(tmp_path):
     assert done.stdout.splitlines()[-1] == "False megatron.core.utils", done.stderr[-2000:]
 
 
-def test_it_must_be_asked_for_before_megatron_is_imported(monkeypatch):
+def test_it_must_be_asked_for_before_they_are_imported(monkeypatch):
     from entrypoints.training import cpu
 
-    monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
-    with pytest.raises(RuntimeError, match="is imported already"):
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    with pytest.raises(RuntimeError, match="apex is imported already"):
         cpu.enable()
