@@ -8,7 +8,7 @@ variable "PINS" {}
 variable "VERSION" {}
 variable "BUILDER" {}
 variable "MAX_JOBS" {}
-variable "CCACHE_DISABLE" {}
+variable "PROOF" {}
 variable "CUDA_ARCHITECTURES" {}
 # Source trees, each a folder of the store; the staging folder's empty one where the variant has none.
 variable "NEMO" {}
@@ -38,7 +38,7 @@ target "image" {
     VARIANT              = VARIANT
     SOURCE_DATE_EPOCH    = "0"
     MAX_JOBS             = MAX_JOBS
-    CCACHE_DISABLE       = CCACHE_DISABLE
+    PROOF                = PROOF
     TORCH_CUDA_ARCH_LIST = CUDA_ARCHITECTURES
     NVTE_CUDA_ARCHS      = replace(replace(CUDA_ARCHITECTURES, ".", ""), " ", ";")
   }

@@ -166,7 +166,7 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
         replacements = [f"--set=image.contexts.{name}={place}" for name, place in request.contexts.items()]
         command = [engine.client(), "buildx", "bake", "--file", str(HERE / "docker-bake.hcl"), *options]
         variables = _variables(staging, request)
-        variables |= {"TAG": name, "OUTPUT": output, "CCACHE_DISABLE": "1" if proof else ""}
+        variables |= {"TAG": name, "OUTPUT": output, "PROOF": "1" if proof else ""}
         environment = {**engine.environment(), **variables}
         done = subprocess.run([*command, *replacements, "image"], env=environment, stdin=subprocess.DEVNULL)
     if done.returncode and (free := shutil.disk_usage(store()).free) < FULL_BYTES:
