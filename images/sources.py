@@ -32,7 +32,8 @@ def trees(sources: list[Source], variant: str, places: dict[str, str]) -> dict[s
     """
     if unknown := sorted(places.keys() - _names(sources)):
         known = ", ".join(sorted(_names(sources)))
-        raise BuildError(f"--source {unknown[0]}: there is no such source; there are {known}", exit_code=2)
+        reason = f"there is no such source; there are {known}" if known else "a --context stands for what it is for"
+        raise BuildError(f"--source {unknown[0]}: {reason}", exit_code=2)
     by_git = [source for source in sources if variant == "full" or source.name in places]
     if lacking := [s.name for s in sources if s not in by_git and not s.archive]:
         raise BuildError(

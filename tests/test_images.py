@@ -170,6 +170,8 @@ def test_a_source_that_is_not_there_is_said(clone):
     with pytest.raises(BuildError, match="--source hole: there is no such source; there are part, whole") as error:
         sources.trees([clone[1]], "full", {"hole": "/"})
     assert error.value.exit_code == 2
+    with pytest.raises(BuildError, match="--source whole: a --context stands for what it is for"):
+        sources.trees([], "full", {"whole": "/"})
     with pytest.raises(BuildError, match="its pin names no source archive") as error:
         sources.trees([clone[1]], "cpu", {})
     assert error.value.exit_code == 65

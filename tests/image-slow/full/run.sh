@@ -38,13 +38,13 @@ PYTHON
     pin "$name" 0.1 "$folder" >>"$WORK/images/llama31.toml"
 done
 build() { # WORDS...
-    (cd "$WORK" && "$PYTHON" build.py "$@" --model llama31 --variant full "${sources[@]}") >"$WORK/log" 2>&1 ||
+    (cd "$WORK" && "$PYTHON" build.py "$@" --model llama31 --variant full) >"$WORK/log" 2>&1 ||
         { tail -60 "$WORK/log"; return 1; }
 }
 
 # Twice the same, without a cache.
-build wheels --anew --out "$WORK/one"
-build wheels --anew --out "$WORK/two"
+build wheels --anew --out "$WORK/one" "${sources[@]}"
+build wheels --anew --out "$WORK/two" "${sources[@]}"
 ls -l "$WORK/one"
 [ "$(find "$WORK/one" -name '*.whl' | wc -l)" -eq 4 ]
 diff -r "$WORK/one" "$WORK/two"
@@ -53,20 +53,20 @@ diff -r "$WORK/one" "$WORK/two"
 mkdir "$WORK/unpacked"
 for wheel in "$WORK"/one/{apex,transformer}*.whl; do unzip -q -d "$WORK/unpacked" "$wheel"; done
 symbols() { nm --dynamic --defined-only "$@"; }
-symbols "$WORK"/unpacked/transformer_engine/libtransformer_engine.so | grep -q ' T nvte_cublas_gemm'
-symbols "$WORK"/unpacked/transformer_engine_torch*.so | grep -q ' T PyInit_transformer_engine_torch'
-symbols "$WORK"/unpacked/amp_C*.so | grep -q ' T PyInit_amp_C'
+symbols "$WORK"/unpacked/transformer_engine/libtransformer_engine.so | grep ' T nvte_cublas_gemm'
+symbols "$WORK"/unpacked/transformer_engine_torch*.so | grep ' T PyInit_transformer_engine_torch'
+symbols "$WORK"/unpacked/amp_C*.so | grep ' T PyInit_amp_C'
 for file in "$WORK"/unpacked/amp_C*.so "$WORK"/unpacked/transformer_engine/libtransformer_engine.so; do
-    for code in sm_90 sm_100; do strings "$file" | grep -q "$code" || { echo "$file has no $code"; exit 1; }; done
+    for code in sm_90 sm_100; do strings "$file" | grep -c "$code" || { echo "$file has no $code"; exit 1; }; done
     if strings "$file" | grep -F "$WORK"; then exit 1; fi
 done
 
 # A line is changed: what did not change comes from ccache.
-build wheels --out "$WORK/cached"
+build wheels --out "$WORK/cached" "${sources[@]}"
 echo '// changed' >>"$WORK/apex/csrc/amp_C.cpp"
 sed -i "s/$(git -C "$WORK/apex" rev-parse HEAD)/$(commit "$WORK/apex")/" "$WORK/images/llama31.toml"
 started=$SECONDS
-build wheels --out "$WORK/changed"
+build wheels --out "$WORK/changed" "${sources[@]}"
 echo "after a changed line: $((SECONDS - started)) s"
 
 # Extensions that were silently left out stop the build: the sources of the wheels that are given hold none.
