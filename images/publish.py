@@ -78,7 +78,10 @@ def wheels(model: str, variant: str, out: str, anew: bool = False, **given: list
         output = f"type=local,dest={scratch}/wheels"
         options = ["--set=image.target=built-wheels", *(["--no-cache"] if anew else [])]
         build(request, request.tag, output, *options, proof=anew)
-        os.replace(Path(scratch) / "wheels", target)
+        folder = Path(scratch) / "wheels"
+        folder.chmod(0o755)
+        (folder / ".gitignore").unlink()  # uv's
+        os.replace(folder, target)
     for wheel in sorted(target.iterdir()):
         print(f"wheels: {sha256_of(wheel)}  {wheel.name}")
 

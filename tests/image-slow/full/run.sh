@@ -46,7 +46,7 @@ build() { # WORDS...
 build wheels --anew --out "$WORK/one" "${sources[@]}"
 build wheels --anew --out "$WORK/two" "${sources[@]}"
 ls -l "$WORK/one"
-[ "$(find "$WORK/one" -name '*.whl' | wc -l)" -eq 4 ]
+[ "$(find "$WORK/one" -type f | wc -l)" -eq 4 ]
 diff -r "$WORK/one" "$WORK/two"
 
 # Each library has the symbols that are looked for, and code for both architectures.
