@@ -4,7 +4,7 @@ MODEL ?= gpt_oss
 BUILD := $(PYTHON) build.py
 .DEFAULT_GOAL := help
 
-VARIANT ?= cpu
+VARIANT ?= full
 # Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
 
@@ -37,10 +37,10 @@ lint: setup
 engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)
 	@$(BUILD) engine
 
-image:  ## an image: MODEL=gpt_oss VARIANT=cpu
+image:  ## an image: MODEL=gpt_oss VARIANT=full, index or cpu
 	@$(BUILD) image --model $(MODEL) --variant $(VARIANT) $(SOURCES)
 
-images:  ## every family's image: VARIANT=cpu
+images:  ## every family's image
 	@$(BUILD) images --variant $(VARIANT) $(SOURCES)
 
 verify:  ## build an image twice without cache and compare the digests
@@ -62,6 +62,9 @@ archive:  ## an image as one OCI archive: OUT=FILE
 sqsh: OUT ?= slipway_$(MODEL).sqsh
 sqsh:  ## an image as a squashfs for enroot and pyxis: OUT=FILE
 	@$(BUILD) sqsh --model $(MODEL) --variant $(VARIANT) --out $(OUT)
+
+# No git host is needed to test.
+test-image test-image-slow: VARIANT = cpu
 
 test-image: engine image  ## build the image and run the tests of it
 	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) tests/image/run

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         if name in OF_A_MODEL:
             command.add_argument("--model", default="gpt_oss")
         if name in (*OF_A_MODEL, "images"):
-            command.add_argument("--variant", default="cpu")
+            command.add_argument("--variant", default="full")
         if name == "fetch":
             command.add_argument("--variant", action="append", help="cpu and index if none is named")
         if name in (*BUILDING, "fetch"):

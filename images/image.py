@@ -216,6 +216,8 @@ def inspect(name: str) -> tuple[str, int]:
     """(digest, bytes on disk) of an image."""
     done = engine.docker("image", "inspect", "--format", "{{.Id}} {{.Size}}", name, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{name} is not there ({done.stderr.strip()}); `make image` builds it")
+        model, variant = name.rpartition("/")[2].split(":")
+        cure = f"`make image MODEL={model} VARIANT={variant}` builds it"
+        raise BuildError(f"{name} is not there ({done.stderr.strip()}); {cure}")
     digest, size = done.stdout.split()
     return digest, int(size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import build
 from images import lock, store
 from images.store import BuildError, LockedFile
 
@@ -155,6 +157,13 @@ def test_build_py_ends_with_a_line_and_the_exit_code():
         command = [sys.executable, ROOT / "build.py", "image", *words]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith(start) and done.stderr.count("\n") == 1
+
+
+def test_an_image_is_full_where_nothing_else_is_said_but_its_tests_need_no_git_host():
+    for target, variant in (("image", "full"), ("images", "full"), ("test-image", "cpu"), ("test-image-slow", "cpu")):
+        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert set(re.findall(r"--variant (\w+)", done.stdout)) == {variant}
+    assert build.parser().parse_args(["image"]).variant == "full"
 
 
 def test_no_file_names_a_package_registry():

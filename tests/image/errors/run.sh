@@ -2,6 +2,8 @@
 # What bad requests for an image get: one line with the cure, the documented exit code, no traceback.
 set -euo pipefail
 
+variant="${IMAGE##*:}"
+
 expect() { # CODE TEXT COMMAND...
     local code=$1 text=$2 got=0
     shift 2
@@ -16,12 +18,11 @@ expect() { # CODE TEXT COMMAND...
 
 expect 2 'did you mean gpt_oss' image --model gpt_os
 expect 2 'VARIANT' image --variant tiny
-DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_oss
+DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_oss --variant "$variant"
 
 # A build that is stopped leaves no image of half a build, no container, no staging folder; it says so in one line.
 git -C "$ROOT" ls-files -z | (cd "$ROOT" && xargs -0 cp --parents -t "$WORK")
 echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/cli.py"
-variant="${IMAGE##*:}"
 things() { docker ps --all --quiet; docker image inspect --format '{{.Id}}' "slipway/qwen25:$variant" 2>/dev/null || echo none; }
 things >"$WORK/before"
 (cd "$WORK" && exec "$PYTHON" build.py image --model qwen25 --variant "$variant") >"$WORK/out" 2>"$WORK/err" &
