@@ -74,11 +74,9 @@ def arguments(about: str, **sizes: object) -> argparse.ArgumentParser:
 @contextmanager
 def scratch(folder: Path, gigabytes: float) -> Iterator[Path]:
     """A folder that is removed afterwards, on a disk with that much room."""
-    free = shutil.disk_usage(folder).free
-    if free < ROOM * gigabytes * 1e9:
-        sys.exit(
-            f"{folder}: {ROOM * gigabytes:.3g} GB are needed, {human_bytes(free)} are free; give another --scratch"
-        )
+    needed, free = ROOM * gigabytes * 1e9, shutil.disk_usage(folder).free
+    if free < needed:
+        sys.exit(f"{folder}: {human_bytes(needed)} are needed, {human_bytes(free)} are free; give another --scratch")
     with tempfile.TemporaryDirectory(prefix="slipway-bench-", dir=folder) as made:
         yield Path(made)
 
