@@ -80,7 +80,7 @@ def wheels(model: str, variant: str, out: str, anew: bool = False, **given: list
         build(request, request.tag, output, *options, proof=anew)
         folder = Path(scratch) / "wheels"
         folder.chmod(0o755)
-        (folder / ".gitignore").unlink()  # uv's
+        (folder / ".gitignore").unlink(missing_ok=True)  # uv's
         os.replace(folder, target)
     for wheel in sorted(target.iterdir()):
         print(f"wheels: {sha256_of(wheel)}  {wheel.name}")
