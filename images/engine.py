@@ -25,6 +25,7 @@ UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "conta
 INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}  # program → Debian package
 OLDEST_BUILDX = (0, 13)  # the first that rewrites timestamps
 START_SECONDS = 30
+STOP_SECONDS = 30
 
 
 def home() -> Path:
@@ -40,6 +41,25 @@ def socket() -> Path:
 def docker(*words: str, **options) -> subprocess.CompletedProcess:
     """Run the docker client against the engine in use; options are subprocess.run's."""
     return subprocess.run([client(), *words], env=environment(), **options)
+
+
+def buildx(*words: str, variables: dict[str, str]) -> int:
+    """Run `docker buildx` against the engine in use; its exit status.
+
+    Where we are interrupted it is told to stop and waited for: its plugin outlives a client that is killed, and would
+    go on reading the folders that the caller is about to remove, and printing after the caller's last line.
+    """
+    command = [client(), "buildx", *words]
+    with subprocess.Popen(command, env={**environment(), **variables}, stdin=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def run_client(words: list[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -164,14 +163,13 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
         staging = Path(scratch)
         stage(staging, request)
         replacements = [f"--set=image.contexts.{name}={place}" for name, place in request.contexts.items()]
-        command = [engine.client(), "buildx", "bake", "--file", str(HERE / "docker-bake.hcl"), *options]
+        words = ["bake", "--file", str(HERE / "docker-bake.hcl"), *options, *replacements, "image"]
         variables = _variables(staging, request)
         variables |= {"TAG": name, "OUTPUT": output, "PROOF": "1" if proof else ""}
-        environment = {**engine.environment(), **variables}
-        done = subprocess.run([*command, *replacements, "image"], env=environment, stdin=subprocess.DEVNULL)
-    if done.returncode and (free := shutil.disk_usage(store()).free) < FULL_BYTES:
+        failed = engine.buildx(*words, variables=variables)
+    if failed and (free := shutil.disk_usage(store()).free) < FULL_BYTES:
         raise BuildError(f"{store()}: {free / 1e9:.1f} GB are free; free some space or set SLIPWAY_STORE", exit_code=73)
-    if done.returncode:
+    if failed:
         raise BuildError(f"the build of {name} failed; its last lines stand above", exit_code=1)
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -332,3 +333,18 @@ def test_an_engine_that_is_too_old_is_said(monkeypatch, tmp_path, version, messa
     with pytest.raises(BuildError, match=message) as error:
         engine.require()
     assert error.value.exit_code == 78
+
+
+def test_an_interrupted_build_is_over_before_the_last_line(tmp_path):
+    docker = tmp_path / "docker"
+    stops = "trap 'sleep 0.5; echo canceled >&2; exit 1' TERM"
+    docker.write_text(f"#!/bin/sh\n{stops}\necho building >&2\nwhile :; do sleep 0.05; done\n")
+    docker.chmod(0o755)
+    found = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": found, "DOCKER_HOST": "unix:///nonexistent.sock"}
+    command = [sys.executable, "-c", "from images import engine\nengine.buildx('bake', variables={})"]
+    with subprocess.Popen(command, cwd=image.HERE.parent, env=environment, stderr=subprocess.PIPE, text=True) as build:
+        assert build.stderr.readline() == "building\n"
+        build.send_signal(signal.SIGINT)
+        said = build.stderr.read()
+    assert said.startswith("canceled\n") and said.endswith("KeyboardInterrupt\n")
