@@ -21,8 +21,8 @@ before="$(digest "slipway/$model:cpu")"
 build "$WORK" llama31
 [ "$(version slipway/llama31:cpu)" = 0.15.2 ]
 # NeMo's wheel and the locked packages come from the cache.
-grep -A1 '\[nemo 1/1\]' "$WORK/log" | grep -q CACHED
-grep -A1 '\[python 1/1\]' "$WORK/log" | grep -q CACHED
+grep -A1 '\[nemo 1/1\]' "$WORK/log" | grep CACHED
+grep -A1 '\[python 1/1\]' "$WORK/log" | grep CACHED
 build "$WORK" "$model"
 [ "$(digest "slipway/$model:cpu")" = "$before" ]
 build "$ROOT" llama31

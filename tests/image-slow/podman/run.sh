@@ -27,7 +27,7 @@ rm "$WORK/image.tar"
 name="$(podman images --format '{{.Repository}}:{{.Tag}}' | grep "slipway/")"
 # An engine that runs in a container itself may not raise limits, which is Podman's default.
 run=(run --rm --network none --ulimit nofile=1024:1024 --ulimit nproc=4096:4096)
-podman "${run[@]}" "$name" --help | grep -q 'Usage: slipway COMMAND'
+podman "${run[@]}" "$name" --help | grep 'Usage: slipway COMMAND'
 [ "$(podman "${run[@]}" "$name" id -u)" -eq 1000 ]
 mkdir --mode=1777 "$WORK/out"
 podman "${run[@]}" --read-only --tmpfs /tmp --user 4242:4343 --volume "$WORK/out:/out" "$name" \

@@ -11,10 +11,10 @@ for path in etc/rc etc/environment etc/fstab usr/local/bin/train usr/local/bin/s
 done
 unsquashfs -cat "$WORK/image.sqsh" etc/rc | tee "$WORK/rc" | bash -n
 grep -q 'exec /usr/bin/tini -- /usr/local/bin/slipway-entrypoint "$@"' "$WORK/rc"
-unsquashfs -cat "$WORK/image.sqsh" etc/environment | grep -q '^PATH=/opt/venv/bin'
+unsquashfs -cat "$WORK/image.sqsh" etc/environment | grep '^PATH=/opt/venv/bin'
 
 # Mounted, it runs as pyxis runs it: a command of PATH, no entrypoint, the image's own root.
 mkdir "$WORK/root"
 mount -o loop,ro "$WORK/image.sqsh" "$WORK/root"
 trap 'umount "$WORK/root"' EXIT
-chroot --userspec=65534:65534 "$WORK/root" /bin/bash -lc 'train --help' | grep -q 'slipway train'
+chroot --userspec=65534:65534 "$WORK/root" /bin/bash -lc 'train --help' | grep 'slipway train'

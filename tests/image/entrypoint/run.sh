@@ -3,9 +3,9 @@
 set -euo pipefail
 
 [ "$(docker run --rm "$IMAGE" bash -c 'echo hello')" = hello ]
-docker run --rm "$IMAGE" --help | grep -q 'Usage: slipway COMMAND'
-docker run --rm "$IMAGE" | grep -q 'Usage: slipway COMMAND'
-docker run --rm "$IMAGE" --version | grep -q '^slipway '
+docker run --rm "$IMAGE" --help | grep 'Usage: slipway COMMAND'
+docker run --rm "$IMAGE" | grep 'Usage: slipway COMMAND'
+docker run --rm "$IMAGE" --version | grep '^slipway '
 docker run --rm "$IMAGE" version --json | python3 -c 'import json, sys; assert json.load(sys.stdin)["nemo"]["commit"]'
 
 set +e
@@ -21,7 +21,7 @@ milliseconds() {
     docker run --rm "$IMAGE" "$@" >/dev/null
     echo $((($(date +%s%N) - start) / 1000000))
 }
-best() { for _ in 1 2 3; do milliseconds "$@"; done | sort -n | head -1; }
+best() { for _ in 1 2 3 4 5; do milliseconds "$@"; done | sort -n | head -1; }
 plain=$(best true)
 help=$(best --help)
 echo "true: $plain ms, --help: $help ms"
