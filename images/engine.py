@@ -26,6 +26,7 @@ INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}
 OLDEST_BUILDX = (0, 13)  # the first that rewrites timestamps
 START_SECONDS = 30
 STOP_SECONDS = 30
+KEEP_CACHE = "40GB"  # of layers that builds may use again; BuildKit drops what was longest unused
 
 
 def home() -> Path:
@@ -158,7 +159,8 @@ def _run_daemon() -> None:
     for folder in (home() / "data", socket().parent):
         folder.mkdir(parents=True, exist_ok=True)
     config = home() / "daemon.json"
-    config.write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
+    collector = {"enabled": True, "defaultKeepStorage": KEEP_CACHE}
+    config.write_text(json.dumps({"features": {"containerd-snapshotter": True}, "builder": {"gc": collector}}))
     binaries = home() / "root" / "usr"
     command = [
         str(binaries / "sbin" / "dockerd"),

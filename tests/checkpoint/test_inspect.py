@@ -167,9 +167,9 @@ def test_a_terabyte_takes_seconds(tmp_path):
         where |= dict.fromkeys(entries, file.name)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
     (tmp_path / "config.json").write_text('{"model_type": "novel"}')
-    started = time.monotonic()
+    started = time.process_time()  # of all threads, whatever else runs here
     c = found(tmp_path)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert c.parameters == 5 * 10**11 and c.tensors == 100_000 and c.whole and "1 TB in 100 files" in str(c)
 
 
