@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from images import process
 from images.store import DOWNLOADS_AT_ONCE, BuildError, download, sha256_of, store
 
 LOCK = Path(__file__).parent / "debian.lock"
@@ -209,7 +210,7 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
         f"deb [trusted=yes] copy:{archive} ./",
     ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "0"})
+        done = process.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "0"})
     except FileNotFoundError:
         raise BuildError("mmdebstrap is not there; `make engine` installs it (Debian, as root)") from None
     if done.returncode:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from images import process
 from images.debian import Apt
 from images.store import BuildError, store
 
@@ -25,7 +26,6 @@ UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "conta
 INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}  # program → Debian package
 OLDEST_BUILDX = (0, 13)  # the first that rewrites timestamps
 START_SECONDS = 30
-STOP_SECONDS = 30
 KEEP_CACHE = "40GB"  # of layers that builds may use again; BuildKit drops what was longest unused
 
 
@@ -45,22 +45,9 @@ def docker(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def buildx(*words: str, variables: dict[str, str]) -> int:
-    """Run `docker buildx` against the engine in use; its exit status.
-
-    Where we are interrupted it is told to stop and waited for: its plugin outlives a client that is killed, and would
-    go on reading the folders that the caller is about to remove, and printing after the caller's last line.
-    """
+    """Run `docker buildx` against the engine in use, to its end also where we are interrupted; its exit status."""
     command = [client(), "buildx", *words]
-    with subprocess.Popen(command, env={**environment(), **variables}, stdin=subprocess.DEVNULL) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
+    return process.run(command, env={**environment(), **variables}, stdin=subprocess.DEVNULL).returncode
 
 
 def run_client(words: list[str]) -> None:
@@ -147,12 +134,12 @@ def apt_get(*words: str) -> None:
     """Run the machine's apt-get; where its lists are stale, update them and try once more."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for last in (False, True):
-        done = subprocess.run(["apt-get", *words], capture_output=True, text=True, env=environment)
+        done = process.run(["apt-get", *words], capture_output=True, text=True, env=environment)
         if done.returncode == 0:
             return
         if last:
             raise BuildError(f"apt-get {words[0]}: {done.stderr.strip().splitlines()[-1]}")
-        subprocess.run(["apt-get", "update"], capture_output=True, env=environment)
+        process.run(["apt-get", "update"], capture_output=True, env=environment)
 
 
 def _run_daemon() -> None:
@@ -196,13 +183,13 @@ def _pid_file() -> Path:
 def stop() -> None:
     """Stop the private engine, if one runs; what it built is kept."""
     try:
-        process = int(_pid_file().read_text())
+        daemon = int(_pid_file().read_text())
     except FileNotFoundError:
         return
     try:
-        os.kill(process, signal.SIGTERM)
+        os.kill(daemon, signal.SIGTERM)
         while True:
-            os.kill(process, 0)
+            os.kill(daemon, 0)
             time.sleep(0.1)
     except ProcessLookupError:
         shutil.rmtree(socket().parent, ignore_errors=True)

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from images import engine
+from images import engine, process
 from images.image import inspect, tag
 from images.manifest import check_variant, read_manifest
 from images.store import BuildError
@@ -67,17 +67,21 @@ def _config(name: str) -> dict:
 
 def _export(name: str, root: Path) -> None:
     """Unpack the image's file system, by way of a container that never runs."""
-    created = engine.docker("create", name, capture_output=True, text=True, check=True).stdout.strip()
+    container = f"slipway-sqsh-{os.getpid()}"
     try:
-        command = [engine.client(), "export", created]
-        export = subprocess.Popen(command, env=engine.environment(), stdout=subprocess.PIPE)
+        with process.held():
+            created = engine.docker("create", "--name", container, name, capture_output=True, text=True)
+        if created.returncode:
+            raise BuildError(f"{name}: {created.stderr.strip().splitlines()[-1]}", exit_code=1)
+        command = [engine.client(), "export", container]
         words = ["tar", "--extract", "--numeric-owner", "--same-permissions", f"--directory={root}"]
-        unpacked = subprocess.run(words, stdin=export.stdout, capture_output=True, text=True)
-        if unpacked.returncode or export.wait():
+        with subprocess.Popen(command, env=engine.environment(), stdout=subprocess.PIPE) as export:
+            unpacked = subprocess.run(words, stdin=export.stdout, capture_output=True, text=True)
+        if unpacked.returncode or export.returncode:
             reason = (unpacked.stderr.strip().splitlines() or ["docker export failed"])[-1]
             raise BuildError(f"{root.parent.parent}: cannot unpack the image ({reason}); free some space", exit_code=73)
     finally:
-        engine.docker("rm", "--force", created, capture_output=True)
+        engine.docker("rm", "--force", container, capture_output=True)
 
 
 def configure(root: Path, config: dict) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,21 @@ from pathlib import Path
 
 import pytest
 
-from images import debian, engine, image, licences, lock, manifest, provenance, sbom, slim, sources, store, verify
+from images import (
+    debian,
+    engine,
+    image,
+    licences,
+    lock,
+    manifest,
+    process,
+    provenance,
+    sbom,
+    slim,
+    sources,
+    store,
+    verify,
+)
 from images.manifest import Source
 from images.store import BuildError
 
@@ -283,8 +298,8 @@ def test_what_a_killed_build_left_is_removed_by_the_next(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path))
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for process in (ended.pid, os.getpid()):
-        (tmp_path / f"{image.STAGING}{process}-x" / "rootfs").mkdir(parents=True)
+    for owner in (ended.pid, os.getpid()):
+        (tmp_path / f"{image.STAGING}{owner}-x" / "rootfs").mkdir(parents=True)
     image.remove_abandoned()
     assert [folder.name for folder in tmp_path.iterdir()] == [f"{image.STAGING}{os.getpid()}-x"]
 
@@ -334,23 +349,35 @@ def test_an_engine_that_is_too_old_is_said(monkeypatch, tmp_path, version, messa
     assert error.value.exit_code == 78
 
 
-def test_an_interrupted_build_is_over_before_the_last_line(tmp_path):
-    docker = tmp_path / "docker"
-    stops = "trap 'sleep 0.5; echo canceled >&2; exit 1' TERM"
-    docker.write_text(f"#!/bin/sh\n{stops}\necho building >&2\nwhile :; do sleep 0.05; done\n")
-    docker.chmod(0o755)
-    found = f"{tmp_path}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": found, "DOCKER_HOST": "unix:///nonexistent.sock"}
-    # As build.py does: SIGINT may be ignored, as it is in what a shell starts in the background.
-    program = """
-import signal
-from images import engine
+# As build.py does: SIGINT may be ignored, as it is in what a shell starts in the background.
+INTERRUPTED = """
+import os, signal, sys
+from images import process
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-engine.buildx("bake", variables={})
+if sys.argv[1] == "while it starts":
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getppid(), signal.SIGTERM))
+process.run(sys.argv[2:])
 """
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=image.HERE.parent, env=environment, stderr=subprocess.PIPE, text=True) as build:
-        assert build.stderr.readline() == "building\n"
-        build.terminate()
-        said = build.stderr.read()
-    assert said.startswith("canceled\n") and said.endswith("KeyboardInterrupt\n")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("when", ("while it starts", "when it runs"))
+def test_an_interrupted_program_is_over_before_our_last_line(tmp_path, when):
+    program = tmp_path / "program"
+    stops = "trap 'sleep 0.5; echo cleaned >&2; exit 1' TERM"
+    program.write_text(f"#!/bin/sh\n{stops}\necho running >&2\nwhile :; do sleep 0.05; done\n")
+    program.chmod(0o755)
+    command = [sys.executable, "-c", INTERRUPTED, when, program]
+    with subprocess.Popen(command, cwd=image.HERE.parent, stderr=subprocess.PIPE, text=True) as build:
+        if when == "when it runs":
+            assert build.stderr.readline() == "running\n"
+            build.terminate()
+        said = build.stderr.read()  # to the end of whatever holds it, the program too
+    assert "program is being stopped\n" in said and said.endswith("KeyboardInterrupt\n")
+    assert when == "while it starts" or "cleaned\n" in said
+
+
+def test_a_program_hears_what_stops_it():
+    mask = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+    ours = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert process.run([sys.executable, "-c", mask], capture_output=True, text=True).stdout == f"{ours}\n"
