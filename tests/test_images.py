@@ -160,7 +160,7 @@ def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
     started = time.monotonic()
     with pytest.raises(BuildError) as error:
         sources.trees([source], "full", {"whole": str(folder / "whole")})
-    assert time.monotonic() - started < 20 and error.value.exit_code == 78
+    assert time.monotonic() - started < 30 and error.value.exit_code == 78
     message = str(error.value)
     assert "cannot reach part (https://host.invalid/part)" in message and "--source part=CLONE" in message
     assert "--source whole" not in message and "\n" not in message
@@ -197,7 +197,7 @@ def test_full_without_a_git_host_is_said_in_seconds():
     started = time.monotonic()
     environment = {**os.environ, "GIT_SSL_NO_VERIFY": "1", "https_proxy": "http://127.0.0.1:9", "DOCKER_HOST": "x"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert done.returncode == 78 and time.monotonic() - started < 30
+    assert done.returncode == 78 and time.monotonic() - started < 60
     assert len(done.stderr.splitlines()) == 1 and "--source nemo=CLONE" in done.stderr and "apex" in done.stderr
 
 
