@@ -38,4 +38,7 @@ docker run --rm "$to" --version | grep '^slipway '
 kill "$registry"
 wait "$registry" || true
 if (cd "$ROOT" && "$PYTHON" build.py push --model "$model" --variant "$variant" --to "$to") >"$WORK/out" 2>&1; then exit 1; fi
-grep -q "^build.py: the build of $to failed" "$WORK/out" && ! grep -q Traceback "$WORK/out"
+if ! grep -q "^build.py: the build of $to failed" "$WORK/out" || grep -q Traceback "$WORK/out"; then
+    tail "$WORK/out"
+    exit 1
+fi
