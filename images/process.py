@@ -53,8 +53,8 @@ def held() -> Iterator[set[signal.Signals]]:
 
 def _end(process: subprocess.Popen) -> None:
     with held():
-        print(f"{Path(process.args[0]).name} is being stopped", file=sys.stderr)
         process.terminate()
+        print(f"{Path(process.args[0]).name} is being stopped", file=sys.stderr)
         try:
             process.communicate(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
