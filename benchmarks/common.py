@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from entrypoints.report import human_bytes
+from slipway.report import human_bytes
 
 ROOM = 1.3  # free space asked for, over what is planned
 
@@ -48,7 +48,7 @@ def measure(*words: object) -> Measured:
 
 def slipway(*words: object) -> Measured:
     """Run one command of ours."""
-    return measure("-m", "entrypoints.cli", *words)
+    return measure("-m", "slipway.cli", *words)
 
 
 def interpreter() -> Measured:

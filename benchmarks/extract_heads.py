@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from slipway.report import human_bytes
+
 from benchmarks.common import arguments, interpreter, measure, print_table, scratch, size_of, slipway, verdict
-from entrypoints.report import human_bytes
 
 SECONDS, MEMORY = 1.0, 300e6
 REPEATS = 5  # the median counts
@@ -59,13 +60,14 @@ def make(folder: Path, family: str, gigabytes: float) -> None:
     """A checkpoint of heads training with the base and the heads in it."""
     import os
 
+    from slipway.checkpoint import archive, torch_dist
+    from slipway.checkpoint.heads import ADAPTER
+    from slipway.families import FAMILIES
+    from slipway.tensors.bits import from_torch
+    from slipway.tensors.refs import Ref, TensorInfo
+    from slipway.training.heads import DecodingHeads
+
     from benchmarks.synthetic import config_of
-    from entrypoints.checkpoint import archive, torch_dist
-    from entrypoints.checkpoint.bits import from_torch
-    from entrypoints.checkpoint.refs import Ref, TensorInfo
-    from entrypoints.families import FAMILIES
-    from entrypoints.heads import ADAPTER
-    from entrypoints.training.heads import DecodingHeads
 
     config = config_of(family, gigabytes)
     heads = {

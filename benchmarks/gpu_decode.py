@@ -12,9 +12,8 @@ import itertools
 
 import torch
 import triton
-
-from entrypoints.checkpoint import gpu, quantization
-from entrypoints.checkpoint.bits import from_torch, to_torch
+from slipway.checkpoint import gpu, quantization
+from slipway.tensors.bits import from_torch, to_torch
 
 FP8_SHAPES = {  # one matrix of DeepSeek-V3 and the same stacked to more than the cache holds
     "q_b_proj": (24576, 1536),

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from slipway.families import FAMILIES
 from torch import Tensor
-
-from entrypoints.families import FAMILIES
 
 LLAMA = {
     "hidden_size": 4096,
@@ -68,8 +67,7 @@ class Measured:
 def build(model: str, seq_length: int, layers: int | None) -> Any:
     """Megatron's model of this shape in BF16 on the GPU, frozen, with the heads as `adapter`."""
     from megatron.core import parallel_state, tensor_parallel
-
-    from entrypoints.training.heads_on_nemo import HeadsTransform
+    from slipway.training.heads_on_nemo import HeadsTransform
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}
     torch.cuda.set_device(0)
@@ -112,7 +110,7 @@ def bare(gpt: Any, batch: dict[str, Tensor]) -> None:
 
 def ours(gpt: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
     """A step as `slipway train --mode heads` takes it."""
-    from entrypoints.training.heads_on_nemo import heads_step
+    from slipway.training.heads_on_nemo import heads_step
 
     total, count = heads_step(gpt, batch)
     for parameter in gpt.adapter.parameters():
@@ -122,7 +120,7 @@ def ours(gpt: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -
 
 def published(gpt: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
     """The same step with the base in the graph and the loss on whole tensors."""
-    from entrypoints.training.heads import Rows, distribution_features
+    from slipway.training.heads import Rows, distribution_features
 
     hidden = []
     hooks = [

@@ -9,8 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from slipway.report import human_bytes
+
 from benchmarks.common import arguments, interpreter, make_model, measure, print_table, scratch, slipway, verdict
-from entrypoints.report import human_bytes
 
 LIMIT = 2e9
 GROWTH = 1.10
@@ -50,9 +51,8 @@ def main() -> None:
 def hold_everything(source: Path, target: Path) -> None:
     """The peer: one file's tensors after the other into one dictionary, decoded, then saved."""
     from safetensors.torch import load_file, save_file
-
-    from entrypoints.checkpoint.bits import from_torch, to_torch
-    from entrypoints.checkpoint.quantization import decode_fp8_block, decode_mxfp4
+    from slipway.checkpoint.quantization import decode_fp8_block, decode_mxfp4
+    from slipway.tensors.bits import from_torch, to_torch
 
     stored = {name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     model = {}

@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from slipway.report import human_bytes
+
 from benchmarks.common import interpreter, measure, print_table, slipway, verdict
-from entrypoints.report import human_bytes
 
 SECONDS, MEMORY = 60.0, 1e9
 SHARD_BYTES = 4_300_000_000  # 163 files
@@ -46,7 +47,7 @@ def main() -> None:
             rows.append([" ".join(words), f"{found.seconds:.1f}", human_bytes(found.peak)])
             passed = found.seconds < SECONDS and found.peak < MEMORY
             lines.append(verdict(f"{' '.join(words)}: below {SECONDS:g} s and {human_bytes(MEMORY)}", passed))
-            words = [sys.executable, "-m", "entrypoints.cli", *map(str, command)]
+            words = [sys.executable, "-m", "slipway.cli", *map(str, command)]
             lines.append(subprocess.run(words, capture_output=True, text=True).stdout.strip().replace(folder, "…"))
     print_table(["--dry-run", "seconds", "peak memory"], rows)
     print("\n".join(lines))
@@ -54,9 +55,10 @@ def main() -> None:
 
 def make(folder: Path) -> None:
     """config.json, index and 163 files that are holes after their headers."""
+    from slipway.checkpoint.huggingface import INDEX, Layout
+    from slipway.families import deepseek_v3
+
     from benchmarks.synthetic import FP8_BLOCK, stored_as
-    from entrypoints.checkpoint.huggingface import INDEX, Layout
-    from entrypoints.families import deepseek_v3
 
     config = {**deepseek_v3.tiny_config(), **SIZES}
     tensors = {}

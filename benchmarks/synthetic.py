@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from entrypoints.checkpoint.bits import E8M0_BIAS
-from entrypoints.checkpoint.huggingface import INDEX, Layout
-from entrypoints.checkpoint.refs import TORCH_NAMES, TensorInfo
-from entrypoints.families import FAMILIES
+from slipway.checkpoint.huggingface import INDEX, Layout
+from slipway.families import FAMILIES
+from slipway.tensors.bits import E8M0_BIAS
+from slipway.tensors.refs import TORCH_NAMES, TensorInfo
 
 SHARD_BYTES = 1_000_000_000
 POOL_ELEMENTS = 1 << 22

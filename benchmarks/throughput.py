@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from slipway.report import human_bytes
+
 from benchmarks.common import (
     arguments,
     interpreter,
@@ -23,7 +25,6 @@ from benchmarks.common import (
     slipway,
     verdict,
 )
-from entrypoints.report import human_bytes
 
 SHARE = 0.7  # of the plain copy's rate
 DECODED = 1e9  # bytes of output per second and core
@@ -99,9 +100,8 @@ def copy_plainly(source: Path, target: Path, count: int) -> float:
 def decoders() -> None:
     """Each decoder on one core, by the bytes that it gives out, beside a copy of those bytes."""
     import numpy as np
-
-    from entrypoints.checkpoint import bits
-    from entrypoints.checkpoint.quantization import decode_fp8_block, decode_mxfp4
+    from slipway.checkpoint.quantization import decode_fp8_block, decode_mxfp4
+    from slipway.tensors import bits
 
     rows = columns = 2880
     random = np.random.default_rng(0)

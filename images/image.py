@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import entrypoints
 from images import debian, engine, lock, provenance
 from images.manifest import HERE, Manifest, Source, check_variant, families, near, read_manifest, sources
 from images.sources import trees
@@ -197,7 +196,7 @@ def _variables(staging: Path, request: Request) -> dict[str, str]:
         "VARIANT": request.variant,
         "STAGING": str(staging),
         "PINS": json.dumps(provenance.pins(request.wanted), sort_keys=True),
-        "VERSION": entrypoints.__version__,
+        "VERSION": lock.version(),
         "BUILDER": provenance.builder(),
         "MAX_JOBS": str(compile_jobs()),
         "CUDA_ARCHITECTURES": " ".join(request.manifest.cuda_architectures),

@@ -31,6 +31,12 @@ BUILT_FROM_SOURCE = ("megatron-core", "nemo-toolkit")
 NEWEST_GLIBC = (2, 36)  # Debian 12
 
 
+def version() -> str:
+    """Slipway's own, read as text: here the package is not installed."""
+    text = (ROOT / "entrypoints" / "slipway" / "__init__.py").read_text()
+    return re.findall(r'(?m)^__version__ = "(.+)"$', text)[0]
+
+
 def pins() -> dict:
     """The [tool.slipway] table of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["slipway"]
@@ -166,8 +172,9 @@ def lock() -> None:
     text = text.replace("[tool.uv]\n", f'[tool.uv]\nexclude-newer = "{pins()["exclude-newer"]}"\n')
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "pyproject.toml").write_text(text)
-        (Path(scratch) / "entrypoints").mkdir()
-        shutil.copy(ROOT / "entrypoints" / "__init__.py", Path(scratch) / "entrypoints")
+        package = Path(scratch) / "entrypoints" / "slipway"
+        package.mkdir(parents=True)
+        shutil.copy(ROOT / "entrypoints" / "slipway" / "__init__.py", package)
         shutil.copy(ROOT / "README.md", scratch)
         run_uv("lock", cwd=Path(scratch), UV_DEFAULT_INDEX=index_address())
         resolved = (Path(scratch) / "uv.lock").read_text()

@@ -14,7 +14,7 @@ from images import lock
 from images.store import BuildError, LockedFile
 
 HERE = Path(__file__).parent
-PINS = lock.ROOT / "entrypoints" / "pins.toml"
+PINS = lock.ROOT / "entrypoints" / "slipway" / "pins.toml"
 VARIANTS = ("full", "index", "cpu")
 TYPES = {"family": str, "models": list, "recipe": str, "cuda_architectures": list, "pins": dict}
 PIN_KEYS = ("version", "commit", "repository", "archive", "sha256", "submodules")
@@ -124,7 +124,7 @@ def near(word: str, known: Iterable[str]) -> str:
 
 
 def sources(manifest: Manifest, variant: str) -> list[Source]:
-    """What this variant of the family is built from: the pins of entrypoints/pins.toml under the family's own."""
+    """What this variant of the family is built from: pins.toml's pins under the family's own."""
     general = tomllib.loads(PINS.read_text())
     return [_source(name, general[name], manifest.pins.get(name)) for name in SOURCES[variant]]
 

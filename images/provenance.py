@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import entrypoints
 from images import debian, engine, lock
 from images.manifest import Source
 from images.store import sha256_of, store
@@ -37,7 +36,7 @@ def builder() -> str:
     """Slipway's version and those of what it builds with."""
     words = engine.docker("version", "--format", "{{.Server.Version}}", capture_output=True, text=True).stdout.split()
     buildx = engine.docker("buildx", "version", capture_output=True, text=True).stdout.split()
-    return f"slipway {entrypoints.__version__}, docker {words[0]}, buildx {buildx[1]}"
+    return f"slipway {lock.version()}, docker {words[0]}, buildx {buildx[1]}"
 
 
 def write(request: Request, name: str, digest: str) -> None:

@@ -10,7 +10,6 @@ import urllib.parse
 import uuid
 from typing import Any
 
-import entrypoints
 from images import debian, licences, lock
 from images.manifest import Manifest, Source, check_variant, read_manifest, sources
 
@@ -39,7 +38,7 @@ def text(manifest: Manifest, variant: str, wanted: list[Source]) -> str:
         "version": 1,
         "metadata": {
             "component": image,
-            "tools": {"components": [{"type": "application", "name": "slipway", "version": entrypoints.__version__}]},
+            "tools": {"components": [{"type": "application", "name": "slipway", "version": lock.version()}]},
         },
         "components": components,
         "dependencies": [{"ref": "image", "dependsOn": [component["bom-ref"] for component in components]}],

@@ -96,7 +96,7 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
         words = " ".join(f"--source {name}=CLONE" for name in missing)
         raise BuildError(
             f"cannot reach {', '.join(f'{name} ({asked[name]})' for name in missing)}; pass clones or mirrors that "
-            f"hold the commits of entrypoints/pins.toml: {words}; or build VARIANT=index, which needs no git host"
+            f"hold the pinned commits: {words}; or build VARIANT=index, which needs no git host"
         )
 
 
@@ -124,8 +124,7 @@ def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
     for path, commit in _links(bare, source.commit):
         if commit not in by_commit:
             raise BuildError(
-                f"{source.name}: its submodule {path} is at {commit}, which entrypoints/pins.toml does not name; "
-                "add it there",
+                f"{source.name}: its submodule {path} is at {commit}, which pins.toml does not name; add it there",
                 exit_code=65,
             )
         name, repository = by_commit[commit]

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 from forked import Commands
-
-import entrypoints
-from entrypoints.families import FAMILIES
-from entrypoints.families.fabricate import fabricate
+from slipway import errors
+from slipway.checkpoint.fabricate import fabricate
+from slipway.families import FAMILIES
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def slipway():
     """Runs the command in a process of its own; returns it finished, with stdout and stderr as text."""
 
     def run(*words: object, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "entrypoints.cli", *map(str, words)]
+        command = [sys.executable, "-m", "slipway.cli", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
 
     return run
@@ -64,7 +63,7 @@ def free_port() -> int:
 
 def texts() -> list[str]:
     """Real text: the package's own source."""
-    return [file.read_text() for file in sorted(Path(entrypoints.__file__).parent.rglob("*.py"))]
+    return [file.read_text() for file in sorted(Path(errors.__file__).parent.rglob("*.py"))]
 
 
 DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
@@ -114,17 +113,17 @@ def mxfp4_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nemo_model(mxfp4_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its NeMo checkpoint."""
-    from entrypoints.import_ import import_
+    from slipway.commands.import_checkpoint import import_checkpoint
 
     folder = tmp_path_factory.mktemp("nemo") / "tiny"
-    import_(str(mxfp4_model), str(folder))
+    import_checkpoint(str(mxfp4_model), str(folder))
     return folder
 
 
 def tensor_of(reader: Any, name: str) -> torch.Tensor:
     """A whole tensor, as torch's, of any reader of ours."""
-    from entrypoints.checkpoint.bits import to_torch
-    from entrypoints.checkpoint.refs import Ref
+    from slipway.tensors.bits import to_torch
+    from slipway.tensors.refs import Ref
 
     return to_torch(reader.read(Ref(name)), reader.tensors[name].dtype)
 

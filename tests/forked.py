@@ -20,11 +20,11 @@ from pathlib import Path
 
 def import_nemo() -> None:
     """What a worker imports, without a thread that would not outlive a fork."""
-    from entrypoints.training import cpu
+    from slipway.training import cpu
 
     cpu.enable()
     cpu.enable = lambda: None
-    from entrypoints.training import callbacks, data, modes, repairs  # noqa: F401 (for the forks)
+    from slipway.training import callbacks, data, modes, repairs  # noqa: F401 (for the forks)
 
     repairs.read_and_write_plain_files()
 
@@ -103,7 +103,7 @@ class Cold:
     def start(self, words: list[str], output: Path) -> Command:
         """Begin a command; what it prints goes to `output`."""
         with output.open("w") as file:
-            process = subprocess.Popen([sys.executable, "-m", "entrypoints.cli", *words], stdout=file, stderr=file)
+            process = subprocess.Popen([sys.executable, "-m", "slipway.cli", *words], stdout=file, stderr=file)
         command = Command(process.pid, output)
         command.poll = process.poll
         return command
@@ -149,7 +149,7 @@ def serve() -> None:
 
 def _keep(words: list[str], output: Path, answers: int) -> None:
     """Start the command and write its exit code when there is one."""
-    from entrypoints import cli
+    from slipway import cli
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = fork(lambda: cli.main(words), output)

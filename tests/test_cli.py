@@ -10,9 +10,8 @@ from typing import Literal
 
 import pytest
 from conftest import seconds_of_children
-
-from entrypoints import cli
-from entrypoints.errors import UsageError
+from slipway import cli
+from slipway.errors import UsageError
 
 SLIPWAY = Path(sys.executable).parent / "slipway"
 
@@ -38,7 +37,7 @@ def parsed(*words: str) -> dict:
         (["--wide", "--name", "y", "x"], {"wide": True, "name": "y", "src": "x"}),
         (["x", "--no-wide"], {"src": "x", "wide": False}),
         (["x", "--quick=false"], {"src": "x", "quick": False}),
-        # What Fire alone makes of these: inf, a tuple, a cut-off name.
+        # No number, tuple or comment is made of a name.
         (["97e1234", "--name=97e1234"], {"src": "97e1234", "name": "97e1234"}),
         (["a,b"], {"src": "a,b"}),
         (["run#3"], {"src": "run#3"}),
@@ -66,7 +65,7 @@ def test_values_arrive_as_their_annotated_types(words, expected):
         (["x", "--nodes", "eight"], "--nodes takes a whole number; not 'eight'"),
         (["x", "--nodes=2.5"], "--nodes takes a whole number"),
         (["x", "--rate", "fast"], "--rate takes a number"),
-        (["x", "--quick=maybe"], "--quick is true or false"),
+        (["x", "--quick=maybe"], "--quick takes true or false; not 'maybe'"),
         (["x", "--kind", "c"], "--kind takes a, b; not 'c'"),
         (["x", "--nodes"], "--nodes needs a value"),
         (["x", "--nodes", "1", "--nodes", "2"], "--nodes is given twice"),
@@ -78,15 +77,15 @@ def test_what_is_wrong_is_said(words, message):
     assert message in str(error.value)
 
 
-def test_fire_calls_the_function_with_exactly_what_was_parsed(capsys):
-    given = {"src": "97e1234", "nodes": 2, "set": ["a=b,c"]}
-    cli._call_through_fire("verb", verb, given, as_json=False)
+def test_a_command_gets_exactly_what_was_parsed(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "verb", verb)
+    assert cli.main(["verb", "97e1234", "--nodes", "2", "--set", "a=b,c"]) == 0
     assert capsys.readouterr().out.strip() == "97e1234 2 0.5 False a None ['a=b,c'] None"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_is_quick_and_imports_no_torch(words):
-    command = [sys.executable, "-X", "importtime", "-m", "entrypoints.cli", *words]
+    command = [sys.executable, "-X", "importtime", "-m", "slipway.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip()
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
@@ -98,9 +97,10 @@ def test_help_is_quick_and_imports_no_torch(words):
 
 @pytest.mark.parametrize("name, function", cli.COMMANDS.items())
 def test_every_argument_of_every_command_is_documented(name, function):
-    text = cli.help_text(name, function)
-    for parameter in cli.inspect.signature(function).parameters.values():
-        assert f"\n        {parameter.name}: " in (function.__doc__ or "") or not parameter.name, parameter.name
+    text, (parameters, positional) = cli.help_text(name, function), cli.arguments_of(function)
+    for parameter in parameters.values():
+        shown = parameter.name.upper() if parameter.name in positional else parameter.flag
+        assert parameter.about.help and f"\n  {shown}" in text, parameter.name
     assert "--json" in text
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-
-from entrypoints import demo_checks
+from slipway.commands.demo import checks as demo_checks
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def finished(tmp_path_factory) -> tuple[dict, Path]:
     import sys
 
     folder = tmp_path_factory.mktemp("demo") / "out"
-    words = [sys.executable, "-m", "entrypoints.cli", "demo", "--out", folder, "--json"]
+    words = [sys.executable, "-m", "slipway.cli", "demo", "--out", folder, "--json"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), folder

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-
-from entrypoints.cli import COMMANDS, parse
-from entrypoints.launch import launchers
+from slipway.cli import COMMANDS, parse
+from slipway.launch import launchers
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port
-
-from entrypoints.doctor import doctor
-from entrypoints.launch import checks
+from slipway.commands.doctor import doctor
+from slipway.launch import checks
 
 
 def found(*words: object) -> tuple[int, dict[str, dict]]:
     """(exit code, what → check) of the command as a person runs it."""
-    command = [sys.executable, "-m", "entrypoints.cli", "doctor", "--json", *map(str, words)]
+    command = [sys.executable, "-m", "slipway.cli", "doctor", "--json", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, {check["what"]: check for check in json.loads(done.stdout)["checks"]}
@@ -108,7 +107,7 @@ def pair(*outs: Path, timeout: int = 30) -> list[tuple[int, dict[str, dict]]]:
         "--nproc-per-node=1",
         f"--timeout={timeout}",
     ]
-    slipway = [sys.executable, "-m", "entrypoints.cli", "doctor", "--json", *words]
+    slipway = [sys.executable, "-m", "slipway.cli", "doctor", "--json", *words]
     processes = [
         subprocess.Popen([*slipway, f"--node-rank={rank}", f"--out={out}"], stdout=subprocess.PIPE, text=True)
         for rank, out in enumerate(outs)

@@ -45,7 +45,7 @@ FAMILIES = ["deepseek_v3", "gpt_oss", "llama31", "qwen25", "qwen3"]
 
 
 def test_every_family_of_the_package_has_an_image():
-    from entrypoints.families import FAMILIES as in_package
+    from slipway.families import FAMILIES as in_package
 
     assert manifest.families() == FAMILIES == sorted(in_package)
 
@@ -170,7 +170,7 @@ def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
     "change, message",
     [
         ({"commit": "1" * 40}, "does not give commit 1111"),
-        ({"submodules": {}}, r"its submodule inner/part is at \w+, which entrypoints/pins.toml does not name"),
+        ({"submodules": {}}, r"its submodule inner/part is at \w+, which pins.toml does not name"),
     ],
 )
 def test_a_clone_that_is_not_as_pinned_is_refused(clone, change, message):
@@ -227,7 +227,7 @@ def test_the_bill_of_materials_names_everything_with_a_licence(bill):
     assert {"nemo-toolkit", "megatron-core", "transformer-engine", "torch", "libc6", "tini"} <= names
     assert names >= {package.name for package in debian.read_lock() if "base" in package.sets}
     nemo = next(component for component in components if component["name"] == "nemo-toolkit")
-    pin = tomllib.loads((ROOT / "entrypoints" / "pins.toml").read_text())["nemo"]
+    pin = tomllib.loads((ROOT / "entrypoints" / "slipway" / "pins.toml").read_text())["nemo"]
     assert nemo["purl"].endswith(f"@{pin['commit']}") and nemo["licenses"] == [{"expression": "Apache-2.0"}]
     assert all(component["licenses"] for component in components)
     silent = [c["name"] for c in components if c["licenses"] == [licences.named(licences.NOT_STATED)]]

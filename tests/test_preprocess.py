@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import texts
+from slipway.commands.preprocess import preprocess
+from slipway.errors import DataError, UsageError
+from slipway.tokens import inputs, outputs
+from slipway.tokens.encoder import Encoded, Encoder
+from slipway.tokens.inputs import Piece
 from tokenizers import Tokenizer
-
-from entrypoints.errors import DataError, UsageError
-from entrypoints.preprocess import preprocess
-from entrypoints.tokens import inputs, outputs
-from entrypoints.tokens.encoder import Encoded, Encoder
-from entrypoints.tokens.inputs import Piece
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
@@ -143,7 +142,7 @@ def test_megatron_reads_the_texts(mxfp4_model, tokenizer, corpus, tmp_path):
     """Each document is its text and the end, however many pieces it was read in, with Megatron's own reader."""
     summary = preprocess(str(corpus), str(tmp_path / "out.bin"), tokenizer=str(mxfp4_model))
     reads = (
-        "import sys, json; from entrypoints.training import cpu; cpu.enable();"
+        "import sys, json; from slipway.training import cpu; cpu.enable();"
         "from megatron.core.datasets.indexed_dataset import IndexedDataset as I; d = I(sys.argv[1]);"
         "b = d.document_indices.tolist();"
         "print(json.dumps([sum((d[i].tolist() for i in range(*r)), []) for r in zip(b, b[1:])]))"

@@ -7,8 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-
-from entrypoints import cli
+from slipway import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

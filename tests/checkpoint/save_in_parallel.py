@@ -14,9 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from forked import fork_ranks, import_nemo
-
-from entrypoints.training import cpu
-from entrypoints.training.worker import quiet
+from slipway.training import cpu
+from slipway.training.worker import quiet
 
 
 def save(source: Path, target: Path, tensor: int, pipeline: int, expert: int, virtual: int) -> None:

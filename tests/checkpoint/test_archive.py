@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import saved
-
-from entrypoints.checkpoint import archive, bits, dcp
-from entrypoints.checkpoint.refs import TORCH_NAMES
+from slipway.checkpoint import archive, dcp
+from slipway.tensors import bits
+from slipway.tensors.refs import TORCH_NAMES
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 3, 4, 5), (300, 1)]
 

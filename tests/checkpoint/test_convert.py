@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import config_of, make_model, saved, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
-
-from entrypoints.checkpoint import huggingface, torch_dist
-from entrypoints.checkpoint.bits import to_torch
-from entrypoints.checkpoint.refs import TORCH_NAMES, Ref
-from entrypoints.dequant import dequant
-from entrypoints.export import export
-from entrypoints.families import FAMILIES
-from entrypoints.heads import extract_heads, merge_heads
-from entrypoints.import_ import import_
+from slipway.checkpoint import huggingface, torch_dist
+from slipway.commands.dequant import dequant
+from slipway.commands.export import export
+from slipway.commands.extract_heads import extract_heads
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.commands.merge_heads import merge_heads
+from slipway.families import FAMILIES
+from slipway.tensors.bits import to_torch
+from slipway.tensors.refs import TORCH_NAMES, Ref
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,13 +65,13 @@ def test_dequantised_experts_are_what_transformers_makes_of_them(mxfp4_model, bf
 
 
 def test_import_from_mxfp4_is_import_from_bf16(mxfp4_model, bf16_model, tmp_path):
-    import_(str(mxfp4_model), str(tmp_path / "a"))
-    import_(str(bf16_model), str(tmp_path / "b"))
+    import_checkpoint(str(mxfp4_model), str(tmp_path / "a"))
+    import_checkpoint(str(bf16_model), str(tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_export_gives_back_what_was_imported(bf16_model, tmp_path):
-    import_(str(bf16_model), str(tmp_path / "nemo"))
+    import_checkpoint(str(bf16_model), str(tmp_path / "nemo"))
     export(str(tmp_path / "nemo"), str(tmp_path / "hf"), shard_size="200KB")
     assert files(tmp_path / "hf") == files(bf16_model)
     export(str(tmp_path / "nemo" / "weights"), str(tmp_path / "again"), shard_size="200KB")
@@ -167,7 +167,7 @@ def test_the_source_is_not_touched(mxfp4_model, tmp_path):
     shutil.copytree(mxfp4_model, model)
     before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in model.iterdir()}
     dequant(str(model), str(tmp_path / "bf16"))
-    import_(str(model), str(tmp_path / "nemo"))
+    import_checkpoint(str(model), str(tmp_path / "nemo"))
     assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in model.iterdir()} == before
 
 
@@ -179,14 +179,14 @@ def test_a_bf16_model_is_not_dequantised(tmp_path, slipway):
 
 def test_a_tied_model_may_store_its_embedding_twice(tmp_path):
     model = make_model(tmp_path / "once", "qwen3_dense_tied", quantized=False, shards=1)
-    import_(str(model), str(tmp_path / "a"))
+    import_checkpoint(str(model), str(tmp_path / "a"))
     (file,) = model.glob("*.safetensors")
     stored = load_file(file)
     save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, file)
     edit = json.loads((model / huggingface.INDEX).read_text())
     edit["weight_map"]["lm_head.weight"] = file.name
     (model / huggingface.INDEX).write_text(json.dumps(edit))
-    import_(str(model), str(tmp_path / "b"))
+    import_checkpoint(str(model), str(tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -196,16 +196,16 @@ def test_other_floats_become_bfloat16(dtype, tmp_path):
     (file,) = model.glob("*.safetensors")
     stored = {name: t.to(dtype) for name, t in load_file(file).items()}
     save_file(stored, file)
-    import_(str(model), str(tmp_path / "a"))
+    import_checkpoint(str(model), str(tmp_path / "a"))
     save_file({name: t.bfloat16() for name, t in stored.items()}, file)
-    import_(str(model), str(tmp_path / "b"))
+    import_checkpoint(str(model), str(tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe", "deepseek_v3", "qwen25_tied", "llama31"])
 def test_heads_keep_their_dtype_and_are_merged_in_bfloat16(kind, dtype, tmp_path):
-    from entrypoints.training.heads import DecodingHeads
+    from slipway.training.heads import DecodingHeads
 
     heads = {name: t.to(dtype) for name, t in DecodingHeads(config_of(kind)["hidden_size"]).state_dict().items()}
     write_torch_dist(tmp_path / "ckpt" / "weights", {f"adapter.{name}": t for name, t in heads.items()})
@@ -223,7 +223,7 @@ def test_heads_keep_their_dtype_and_are_merged_in_bfloat16(kind, dtype, tmp_path
 
 NO_TORCH = """
 import sys
-from entrypoints import cli
+from slipway import cli
 code = cli.main(sys.argv[1:])
 assert not {"torch", "transformers", "nemo", "megatron"} & sys.modules.keys()
 sys.exit(code)
@@ -241,6 +241,6 @@ def test_no_command_here_needs_torch(mxfp4_model, nemo_model, tmp_path):
 
 
 def head_shapes() -> dict[str, torch.Size]:
-    from entrypoints.training.heads import DecodingHeads
+    from slipway.training.heads import DecodingHeads
 
     return {name: t.shape for name, t in DecodingHeads(64).state_dict().items()}

@@ -15,17 +15,18 @@ import pytest
 import torch
 from conftest import KINDS, make_model, tensor_of, write_torch_dist
 from safetensors.torch import save_file
+from slipway.checkpoint import torch_dist
+from slipway.checkpoint.contents import Contents
+from slipway.checkpoint.heads import NAMES
+from slipway.checkpoint.huggingface import Reader, read_folder
+from slipway.commands.extract_heads import extract_heads
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.commands.inspect import inspect
+from slipway.commands.merge_heads import merge_heads
+from slipway.errors import DataError, SlipwayError, UsageError
+from slipway.families import FAMILIES, read_config
+from slipway.training.heads import DecodingHeads
 from test_malformed import CASES, INDEX, SHARD, edit_json, mutate, rename_scales, rewrite_header
-
-from entrypoints.checkpoint import torch_dist
-from entrypoints.checkpoint.contents import Contents
-from entrypoints.checkpoint.huggingface import Reader, read_folder
-from entrypoints.errors import DataError, SlipwayError, UsageError
-from entrypoints.families import FAMILIES, read_config
-from entrypoints.heads import NAMES, extract_heads, merge_heads
-from entrypoints.import_ import import_
-from entrypoints.inspect_ import inspect
-from entrypoints.training.heads import DecodingHeads
 
 PARAMETERS = sum(
     torch.Size(info.shape).numel() for info in FAMILIES["gpt_oss"].rules(FAMILIES["gpt_oss"].tiny_config()).hf.values()
@@ -140,7 +141,7 @@ def test_heads_trained_extracted_and_merged(trained_heads, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_and_its_import(kind, tmp_path):
     source = make_model(tmp_path / "hf", kind)
-    import_(str(source), str(tmp_path / "nemo"))
+    import_checkpoint(str(source), str(tmp_path / "nemo"))
     c = found(source)
     assert c.whole and c.checked == "config.json", str(c)
     assert sum(found(file).parameters for file in source.glob("*.safetensors")) == c.parameters
@@ -174,7 +175,7 @@ def test_a_terabyte_takes_seconds(tmp_path):
 
 
 def test_safetensors_are_inspected_without_torch(mxfp4_model):
-    command = [sys.executable, "-X", "importtime", "-m", "entrypoints.cli", "inspect", mxfp4_model]
+    command = [sys.executable, "-X", "importtime", "-m", "slipway.cli", "inspect", mxfp4_model]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()} & {"torch"}
 

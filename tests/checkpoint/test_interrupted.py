@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, texts
-
-from entrypoints.dequant import dequant
-from entrypoints.errors import WriteError
-from entrypoints.families import FAMILIES
-from entrypoints.families.fabricate import fabricate
-from entrypoints.import_ import import_
+from slipway.checkpoint.fabricate import fabricate
+from slipway.commands.dequant import dequant
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import WriteError
+from slipway.families import FAMILIES
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -42,8 +41,8 @@ def expected(larger_model, tmp_path_factory) -> dict[str, Path]:
     """What undisturbed runs write."""
     folder = tmp_path_factory.mktemp("expected")
     dequant(str(larger_model), str(folder / "dequant"))
-    import_(str(larger_model), str(folder / "import"))
-    from entrypoints.export import export
+    import_checkpoint(str(larger_model), str(folder / "import"))
+    from slipway.commands.export import export
 
     export(str(folder / "import"), str(folder / "export"))
     return {name: folder / name for name in ("dequant", "import", "export")}
@@ -52,8 +51,8 @@ def expected(larger_model, tmp_path_factory) -> dict[str, Path]:
 # Waits for the first pieces to be written, then goes slowly, so that the kill comes in the middle of the work.
 SLOWLY = """
 import sys, time
-from entrypoints.checkpoint import stream
-from entrypoints import cli
+from slipway.checkpoint import stream
+from slipway import cli
 write, journal = stream._write, stream._Journal.add
 stream.JOURNAL_SECONDS = 0
 def slow(*arguments):
@@ -74,7 +73,7 @@ def test_killed_at_random_moments_and_run_again(verb, larger_model, expected, tm
     source = expected["import"] if verb == "export" else larger_model
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     rng = random.Random(verb)
-    whole = [sys.executable, "-m", "entrypoints.cli", verb, str(source), str(out)]
+    whole = [sys.executable, "-m", "slipway.cli", verb, str(source), str(out)]
     amid = 0
     for number in range(KILLS):
         process = subprocess.Popen([sys.executable, "-c", SLOWLY, *whole[3:]], stderr=subprocess.PIPE)
@@ -103,7 +102,7 @@ def journal_lines(partial: Path) -> int:
 def test_another_source_begins_anew(tmp_path, monkeypatch):
     make_model(tmp_path / "a", seed=1)
     make_model(tmp_path / "b", seed=2)
-    from entrypoints.checkpoint import stream
+    from slipway.checkpoint import stream
 
     real = stream._write
 
@@ -140,18 +139,18 @@ def test_too_little_space_is_said_before_any_work(larger_model, small_disk, slip
 
 def test_a_disk_that_fills_up_and_is_cleared(mxfp4_model, small_disk, slipway, tmp_path, monkeypatch):
     """The disk fills after the check: the run fails with what it did kept, and goes on when there is space."""
-    from entrypoints.checkpoint import stream
+    from slipway.checkpoint import stream
 
     filler = small_disk / "filler"
     filler.write_bytes(bytes(3_950_000))
     free = type("Usage", (), {"free": 1 << 40})
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: free)
     with pytest.raises(WriteError, match="the disk is full; free some space") as error:
-        import_(str(mxfp4_model), str(small_disk / "out"))
+        import_checkpoint(str(mxfp4_model), str(small_disk / "out"))
     assert error.value.exit_code == 73 and not (small_disk / "out").exists()
     filler.unlink()
-    import_(str(mxfp4_model), str(small_disk / "out"))
-    import_(str(mxfp4_model), str(tmp_path / "direct"))
+    import_checkpoint(str(mxfp4_model), str(small_disk / "out"))
+    import_checkpoint(str(mxfp4_model), str(tmp_path / "direct"))
     assert files(small_disk / "out") == files(tmp_path / "direct")
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import free_port, make_model, tensor_of
-
-from entrypoints.checkpoint import torch_dist
-from entrypoints.import_ import import_
+from slipway.checkpoint import torch_dist
+from slipway.commands.import_checkpoint import import_checkpoint
 
 SCRIPT = Path(__file__).parent / "save_in_parallel.py"
 
@@ -24,7 +23,7 @@ def four_layers(tmp_path_factory) -> Path:
     """A NeMo checkpoint with a layer for each virtual stage of PP2-VPP2."""
     folder = tmp_path_factory.mktemp("layouts")
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    import_(str(make_model(folder / "hf", "gpt_oss", layers)), str(folder / "nemo"))
+    import_checkpoint(str(make_model(folder / "hf", "gpt_oss", layers)), str(folder / "nemo"))
     return folder / "nemo"
 
 

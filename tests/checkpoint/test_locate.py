@@ -13,9 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-from entrypoints.checkpoint.locate import locate, nemo_path, output
-from entrypoints.errors import UsageError
+from slipway.checkpoint.locate import locate, nemo_path, output
+from slipway.errors import UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "org/tiny"

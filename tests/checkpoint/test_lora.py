@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, tensor_of, write_torch_dist
-
-from entrypoints.checkpoint import torch_dist
-from entrypoints.errors import DataError
-from entrypoints.export import export
-from entrypoints.import_ import import_
+from slipway.checkpoint import torch_dist
+from slipway.commands.export import export
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import DataError
 
 RANK, ALPHA = 4, 10
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -22,13 +21,12 @@ KINDS = ["llama31", "qwen25_tied", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 
 def with_random_adapters(base: Path, folder: Path) -> torch.nn.Module:
     """NeMo's model with random adapters, which megatron-core saves into `folder` as training does."""
-    from entrypoints.training import forward
+    from slipway.training import forward
 
     module = forward.load(base)
     from megatron.core import dist_checkpointing
     from nemo.collections.llm.fn.base import walk
-
-    from entrypoints.training.modes import LoRA
+    from slipway.training.modes import LoRA
 
     module = walk(module, LoRA(str(base), 0, TARGETS, RANK, ALPHA, 0.0).transform).eval()
     generator = torch.Generator().manual_seed(5)
@@ -62,7 +60,7 @@ def trained(request, tmp_path_factory):
     """(kind, folder with hf/, nemo/ and lora/, tokens, NeMo's logits with the adapters)."""
     folder = tmp_path_factory.mktemp(request.param)
     make_model(folder / "hf", request.param, quantized=False)
-    import_(str(folder / "hf"), str(folder / "nemo"))
+    import_checkpoint(str(folder / "hf"), str(folder / "nemo"))
     tokens = torch.randint(5, 500, (2, 40), generator=torch.Generator().manual_seed(1))
     module = with_random_adapters(folder / "nemo", folder / "lora")
     return request.param, folder, tokens, logits_of_nemo(module, tokens)
@@ -106,7 +104,7 @@ def test_what_does_not_fit_is_said(trained, tmp_path):
     if kind != "llama31":
         return
     make_model(tmp_path / "hf", "llama31", {"intermediate_size": 128}, quantized=False)
-    import_(str(tmp_path / "hf"), str(tmp_path / "nemo"))
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "nemo"))
     with pytest.raises(DataError, match=r"linear_fc\d.adapter.* has shape .* asks for .*wrong base"):
         export(str(folder / "lora"), str(tmp_path / "out"), base=str(tmp_path / "nemo"))
     with pytest.raises(DataError, match="holds no low-rank adapters"):

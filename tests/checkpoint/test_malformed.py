@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from entrypoints.dequant import dequant
-from entrypoints.errors import DataError, SlipwayError, UsageError
-from entrypoints.export import export
-from entrypoints.import_ import import_
+from slipway.commands.dequant import dequant
+from slipway.commands.export import export
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import DataError, SlipwayError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
@@ -140,7 +139,7 @@ def as_fp8(model: Path, name: str, shape: tuple[int, ...] = ()) -> None:
 def test_each_defect_is_named(case, model, tmp_path):
     change, message = CASES[case]
     change(model)
-    for command in (dequant, import_):
+    for command in (dequant, import_checkpoint):
         with pytest.raises(DataError) as error:
             command(str(model), str(tmp_path / "out"))
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -163,7 +162,7 @@ def test_a_path_that_is_not_there(model, tmp_path, slipway):
 @pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "1e30GB", "GB"])
 def test_sizes_that_are_none(text, model, tmp_path):
     with pytest.raises(UsageError, match="--memory"):
-        import_(str(model), str(tmp_path / "out"), memory=text)
+        import_checkpoint(str(model), str(tmp_path / "out"), memory=text)
 
 
 def test_three_hundred_mutations(model, nemo_model, tmp_path):
@@ -183,7 +182,7 @@ def test_three_hundred_mutations(model, nemo_model, tmp_path):
             if target.is_relative_to(nemo):
                 export(str(nemo), str(out))
             else:
-                import_(str(model), str(out))
+                import_checkpoint(str(model), str(out))
         except SlipwayError as error:
             refused += 1
             assert "\n" not in str(error) and error.exit_code in (2, 65), error

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from entrypoints.checkpoint import quantization
-from entrypoints.checkpoint.bits import from_torch, to_float32, to_torch
-from entrypoints.checkpoint.quantization import E2M1
-from entrypoints.checkpoint.refs import TORCH_NAMES
+from slipway.checkpoint import quantization
+from slipway.checkpoint.quantization import E2M1
+from slipway.tensors.bits import from_torch, to_float32, to_torch
+from slipway.tensors.refs import TORCH_NAMES
 
 SPELLINGS = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 

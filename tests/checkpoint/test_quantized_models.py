@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
-
-from entrypoints.checkpoint import huggingface
-from entrypoints.demo_checks import by_definition
-from entrypoints.dequant import dequant
-from entrypoints.errors import DataError
-from entrypoints.families import FAMILIES, rules
-from entrypoints.families.quantized import CompressedTensors, Fbgemm, Form, Fp8, Mxfp4
-from entrypoints.import_ import import_
+from slipway.checkpoint import huggingface
+from slipway.commands.demo.checks import by_definition
+from slipway.commands.dequant import dequant
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import DataError
+from slipway.families import FAMILIES
+from slipway.families.parts import rules
+from slipway.families.parts.quantized import CompressedTensors, Fbgemm, Form, Fp8, Mxfp4
 
 # By a name for each: (kind of model, form). No side is a multiple of 128, 48 or 20 in all of them: ragged edges.
 FORMS: dict[str, tuple[str, Form]] = {
@@ -81,8 +81,8 @@ def test_decoded_by_definition_and_imported_as_its_copy(name, tmp_path, monkeypa
     assert all(found[n].dtype == t.dtype and same_bits(found[n], t) for n, t in wanted.items())
 
     mtp = kind == "deepseek_v3"
-    import_(str(source), str(tmp_path / "a"), mtp=mtp)
-    import_(str(tmp_path / "bf16"), str(tmp_path / "b"), mtp=mtp)
+    import_checkpoint(str(source), str(tmp_path / "a"), mtp=mtp)
+    import_checkpoint(str(tmp_path / "bf16"), str(tmp_path / "b"), mtp=mtp)
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
     if not isinstance(form, Mxfp4):  # read in blocks of rows that do not follow the scales' blocks
@@ -130,7 +130,7 @@ def test_each_defect_is_named(case, tmp_path):
     change, message = CASES[case]
     source = make_model(tmp_path / "source", "llama31", quantized=Fp8((32, 48)))
     change_shards(source, change)
-    for command in (dequant, import_):
+    for command in (dequant, import_checkpoint):
         with pytest.raises(DataError) as error:
             command(str(source), str(tmp_path / "out"))
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -151,5 +151,5 @@ def test_a_quantization_config_that_cannot_be_followed(about, message, tmp_path)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
     with pytest.raises(DataError) as error:
-        import_(str(source), str(tmp_path / "out"))
+        import_checkpoint(str(source), str(tmp_path / "out"))
     assert message in str(error.value) and "\n" not in str(error.value)

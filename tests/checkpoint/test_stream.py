@@ -9,8 +9,7 @@ import random
 import subprocess
 
 import pytest
-
-from entrypoints.checkpoint import stream
+from slipway.checkpoint import stream
 
 SIZE = 3_000_000
 

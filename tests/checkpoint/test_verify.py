@@ -12,17 +12,18 @@ import pytest
 import torch
 from conftest import KINDS, make_model, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
+from slipway.checkpoint import torch_dist
+from slipway.checkpoint.compare import Different
+from slipway.commands.dequant import dequant
+from slipway.commands.export import export
+from slipway.commands.extract_heads import extract_heads
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.commands.merge_heads import merge_heads
+from slipway.commands.verify import Verified, verify
+from slipway.errors import DataError, UsageError
+from slipway.training import forward
+from slipway.training.heads import DecodingHeads
 from test_malformed import CASES, edit_json
-
-from entrypoints.checkpoint import torch_dist
-from entrypoints.checkpoint.compare import Different
-from entrypoints.dequant import dequant
-from entrypoints.errors import DataError, UsageError
-from entrypoints.export import export
-from entrypoints.heads import extract_heads, merge_heads
-from entrypoints.import_ import import_
-from entrypoints.training.heads import DecodingHeads
-from entrypoints.verify import Verified, verify
 
 
 def verified(a: Path, b: Path, **options) -> Verified:
@@ -148,14 +149,14 @@ def test_memory_for_less_than_a_tensor_is_enough(models):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_its_import(kind, tmp_path):
     source = make_model(tmp_path / "hf", kind)
-    import_(str(source), str(tmp_path / "nemo"))
+    import_checkpoint(str(source), str(tmp_path / "nemo"))
     assert verified(source, tmp_path / "nemo").bytes > 100_000
 
 
 def test_layers_for_multi_token_prediction_count_where_both_have_them(tmp_path):
     source = make_model(tmp_path / "hf", "deepseek_v3")
     for name, mtp in (("with", True), ("without", False)):
-        import_(str(source), str(tmp_path / name), mtp=mtp)
+        import_checkpoint(str(source), str(tmp_path / name), mtp=mtp)
     fewer = verified(source, tmp_path / "without").tensors
     assert verified(source, tmp_path / "with").tensors > fewer
     assert verified(tmp_path / "without", tmp_path / "with").tensors == fewer
@@ -248,12 +249,11 @@ def test_the_forward_pass_of_two_hugging_face_models_is_the_same_to_the_bit(mode
 
 
 def test_those_logits_are_what_transformers_gives_by_itself(models):
+    from slipway.checkpoint import compare
     from transformers import AutoModelForCausalLM
 
-    from entrypoints.checkpoint import compare
-
-    tokens = compare.random_tokens(512, 64)
+    tokens = forward.random_tokens(512, 64)
     module = AutoModelForCausalLM.from_pretrained(models["bf16"], dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         wanted = module.eval()(tokens).logits
-    assert torch.equal(compare.logits_of(compare.open_model(models["mxfp4"]), tokens), wanted)
+    assert torch.equal(forward.logits_of(compare.open_model(models["mxfp4"]), tokens), wanted)

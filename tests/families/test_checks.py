@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import KINDS, config_of
-
-from entrypoints.errors import DataError
-from entrypoints.families import FAMILIES, family_of
+from slipway.errors import DataError
+from slipway.families import FAMILIES, family_of
 
 WHERE = Path("model/config.json")
 MISSING = object()

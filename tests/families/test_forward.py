@@ -10,10 +10,9 @@ import pytest
 import torch
 from conftest import KINDS, config_of, make_model
 from safetensors.torch import load_file, save_file
-
-from entrypoints.errors import DataError
-from entrypoints.export import export
-from entrypoints.import_ import import_
+from slipway.commands.export import export
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import DataError
 
 # Longer than the length from which rope is scaled, and than every sliding window.
 LENGTH = 160
@@ -42,10 +41,10 @@ def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_same_in_transformers_and_nemo_and_after_export(kind, tmp_path):
-    from entrypoints.training.forward import logits_of
+    from slipway.training.forward import logits_of_nemo
 
     source = make_model(tmp_path / "hf", kind, quantized=False)
-    import_(str(source), str(tmp_path / "nemo"), mtp=config_of(kind).get("num_nextn_predict_layers", 0) > 0)
+    import_checkpoint(str(source), str(tmp_path / "nemo"), mtp=config_of(kind).get("num_nextn_predict_layers", 0) > 0)
     export(str(tmp_path / "nemo"), str(tmp_path / "exported"))
     before, after = tensors(source), tensors(tmp_path / "exported")
     assert before.keys() == after.keys()
@@ -54,7 +53,7 @@ def test_logits_are_the_same_in_transformers_and_nemo_and_after_export(kind, tmp
     tokens = tokens_of()
     wanted = reference_logits(source, tokens)
     assert torch.equal(reference_logits(tmp_path / "exported", tokens), wanted)
-    found = logits_of(tmp_path / "nemo", tokens)
+    found = logits_of_nemo(tmp_path / "nemo", tokens)
     assert_close(kind, found, wanted)
 
 
@@ -94,10 +93,10 @@ def reference_mtp_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_mtp_predicts_the_same_in_nemo(tmp_path):
-    from entrypoints.training.forward import load
+    from slipway.training.forward import load
 
     source = make_model(tmp_path / "hf", "deepseek_v3", quantized=False)
-    import_(str(source), str(tmp_path / "nemo"), mtp=True)
+    import_checkpoint(str(source), str(tmp_path / "nemo"), mtp=True)
     tokens, logits = tokens_of(), []
     module = load(tmp_path / "nemo")
     module.output_layer.register_forward_hook(lambda _, __, output: logits.append(output[0].transpose(0, 1).clone()))
@@ -112,19 +111,19 @@ def test_mtp_predicts_the_same_in_nemo(tmp_path):
 def test_without_its_mtp_layer_a_model_is_the_same_but_for_that(tmp_path):
     """Left out on import, left out on export; and what transformers saved without it is read again."""
     source = make_model(tmp_path / "hf", "deepseek_v3", quantized=False)
-    import_(str(source), str(tmp_path / "nemo"))
+    import_checkpoint(str(source), str(tmp_path / "nemo"))
     export(str(tmp_path / "nemo"), str(tmp_path / "exported"))
     before, after = tensors(source), tensors(tmp_path / "exported")
     kept = {name for name in before if not name.startswith("model.layers.3.")}
     assert after.keys() == kept and all(torch.equal(after[name], before[name]) for name in kept)
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     shutil.copy(source / "config.json", tmp_path / "exported")
-    import_(str(tmp_path / "exported"), str(tmp_path / "again"))
+    import_checkpoint(str(tmp_path / "exported"), str(tmp_path / "again"))
     assert (tmp_path / "again" / "weights" / "__0_0.distcp").read_bytes() == (
         tmp_path / "nemo" / "weights" / "__0_0.distcp"
     ).read_bytes()
     with pytest.raises(DataError, match="has no layer for multi-token prediction"):
-        import_(str(tmp_path / "exported"), str(tmp_path / "none"), mtp=True)
+        import_checkpoint(str(tmp_path / "exported"), str(tmp_path / "none"), mtp=True)
 
 
 def test_an_mtp_layer_with_an_embedding_of_its_own_is_refused(tmp_path):
@@ -134,5 +133,5 @@ def test_an_mtp_layer_with_an_embedding_of_its_own_is_refused(tmp_path):
     stored["model.layers.3.embed_tokens.weight"][7, 7] += 1
     save_file(stored, file)
     with pytest.raises(DataError, match=r"model.layers.3.embed_tokens.weight is not the copy"):
-        import_(str(source), str(tmp_path / "nemo"), mtp=True)
-    import_(str(source), str(tmp_path / "without"))
+        import_checkpoint(str(source), str(tmp_path / "nemo"), mtp=True)
+    import_checkpoint(str(source), str(tmp_path / "without"))

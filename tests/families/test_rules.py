@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from entrypoints.checkpoint.refs import Ref, TensorInfo
-from entrypoints.errors import DataError
-from entrypoints.families import FAMILIES, rules
+from slipway.errors import DataError
+from slipway.families import FAMILIES
+from slipway.families.parts import rules
+from slipway.tensors.refs import Ref, TensorInfo
 
 sizes = st.integers(1, 6)
 

@@ -8,21 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from entrypoints.errors import UsageError
-from entrypoints.launch import torchrun
-from entrypoints.launch.launchers import expand, first_pod
-from entrypoints.launch.topology import find_topology
+from slipway.errors import UsageError
+from slipway.launch import torchrun
+from slipway.launch.launchers import expand, first_pod
+from slipway.launch.placement import Placement
+from slipway.launch.topology import find_topology
 
 
 def topology(env: dict | None = None, nodes=None, rank=None, addr=None, port=None, per_node=2):
-    return find_topology(nodes, rank, addr, port, per_node, env or {})
+    return find_topology(Placement(nodes, rank, addr, port, per_node), env or {})
 
 
 def test_alone_is_one_node():
     found = topology()
     assert (found.nodes, found.node_rank, found.world_size, found.master_addr) == (1, 0, 2, "127.0.0.1")
-    assert str(found) == "topology: 1 node × 2, this is node 0, master 127.0.0.1:29500, from nothing but this machine"
+    assert (
+        str(found)
+        == "topology: 1 node × 2, this is node 0, master 127.0.0.1:29500, (single machine, no launcher found)"
+    )
 
 
 def test_flags_are_taken_as_given():
@@ -208,13 +211,14 @@ def test_what_is_missing_or_disagrees_is_said(env, flags, message):
 def test_one_process_runs_in_place_with_the_environment_that_workers_get(tmp_path):
     code = """
 import json, os, pathlib, sys
-from entrypoints.launch import torchrun
-from entrypoints.launch.signals import StopRequests
-from entrypoints.launch.topology import find_topology
+from slipway.launch import torchrun
+from slipway.signals import StopRequests
+from slipway.launch.placement import Placement
+from slipway.launch.topology import find_topology
 here = os.getpid()
 with StopRequests(pathlib.Path(sys.argv[1]), 1.0) as stop:
     show = lambda: print(json.dumps({**os.environ, "same": os.getpid() == here}))
-    torchrun.run_here(find_topology(1, None, None, None, 1, {}), show, stop)
+    torchrun.run_here(find_topology(Placement(nodes=1, nproc_per_node=1), {}), show, stop)
 """
     env = {"PYTHONPATH": str(Path(torchrun.__file__).parents[2]), "NCCL_NVLS_ENABLE": "1"}
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "stop"], env=env, capture_output=True, check=True)

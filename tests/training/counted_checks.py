@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from entrypoints.training.counted import CountedRows
-from entrypoints.training.heads import Rows
+from slipway.training.counted import CountedRows
+from slipway.training.heads import Rows
 
 VOCABULARY = 3000
 

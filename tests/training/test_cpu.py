@@ -15,7 +15,7 @@ def test_what_runs_on_gpus_alone_counts_as_not_installed(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("raise OSError('no GPU driver')")
     code = (
-        "from entrypoints.training import cpu; cpu.enable(); "
+        "from slipway.training import cpu; cpu.enable(); "
         "from megatron.core.extensions import transformer_engine as te; "
         "from megatron.core.optimizer import clip_grads; "
         "print(te.HAVE_TE, clip_grads.multi_tensor_applier.__module__)"
@@ -27,7 +27,7 @@ def test_what_runs_on_gpus_alone_counts_as_not_installed(tmp_path):
 
 
 def test_it_must_be_asked_for_before_they_are_imported(monkeypatch):
-    from entrypoints.training import cpu
+    from slipway.training import cpu
 
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     with pytest.raises(RuntimeError, match="apex is imported already"):

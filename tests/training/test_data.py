@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from entrypoints.errors import DataError
-from entrypoints.tokens.indexed import write_index
-from entrypoints.tokens.lines import index_lines, pack
-from entrypoints.tokens.scan import Index, open_units, scan
-from entrypoints.training.samples import Samples
+from slipway.errors import DataError
+from slipway.tokens.indexed import write_index
+from slipway.tokens.lines import index_lines, pack
+from slipway.tokens.scan import Index, open_units, scan
+from slipway.training.samples import Samples
 
 
 def write(path: Path, samples: list) -> Path:

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, make_model
+from slipway.commands.export import export
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.tokens.indexed import write_index
+from slipway.tokens.lines import as_line, read_line
+from slipway.tokens.scan import scan
+from slipway.training.run_folder import RunFolder
 from torch.nn import functional
-
-from entrypoints.export import export
-from entrypoints.import_ import import_
-from entrypoints.tokens.indexed import write_index
-from entrypoints.tokens.lines import as_line, read_line
-from entrypoints.tokens.scan import scan
-from entrypoints.training.run_folder import RunFolder
 
 SEQ_LENGTH, STEPS = 24, 3
 LENGTHS = (23, 13, 13, 9, 9, 9, 17, 9)  # without their last tokens they go into four sequences
@@ -82,7 +81,7 @@ def runs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for kind in KINDS:
         make_model(root / kind / "hf", kind, quantized=False)
-        import_(str(root / kind / "hf"), str(root / kind / "nemo"))
+        import_checkpoint(str(root / kind / "hf"), str(root / kind / "nemo"))
     write_data(root)
     (root / "jobs.json").write_text(json.dumps([job(root, name) for name in RUNS]))
     words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_many.py")), str(root / "jobs.json")]

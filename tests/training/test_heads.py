@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from entrypoints.training.heads import DecodingHeads, distribution_features, heads_loss, token_losses
+from slipway.training.heads import DecodingHeads, distribution_features, heads_loss, token_losses
 
 HIDDEN, VOCABULARY, TOKENS = 24, 61, 50
 

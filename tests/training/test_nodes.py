@@ -17,11 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import slipway
 from conftest import free_port
-
-import entrypoints
-from entrypoints.preprocess import preprocess
-from entrypoints.training.run_folder import RunFolder
+from slipway.commands.preprocess import preprocess
+from slipway.training.run_folder import RunFolder
 
 ENOUGH_STEPS = 10_000  # never reached: the run is ended before
 
@@ -29,7 +28,7 @@ ENOUGH_STEPS = 10_000  # never reached: the run is ended before
 @pytest.fixture(scope="module")
 def data(nemo_model, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    preprocess(str(Path(entrypoints.__file__).parent), str(path), tokenizer=str(nemo_model), seq_length=64)
+    preprocess(str(Path(slipway.__file__).parent), str(path), tokenizer=str(nemo_model), seq_length=64)
     return path
 
 
@@ -44,7 +43,7 @@ def command(model: Path, data: Path, out: Path, port: int, /, **changes: object)
         "warmup_steps": 1, "constant_steps": 1, "nproc_per_node": 1, "master_port": port, "rendezvous_timeout": 60,
     }  # fmt: skip
     words = [f"--{key.replace('_', '-')}={value}" for key, value in (chosen | changes).items()]
-    return [sys.executable, "-m", "entrypoints.cli", "train", *words]
+    return [sys.executable, "-m", "slipway.cli", "train", *words]
 
 
 def node(rank: int) -> dict[str, object]:
@@ -89,8 +88,8 @@ def kill_rank(rank: int, run: RunFolder) -> float:
         except OSError:
             continue
         # Only workers of this run: its data and output stand in the recipe, its port in the environment.
-        if b"entrypoints.training.worker" in words and f"RANK={rank}".encode() in variables:
-            recipe = json.loads(Path(words[words.index(b"entrypoints.training.worker") + 1].decode()).read_text())
+        if b"slipway.training.worker" in words and f"RANK={rank}".encode() in variables:
+            recipe = json.loads(Path(words[words.index(b"slipway.training.worker") + 1].decode()).read_text())
             if recipe["out"] == str(run.path) and b"torch.distributed.run" not in words:
                 os.kill(int(folder.name), signal.SIGKILL)
                 return time.monotonic()

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port, make_model
-
-from entrypoints.import_ import import_
-from entrypoints.preprocess import preprocess
-from entrypoints.tokens.scan import scan
-from entrypoints.training.run_folder import RunFolder
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.commands.preprocess import preprocess
+from slipway.tokens.scan import scan
+from slipway.training.run_folder import RunFolder
 
 SEQ_LENGTH, STEPS = 32, 3
 KINDS = ("gpt_oss", "qwen3_dense", "qwen3_moe", "deepseek_v3", "qwen25_tied", "llama31")
@@ -74,7 +73,7 @@ def runs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("parallel")
     for kind in sorted({kind for kind, _, _ in CELLS}):
         make_model(root / kind / "hf", kind, quantized=False)
-        import_(str(root / kind / "hf"), str(root / kind / "nemo"))
+        import_checkpoint(str(root / kind / "hf"), str(root / kind / "nemo"))
         preprocess(str(Path(__file__).parent), str(root / kind / "data.jsonl"), tokenizer=str(root / kind / "nemo"),
                    seq_length=SEQ_LENGTH)  # fmt: skip
         scan(root / kind / "data.jsonl", SEQ_LENGTH, 512).save(root / kind / "train.npz")

@@ -6,11 +6,10 @@ import itertools
 import json
 
 import pytest
-
-from entrypoints.errors import UsageError
-from entrypoints.families import FAMILIES
-from entrypoints.training import memory, recipes
-from entrypoints.training.recipe import Recipe
+from slipway.errors import UsageError
+from slipway.families import FAMILIES
+from slipway.training import memory, recipes
+from slipway.training.recipe import MODES, Recipe
 
 
 def sizes(hidden, width, layers, heads, groups, vocabulary, **others) -> dict:
@@ -85,7 +84,7 @@ def test_there_is_one_recipe_for_each_model():
     assert recipes.names() == sorted(MODELS)
 
 
-@pytest.mark.parametrize("name, mode, gpu", itertools.product(MODELS, recipes.MODES, recipes.GPUS))
+@pytest.mark.parametrize("name, mode, gpu", itertools.product(MODELS, MODES, recipes.GPUS))
 def test_every_layout_divides_the_model_and_fits_its_gpus(name, mode, gpu):
     shipped, config = recipes.load(name, mode, gpu), config_of(name)
     world = shipped.nodes * shipped.processes_per_node
@@ -124,8 +123,8 @@ def test_a_larger_gpu_takes_the_layout_of_the_next_smaller_and_a_small_one_none(
         (["--recipe", "gpt_os_20b"], "did you mean gpt_oss_20b?"),
         (["--recipe", "llama31_8b"], "is for llama31"),
         (["--set", "lrr=3"], "did you mean lr?"),
-        (["--set", "steps=many"], "'many' is no int"),
-        (["--set", "recompute=some"], "it is none or full"),
+        (["--set", "steps=many"], "takes a whole number; not 'many'"),
+        (["--set", "recompute=some"], "must be one of none, full"),
         (["--tensor-parallel-size", "3", "--nproc-per-node", "3"], "does not divide the model's 4 attention heads"),
         (["--expert-parallel-size", "3", "--nproc-per-node", "3"], "does not divide the model's 4 experts"),
     ],

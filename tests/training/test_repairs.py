@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from conftest import make_model
-
-from entrypoints.import_ import import_
+from slipway.commands.import_checkpoint import import_checkpoint
 
 
 def test_routers_keep_their_biases_in_float32(tmp_path):
     """As Megatron turns a model into BF16 once NeMo has loaded it."""
-    from entrypoints.training import forward
-    from entrypoints.training.repairs import keep_routers_counts
+    from slipway.training import forward
+    from slipway.training.repairs import keep_routers_counts
 
-    import_(str(make_model(tmp_path / "hf", "deepseek_v3")), str(tmp_path / "nemo"))
+    import_checkpoint(str(make_model(tmp_path / "hf", "deepseek_v3")), str(tmp_path / "nemo"))
     module = forward.load(tmp_path / "nemo")
     keep_routers_counts()
     before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("expert_bias")}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-
-from entrypoints.families import FAMILIES
-from entrypoints.training.throughput import arithmetic, peak_tflops
+from slipway.families import FAMILIES
+from slipway.training.throughput import arithmetic, peak_tflops
 
 LLAMA_8B = {
     "hidden_size": 4096,

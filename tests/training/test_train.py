@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import slipway
 import torch
 from conftest import free_port, seconds_of_children
 from forked import Cold, Commands
 from safetensors.torch import load_file
-
-import entrypoints
-from entrypoints.preprocess import preprocess
-from entrypoints.training.run_folder import RunFolder
+from slipway.commands.preprocess import preprocess
+from slipway.training.run_folder import RunFolder
 
 STEPS, SEQ_LENGTH, BATCH = 6, 64, 4
 
@@ -27,7 +26,7 @@ STEPS, SEQ_LENGTH, BATCH = 6, 64, 4
 @pytest.fixture(scope="module")
 def data(nemo_model, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    preprocess(str(Path(entrypoints.__file__).parent), str(path), tokenizer=str(nemo_model), seq_length=SEQ_LENGTH)
+    preprocess(str(Path(slipway.__file__).parent), str(path), tokenizer=str(nemo_model), seq_length=SEQ_LENGTH)
     return path
 
 
@@ -82,7 +81,7 @@ def whole(nemo_model, data, tmp_path_factory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def heads(whole, tmp_path_factory) -> Path:
-    from entrypoints.heads import extract_heads
+    from slipway.commands.extract_heads import extract_heads
 
     folder = tmp_path_factory.mktemp("heads") / "heads"
     extract_heads(str(whole.checkpoints / f"step={STEPS}"), str(folder))
@@ -109,12 +108,11 @@ def test_a_run_leaves_what_a_person_wants_to_see(whole):
 
 def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, data, tmp_path):
     """The same samples and first heads, with hidden states and logits from transformers and no chunking."""
+    from slipway.commands.dequant import dequant
+    from slipway.tokens.scan import open_units, scan
+    from slipway.training.heads import DecodingHeads, distribution_features, token_losses
+    from slipway.training.samples import Samples
     from transformers import AutoModelForCausalLM
-
-    from entrypoints.dequant import dequant
-    from entrypoints.tokens.scan import open_units, scan
-    from entrypoints.training.heads import DecodingHeads, distribution_features, token_losses
-    from entrypoints.training.samples import Samples
 
     dequant(str(mxfp4_model), str(tmp_path / "bf16"))
     model = AutoModelForCausalLM.from_pretrained(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 
 import torch
-
-from entrypoints.errors import PreflightError, WriteError
-from entrypoints.training.recipe import Recipe
-from entrypoints.training.troubles import explained
+from slipway.errors import PreflightError, WriteError
+from slipway.training.recipe import Recipe
+from slipway.training.troubles import explained
 
 # Recorded on an H200 with torch 2.11: torch.empty(1 << 40, device="cuda").
 ON_AN_H200 = (

@@ -14,10 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from forked import fork_ranks, import_nemo
-
-from entrypoints.training import worker
-from entrypoints.training.recipe import Recipe
-from entrypoints.training.run_folder import RunFolder
+from slipway.training import worker
+from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder
 
 
 def run(job: dict[str, Any]) -> bool:

@@ -18,8 +18,8 @@ trap '"${compose[@]}" down --timeout 1 >/dev/null 2>&1' EXIT
 
 docker run --rm --volume "$DATA:/data" "$IMAGE" python -W ignore -c '
 from pathlib import Path
-from entrypoints.families import gpt_oss
-from entrypoints.families.fabricate import fabricate
+from slipway.families import gpt_oss
+from slipway.checkpoint.fabricate import fabricate
 texts = [file.read_text() for file in sorted(Path("/opt/slipway/entrypoints").rglob("*.py"))]
 fabricate(Path("/data/hf"), gpt_oss.tiny_config(), texts, quantized=True)'
 docker run --rm --volume "$DATA:/data" "$IMAGE" import /data/hf /data/nemo

@@ -12,7 +12,7 @@ build() {
     took=$((SECONDS - started))
 }
 build
-echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/cli.py"
+echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/slipway/cli.py"
 build
 echo "a line of entrypoints/: $took s"
 [ "$took" -lt 20 ]

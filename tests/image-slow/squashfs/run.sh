@@ -6,7 +6,7 @@ variant="${IMAGE##*:}" model="${IMAGE#slipway/}"
 (cd "$ROOT" && "$PYTHON" build.py sqsh --model "${model%%:*}" --variant "$variant" --out "$WORK/image.sqsh")
 unsquashfs -l "$WORK/image.sqsh" >"$WORK/tree"
 for path in etc/rc etc/environment etc/fstab usr/local/bin/train usr/local/bin/slipway-entrypoint usr/bin/tini \
-    opt/slipway/entrypoints/cli.py opt/venv/bin/python; do
+    opt/slipway/entrypoints/slipway/cli.py opt/venv/bin/python; do
     grep -qx "squashfs-root/$path" "$WORK/tree" || { echo "no $path"; exit 1; }
 done
 unsquashfs -cat "$WORK/image.sqsh" etc/rc | tee "$WORK/rc" | bash -n

@@ -22,7 +22,7 @@ DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_o
 
 # A build that is stopped leaves no image of half a build, no container, no staging folder; it says so in one line.
 git -C "$ROOT" ls-files -z | (cd "$ROOT" && xargs -0 cp --parents -t "$WORK")
-echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/cli.py"
+echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/slipway/cli.py"
 things() { docker ps --all --quiet; docker image inspect --format '{{.Id}}' "slipway/qwen25:$variant" 2>/dev/null || echo none; }
 things >"$WORK/before"
 (cd "$WORK" && exec "$PYTHON" build.py image --model qwen25 --variant "$variant") >"$WORK/out" 2>"$WORK/err" &

@@ -21,7 +21,7 @@ import json, os, pathlib, sys, tomllib
 
 work, root = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 labels = json.loads((work / "labels.json").read_text())
-pins = tomllib.loads((root / "entrypoints/pins.toml").read_text())
+pins = tomllib.loads((root / "entrypoints/slipway/pins.toml").read_text())
 named = json.loads(labels["org.slipway.pins"])
 assert named["nemo"] == f"{pins['nemo']['version']} {pins['nemo']['commit']}", named
 assert "buildx" in labels["org.slipway.builder"], labels

@@ -9,8 +9,8 @@ docker network create "$network" >/dev/null
 run=(docker run --rm --volume "$WORK:/work")
 "${run[@]}" "$IMAGE" python -W ignore -c '
 from pathlib import Path
-from entrypoints.families import gpt_oss
-from entrypoints.families.fabricate import fabricate
+from slipway.families import gpt_oss
+from slipway.checkpoint.fabricate import fabricate
 texts = [file.read_text() for file in sorted(Path("/opt/slipway/entrypoints").rglob("*.py"))]
 fabricate(Path("/work/hf"), gpt_oss.tiny_config(), texts, quantized=True)'
 "${run[@]}" "$IMAGE" import /work/hf /work/nemo

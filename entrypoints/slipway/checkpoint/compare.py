@@ -1,0 +1,178 @@
+"""Are two checkpoints the same model? Their tensors, in Hugging Face's form, part by part and bit for bit.
+
+A NeMo checkpoint is read through the rules that export follows, a quantised one through its decoder, a model merged
+with heads without them. Two models are the same when the configurations that NeMo would be given are, and every
+element of every tensor is, in the dtype of the dequantised model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from slipway.checkpoint import convert, huggingface, inspection, stream
+from slipway.errors import SlipwayError
+from slipway.families import family_of, read_config
+from slipway.families.parts import rules
+from slipway.families.parts.decoder import has_mtp, mtp_layers, without_mtp
+from slipway.tensors.bits import Bits, as_dtype, contiguous, to_float32
+from slipway.tensors.refs import Ref, TensorInfo
+
+
+class Different(SlipwayError):
+    """Two checkpoints are not the same model."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as a model in Hugging Face's form.
+
+    Args:
+        path: where it lies.
+        config: config.json of the dequantised model.
+        family: its family.
+        read: the Hugging Face parts of a cell, in the dtypes that the family's rules give them.
+        nemo: it is a NeMo checkpoint.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    family: ModuleType
+    read: Callable[[rules.Cell], tuple[Bits, ...]]
+    nemo: bool = False
+
+    @functools.cached_property
+    def rules(self) -> rules.Rules:
+        """Its tensors and cells."""
+        return self.family.rules(self.config)
+
+    def without_mtp(self) -> Model:
+        """The same without the layers for multi-token prediction, which import leaves out by default."""
+        return replace(self, config=without_mtp(self.config))
+
+
+def open_model(path: Path) -> Model:
+    """A Hugging Face folder, quantised, BF16 or merged with heads, or a NeMo checkpoint."""
+    if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
+        return _open_nemo(path)
+    if read_config(path / "config.json").get("model_type") == inspection.MERGED_TYPE:
+        return _open_merged(path)
+    found = convert.open_model(path)
+
+    def read(cell: rules.Cell) -> tuple[Bits, ...]:
+        dtypes = ((found.reader.tensors[ref.name].dtype, found.model.hf[ref.name].dtype) for ref in cell.hf)
+        return tuple(as_dtype(found.reader.read(ref), *pair) for ref, pair in zip(cell.hf, dtypes, strict=True))
+
+    return Model(path, convert.bf16_config(found.config), found.family, read)
+
+
+def _open_nemo(path: Path) -> Model:
+    found = convert.open_nemo(path)
+    read = functools.partial(convert.hf_parts, found)
+    return Model(found.reader.folder.parent, found.config, found.family, read, nemo=True)
+
+
+def _open_merged(path: Path) -> Model:
+    where = path / "config.json"
+    config = inspection.base_config(read_config(where))
+    family = family_of(config, where)
+    reader = huggingface.Reader(path, huggingface.read_folder(path), config)
+    base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
+    config = config if has_mtp(config, base) else without_mtp(config)
+    model = family.rules(config)
+    rules.check_tensors(base, model.hf, str(path))
+
+    def read(cell: rules.Cell) -> tuple[Bits, ...]:
+        refs = (Ref(inspection.BASE + ref.name, ref.index, ref.rows) for ref in cell.hf)
+        dtypes = (model.hf[ref.name].dtype for ref in cell.hf)
+        parts = zip(refs, dtypes, strict=True)
+        return tuple(as_dtype(reader.read(ref), reader.tensors[ref.name].dtype, dtype) for ref, dtype in parts)
+
+    return Model(path, config, family, read)
+
+
+def open_pair(a: Path, b: Path) -> tuple[Model, Model]:
+    """Two models, both without the layers for multi-token prediction where one has none."""
+    one, other = open_model(a), open_model(b)
+    if mtp_layers(one.config) and mtp_layers(other.config):
+        return one, other
+    return one.without_mtp(), other.without_mtp()
+
+
+def check_same_form(a: Model, b: Model) -> None:
+    """Different where the two are of another make: family, configuration, or names and shapes of tensors."""
+    kinds = [model.config["model_type"] for model in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise Different(f"{a.path} is a {kinds[0]}, {b.path} a {kinds[1]}")
+    one, other = (model.family.nemo_model(model.config)[2] for model in (a, b))
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            raise Different(f"{name} is {one.get(name)!r} in {a.path} and {other.get(name)!r} in {b.path}")
+    for name in sorted(a.rules.hf.keys() | b.rules.hf.keys()):
+        shapes = [list(model.rules.hf[name].shape) if name in model.rules.hf else "missing" for model in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise Different(f"tensor {name} is {shapes[0]} in {a.path} and {shapes[1]} in {b.path}")
+
+
+def compare(a: Model, b: Model, atol: float, memory: int) -> int:
+    """The bytes compared, all equal; Different names the first difference in the order of the family's cells.
+
+    Args:
+        atol: largest difference of two elements that still counts as none; 0 asks for the same bits, any NaN being
+            the same as any other.
+        memory: bytes that tensors at work may take.
+    """
+    check_same_form(a, b)
+    cells = a.rules.cells
+    sizes = {number: 2 * _bytes(cell, a.rules.hf) for number, cell in enumerate(cells)}
+    found: dict[int, str] = {}
+
+    def do(number: int) -> None:
+        # Cells are begun in order, so every one before the first difference is looked at.
+        if not found or number < min(found):
+            cell = cells[number]
+            for ref, one, other in zip(cell.hf, a.read(cell), b.read(cell), strict=True):
+                if number not in found and (difference := _difference(ref, a.rules.hf[ref.name], one, other, atol)):
+                    found[number] = difference
+
+    stream.in_parallel(sizes, do, "verify", memory)
+    if found:
+        raise Different(f"{a.path} and {b.path} differ: {found[min(found)]}")
+    return sum(sizes.values()) // 2
+
+
+def _bytes(cell: rules.Cell, tensors: Mapping[str, TensorInfo]) -> int:
+    infos = ((ref, tensors[ref.name]) for ref in cell.hf)
+    return sum(TensorInfo(ref.shape(info.shape), info.dtype).bytes for ref, info in infos)
+
+
+def _difference(ref: Ref, info: TensorInfo, one: Bits, other: Bits, atol: float) -> str | None:
+    """The first element of a part that differs, in words."""
+    same = one == other
+    if same.all():
+        return None
+    values = [to_float32(contiguous(part), info.dtype) for part in (one, other)]
+    same |= np.isnan(values[0]) & np.isnan(values[1])
+    if atol:
+        with np.errstate(invalid="ignore"):
+            same |= np.abs(values[0] - values[1]) <= atol
+    if same.all():
+        return None
+    at = int(same.argmin())
+    index = _unravel(ref.start(info.shape) + at, info.shape)
+    found = [float(value.flat[at]) for value in values]
+    return f"tensor {ref.name}{index} is {found[0]!r} in the first and {found[1]!r} in the second"
+
+
+def _unravel(at: int, shape: tuple[int, ...]) -> list[int]:
+    index = []
+    for size in reversed(shape):
+        at, place = divmod(at, size)
+        index.append(place)
+    return index[::-1]

@@ -1,0 +1,249 @@
+"""Plans: what dequant, import, export and merge move from where to where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from slipway.checkpoint import archive, huggingface, lora, nemo_context, torch_dist
+from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
+from slipway.errors import DataError
+from slipway.families import family_of, read_config
+from slipway.families.parts import rules
+from slipway.families.parts.decoder import has_mtp, is_tied, mtp_layers, without_mtp
+from slipway.tensors.bits import Bits, as_dtype, data
+from slipway.tensors.refs import Ref, TensorInfo
+
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template")
+
+
+def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the dequantised model."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose tensors are all there and of the right shapes.
+
+    Args:
+        config: config.json of the Hugging Face form.
+        model: the family's rules for it.
+    """
+
+    config: dict[str, Any]
+    family: ModuleType
+    model: rules.Rules
+    reader: Any
+
+
+def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
+    """A Hugging Face folder; DataError where something is missing, surplus or garbled."""
+    config = read_config(folder / "config.json")
+    family = family_of(config, folder / "config.json")
+    reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
+    if is_tied(config):
+        reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
+    if not has_mtp(config, reader.tensors):
+        config = without_mtp(config)  # transformers saves a model without its layer for multi-token prediction
+    model = family.rules(config)
+    rules.check_tensors(reader.tensors, model.hf, str(folder))
+    return Opened(config, family, model, reader)
+
+
+Details = dict[str, Any]  # what a command's summary says beside sizes and time
+
+
+def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, Details]:
+    """Plan of the BF16 copy of a quantised model."""
+    source = open_model(folder, devices)
+    reader, model = source.reader, source.model
+    if not reader.quantized:
+        raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
+    layout = huggingface.Layout({name: reader.tensors[name] for name in model.hf}, shard_bytes)
+    refs = [ref for cell in model.cells for ref in cell.hf]
+    pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
+    plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, reader.files(), "dequant")
+    return plan, {"files": len(plan.sizes), "decoded_tensors": len(reader.quantized)}
+
+
+def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, Details]:
+    """Plan of the NeMo checkpoint of a Hugging Face model.
+
+    Args:
+        mtp: with the layers for multi-token prediction; else they are left out.
+        devices: what decodes quantised tensors.
+    """
+    source = open_model(folder, devices)
+    config, model, reader = source.config, source.model, source.reader
+    if mtp and not mtp_layers(config):
+        raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
+    if not mtp and mtp_layers(config):
+        config = without_mtp(config)
+        model = source.family.rules(config)
+    tensors = model.megatron
+    layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
+
+    def piece(cell: rules.Cell) -> Piece:
+        def work() -> Iterable[Write]:
+            parts = cell.op.to_megatron(tuple(reader.read(ref) for ref in cell.hf))
+            for ref, part in zip(cell.megatron, parts, strict=True):
+                file, offset, length = layout.places[ref]
+                info = tensors[ref.name]
+                part = as_dtype(part, reader.tensors[cell.hf[0].name].dtype, info.dtype)
+                blob = archive.write(part.reshape(torch_dist.chunk_sizes(ref, info.shape)), info.dtype)
+                assert sum(map(len, blob)) == length, f"archive of {ref} has another length than planned"
+                for content in blob:
+                    yield f"weights/{file}", offset, content
+                    offset += len(content)
+
+        return Piece(sum(reader.source_bytes(ref) for ref in cell.hf), work)
+
+    def extra_state() -> Iterable[Write]:
+        return [(f"weights/{file}", offset, layout.empty_state) for file, offset, _ in layout.extra.values()]
+
+    context = nemo_context.context_files(*source.family.nemo_model(config), bf16_config(config))
+    others = huggingface.other_files(folder)
+    plan = Plan(
+        sizes={f"weights/{file}": size for file, size in layout.sizes.items()},
+        pieces=[*map(piece, model.cells), Piece(0, extra_state)],
+        small={
+            **{f"context/{name}": content for name, content in context.items()},
+            "weights/metadata.json": torch_dist.FORMAT.encode(),
+            "weights/common.pt": torch_dist.common_state(),
+            "weights/.metadata": layout.metadata(),
+        },
+        copies={
+            **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
+            **{f"context/{nemo_context.HF_FILES}/{file.name}": file for file in others},
+        },
+        identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
+    )
+    return plan, {"tensors": len(tensors)}
+
+
+def _is_tokenizer(file: Path) -> bool:
+    return file.name.startswith(TOKENIZER_FILES) or file.name == "config.json"
+
+
+def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
+    """A NeMo checkpoint; the tensors of the optimizer are left aside, low-rank adapters merged into their base.
+
+    Args:
+        base: checkpoint of the adapters' base, where it is not the one that NeMo noted.
+    """
+    reader = torch_dist.Reader(checkpoint)
+    if lora.has_adapters(reader):
+        opened = open_nemo(lora.base_of(reader, base))
+        return replace(opened, reader=lora.Merged(opened.reader, reader))
+    context = context_folder(reader.folder)
+    path = context / nemo_context.SOURCE_CONFIG
+    if not path.is_file():
+        raise DataError(f"{context} has no {path.name}; give a checkpoint that `slipway import` began")
+    config = read_config(path)
+    family = family_of(config, path)
+    model = family.rules(config)
+    found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
+    if found and all("adapter." in key for key in found):
+        raise DataError(f"{checkpoint} holds trained heads alone; `slipway extract-heads` reads those")
+    rules.check_tensors(found, model.megatron, str(reader.folder))
+    return Opened(config, family, model, reader)
+
+
+def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
+    """The Hugging Face parts of a cell of a NeMo checkpoint, in the dtypes that the family's rules give them."""
+    dtype = source.reader.tensors[cell.megatron[0].name].dtype
+    parts = cell.op.to_hf(tuple(map(source.reader.read, cell.megatron)))
+    return tuple(
+        as_dtype(part, dtype, source.model.hf[ref.name].dtype) for ref, part in zip(cell.hf, parts, strict=True)
+    )
+
+
+def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) -> tuple[Plan, Details]:
+    """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
+    source = open_nemo(checkpoint, base)
+    reader, model = source.reader, source.model
+    layout = huggingface.Layout(model.hf, shard_bytes)
+
+    def piece(cell: rules.Cell) -> Piece:
+        def work() -> Iterable[Write]:
+            for ref, part in zip(cell.hf, hf_parts(source, cell), strict=True):
+                yield (*layout.place(ref), data(part))
+
+        return Piece(sum(TensorInfo(r.shape(model.megatron[r.name].shape)).bytes for r in cell.megatron), work)
+
+    others = context_folder(reader.folder) / nemo_context.HF_FILES
+    plan = _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
+    return plan, {"files": len(plan.sizes)}
+
+
+def adapter_plan(checkpoint: Path, base: Path | None = None) -> tuple[Plan, Details]:
+    """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
+    reader = torch_dist.Reader(checkpoint)
+    if not lora.has_adapters(reader):
+        raise DataError(f"{checkpoint} holds no low-rank adapters; export it without --adapter")
+    folder = lora.base_of(reader, base)
+    files = lora.peft_adapter(reader, open_nemo(folder).model, folder.name)
+    return Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())]), {"files": len(files)}
+
+
+def context_folder(weights: Path) -> Path:
+    """The context folder that goes with a weights folder."""
+    return weights.parent / "context"
+
+
+def merge_plan(
+    heads: Mapping[str, Bits], heads_config: Mapping[str, Any], base: Path, shard_bytes: int
+) -> tuple[Plan, Details]:
+    """Plan of one model of base (`llm.*`) and heads (in BF16), in the form of AutoDeco."""
+    source = open_model(base)
+    config, model, reader = source.config, source.model, source.reader
+    if reader.quantized:
+        raise DataError(f"{base} is quantised; run `slipway dequant` on it and merge into its output")
+    if heads_config["temperature_hidden_size"] != config["hidden_size"]:
+        raise DataError(
+            f"the heads are for a hidden size of {heads_config['temperature_hidden_size']}, "
+            f"{base} has {config['hidden_size']}; take the base they were trained on"
+        )
+    tensors = {f"llm.{name}": reader.tensors[name] for name in model.hf}
+    tensors |= {name: TensorInfo(part.shape) for name, part in heads.items()}
+    layout = huggingface.Layout(tensors, shard_bytes)
+    refs = [ref for cell in model.cells for ref in cell.hf]
+    pieces = [_copy_piece(reader, layout, ref, Ref(f"llm.{ref.name}", ref.index, ref.rows)) for ref in refs]
+    pieces += [
+        Piece(part.nbytes, lambda n=name, p=part: [(*layout.place(Ref(n)), data(p))]) for name, part in heads.items()
+    ]
+    merged = {
+        **config,
+        **heads_config,
+        "base_model_type": config["model_type"],
+        "model_type": "autodeco",
+        "architectures": ["AutoDecoModelForCausalLM"],
+    }
+    plan = _hf_plan(layout, pieces, merged, base, reader.files(), "merge")
+    return plan, {"files": len(plan.sizes)}
+
+
+def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
+    """Read (and decode) one part and put it at its place."""
+    return Piece(reader.source_bytes(source), lambda: [(*layout.place(target), data(reader.read(source)))])
+
+
+def _hf_plan(
+    layout: huggingface.Layout,
+    pieces: list[Piece],
+    config: Mapping[str, Any],
+    others: Path,
+    sources: Iterable[Path],
+    verb: str,
+) -> Plan:
+    headers = [Piece(0, lambda: [(file, 0, header) for file, header in layout.headers.items()])]
+    small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    if (index := layout.index()) is not None:
+        small[huggingface.INDEX] = index
+    copies = {file.name: file for file in huggingface.other_files(others)} if others.is_dir() else {}
+    return Plan(layout.sizes, headers + pieces, small, copies, [verb, identity_of_files(sources)])

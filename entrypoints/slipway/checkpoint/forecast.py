@@ -1,0 +1,91 @@
+"""What a conversion would take: exact bytes and files from the plan, time from a sample of it that is carried out."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slipway.checkpoint.stream import Plan, in_parallel, write_errors
+from slipway.report import human_bytes, human_seconds
+
+SAMPLE_BYTES = 256_000_000
+
+
+@dataclass
+class Forecast:
+    """`seconds` and `planned_in` are seconds, everything else bytes or counts."""
+
+    command: str
+    out: str
+    reads: int
+    writes: int
+    files: int
+    pieces: int
+    free: int
+    seconds: float
+    planned_in: float
+
+    def __str__(self) -> str:
+        enough = "enough" if self.free >= self.writes else "NOT ENOUGH"
+        return (
+            f"{self.command}: would read {human_bytes(self.reads)} and write {human_bytes(self.writes)} "
+            f"in {self.files} files to {self.out}, {self.pieces} pieces, in about {human_seconds(self.seconds)}; "
+            f"{human_bytes(self.free)} are free: {enough} (planned in {self.planned_in:.1f} s)"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(plan: Plan, out: Path, command: str, memory: int, started: float) -> Forecast:
+    """Carry out some pieces of the plan, into a file that is removed, and reckon from them.
+
+    Args:
+        started: when planning began, by time.monotonic().
+    """
+    planned_in = time.monotonic() - started
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    reads = sum(piece.bytes for piece in plan.pieces)
+    copied = sum(source.stat().st_size for source in plan.copies.values())
+    return Forecast(
+        command=command,
+        out=str(out),
+        reads=reads,
+        writes=plan.bytes + copied,
+        files=len(plan.sizes) + len(plan.small) + len(plan.copies),
+        pieces=len(plan.pieces),
+        free=shutil.disk_usage(parent).free,
+        seconds=reads * _seconds_per_byte(plan, parent, memory),
+        planned_in=planned_in,
+    )
+
+
+def _seconds_per_byte(plan: Plan, folder: Path, memory: int) -> float:
+    """Of the source, measured on pieces taken at random: reading, decoding and writing as they overlap."""
+    numbers = list(range(len(plan.pieces)))
+    random.Random(0).shuffle(numbers)
+    sample: dict[int, int] = {}
+    for number in numbers:
+        if sum(sample.values()) >= SAMPLE_BYTES:
+            break
+        sample[number] = plan.pieces[number].bytes
+    with write_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        lock = threading.Lock()
+
+        def do(number: int) -> None:
+            for _, _, data in plan.pieces[number].work():
+                with lock:
+                    file.write(data)
+
+        started = time.monotonic()
+        in_parallel(sample, do, "forecast", memory)
+        file.flush()
+        os.fsync(file.fileno())
+        return (time.monotonic() - started) / max(1, sum(sample.values()))

@@ -1,0 +1,78 @@
+"""Trained decoding heads as files: extracted from a checkpoint, and read again to be merged with their base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slipway.checkpoint import huggingface, stream, torch_dist
+from slipway.errors import DataError
+from slipway.families import read_config
+from slipway.tensors.bits import as_dtype
+from slipway.tensors.refs import Ref
+
+FILE = "heads.safetensors"
+NAMES = [
+    f"{head}.mlp.{layer}.{kind}"
+    for head in ("temp_head", "top_p_head")
+    for layer in (0, 2)
+    for kind in ("weight", "bias")
+]
+ADAPTER = "adapter."
+FEATURES = 4
+
+
+def extract_plan(checkpoint: Path) -> tuple[stream.Plan, dict[str, Any]]:
+    """(plan of a folder with the heads of a training checkpoint, their number of tensors and parameters).
+
+    Nothing but the eight tensors is read. Errors: DataError where the checkpoint holds no heads.
+    """
+    reader = torch_dist.Reader(checkpoint)
+    if missing := [name for name in NAMES if ADAPTER + name not in reader.tensors]:
+        raise DataError(
+            f"{checkpoint} holds no trained heads ({ADAPTER}{missing[0]} is missing); "
+            "give a checkpoint of `slipway train --mode heads`"
+        )
+    heads = {name: reader.read(Ref(ADAPTER + name)) for name in NAMES}
+    content = huggingface.one_file({n: (part, reader.tensors[ADAPTER + n].dtype) for n, part in heads.items()})
+    config = (json.dumps(config_of(heads, _base_of(reader.folder)), indent=2) + "\n").encode()
+    plan = stream.Plan({}, [], {FILE: content, "config.json": config}, {}, ["extract-heads", str(reader.folder)])
+    return plan, {"tensors": len(heads), "parameters": sum(part.size for part in heads.values())}
+
+
+def config_of(heads: dict[str, Any], base: str) -> dict[str, Any]:
+    """The fields of an AutoDeco config.json that the heads decide."""
+    hidden_size = heads["temp_head.mlp.0.weight"].shape[1]
+    extra = heads["top_p_head.mlp.0.weight"].shape[1] - hidden_size - 1
+    if extra not in (0, FEATURES):
+        raise DataError(
+            f"the top-p head takes {extra} features beside hidden state and temperature; expected 0 or {FEATURES}"
+        )
+    return {
+        "enable_temperature_head": True,
+        "enable_top_p_head": True,
+        "use_enhanced_features": extra == FEATURES,
+        "base_model_name_or_path": base,
+        "temperature_hidden_size": hidden_size,
+        "top_p_hidden_size": hidden_size,
+    }
+
+
+def _base_of(weights: Path) -> str:
+    """The base model's name, as NeMo noted its path beside the heads."""
+    note = weights / "adapter_metadata.json"
+    return Path(json.loads(note.read_text())["model_ckpt_path"]).name if note.is_file() else ""
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(name → tensor in BF16, config fields) of a folder that `extract-heads` wrote; DataError for any other."""
+    if not (folder / FILE).is_file():
+        raise DataError(f"{folder} has no {FILE}; give a folder that `slipway extract-heads` wrote")
+    stored = huggingface.Reader(folder, huggingface.read_header(folder / FILE), {})
+    if set(stored.tensors) != set(NAMES):
+        odd = sorted(set(stored.tensors) ^ set(NAMES))[0]
+        raise DataError(f"{folder / FILE}: {odd} is missing or unexpected; extract the heads again")
+    tensors = {name: as_dtype(stored.read(Ref(name)), stored.tensors[name].dtype, "BF16") for name in NAMES}
+    base = read_config(folder / "config.json").get("base_model_name_or_path", "")
+    return tensors, config_of(tensors, base)

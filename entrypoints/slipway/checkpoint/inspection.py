@@ -1,0 +1,316 @@
+"""What a checkpoint of any known format holds, and what it lacks, from headers and metadata alone.
+
+Nothing that is missing stops the reading: every reader here notes it and goes on. Only what cannot be read at all
+is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slipway.checkpoint import huggingface, nemo_context
+from slipway.checkpoint.contents import Contents
+from slipway.checkpoint.convert import context_folder
+from slipway.checkpoint.heads import ADAPTER
+from slipway.checkpoint.heads import FILE as HEADS_FILE
+from slipway.checkpoint.heads import NAMES as HEADS
+from slipway.errors import DataError, UsageError
+from slipway.families import by_model_type, family_of, read_config
+from slipway.families.parts.decoder import has_mtp, is_tied, without_mtp
+from slipway.tensors.refs import TensorInfo
+
+BASE = "llm."  # before the base model's names in a model merged with heads
+MERGED_TYPE = "autodeco"
+OPTIMIZER = "optimizer."
+MXFP4_BLOCK = [32]
+MXFP4_SCALES = "_scales"
+
+
+def contents_of(path: Path) -> Contents:
+    """What lies at `path`; UsageError where nothing does, DataError where it cannot be read or is of no known kind."""
+    if path.is_file():
+        return _of_file(path)
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist; give a file or folder of a checkpoint")
+    if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
+        return _of_torch_dist(path)
+    if (path / HEADS_FILE).is_file():
+        return _of_heads(path)
+    if (path / huggingface.INDEX).is_file() or any(path.glob("*.safetensors")):
+        return _of_huggingface(path)
+    raise DataError(
+        f"{path} is no checkpoint of a known kind: it holds no *.safetensors and no weights/.metadata; is it complete?"
+    )
+
+
+# ---------------------------------------------------------------------------- safetensors
+
+
+def _of_file(file: Path) -> Contents:
+    """One file, whose scales or blocks may lie in another."""
+    stored = huggingface.read_header(file)
+    scales = (MXFP4_SCALES, *huggingface.FP8_SCALES)
+    tensors = {name: place.info for name, place in stored.items() if not name.endswith(scales)}
+    quantized = [name for name, info in tensors.items() if _scales(name, info)]
+    packed = sum(math.prod(tensors[name].shape) for name in quantized if name.endswith("_blocks"))
+    method, block = ("mxfp4", MXFP4_BLOCK) if packed else ("fp8", [])
+    return Contents(
+        path=str(file),
+        format="one safetensors file",
+        model="",
+        parameters=_parameters(tensors.values()) + packed,  # two to a byte
+        dtypes=_dtypes(place.info for place in stored.values()),
+        files={file.name: file.stat().st_size},
+        quantization={"method": method, "block": block, "tensors": len(quantized)} if quantized else None,
+    )
+
+
+def _of_heads(folder: Path) -> Contents:
+    file = folder / HEADS_FILE
+    found = {name: place.info for name, place in huggingface.read_header(file).items()}
+    problems = {} if (folder / "config.json").is_file() else {"missing files": ["config.json"]}
+    return Contents(
+        path=str(folder),
+        format="extracted heads",
+        model="temperature and top-p heads",
+        parameters=_parameters(found.values()),
+        dtypes=_dtypes(found.values()),
+        files={HEADS_FILE: file.stat().st_size},
+        checked="the heads' names",
+        problems=problems | _compare(found.keys(), HEADS),
+    )
+
+
+def _of_huggingface(folder: Path) -> Contents:
+    stored, problems = _stored_in(folder)
+    config: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        config = read_config(folder / "config.json")
+    else:
+        problems["missing files"] = [*problems.get("missing files", []), "config.json"]
+    reader, unscaled = _reader(folder, stored, config)
+    problems |= unscaled
+    wanted, checked = _wanted_of(config, folder / "config.json", reader.tensors)
+    if checked:
+        problems = _compare_infos(reader.tensors, wanted) | problems
+    merged = config.get("model_type") == MERGED_TYPE
+    base = sum(name.startswith(BASE) for name in reader.tensors)
+    return Contents(
+        path=str(folder),
+        format="Hugging Face, base merged with heads" if merged else "Hugging Face",
+        model=_model_name(config),
+        parameters=_parameters(reader.tensors.values()),
+        dtypes=_dtypes(place.info for place in stored.values()),
+        files={file.name: file.stat().st_size for file in sorted({place.file for place in stored.values()})},
+        parts={"base": base, "heads": len(reader.tensors) - base} if merged else {},
+        quantization=_quantization(reader, config),
+        checked=checked or ("the index" if (folder / huggingface.INDEX).is_file() else ""),
+        problems=problems,
+    )
+
+
+def _stored_in(folder: Path) -> tuple[dict[str, huggingface.Stored], dict[str, list[str]]]:
+    """What the files hold, and where they and the index disagree."""
+    index = folder / huggingface.INDEX
+    if not index.is_file():
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
+        where, missing = None, [huggingface.INDEX] if any("-of-" in file for file in files) else []
+    else:
+        where = huggingface.read_index(index)
+        named = sorted(set(where.values()))
+        files = [file for file in named if (folder / file).is_file()]
+        missing = [file for file in named if file not in files]
+    stored: dict[str, huggingface.Stored] = {}
+    twice = []
+    for file in files:
+        header = huggingface.read_header(folder / file)
+        twice += sorted(header.keys() & stored.keys())
+        stored = header | stored
+    problems = {"missing files": missing, "tensors twice": twice}
+    if where is not None:
+        problems["not in the files"] = [name for name in where if name not in stored]
+        problems["not in the index"] = sorted(
+            name for name, place in stored.items() if where.get(name) != place.file.name
+        )
+    return stored, _only_filled(problems)
+
+
+def _reader(
+    folder: Path, stored: Mapping[str, huggingface.Stored], config: Mapping[str, Any]
+) -> tuple[huggingface.Reader, dict[str, list[str]]]:
+    """A reader of all that can be decoded, and the scales that are missing for the rest."""
+    missing = {
+        name: scales[0]
+        for name, place in stored.items()
+        if (scales := _scales(name, place.info)) and not any(scale in stored for scale in scales)
+    }
+    reader = huggingface.Reader(folder, {n: place for n, place in stored.items() if n not in missing}, config)
+    return reader, _only_filled({"missing scales": sorted(missing.values())})
+
+
+def _scales(name: str, info: TensorInfo) -> list[str]:
+    """The names that the scales of this tensor may have; none where it needs none."""
+    if name.endswith("_blocks") and info.dtype == "U8":
+        return [name.removesuffix("_blocks") + MXFP4_SCALES]
+    return [name + suffix for suffix in huggingface.FP8_SCALES] if info.dtype in huggingface.FP8 else []
+
+
+def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Method, block size and number of tensors, as config.json and the tensors themselves say."""
+    about = config.get("quantization_config")
+    about = about if isinstance(about, dict) else {}
+    names = reader.quantized
+    if not names and not about:
+        return None
+    mxfp4 = any(f"{name}_blocks" in reader.stored for name in names)
+    block = MXFP4_BLOCK if mxfp4 else about.get("weight_block_size") or []
+    method = about.get("quant_method") or ("mxfp4" if mxfp4 else "fp8")
+    return {"method": str(method), "block": block, "tensors": len(names)}
+
+
+def _model_name(config: Mapping[str, Any]) -> str:
+    kind = config.get("base_model_type" if config.get("model_type") == MERGED_TYPE else "model_type")
+    return str(kind) if kind else ""
+
+
+def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the base inside a merged model; any other is its own."""
+    if config.get("model_type") != MERGED_TYPE:
+        return dict(config)
+    return {**config, "model_type": config.get("base_model_type")}
+
+
+def _wanted_of(
+    config: Mapping[str, Any], where: Path, found: Mapping[str, TensorInfo]
+) -> tuple[dict[str, TensorInfo | None], str]:
+    """The tensors that a config.json asks for (None: of any shape); nothing where no family knows its model_type."""
+    base = base_config(config)
+    if not _known(base):
+        return {}, ""
+    family = family_of(base, where)
+    prefix = BASE if config.get("model_type") == MERGED_TYPE else ""
+    names = [name.removeprefix(prefix) for name in found]
+    wanted = family.rules(base if has_mtp(base, names) else without_mtp(base)).hf
+    if is_tied(base) and "lm_head.weight" in names:  # some store the embedding twice
+        wanted = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}
+    return {prefix + name: info for name, info in wanted.items()} | dict.fromkeys(
+        HEADS if prefix else ()
+    ), "config.json"
+
+
+# ---------------------------------------------------------------------------- torch_dist
+
+
+def _of_torch_dist(path: Path) -> Contents:
+    from slipway.checkpoint import torch_dist
+
+    reader = torch_dist.Reader(path, whole=False)
+    parts = _parts(reader.tensors)
+    context = context_folder(reader.folder)
+    problems = _files_problems(reader.folder, reader.extents)
+    wanted, checked, model = _wanted_by_nemo(context, parts)
+    if checked:
+        problems = _compare_infos(parts["model"] | parts["heads"], wanted) | problems
+    files = {f.name: f.stat().st_size for f in reader.files() if f.is_file()}
+    return Contents(
+        path=str(path),
+        format=_nemo_format(context, parts),
+        model=model,
+        parameters=_parameters([*parts["model"].values(), *parts["heads"].values()]),
+        dtypes=_dtypes(reader.tensors.values()),
+        files=files,
+        parts={name: len(tensors) for name, tensors in parts.items() if tensors},
+        checked=checked,
+        problems=problems,
+    )
+
+
+def _parts(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    parts: dict[str, dict[str, TensorInfo]] = {"model": {}, "heads": {}, "optimizer": {}}
+    for key, info in tensors.items():
+        part = "optimizer" if key.startswith(OPTIMIZER) else "heads" if key.startswith(ADAPTER) else "model"
+        parts[part][key] = info
+    return parts
+
+
+def _nemo_format(context: Path, parts: Mapping[str, Any]) -> str:
+    kind = "NeMo checkpoint" if context.is_dir() else "torch_dist weights"
+    if parts["heads"] and not parts["model"]:
+        kind += " of trained heads"
+    return f"{kind} with the optimizer's state" if parts["optimizer"] else kind
+
+
+def _wanted_by_nemo(
+    context: Path, parts: Mapping[str, Mapping[str, TensorInfo]]
+) -> tuple[dict[str, TensorInfo | None], str, str]:
+    """(the tensors that should be there, what says so, the model's name)."""
+    path = context / nemo_context.SOURCE_CONFIG
+    config = read_config(path) if path.is_file() else {}
+    model = _model_name(config) or _nemo_class(context)
+    heads = dict.fromkeys(f"{ADAPTER}{name}" for name in HEADS) if parts["heads"] else {}
+    if heads and not parts["model"]:
+        return heads, "the heads' names", model
+    if not _known(config):
+        return {}, "", model
+    wanted: dict[str, TensorInfo | None] = {**family_of(config, path).rules(config).megatron}
+    return wanted | heads, f"context/{path.name}", model
+
+
+def _nemo_class(context: Path) -> str:
+    """The model's class by model.yaml, "" where it cannot be told."""
+    try:
+        lines = (context / "model.yaml").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("_target_:")).rpartition(".")[2]
+    except (OSError, ValueError, StopIteration):
+        return ""
+
+
+def _files_problems(folder: Path, extents: Mapping[str, int]) -> dict[str, list[str]]:
+    sizes = {name: (folder / name).stat().st_size for name in extents if (folder / name).is_file()}
+    cut_off = [
+        f"{name} ({size} of {extents[name]} bytes)" for name, size in sorted(sizes.items()) if size < extents[name]
+    ]
+    return _only_filled({"missing files": sorted(extents.keys() - sizes.keys()), "files cut off": cut_off})
+
+
+# ---------------------------------------------------------------------------- counting and comparing
+
+
+def _known(config: Mapping[str, Any]) -> bool:
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in by_model_type()
+
+
+def _parameters(infos: Iterable[TensorInfo]) -> int:
+    return sum(math.prod(info.shape) for info in infos)
+
+
+def _dtypes(infos: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
+    """dtype → (tensors, bytes), the largest first."""
+    counts: dict[str, tuple[int, int]] = {}
+    for info in infos:
+        count, size = counts.get(info.dtype, (0, 0))
+        counts[info.dtype] = (count + 1, size + info.bytes)
+    return dict(sorted(counts.items(), key=lambda item: -item[1][1]))
+
+
+def _compare(found: Iterable[str], wanted: Iterable[str]) -> dict[str, list[str]]:
+    found, wanted = set(found), set(wanted)
+    return _only_filled({"missing": sorted(wanted - found), "surplus": sorted(found - wanted)})
+
+
+def _compare_infos(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo | None]) -> dict[str, list[str]]:
+    """Missing and surplus names, and the tensors of another shape."""
+    misshapen = [
+        f"{name} {list(found[name].shape)}, not {list(info.shape)}"
+        for name, info in wanted.items()
+        if info and name in found and found[name].shape != info.shape
+    ]
+    return _compare(found, wanted) | _only_filled({"wrong shape": misshapen})
+
+
+def _only_filled(problems: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    return {kind: names for kind, names in problems.items() if names}

@@ -1,0 +1,172 @@
+"""Models by name. Wherever a command takes the folder of a model it takes these as well:
+
+hf://org/name[@revision]   a model of the Hugging Face hub, fetched into its cache; HF_HOME, HF_TOKEN, HF_ENDPOINT and
+                           HF_HUB_OFFLINE are the hub client's own
+hf:///folder               that folder
+nemo://name                $NEMO_MODELS_CACHE/name, else $NEMO_HOME/models/name, else ~/.cache/nemo/models/name, as
+                           NeMo has it
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from slipway.checkpoint.stream import existing_folder, write_errors
+from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError
+from slipway.report import LOG_INTERVAL_SECONDS
+
+HUB, NEMO = "hf://", "nemo://"
+TOKENIZER = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
+MODEL = ["*.safetensors", "*.py", *TOKENIZER]
+SUBFOLDERS = "*/*"  # the same weights in other formats
+ATTEMPTS = 5
+
+
+def locate(path: str, *, files: list[str] = MODEL) -> Path:
+    """The local path of what a command was given, fetched from the hub where it is there.
+
+    Args:
+        path: a path or a name of one of the forms above.
+        files: patterns of what to fetch.
+
+    Errors: UsageError for a model or revision that the hub does not have, PreflightError where it cannot be reached
+    or refuses access, Stopped where the download broke off, WriteError where the cache cannot be written.
+    """
+    if not path.startswith(HUB):
+        return nemo_path(path)
+    name = path.removeprefix(HUB)
+    if name.startswith("/"):
+        return Path(name)
+    repository, _, revision = name.partition("@")
+    return _fetch(repository, revision or "main", files)
+
+
+def folder(path: str) -> Path:
+    """The existing folder of a Hugging Face model."""
+    return existing_folder(str(locate(path)))
+
+
+def nemo_folder(path: str) -> Path:
+    """The existing folder of a NeMo checkpoint."""
+    return existing_folder(str(nemo_path(path)))
+
+
+def output(path: str) -> Path:
+    """Where a command writes."""
+    if path.startswith(HUB):
+        raise UsageError(f"{path} cannot be written to; give a folder, or {NEMO}NAME")
+    return nemo_path(path)
+
+
+def nemo_path(path: str) -> Path:
+    """The path of a NeMo checkpoint, there or not."""
+    if path.startswith(HUB + "/"):
+        return Path(path.removeprefix(HUB))
+    if path.startswith(HUB):
+        name = path.removeprefix(HUB).partition("@")[0]
+        raise UsageError(
+            f"{path} is a Hugging Face model, a NeMo checkpoint is needed; run `slipway import {path} {NEMO}{name}`"
+        )
+    if not path.startswith(NEMO):
+        return Path(path)
+    name = path.removeprefix(NEMO)
+    if not name.strip("/") or name.startswith("/") or ".." in Path(name).parts:
+        raise UsageError(f"{path} names no model; give {NEMO}NAME")
+    home = os.environ.get("NEMO_HOME") or Path.home() / ".cache" / "nemo"
+    return Path(os.environ.get("NEMO_MODELS_CACHE") or Path(home) / "models") / name
+
+
+# ---------------------------------------------------------------------------- the hub
+
+
+def _fetch(repository: str, revision: str, files: list[str]) -> Path:
+    """The snapshot's folder in the hub's cache; a download that breaks off goes on where it was."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    huggingface_hub.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of a disk about to be full, before it is an error
+    where = f"{HUB}{repository}@{revision}"
+    for attempt in range(ATTEMPTS):
+        try:
+            with write_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+                return Path(
+                    huggingface_hub.snapshot_download(
+                        repository,
+                        revision=revision,
+                        allow_patterns=files,
+                        ignore_patterns=[SUBFOLDERS],
+                        **_progress(),
+                    )
+                )
+        except HFValidationError:
+            raise UsageError(f"{where} is no name of a model; give {HUB}ORG/NAME") from None
+        except (OSError, RuntimeError) as error:  # the client's own, and those of the protocol for large files
+            if (known := _explained(error, where)) is not None:
+                raise known from None
+            reason = type(error).__name__
+        time.sleep(2**attempt / 10)
+    raise Stopped(
+        f"{where}: the download broke off {ATTEMPTS} times ({reason}); "
+        "run the same command again, it goes on where it was"
+    )
+
+
+def _explained(error: Exception, where: str) -> SlipwayError | None:
+    """The error as a person needs it; None where trying again may help."""
+    from huggingface_hub import constants, errors
+
+    status = _status(error)
+    endpoint = constants.ENDPOINT
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return PreflightError(
+            f"{where}: {endpoint} refuses access; accept the model's terms on its page and set HF_TOKEN to your token"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UsageError(f"{where}: {endpoint} has no such model; mend the name, or set HF_TOKEN if it is private")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UsageError(f"{where}: the model has no such revision; give one of its branches, tags or commits")
+    if status == 401:
+        return PreflightError(f"{where}: {endpoint} refuses the token; set HF_TOKEN to a valid one")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE:
+            return PreflightError(f"{where} is not in {constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE to fetch it")
+        if status is None:
+            return PreflightError(f"{where}: {endpoint} cannot be reached; mend the network, the proxy or HF_ENDPOINT")
+    if status is not None and status != 429:
+        return PreflightError(f"{where}: {endpoint} answers with status {status}; try again later")
+    return None
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error of the hub's client, which hides some in the cause of another."""
+    while error is not None:
+        response: Any = getattr(error, "response", None)
+        if response is not None:
+            return response.status_code
+        error = error.__cause__
+    return None
+
+
+def _progress() -> dict[str, Any]:
+    """Bars on a terminal; in a log, a line every so often."""
+    if sys.stderr.isatty():
+        return {}
+    from huggingface_hub.utils import disable_progress_bars, tqdm
+
+    disable_progress_bars("huggingface_hub")
+
+    class Lines(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "mininterval": LOG_INTERVAL_SECONDS, "file": StringIO()})
+
+        def display(self, *_: Any, **__: Any) -> None:
+            print(f"fetch: {self.n} of {self.total} files", file=sys.stderr, flush=True)
+
+    return {"tqdm_class": Lines}

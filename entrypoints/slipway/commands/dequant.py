@@ -1,0 +1,45 @@
+"""`slipway dequant`: a quantised Hugging Face model → its BF16 form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from slipway.checkpoint.forecast import Forecast
+from slipway.report import Summary
+
+
+def dequant(
+    src: str,
+    dst: str,
+    *,
+    shard_size: str = "5GB",
+    memory: str = "1GB",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dry_run: bool = False,
+) -> Summary | Forecast:
+    """Write the BF16 form of a quantised (MXFP4 or FP8) Hugging Face model.
+
+    Every other file of the model is kept; config.json loses its quantization_config. If the command is interrupted,
+    run it again: it continues.
+
+    Args:
+        src: folder of the model, or hf://org/name[@revision].
+        dst: folder to write.
+        shard_size: largest safetensors file.
+        memory: memory for the tensors in work.
+        device: what decodes; auto = every GPU there is, else the CPU.
+        dry_run: plan, measure on a small sample, and print bytes, files and time; nothing is written.
+    """
+    from slipway.checkpoint import convert, locate
+    from slipway.checkpoint.job import carry_out
+    from slipway.checkpoint.quantization import devices
+    from slipway.checkpoint.stream import parse_size
+
+    limit = parse_size(shard_size, "--shard-size")
+    return carry_out(
+        "dequant",
+        dst,
+        memory,
+        lambda: convert.dequant_plan(locate.folder(src), limit, devices(device)),
+        dry_run=dry_run,
+    )

@@ -1,0 +1,254 @@
+"""DeepSeek V3 and V3.1: latent attention (MLA), dense layers first, then routed and shared experts, and one layer more
+for multi-token prediction (MTP).
+
+Facts: the router's correction bias is float32 and stays so, for BF16 would make distinct biases equal. The MTP layer is
+numbered after the last; in Hugging Face's form it holds copies of the embedding and of the output layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import DataError
+from slipway.families.parts import checks, decoder
+from slipway.families.parts.checks import Config
+from slipway.families.parts.decoder import mtp_layers
+from slipway.families.parts.quantized import Fp8
+from slipway.families.parts.rules import Rules, Scope
+
+NAME = "deepseek_v3"
+MODEL_TYPES = ("deepseek_v3",)
+REQUIRED = {
+    **decoder.REQUIRED,
+    "q_lora_rank": int,
+    "kv_lora_rank": int,
+    "qk_nope_head_dim": int,
+    "qk_rope_head_dim": int,
+    "v_head_dim": int,
+    "moe_intermediate_size": int,
+    "n_routed_experts": int,
+    "n_shared_experts": int,
+    "num_experts_per_tok": int,
+    "n_group": int,
+    "topk_group": int,
+    "routed_scaling_factor": (int, float),
+}
+QUANTIZED = (*decoder.PROJECTIONS, *(f"{part}.weight" for part in ("q_a_proj", "q_b_proj", "kv_b_proj", "with_mqa")))
+FORM = Fp8(block=(32, 48))  # small, for tiny models
+
+
+def check(c: Config, where: Path) -> None:
+    """DataError for what the fields cannot be together, or for what Megatron computes in another way."""
+    checks.check_only(
+        c, where, hidden_act="silu", attention_bias=False, rope_interleave=True, tie_word_embeddings=False,
+        moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True,
+        rms_norm_eps=1e-6,  # the latent norms' own, whatever config.json says
+        num_key_value_heads=c["num_attention_heads"],
+    )  # fmt: skip
+    checks.check_count(c, where, "first_k_dense_replace", c["num_hidden_layers"] - 1)
+    if decoder.MTP in c:
+        checks.check_count(c, where, decoder.MTP, 64)
+    _check_routing(c, where)
+    if c.get("rope_scaling") is not None:
+        _check_yarn(c, where)
+
+
+def _check_routing(c: Config, where: Path) -> None:
+    if c["n_routed_experts"] % c["n_group"]:
+        raise DataError(f"{where}: n_routed_experts is no multiple of n_group")
+    if not 1 < c["num_experts_per_tok"] <= c["n_routed_experts"] // c["n_group"] * min(c["topk_group"], c["n_group"]):
+        raise DataError(f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}, which the groups cannot give")
+    if _grouped(c) and c["num_experts_per_tok"] // c["topk_group"] != 2:
+        raise DataError(
+            f"{where}: num_experts_per_tok must be twice topk_group: a group's score is the sum of its best two, "
+            "and Megatron takes the best num_experts_per_tok / topk_group"
+        )
+
+
+def _grouped(c: Config) -> bool:
+    """The router first chooses some of the experts' groups."""
+    return c["topk_group"] < c["n_group"]
+
+
+def _check_yarn(c: Config, where: Path) -> None:
+    checks.check_rope_type(c, where, "yarn")
+    yarn = c["rope_scaling"]
+    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    checks.check_section(c, where, "rope_scaling", ("factor", "original_max_position_embeddings"))
+    checks.check_section(c, where, "rope_scaling", tuple(field for field in optional if yarn.get(field)))
+    if bool(yarn.get("mscale")) != bool(yarn.get("mscale_all_dim")):
+        raise DataError(f"{where}: rope_scaling has one of mscale and mscale_all_dim; both or neither are known")
+    for field, known in (("attention_factor", None), ("truncate", True)):
+        if yarn.get(field, known) != known:
+            raise DataError(f"{where}: field rope_scaling.{field} is {yarn[field]!r}; only {known!r} is known")
+
+
+# ---------------------------------------------------------------------------- rules
+
+
+def rules(c: Config) -> Rules:
+    """How every Hugging Face tensor becomes Megatron's: a key for every layer, as they are not all alike."""
+    h, v, layers = c["hidden_size"], c["vocab_size"], c["num_hidden_layers"]
+    model, ahead = Scope(Rules()), range(layers, layers + mtp_layers(c))
+    embedding = ["model.embed_tokens.weight", *(f"model.layers.{n}.embed_tokens.weight" for n in ahead)]
+    output = ["lm_head.weight", *(f"model.layers.{n}.shared_head.head.weight" for n in ahead)]
+    model.copied(embedding, "embedding.word_embeddings.weight", v, h)
+    model.copied(output, "output_layer.weight", v, h)
+    decoder.final_norm(model, c)
+    for n in range(layers):
+        layer = model.within(f"model.layers.{n}.", f"decoder.layers.{n}.")
+        _attention(layer, c)
+        if n < c["first_k_dense_replace"]:
+            decoder.dense_mlp(layer, c)
+        else:
+            _experts(layer, c)
+    for n in ahead:
+        _mtp(model.within(f"model.layers.{n}.", f"mtp.layers.{n - layers}."), c)
+    return model.rules
+
+
+def _attention(layer: Scope, c: Config) -> None:
+    """Latent attention: queries, and keys with values, go through a small space with a norm of its own."""
+    h, heads, q, kv = c["hidden_size"], c["num_attention_heads"], c["q_lora_rank"], c["kv_lora_rank"]
+    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    layer.same("input_layernorm.weight", "input_layernorm.weight", h)
+    layer.state("input_layernorm")
+    module = layer.within("self_attn.", "self_attention.")
+    module.same("q_a_proj.weight", "linear_q_down_proj.weight", q, h)
+    module.same("q_a_layernorm.weight", "linear_q_up_proj.layer_norm_weight", q)
+    module.same("q_b_proj.weight", "linear_q_up_proj.weight", heads * (nope + rope), q)
+    module.same("kv_a_proj_with_mqa.weight", "linear_kv_down_proj.weight", kv + rope, h)
+    module.same("kv_a_layernorm.weight", "linear_kv_up_proj.layer_norm_weight", kv)
+    module.same("kv_b_proj.weight", "linear_kv_up_proj.weight", heads * (nope + value), kv)
+    module.same("o_proj.weight", "linear_proj.weight", h, heads * value)
+    module.state("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+
+
+def _experts(layer: Scope, c: Config) -> None:
+    h, f = c["hidden_size"], c["moe_intermediate_size"]
+    decoder.norm_before_experts(layer, c)
+    decoder.experts(layer, h, f, c["n_routed_experts"])
+    layer.same("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", c["n_routed_experts"], dtype="F32")
+    decoder.gated_mlp(layer.within("mlp.shared_experts.", "mlp.shared_experts."), h, f * c["n_shared_experts"])
+
+
+def _mtp(ahead: Scope, c: Config) -> None:
+    """Multi-token prediction: a layer over the hidden states joined with the next token's embedding."""
+    h = c["hidden_size"]
+    ahead.same("eh_proj.weight", "eh_proj.weight", h, 2 * h)
+    for name, key in (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head.norm", "final_layernorm")):
+        ahead.same(f"{name}.weight", f"{key}.weight", h)
+    ahead.state("eh_proj", "enorm", "hnorm", "final_layernorm")
+    layer = ahead.within("", "transformer_layer.")
+    _attention(layer, c)
+    layer.state("self_attention.core_attention")
+    _experts(layer, c)
+
+
+# ---------------------------------------------------------------------------- NeMo
+
+
+def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
+    """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
+    module = "nemo.collections.llm.gpt.model.deepseek"
+    dense, h_expert = c["first_k_dense_replace"], c["moe_intermediate_size"]
+    return (
+        f"{module}:DeepSeekModel",
+        f"{module}:DeepSeekV3Config",
+        {
+            **decoder.nemo_fields(c),
+            "kv_channels": c["v_head_dim"],
+            "q_lora_rank": c["q_lora_rank"],
+            "kv_lora_rank": c["kv_lora_rank"],
+            "qk_head_dim": c["qk_nope_head_dim"],
+            "qk_pos_emb_head_dim": c["qk_rope_head_dim"],
+            "v_head_dim": c["v_head_dim"],
+            "moe_ffn_hidden_size": h_expert,
+            "moe_shared_expert_intermediate_size": h_expert * c["n_shared_experts"],
+            "moe_layer_freq": [0] * dense + [1] * (c["num_hidden_layers"] - dense),
+            "num_moe_experts": c["n_routed_experts"],
+            "moe_router_topk": c["num_experts_per_tok"],
+            "moe_router_num_groups": c["n_group"] if _grouped(c) else None,
+            "moe_router_group_topk": c["topk_group"] if _grouped(c) else None,
+            "moe_router_topk_scaling_factor": c["routed_scaling_factor"],
+            "max_position_embeddings": c["max_position_embeddings"],
+            "moe_permute_fusion": False,  # a kernel that Triton 3.6 cannot give
+            **_rope(c),
+            **_prediction(c),
+        },
+    )
+
+
+def _rope(c: Config) -> dict[str, Any]:
+    if (yarn := c.get("rope_scaling")) is None:
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": float(yarn["factor"]),
+        "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+        "beta_fast": float(yarn.get("beta_fast") or 32),
+        "beta_slow": float(yarn.get("beta_slow") or 1),
+        "mscale": float(yarn.get("mscale") or 1),
+        "mscale_all_dim": float(yarn.get("mscale_all_dim") or 0),
+    }
+
+
+def _prediction(c: Config) -> dict[str, Any]:
+    if not mtp_layers(c):
+        return {}
+    # NeMo leaves the factor empty, and the loss fails; 0.1 is what the model was trained with at the end.
+    return {"mtp_num_layers": mtp_layers(c), "mtp_loss_scaling_factor": 0.1}
+
+
+def tiny_config() -> dict[str, Any]:
+    """A model of the same make with about 190,000 parameters: one dense layer, two with experts, one for MTP."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 112,
+        "kv_lora_rank": 40,
+        "max_position_embeddings": 2560,
+        "moe_intermediate_size": 32,
+        "moe_layer_freq": 1,
+        "n_group": 4,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 48,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "v_head_dim": 32,
+        "vocab_size": 512,
+    }

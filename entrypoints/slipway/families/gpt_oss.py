@@ -1,0 +1,154 @@
+"""gpt-oss (20b, 120b): mixture of experts with sinks, sliding windows on every other layer, biases everywhere.
+
+Facts: Hugging Face's BF16 form stores the experts' matrices as [experts, in, out], the rows (there: columns) of
+gate and up in turn; Megatron stores [out, in] with gate before up. `down_proj` is square in the real models, so a
+transpose forgotten there shows in no shape, only in a forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import DataError
+from slipway.families.parts import checks, decoder
+from slipway.families.parts.checks import Config
+from slipway.families.parts.quantized import Mxfp4
+from slipway.families.parts.rules import SAME, AlternatingRows, Cell, Rules, Scope, Transposed
+
+NAME = "gpt_oss"
+MODEL_TYPES = ("gpt_oss",)
+REQUIRED = {
+    **decoder.REQUIRED,
+    "head_dim": int,
+    "num_local_experts": int,
+    "num_experts_per_tok": int,
+    "sliding_window": int,
+    "layer_types": list,
+    "rope_scaling": dict,
+}
+QUANTIZED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+FORM = Mxfp4()
+
+
+def check(c: Config, where: Path) -> None:
+    """DataError for what the fields cannot be together."""
+    checks.check_heads(c, where)
+    if len(c["layer_types"]) != c["num_hidden_layers"]:
+        raise DataError(f"{where}: layer_types has {len(c['layer_types'])} entries for {c['num_hidden_layers']} layers")
+    checks.check_rope_type(c, where, "yarn")
+    yarn = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    checks.check_section(c, where, "rope_scaling", yarn)
+
+
+def rules(c: Config) -> Rules:
+    """How every Hugging Face tensor becomes Megatron's."""
+    h, e = c["hidden_size"], c["num_local_experts"]
+    model = Scope(Rules())
+    decoder.embeddings(model, c)
+    for layer in decoder.stacked_layers(model, c):
+        decoder.attention(layer, c, qkv_bias=True, proj_bias=True)
+        layer.same("self_attn.sinks", "self_attention.core_attention.softmax_offset", c["num_attention_heads"])
+        layer.state("self_attention.core_attention")
+        decoder.norm_before_experts(layer, c)
+        layer.same("mlp.router.weight", "mlp.router.weight", e, h)
+        layer.same("mlp.router.bias", "mlp.router.bias", e)
+        _experts(layer.within("mlp.experts.", "mlp.experts.experts."), h, c["intermediate_size"], e)
+    return model.rules
+
+
+def _experts(module: Scope, h: int, f: int, count: int) -> None:
+    """All experts of a layer, which Hugging Face stacks too."""
+    gate_up, down = module.source("gate_up_proj", count, h, 2 * f), module.source("down_proj", count, f, h)
+    gate_up_bias, down_bias = (
+        module.source("gate_up_proj_bias", count, 2 * f),
+        module.source("down_proj_bias", count, h),
+    )
+    for number in range(count):
+        expert = module.stacked("", "", number, count)
+        for source, kind, width, op in (
+            (gate_up, "weight", (h,), Transposed(AlternatingRows())),
+            (gate_up_bias, "bias", (), AlternatingRows()),
+        ):
+            fc1 = expert.target(f"linear_fc1.{kind}", 2 * f, *width)
+            halves = replace(fc1, rows=(0, f)), replace(fc1, rows=(f, 2 * f))
+            module.rules.cells.append(Cell((replace(source, index=(number,)),), halves, op))
+        for source, kind, width, op in ((down, "weight", (f,), Transposed()), (down_bias, "bias", (), SAME)):
+            fc2 = expert.target(f"linear_fc2.{kind}", h, *width)
+            module.rules.cells.append(Cell((replace(source, index=(number,)),), (fc2,), op))
+        expert.state("linear_fc1", "linear_fc2")
+
+
+def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
+    """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
+    module = "nemo.collections.llm.gpt.model.gpt_oss"
+    yarn = c["rope_scaling"]
+    sliding = [int(kind == "sliding_attention") for kind in c["layer_types"]]
+    return (
+        f"{module}:GPTOSSModel",
+        f"{module}:GPTOSSConfig",
+        {
+            **decoder.nemo_fields(c),
+            "moe_ffn_hidden_size": c["intermediate_size"],
+            "num_moe_experts": c["num_local_experts"],
+            "moe_router_topk": c["num_experts_per_tok"],
+            "yarn_rotary_scaling_factor": float(yarn["factor"]),
+            "yarn_original_max_position_embeddings": yarn["original_max_position_embeddings"],
+            "yarn_beta_fast": float(yarn["beta_fast"]),
+            "yarn_beta_slow": float(yarn["beta_slow"]),
+            # Cosine and sine are multiplied by 0.1·ln(factor) + 1; NeMo's own default cancels that out.
+            "yarn_mscale": 1.0,
+            "yarn_mscale_all_dim": 0.0,
+            "yarn_correction_range_round_to_int": bool(yarn.get("truncate", True)),
+            "window_size": (c["sliding_window"] - 1, 0),  # the token itself is one of Hugging Face's
+            "window_attn_skip_freq": sliding,
+            # As shipped, the class asks for kernels that Triton 3.6 or a machine without a GPU cannot give.
+            "bias_activation_fusion": False,
+            "moe_permute_fusion": False,
+        },
+    )
+
+
+def tiny_config() -> dict[str, Any]:
+    """A model of the same make with about 130,000 parameters; down_proj is not square."""
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "experts_per_token": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initial_context_length": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 96,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 16,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 512,
+    }

@@ -1,0 +1,85 @@
+"""Llama 3 and 3.1 (8b, 70b, 405b): dense, with the rope scaling `llama3`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slipway.families.parts import checks, decoder
+from slipway.families.parts.checks import Config
+from slipway.families.parts.quantized import CompressedTensors
+from slipway.families.parts.rules import Rules
+
+NAME = "llama31"
+MODEL_TYPES = ("llama",)
+REQUIRED = decoder.REQUIRED
+QUANTIZED = decoder.PROJECTIONS
+FORM = CompressedTensors()
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def check(c: Config, where: Path) -> None:
+    """DataError for what the fields cannot be together."""
+    checks.check_heads(c, where)
+    checks.check_only(c, where, hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0)
+    if c.get("rope_scaling") is not None:
+        checks.check_rope_type(c, where, "llama3")
+        checks.check_section(c, where, "rope_scaling", SCALING)
+
+
+def rules(c: Config) -> Rules:
+    """How every Hugging Face tensor becomes Megatron's."""
+    return decoder.dense_rules(c)
+
+
+def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
+    """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
+    module, fields = "nemo.collections.llm.gpt.model.llama", decoder.nemo_fields(c)
+    if (scaling := c.get("rope_scaling")) is None:
+        return f"{module}:LlamaModel", f"{module}:Llama3Config", fields
+    return (
+        f"{module}:LlamaModel",
+        f"{module}:Llama31Config",
+        {
+            **fields,
+            "scale_factor": scaling["factor"],
+            "low_freq_factor": scaling["low_freq_factor"],
+            "high_freq_factor": scaling["high_freq_factor"],
+            "old_context_len": scaling["original_max_position_embeddings"],
+        },
+    )
+
+
+def tiny_config() -> dict[str, Any]:
+    """A model of the same make with about 120,000 parameters."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 112,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 512,
+    }

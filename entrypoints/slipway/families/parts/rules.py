@@ -1,0 +1,270 @@
+"""The rules that relate Hugging Face tensors to Megatron's, each in both directions.
+
+A family lists cells. A cell joins some parts of Hugging Face tensors to some parts of Megatron tensors by an
+operation that can be undone; import runs it forward, export backward, so there is one table for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from slipway.errors import DataError
+from slipway.tensors.bits import Bits, contiguous, empty
+from slipway.tensors.refs import Ref, TensorInfo
+
+MAX_CELL_BYTES = 32 << 20
+FLOATS = ("BF16", "F16", "F32")
+
+
+class _Same:
+    """One tensor, unchanged."""
+
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return parts
+
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return parts
+
+
+SAME = _Same()
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """Another operation behind a matrix that Hugging Face stores the other way round."""
+
+    inner: _Same | AlternatingRows = SAME
+
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return self.inner.to_megatron(tuple(part.swapaxes(-1, -2) for part in parts))
+
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return tuple(part.swapaxes(-1, -2) for part in self.inner.to_hf(parts))
+
+
+class AlternatingRows:
+    """gate_up with the rows of gate and up in turn ↔ gate, up."""
+
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        (both,) = parts
+        return both[::2], both[1::2]
+
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        gate, up = parts
+        both = empty((2 * len(gate), *gate.shape[1:]), gate.dtype)
+        both[::2], both[1::2] = gate, up
+        return (both,)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQKV:
+    """q, k, v ↔ the rows of each KV group in turn: its queries, its key, its value.
+
+    Args:
+        groups: KV groups.
+        queries: query rows of one group (query heads per group × head size).
+        head_dim: rows of one key or value head.
+    """
+
+    groups: int
+    queries: int
+    head_dim: int
+
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        whole = empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        np.concatenate([_grouped(part, self.groups) for part in parts], axis=1, out=_grouped(whole, self.groups))
+        return (whole,)
+
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        (both,) = parts
+        cuts = [self.queries, self.queries + self.head_dim]
+        parts = np.split(_grouped(both, self.groups), cuts, axis=1)
+        return tuple(contiguous(part).reshape(-1, *part.shape[2:]) for part in parts)
+
+
+def _grouped(part: Bits, groups: int) -> Bits:
+    """[groups, rows of one, …] from [rows, …]."""
+    return part.reshape(groups, -1, *part.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Tensors that Hugging Face stores more than once ↔ one.
+
+    Args:
+        names: of the Hugging Face tensors.
+    """
+
+    names: tuple[str, ...]
+
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        for name, part in zip(self.names[1:], parts[1:], strict=True):
+            if not (part == parts[0]).all():
+                raise DataError(f"tensor {name} is not the copy of {self.names[0]} that it should be; fetch it again")
+        return parts[:1]
+
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        return parts * len(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Parts of Hugging Face tensors, the operation, parts of Megatron tensors."""
+
+    hf: tuple[Ref, ...]
+    megatron: tuple[Ref, ...]
+    op: _Same | Transposed | AlternatingRows | GroupedQKV | Copies = SAME
+
+
+def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: _Same | Copies = SAME) -> Iterator[Cell]:
+    """Cells that carry a tensor (or equal tensors) over unchanged, in row blocks of bounded size.
+
+    Args:
+        info: of one Hugging Face tensor, all of which `hf` names.
+        megatron: its rows, if any, are where the tensor's rows go.
+    """
+    step = max(1, MAX_CELL_BYTES * info.shape[0] // (info.bytes * len(hf)))
+    if step >= info.shape[0]:
+        yield Cell(hf, (megatron,), op)
+        return
+    at = megatron.rows[0] if megatron.rows else 0
+    for start in range(0, info.shape[0], step):
+        stop = min(start + step, info.shape[0])
+        parts = tuple(replace(ref, rows=(start, stop)) for ref in hf)
+        yield Cell(parts, (replace(megatron, rows=(at + start, at + stop)),), op)
+
+
+def qkv_by_groups(hf: tuple[Ref, ...], megatron: Ref, op: GroupedQKV, row_bytes: int) -> Iterator[Cell]:
+    """Cells that join whole tensors q, k and v to Megatron's, some KV groups at a time.
+
+    Args:
+        op: for all groups.
+        row_bytes: size of one row.
+    """
+    sizes = (op.queries, op.head_dim, op.head_dim)
+    step = max(1, MAX_CELL_BYTES // (2 * sum(sizes) * row_bytes))  # in memory twice: the parts, and joined
+    if step >= op.groups:
+        yield Cell(hf, (megatron,), op)
+        return
+    for first in range(0, op.groups, step):
+        last = min(first + step, op.groups)
+        parts = tuple(replace(ref, rows=(first * size, last * size)) for ref, size in zip(hf, sizes, strict=True))
+        rows = (first * sum(sizes), last * sum(sizes))
+        yield Cell(parts, (replace(megatron, rows=rows),), replace(op, groups=last - first))
+
+
+@dataclass
+class Rules:
+    """Every tensor of a model on both sides, and the cells that relate them.
+
+    Args:
+        hf: name → TensorInfo of the BF16 form.
+        megatron: key → TensorInfo, without NeMo's prefix `module.`.
+        extra_state: keys for which Transformer Engine expects an entry.
+    """
+
+    hf: dict[str, TensorInfo] = field(default_factory=dict)
+    megatron: dict[str, TensorInfo] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    extra_state: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A module on both sides, and the rules that its tensors are added to.
+
+    Args:
+        hf, megatron: what its tensors' names begin with.
+        index, stack: its place in a stack of such modules under one key, and that stack's sizes.
+    """
+
+    rules: Rules
+    hf: str = ""
+    megatron: str = ""
+    index: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+
+    def within(self, hf: str, megatron: str) -> Scope:
+        """A module inside."""
+        return replace(self, hf=self.hf + hf, megatron=self.megatron + megatron)
+
+    def stacked(self, hf: str, megatron: str, place: int, count: int) -> Scope:
+        """A module inside that Megatron stacks with its like."""
+        return replace(self.within(hf, megatron), index=(*self.index, place), stack=(*self.stack, count))
+
+    def source(self, name: str, *shape: int, dtype: str = "BF16") -> Ref:
+        """A Hugging Face tensor."""
+        self.rules.hf[self.hf + name] = TensorInfo(shape, dtype)
+        return Ref(self.hf + name)
+
+    def target(self, key: str, *shape: int, dtype: str = "BF16") -> Ref:
+        """This module's part of a Megatron tensor."""
+        self.rules.megatron[self.megatron + key] = TensorInfo((*self.stack, *shape), dtype)
+        return Ref(self.megatron + key, self.index)
+
+    def same(self, name: str, key: str, *shape: int, dtype: str = "BF16") -> None:
+        """A tensor that goes over unchanged."""
+        target = self.target(key, *shape, dtype=dtype)
+        self.rules.cells += by_rows((self.source(name, *shape, dtype=dtype),), target, TensorInfo(shape, dtype))
+
+    def copied(self, names: Iterable[str], key: str, *shape: int) -> None:
+        """Tensors that are all equal."""
+        parts = tuple(self.source(name, *shape) for name in names)
+        op = Copies(tuple(ref.name for ref in parts))
+        self.rules.cells += by_rows(parts, self.target(key, *shape), TensorInfo(shape), op)
+
+    def joined(self, names: Iterable[str], key: str, rows: int, *width: int) -> None:
+        """Tensors of the same shape that stand one below the other in Megatron's."""
+        names = list(names)
+        target = self.target(key, len(names) * rows, *width)
+        for number, name in enumerate(names):
+            part = replace(target, rows=(number * rows, (number + 1) * rows))
+            self.rules.cells += by_rows((self.source(name, rows, *width),), part, TensorInfo((rows, *width)))
+
+    def state(self, *modules: str) -> None:
+        """Modules of Transformer Engine's, which asks for an entry of extra state for each."""
+        place = ".".join(map(str, self.index or (0,))) + "_" + ".".join(map(str, self.stack or (1,)))
+        self.rules.extra_state += [f"{self.megatron}{module}._extra_state/shard_{place}" for module in modules]
+
+
+def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], where: str) -> None:
+    """DataError that names the first tensor of `where` that is missing, surplus or of another shape."""
+    for name in wanted.keys() & found.keys():
+        if found[name].dtype not in FLOATS:
+            raise DataError(
+                f"{where}: tensor {name} is stored as {found[name].dtype}, which is no known form of weights; "
+                f"known are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
+            )
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise DataError(
+            f"{where}: tensor {missing[0]} is missing{_more(missing)}; "
+            "is the download complete and config.json its own?"
+        )
+    if surplus := sorted(found.keys() - wanted.keys()):
+        raise DataError(
+            f"{where}: tensor {surplus[0]} has no place in the model{_more(surplus)}; is config.json its own?"
+        )
+    for name, info in wanted.items():
+        if found[name].shape != info.shape:
+            raise DataError(
+                f"{where}: tensor {name} has shape {list(found[name].shape)}, config.json asks for {list(info.shape)}"
+            )
+
+
+def check_coverage(cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> None:
+    """AssertionError unless the cells cover every element of every tensor of both sides, counted by bytes."""
+    covered = {("hf", name): 0 for name in hf} | {("megatron", name): 0 for name in megatron}
+    for cell in cells:
+        for side, refs, infos in (("hf", cell.hf, hf), ("megatron", cell.megatron, megatron)):
+            for ref in refs:
+                info = infos[ref.name]
+                covered[side, ref.name] += TensorInfo(ref.shape(info.shape), info.dtype).bytes
+    for (side, name), size in covered.items():
+        assert size == (hf if side == "hf" else megatron)[name].bytes, f"{side} tensor {name} is not covered once"
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,62 @@
+"""Qwen 2.5 (0.5b to 72b): dense, with biases on q, k and v; the small ones tie the output layer to the embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slipway.families.parts import checks, decoder
+from slipway.families.parts.checks import Config
+from slipway.families.parts.quantized import CompressedTensors
+from slipway.families.parts.rules import Rules
+
+NAME = "qwen25"
+MODEL_TYPES = ("qwen2",)
+REQUIRED = decoder.REQUIRED
+QUANTIZED = decoder.PROJECTIONS
+FORM = CompressedTensors()
+
+
+def check(c: Config, where: Path) -> None:
+    """DataError for what the fields cannot be together."""
+    checks.check_heads(c, where)
+    checks.check_only(c, where, hidden_act="silu", use_sliding_window=False, rope_scaling=None)
+
+
+def rules(c: Config) -> Rules:
+    """How every Hugging Face tensor becomes Megatron's."""
+    return decoder.dense_rules(c, qkv_bias=True)
+
+
+def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
+    """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
+    module = "nemo.collections.llm.gpt.model.qwen2"
+    return f"{module}:Qwen2Model", f"{module}:Qwen2Config", decoder.nemo_fields(c)
+
+
+def tiny_config() -> dict[str, Any]:
+    """A tied model of the same make with about 90,000 parameters."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 112,
+        "max_position_embeddings": 2048,
+        "max_window_layers": 2,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 2048,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 512,
+    }

@@ -1,0 +1,109 @@
+"""Qwen 3, dense (0.6b to 32b) and mixture of experts (30b_a3b, 235b_a22b): norms on every query and key head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import DataError
+from slipway.families.parts import checks, decoder
+from slipway.families.parts.checks import Config
+from slipway.families.parts.quantized import Fp8
+from slipway.families.parts.rules import Rules, Scope
+
+NAME = "qwen3"
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+REQUIRED = {**decoder.REQUIRED, "head_dim": int}
+QUANTIZED = decoder.PROJECTIONS
+FORM = Fp8(block=(32, 48))  # small, for tiny models
+REQUIRED_OF_EXPERTS = {"num_experts": int, "num_experts_per_tok": int, "moe_intermediate_size": int}
+
+
+def is_moe(c: Config) -> bool:
+    return c["model_type"] == "qwen3_moe"
+
+
+def check(c: Config, where: Path) -> None:
+    """DataError for what the fields cannot be together."""
+    checks.check_heads(c, where)
+    checks.check_only(
+        c, where, hidden_act="silu", attention_bias=False, use_sliding_window=False, rope_scaling=None,
+        decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    if is_moe(c):
+        checks.check_required(c, where, REQUIRED_OF_EXPERTS)
+        if c["num_experts_per_tok"] > c["num_experts"]:
+            raise DataError(f"{where}: num_experts_per_tok is more than num_experts")
+
+
+def rules(c: Config) -> Rules:
+    """How every Hugging Face tensor becomes Megatron's."""
+    if not is_moe(c):
+        return decoder.dense_rules(c, qk_norm=True)
+    model = Scope(Rules())
+    decoder.embeddings(model, c)
+    for layer in decoder.stacked_layers(model, c):
+        decoder.attention(layer, c, qk_norm=True)
+        decoder.norm_before_experts(layer, c)
+        decoder.experts(layer, c["hidden_size"], c["moe_intermediate_size"], c["num_experts"])
+    return model.rules
+
+
+def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
+    """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
+    module, fields = "nemo.collections.llm.gpt.model.qwen3", decoder.nemo_fields(c)
+    if not is_moe(c):
+        return f"{module}:Qwen3Model", f"{module}:Qwen3Config", fields
+    return (
+        f"{module}:Qwen3Model",
+        f"{module}:Qwen3MoEConfig",
+        {
+            **fields,
+            "moe_ffn_hidden_size": c["moe_intermediate_size"],
+            "num_moe_experts": c["num_experts"],
+            "moe_router_topk": c["num_experts_per_tok"],
+            # The chosen experts' softmax is over themselves alone if their weights are normalised, else over all.
+            "moe_router_pre_softmax": not c.get("norm_topk_prob", False),
+            "moe_aux_loss_coeff": c.get("router_aux_loss_coef", 1e-3),
+            "moe_permute_fusion": False,  # a kernel that Triton 3.6 cannot give
+        },
+    )
+
+
+def tiny_config() -> dict[str, Any]:
+    """A mixture of experts of the same make with about 160,000 parameters."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 1,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 112,
+        "max_position_embeddings": 2048,
+        "max_window_layers": 2,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 512,
+    }

@@ -1,0 +1,75 @@
+"""One timed all-reduce: what `doctor` starts once per GPU, and what it makes of the answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+from slipway.launch.topology import Topology
+from slipway.launch.torchrun import environment, rank_variables
+
+BYTES = {"gloo": 16 << 20, "nccl": 1 << 30}
+ROUNDS = 5
+
+
+def measure(topology: Topology, timeout: float) -> str:
+    """Start this node's processes and return what they found.
+
+    Errors: RuntimeError with the last line of a process that failed, TimeoutExpired.
+    """
+    processes = []
+    locals_ = range(topology.processes_per_node) if topology.local_rank is None else [topology.local_rank]
+    for local_rank in locals_:
+        rank = topology.node_rank * topology.processes_per_node + local_rank
+        variables = rank_variables(topology) | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+        words = [sys.executable, "-m", __name__, str(timeout)]
+        processes.append(
+            subprocess.Popen(
+                words, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        # Twice the time: a process gives up by itself, and says why.
+        found = [process.communicate(timeout=2 * timeout + 60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, found, strict=True):
+        if process.returncode:
+            raise RuntimeError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    return found[0][0].strip()
+
+
+def main(timeout: float) -> None:
+    """One rank: say the size, the time and the rate; a wrong sum is an error."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    count = dist.get_world_size()
+    data = torch.ones(BYTES[backend] // 4, device="cuda" if on_gpu else "cpu")
+    dist.all_reduce(data)
+    if not torch.all(data == count):
+        raise SystemExit(f"the sum of {count} ones came out as {data.min():g} to {data.max():g}")
+    dist.barrier()
+    started = time.monotonic()
+    for _ in range(ROUNDS):
+        dist.all_reduce(data)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = (time.monotonic() - started) / ROUNDS
+    # Bus bandwidth as nccl-tests define it: what each link carried.
+    rate = BYTES[backend] / seconds * 2 * (count - 1) / count / 1e9
+    print(f"{backend}, {count} processes, {BYTES[backend] >> 20} MiB in {seconds * 1e3:.1f} ms: {rate:.2f} GB/s")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

@@ -1,0 +1,235 @@
+"""What a machine needs in order to train, one function per check. None of them imports torch.
+
+ok = fit; warn = it will run, but slowly or only in part; unfit = a run would fail.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from slipway.errors import PreflightError
+from slipway.launch.link import Link, check_port
+from slipway.launch.topology import Topology
+from slipway.report import human_bytes
+
+# CUDA major version → oldest Linux driver branch that runs it; source: NVIDIA's CUDA release notes, table of minor
+# version compatibility.
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+
+SHARED_MEMORY = 1 << 30  # of /dev/shm: what NCCL and data loaders of a node can come to
+HEADS_CHECKPOINT = 256 << 20  # heads with their optimizer, even for the widest models
+# Share of the weights that is trained; an adapter of rank 32 on every layer is 1 to 2 % of a model.
+TRAINED = {"heads": 0.0, "lora": 0.02, "sft": 1.0, "pretrain": 1.0}
+# Bytes per byte of BF16 weights: the weights, and a master copy with Adam's two moments in float32.
+WITH_OPTIMIZER = 7
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was looked at, what was found, and the cure where it is not ok."""
+
+    what: str
+    state: Literal["ok", "warn", "unfit"]
+    found: str
+    cure: str = ""
+
+
+# ---------------------------------------------------------------------------- this machine
+
+
+def gpus(processes: int, asked: int | None = None) -> Check:
+    """The GPUs that processes here can see; `asked`: how many there must be."""
+    names = [line.strip() for line in _nvidia_smi("name,memory.total").splitlines()]
+    kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
+    pass_in = "docker run --gpus all, srun --gpus-per-node, Kubernetes: the resource nvidia.com/gpu"
+    if asked is not None and len(names) < asked:
+        return Check("GPUs", "unfit", f"{kinds}, of {asked} asked for", pass_in)
+    if not names:
+        return Check("GPUs", "warn", kinds, f"CPU only, for tiny models; {pass_in}")
+    if processes > len(names):
+        return Check("GPUs", "unfit", f"{kinds}, for {processes} processes", "set --nproc-per-node, or request more")
+    return Check("GPUs", "ok", kinds)
+
+
+def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Check:
+    """The driver against the CUDA that the installed torch was built for."""
+    cuda = _cuda_of_torch()
+    if cuda is None:
+        return Check("driver", "warn", "torch is built without CUDA", "install the image's or uv.lock's torch")
+    match = re.search(r"(\d+)\.\d+(\.\d+)?", proc.read_text()) if proc.exists() else None
+    if match is None:
+        return Check("driver", "warn", f"none; torch is built for CUDA {cuda}", "CPU only; a GPU needs NVIDIA's driver")
+    needed = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+    found = f"{match.group()}, torch is built for CUDA {cuda}"
+    if needed and int(match.group(1)) < needed:
+        return Check(
+            "driver", "unfit", found, f"install driver {needed} or newer on the host, or its cuda-compat package"
+        )
+    return Check("driver", "ok", found)
+
+
+def shared_memory(processes: int, path: str = "/dev/shm") -> Check:
+    """/dev/shm, through which the processes of a node talk; 64 MB in a container by default."""
+    stat = os.statvfs(path)
+    size = stat.f_blocks * stat.f_frsize
+    if size >= SHARED_MEMORY or processes == 1:
+        return Check(path, "ok", human_bytes(size))
+    state = "unfit" if _gpu_files() else "warn"
+    cure = "docker run --shm-size=16g or --ipc=host; Kubernetes: an emptyDir with medium Memory mounted there"
+    return Check(path, state, f"{human_bytes(size)} for {processes} processes", cure)
+
+
+def locked_memory(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
+    """The limit on locked memory, which RDMA needs for every buffer that it registers."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY:
+        return Check("locked memory", "ok", "unlimited")
+    if not _entries(infiniband):
+        return Check("locked memory", "ok", f"{human_bytes(limit)}, and no RDMA device that would need more")
+    cure = "docker run --ulimit memlock=-1; Kubernetes: the capability IPC_LOCK; Slurm: PropagateResourceLimitsExcept"
+    return Check("locked memory", "unfit", human_bytes(limit), cure)
+
+
+def rdma(nodes: int, infiniband: Path = Path("/sys/class/infiniband")) -> Check:
+    """InfiniBand or RoCE devices with an active port."""
+    devices = _entries(infiniband)
+    active = [device.name for device in devices if any("ACTIVE" in p.read_text() for p in device.glob("ports/*/state"))]
+    if active:
+        return Check("RDMA", "ok", f"{len(active)} of {len(devices)} devices active: {', '.join(sorted(active))}")
+    if nodes == 1:
+        return Check("RDMA", "ok", "none, and one node needs none")
+    cure = "NCCL will use TCP; pass the devices in: docker run --device=/dev/infiniband, Kubernetes: the rdma/ resource"
+    return Check("RDMA", "warn", f"{len(devices)} devices, none active", cure)
+
+
+def _nvidia_smi(query: str) -> str:
+    if not shutil.which("nvidia-smi"):
+        return ""
+    words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _gpu_files() -> list[Path]:
+    return [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
+
+
+def _cuda_of_torch() -> str | None:
+    """From torch's version file, without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    text = (Path(spec.origin).parent / "version.py").read_text() if spec and spec.origin else ""
+    match = re.search(r"(?m)^cuda\b.*= '([\d.]+)'", text)
+    return match.group(1) if match else None
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+# ---------------------------------------------------------------------------- the master and the disk
+
+
+def master_name(topology: Topology) -> Check:
+    """Whether the master's name leads anywhere from here."""
+    try:
+        found = socket.getaddrinfo(topology.master_addr, topology.master_port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        cure = "check the spelling; Kubernetes: a headless Service and the pod's `subdomain`; or give an IP address"
+        return Check("master's name", "unfit", f"{topology.master_addr}: {error.strerror}", cure)
+    return Check("master's name", "ok", f"{topology.master_addr} is {found[0][4][0]}")
+
+
+def master_ports(topology: Topology) -> Check:
+    """Whether node 0 can listen on its two ports; other nodes learn it when they meet."""
+    ports = f"{topology.master_port} and {topology.master_port + 1}"
+    if topology.world_size == 1:
+        return Check("master's ports", "ok", "one process needs none")
+    if topology.rank != 0:
+        return Check("master's ports", "ok", f"{ports}, on node 0")
+    try:
+        for port in (topology.master_port, topology.master_port + 1):
+            check_port(port)
+    except PreflightError as error:
+        return Check("master's ports", "unfit", str(error), "end what listens there, or give another --master-port")
+    return Check("master's ports", "ok", f"{ports} are free")
+
+
+def output_folder(folder: Path) -> Check:
+    """Whether OUT, or the folder that it would be made in, can be written."""
+    place = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"doctor")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return Check("output", "unfit", f"{place}: {error.strerror}", "choose another --out, or mount it writable")
+    return Check("output", "ok", f"{place} is writable")
+
+
+def free_space(folder: Path, weights: Path | None, mode: str, keep: int) -> Check:
+    """Free space against the checkpoints to come: `keep` of them while the next one is written."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if TRAINED[mode] and weights is None:
+        return Check("free space", "warn", human_bytes(free), "give --model to compare it with the checkpoints to come")
+    size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) if weights else 0
+    needed = (keep + 1) * (HEADS_CHECKPOINT + TRAINED[mode] * WITH_OPTIMIZER * size)
+    found = f"{human_bytes(free)}; {keep + 1} checkpoints ({mode}) take up to {human_bytes(needed)}"
+    if free < needed:
+        return Check("free space", "unfit", found, "free some, choose another --out, or --keep fewer")
+    return Check("free space", "ok", found)
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+# ---------------------------------------------------------------------------- all nodes together
+
+
+def shared_folder(folder: Path, topology: Topology, link: Link, timeout: float) -> Check:
+    """Whether every node sees what the others write below OUT: each leaves a file and looks for all of them."""
+    place = _existing(folder)
+    files = [place / f".slipway-doctor-{topology.master_port}-{node}" for node in range(topology.nodes)]
+    mine = files[topology.node_rank]
+    mine.touch()
+    try:
+        deadline = time.monotonic() + timeout
+        while (missing := [file for file in files if not file.exists()]) and time.monotonic() < deadline:
+            os.listdir(place)  # makes NFS look again
+            time.sleep(0.2)
+        link.finish()  # nobody removes a file before all have looked
+    finally:
+        mine.unlink(missing_ok=True)
+    if missing:
+        unseen = ", ".join(f"node {files.index(file)}" for file in missing)
+        cure = "mount the same network folder on all nodes and give it as --out"
+        return Check("shared output", "unfit", f"what {unseen} wrote to {place} is not seen here", cure)
+    return Check("shared output", "ok", f"{topology.nodes} nodes see each other's files in {place}")
+
+
+def all_reduce(topology: Topology, timeout: float) -> Check:
+    """One timed all-reduce over every process of the run to come."""
+    from slipway.launch import all_reduce as timed
+
+    if topology.world_size == 1:
+        return Check("all-reduce", "ok", "one process adds nothing up")
+    try:
+        found = timed.measure(topology, timeout)
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        cure = (
+            "look at NCCL_DEBUG=INFO; name the network with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; open the firewall"
+        )
+        return Check("all-reduce", "unfit", " ".join(str(error).split())[:300], cure)
+    return Check("all-reduce", "ok", found)

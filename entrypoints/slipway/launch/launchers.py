@@ -1,0 +1,256 @@
+"""What each launcher says about the cluster: one small function per launcher, environment in, hints out.
+
+WORLD_SIZE and RANK count processes with one launcher and pods with the next, so they are read for Volcano alone, which
+is known by its other variables.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from slipway.errors import UsageError
+
+Environment = Mapping[str, str]
+
+
+class Said(NamedTuple):
+    """A value, and the flag or the variable that it stands in."""
+
+    value: Any
+    by: str
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What one launcher, or the flags, say; None where they say nothing."""
+
+    source: str
+    nodes: Said | None = None
+    node_rank: Said | None = None
+    master_addr: Said | None = None
+    master_port: Said | None = None
+    processes_per_node: Said | None = None
+    gpus: Said | None = None  # on this node: as many processes, where nobody says how many
+    local_rank: Said | None = None  # the launcher has started one process per GPU, and this is one of them
+
+
+def kubeflow_trainer(env: Environment) -> Hints | None:
+    """Kubeflow Trainer v2: torchrun's own variables, the master among them."""
+    return _torchrun("kubeflow-trainer", env) if "PET_NNODES" in env and "PET_MASTER_ADDR" in env else None
+
+
+def pytorch_job(env: Environment) -> Hints | None:
+    """PyTorchJob v1: torchrun's variables, but the master in MASTER_*. Its RANK is the pod's."""
+    return _torchrun("pytorchjob", env) if "PET_NNODES" in env and "PET_MASTER_ADDR" not in env else None
+
+
+def _torchrun(source: str, env: Environment) -> Hints:
+    return Hints(
+        source,
+        nodes=_number(env, "PET_NNODES"),
+        node_rank=_number(env, "PET_NODE_RANK"),
+        master_addr=_text(env, "PET_MASTER_ADDR", "MASTER_ADDR"),
+        master_port=_number(env, "PET_MASTER_PORT", "MASTER_PORT"),
+        processes_per_node=_number(env, "PET_NPROC_PER_NODE", besides=("auto", "gpu")),
+    )
+
+
+def skypilot(env: Environment) -> Hints | None:
+    """SkyPilot: the addresses of all nodes, one a line."""
+    if "SKYPILOT_NUM_NODES" not in env:
+        return None
+    addresses = env.get("SKYPILOT_NODE_IPS", "").split()
+    return Hints(
+        "skypilot",
+        nodes=_number(env, "SKYPILOT_NUM_NODES"),
+        node_rank=_number(env, "SKYPILOT_NODE_RANK"),
+        master_addr=Said(addresses[0], "SKYPILOT_NODE_IPS") if addresses else None,
+        gpus=_number(env, "SKYPILOT_NUM_GPUS_PER_NODE"),
+    )
+
+
+def dstack(env: Environment) -> Hints | None:
+    """dstack's tasks of several nodes."""
+    if "DSTACK_NODES_NUM" not in env:
+        return None
+    return Hints(
+        "dstack",
+        nodes=_number(env, "DSTACK_NODES_NUM"),
+        node_rank=_number(env, "DSTACK_NODE_RANK"),
+        master_addr=_text(env, "DSTACK_MASTER_NODE_IP"),
+        gpus=_number(env, "DSTACK_GPUS_PER_NODE"),
+    )
+
+
+def slurm(env: Environment) -> Hints | None:
+    """A Slurm step: one task per node, or one per GPU. The first node of its list is the master."""
+    if "SLURM_STEP_NODELIST" not in env:
+        return None
+    tasks, gpus = _tasks_per_node(env), _number(env, "SLURM_GPUS_ON_NODE")
+    hints = {
+        "nodes": _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"),
+        "node_rank": _number(env, "SLURM_NODEID"),
+        "master_addr": Said(expand(env["SLURM_STEP_NODELIST"])[0], "SLURM_STEP_NODELIST"),
+        "gpus": gpus,
+    }
+    if tasks.value > 1:
+        _check_tasks_per_gpu(env, tasks, gpus)
+        hints |= {"processes_per_node": tasks, "local_rank": _number(env, "SLURM_LOCALID")}
+    return Hints("slurm", **hints)
+
+
+def _tasks_per_node(env: Environment) -> Said:
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    text = env.get(name, "1")
+    if not (match := re.fullmatch(r"(\d+)(\(x\d+\))?", text)):
+        raise UsageError(f"{name} is {text!r}; the nodes must have equally many tasks: set srun --ntasks-per-node")
+    return Said(int(match.group(1)), name)
+
+
+def _check_tasks_per_gpu(env: Environment, tasks: Said, gpus: Said | None) -> None:
+    if gpus and gpus.value != tasks.value:
+        raise UsageError(
+            f"{tasks.by} says {tasks.value}, {gpus.by} says {gpus.value}; "
+            "start one task per node (srun --ntasks-per-node=1) or one per GPU"
+        )
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and len(visible.split(",")) != tasks.value:
+        raise UsageError(
+            f"{tasks.by} says {tasks.value}, but this task sees CUDA_VISIBLE_DEVICES={visible} only; every task must "
+            "see all GPUs of its node: use srun --gpus-per-node, not --gpus-per-task"
+        )
+
+
+def expand(names: str) -> list[str]:
+    """The hosts of a Slurm node list: "a[08-10,12]-ib,b1" → a08-ib, a09-ib, a10-ib, a12-ib, b1."""
+    hosts: list[str] = []
+    for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", names):
+        expanded = [""]
+        for literal, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
+            expanded = [host + part for host in expanded for part in ([literal] if literal else _numbers(ranges))]
+        hosts += expanded
+    return hosts
+
+
+def _numbers(ranges: str) -> list[str]:
+    """ "08-10,12" → 08, 09, 10, 12: as wide as the first number of each range."""
+    numbers = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return numbers
+
+
+def open_mpi(env: Environment) -> Hints | None:
+    """A process of Open MPI's mpirun, Kubeflow's MPIJob among them. It names no master that others could reach."""
+    names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    return _mpi("open-mpi", env, *(f"OMPI_COMM_WORLD_{name}" for name in names))
+
+
+def hydra(env: Environment) -> Hints | None:
+    """A process of the mpirun of MPICH or of Intel MPI."""
+    return _mpi("mpich", env, "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")
+
+
+def _mpi(source: str, env: Environment, *names: str) -> Hints | None:
+    """One process per node, or one per GPU with the ranks of a node in a row."""
+    if not all(name in env for name in names):
+        return None
+    size, rank, local_size, local_rank = (_number(env, name) for name in names)
+    node_rank, place = divmod(rank.value, local_size.value)
+    if size.value % local_size.value or place != local_rank.value:
+        raise UsageError(
+            f"{rank.by} is {rank.value} of {size.value}, {local_rank.by} is {local_rank.value} of {local_size.value}; "
+            "start one process per node (mpirun --map-by ppr:1:node), or one per GPU with the ranks of a node in a row"
+        )
+    hints = {"nodes": Said(size.value // local_size.value, size.by), "node_rank": Said(node_rank, rank.by)}
+    if local_size.value > 1:
+        hints |= {"processes_per_node": local_size, "local_rank": local_rank}
+    return Hints(source, **hints)
+
+
+def leader_worker_set(env: Environment) -> Hints | None:
+    """LeaderWorkerSet: a group's leader and its workers. It gives no port."""
+    if "LWS_GROUP_SIZE" not in env:
+        return None
+    return Hints(
+        "leaderworkerset",
+        nodes=_number(env, "LWS_GROUP_SIZE"),
+        node_rank=_number(env, "LWS_WORKER_INDEX"),
+        master_addr=_text(env, "LWS_LEADER_ADDRESS"),
+    )
+
+
+def volcano(env: Environment) -> Hints | None:
+    """Volcano's pytorch plugin, known by the svc plugin's VC_<TASK>_HOSTS. WORLD_SIZE and RANK count pods here."""
+    if "MASTER_ADDR" not in env or not any(re.fullmatch(r"VC_\w+_HOSTS", name) for name in env):
+        return None
+    return Hints(
+        "volcano",
+        nodes=_number(env, "WORLD_SIZE"),
+        node_rank=_number(env, "RANK"),
+        master_addr=_text(env, "MASTER_ADDR"),
+        master_port=_number(env, "MASTER_PORT"),
+    )
+
+
+def kubernetes_job(env: Environment) -> Hints | None:
+    """A pod of an Indexed Job or a JobSet. NNODES is what the manifest must add: Kubernetes gives no count."""
+    index = _number(env, "JOB_COMPLETION_INDEX")
+    if index is None:
+        return None
+    hostname = env.get("HOSTNAME", "")
+    first = first_pod(hostname if "." in hostname else socket.getfqdn(hostname), index.value)
+    return Hints(
+        "kubernetes-job",
+        nodes=_number(env, "NNODES"),
+        node_rank=index,
+        master_addr=Said(first, "the pod's host name") if first else None,
+    )
+
+
+def first_pod(hostname: str, index: int) -> str | None:
+    """The name of pod 0 from that of pod `index`: train-3.svc.team → train-0.svc.team; None if it is no pod's name."""
+    match = re.fullmatch(rf"(.+)-{index}(\..*)?", hostname)
+    return f"{match.group(1)}-0{match.group(2) or ''}" if match else None
+
+
+def master_variables(env: Environment) -> Hints | None:
+    """MASTER_ADDR and MASTER_PORT, whoever set them: for what the others leave open."""
+    return Hints("MASTER_ADDR", master_addr=_text(env, "MASTER_ADDR"), master_port=_number(env, "MASTER_PORT"))
+
+
+# In the order in which they are believed.
+LAUNCHERS: tuple[Callable[[Environment], Hints | None], ...] = (
+    kubeflow_trainer,
+    pytorch_job,
+    skypilot,
+    dstack,
+    open_mpi,
+    hydra,
+    slurm,
+    leader_worker_set,
+    volcano,
+    kubernetes_job,
+    master_variables,
+)
+
+
+def _text(env: Environment, *names: str) -> Said | None:
+    """The first of these variables that is set and not empty."""
+    return next((Said(env[name], name) for name in names if env.get(name)), None)
+
+
+def _number(env: Environment, *names: str, besides: tuple[str, ...] = ()) -> Said | None:
+    """The same as a number; None for a word of `besides`. A range counts where both ends are one number ("4:4")."""
+    said = _text(env, *names)
+    if said is None or said.value in besides:
+        return None
+    low, colon, high = said.value.partition(":")
+    if not low.isdigit() or (colon and high != low):
+        raise UsageError(f"{said.by} is {said.value!r}; only a fixed number works here: set one, or unset it")
+    return Said(int(low), said.by)

@@ -1,0 +1,182 @@
+"""How many nodes, how many processes on each, which node is this, and where is the first one?
+
+Flags go first, then what the launcher that started this process says (launchers.py). Hints that disagree stop the run,
+because a job whose nodes each believe they are alone trains the same model many times over and nobody notices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from slipway.errors import UsageError
+from slipway.launch.launchers import LAUNCHERS, Hints, Said
+from slipway.launch.placement import Placement
+
+DEFAULT_PORT = 29500
+ALONE = "(single machine, no launcher found)"  # the source of a topology that nobody gave
+
+# What must be the same whoever says it. An address or a port may be written in several ways: the first one counts.
+MUST_AGREE = {
+    "nodes": "the number of nodes",
+    "node_rank": "the number of this node",
+    "processes_per_node": "the number of processes per node",
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. `source` names the flags or the launcher that it was read from.
+
+    `local_rank` is None where one process stands for the node and starts the others, and a number where the launcher
+    has started every one of them.
+    """
+
+    nodes: int
+    processes_per_node: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    source: str
+    local_rank: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes_per_node
+
+    @property
+    def rank(self) -> int:
+        """The first rank that this command stands for."""
+        return self.node_rank * self.processes_per_node + (self.local_rank or 0)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this command is the first one on its node."""
+        return not self.local_rank
+
+    def __str__(self) -> str:
+        source = self.source if self.source == ALONE else f"from {self.source}"
+        return (
+            f"topology: {self.nodes} node{'s' * (self.nodes > 1)} × {self.processes_per_node}, this is node "
+            f"{self.node_rank}{'' if self.local_rank is None else f', process {self.local_rank}'}, "
+            f"master {self.master_addr}:{self.master_port}, {source}"
+        )
+
+
+def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> Topology:
+    """The topology from flags, else from the launcher's variables, else one node.
+
+    Errors: UsageError where something needed is missing, out of range, or two sources disagree.
+    """
+    placement.check()
+    given = {
+        "nodes": placement.nodes,
+        "node_rank": placement.node_rank,
+        "master_addr": placement.master_addr,
+        "master_port": placement.master_port,
+        "processes_per_node": placement.nproc_per_node,
+    }
+    _refuse_to_be_a_worker(env)
+    flags = Hints("flags", **{name: _flag(name, value) for name, value in given.items()})
+    sources = [flags, *(hints for launcher in LAUNCHERS if (hints := launcher(env)))]
+    for name in MUST_AGREE:
+        _refuse_disagreement(name, sources)
+    if not any(hints.nodes for hints in sources):
+        _refuse_to_be_alone(env)
+    count, counted_by = _pick("nodes", sources, 1)
+    if count == 1:
+        return _one_node(flags, sources, counted_by or ALONE, env)
+
+    rank, ranked_by = _pick("node_rank", sources)
+    address, addressed_by = _pick("master_addr", sources)
+    if rank is None or address is None:
+        missing = "--node-rank" if rank is None else "--master-addr"
+        raise UsageError(f"{count} nodes need {missing}: the same command with it on each node")
+    _check_rank(rank, count)
+    return Topology(
+        count,
+        _processes(sources, env),
+        rank,
+        address,
+        _pick("master_port", sources, DEFAULT_PORT)[0],
+        " and ".join(dict.fromkeys([counted_by, ranked_by, addressed_by])),
+        _pick("local_rank", sources)[0],
+    )
+
+
+def _one_node(flags: Hints, sources: list[Hints], source: str, env: Mapping[str, str]) -> Topology:
+    """A node on its own needs no name from anybody; pods of an Indexed Job have numbers even so."""
+    rank, address = _pick("node_rank", [flags], 0)[0], _pick("master_addr", [flags], "127.0.0.1")[0]
+    _check_rank(rank, 1)
+    port, local_rank = _pick("master_port", sources, DEFAULT_PORT)[0], _pick("local_rank", sources)[0]
+    return Topology(1, _processes(sources, env), rank, address, port, source, local_rank)
+
+
+def _flag(name: str, value: Any) -> Said | None:
+    flag = {"processes_per_node": "--nproc-per-node"}.get(name, f"--{name.replace('_', '-')}")
+    return None if value is None else Said(value, flag)
+
+
+def _pick(name: str, sources: list[Hints], default: Any = None) -> tuple[Any, str | None]:
+    """The first value that anybody says, and who; else the default and None."""
+    for hints in sources:
+        if (said := getattr(hints, name)) is not None:
+            return said.value, hints.source
+    return default, None
+
+
+def _refuse_disagreement(name: str, sources: list[Hints]) -> None:
+    said = [value for hints in sources if (value := getattr(hints, name)) is not None]
+    for one, other in pairwise(said):
+        if one.value != other.value:
+            raise UsageError(
+                f"{one.by} says {one.value}, {other.by} says {other.value} for {MUST_AGREE[name]}; "
+                "drop one of the two or make them agree"
+            )
+
+
+def _refuse_to_be_a_worker(env: Mapping[str, str]) -> None:
+    if "TORCHELASTIC_RUN_ID" in env:
+        raise UsageError(
+            "TORCHELASTIC_RUN_ID is set: torchrun started this command, which starts torchrun itself; "
+            "run `slipway` once per node without torchrun around it"
+        )
+
+
+def _refuse_to_be_alone(env: Mapping[str, str]) -> None:
+    """Nobody says how many nodes there are, and yet something says that there are more than one."""
+    if "JOB_COMPLETION_INDEX" in env:
+        raise UsageError(
+            "JOB_COMPLETION_INDEX is set, but nothing says how many pods there are: give --nodes, or set NNODES in the "
+            "pod's environment to the Job's `completions`"
+        )
+    if (nodes := env.get("SLURM_JOB_NUM_NODES", "1")) != "1":
+        raise UsageError(
+            f"SLURM_JOB_NUM_NODES is {nodes}, but this is no step of that job: start it with srun "
+            "--ntasks-per-node=1, or say --nodes 1 to use this node alone"
+        )
+    if (world := env.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(
+            f"WORLD_SIZE is {world}, and it may count processes or nodes: give --nodes, --node-rank and --master-addr, "
+            "or unset it"
+        )
+
+
+def _check_rank(rank: int, count: int) -> None:
+    if not 0 <= rank < count:
+        raise UsageError(f"--node-rank is {rank}; with {count} nodes it goes from 0 to {count - 1}")
+
+
+def _processes(sources: list[Hints], env: Mapping[str, str]) -> int:
+    return _pick("processes_per_node", sources)[0] or _pick("gpus", sources)[0] or count_gpus(env)
+
+
+def count_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """GPUs of this machine, or 1: counted by the driver's device files, without torch."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([device for device in visible.split(",") if device.strip()]))
+    return max(1, len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]))

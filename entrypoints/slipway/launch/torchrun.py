@@ -1,0 +1,228 @@
+"""Starting the workers of this node, showing what they print, and passing on the request to stop.
+
+A request to stop reaches the workers as a file (signals.py).
+
+Workers and torchrun write to files, and this process repeats what the workers write. So a run's output is kept rank by
+rank, and what torchrun's agent says about a failure does not bury the failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from slipway.errors import SlipwayError
+from slipway.launch.failure import Failure, failures_of_node, rank_logs
+from slipway.launch.link import Link
+from slipway.launch.topology import Topology
+from slipway.signals import END, StopRequests, prepare_child
+
+WORKER = "slipway.training.worker"
+POLL = 0.1  # seconds between looks at the processes and their logs
+
+# Set unless the user has set them; what each is for: docs/training.md.
+ENVIRONMENT_DEFAULTS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "NCCL_NVLS_ENABLE": "0",
+    "NVTE_ASYNC_AMAX_REDUCTION": "1",
+    "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
+    "NVTE_DP_AMAX_REDUCE_INTERVAL": "0",
+    "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "600",
+}
+
+
+def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> list[str]:
+    """The exact torchrun command of this node; the worker's own where the launcher started one process per GPU."""
+    worker = ["-m", WORKER, *worker_arguments]
+    if topology.local_rank is not None:
+        return [sys.executable, *worker]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={topology.nodes}",
+        f"--nproc-per-node={topology.processes_per_node}",
+        f"--node-rank={topology.node_rank}",
+        f"--master-addr={topology.master_addr}",
+        f"--master-port={topology.master_port}",
+        f"--signals-to-handle={END.name}",
+        "--redirects=3",
+        f"--log-dir={logs}",
+        *worker,
+    ]
+
+
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+TOLD = re.compile(r"^(NCCL|NVTE|TORCH|WANDB|HF|CUDA|PYTORCH|SLIPWAY)_")
+
+
+def shown_environment() -> dict[str, str]:
+    """What of the workers' environment decides how they run, secrets masked."""
+    found = {key: value for key, value in environment().items() if key in ENVIRONMENT_DEFAULTS or TOLD.match(key)}
+    return {key: "***" if SECRET.search(key) else value for key, value in sorted(found.items())}
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the defaults filled in."""
+    return {**ENVIRONMENT_DEFAULTS, **os.environ}
+
+
+def rank_variables(topology: Topology) -> dict[str, str]:
+    """What torchrun would tell the first process of this command."""
+    return {
+        "RANK": str(topology.rank),
+        "LOCAL_RANK": str(topology.local_rank or 0),
+        "GROUP_RANK": str(topology.node_rank),
+        "WORLD_SIZE": str(topology.world_size),
+        "LOCAL_WORLD_SIZE": str(topology.processes_per_node),
+        "MASTER_ADDR": topology.master_addr,
+        "MASTER_PORT": str(topology.master_port),
+    }
+
+
+def launch(
+    topology: Topology, worker_arguments: Sequence[str], stop: StopRequests, logs: Path, link: Link
+) -> Failure | None:
+    """Run the workers of this command to their end; returns why the run failed, here or on another node.
+
+    Args:
+        topology: where this command stands.
+        worker_arguments: the worker's command line.
+        stop: what this process is asked for by signals.
+        logs: new folder for what they print.
+        link: to the commands on the other nodes.
+    """
+    words = command(topology, worker_arguments, logs)
+    print(f"train: {shlex.join(words)}", file=sys.stderr, flush=True)
+    process = _start(topology, words, logs)
+    screen = Screen(topology, logs)
+    with stop.while_saving(lambda: process.send_signal(END)):
+        while process.poll() is None and not link.verdict:
+            screen.show()
+            time.sleep(POLL)
+        if process.poll() is None:
+            _end(process)
+    screen.show()
+    if process.returncode == 0 and not link.verdict:
+        link.finish()
+    elif not link.verdict:
+        return link.fail(failures_of_node(topology, logs, stop.stop_file.parent, process.returncode))
+    return link.verdict
+
+
+def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen:
+    """Start torchrun, or the worker itself with its logs where torchrun would put them."""
+    env = environment()
+    if topology.local_rank is None:
+        with (logs / "torchrun.log").open("w") as log:
+            return _popen(words, env, log, log)
+    folder = logs / "worker" / "attempt_0" / str(topology.local_rank)
+    folder.mkdir(parents=True)
+    with (folder / "stdout.log").open("w") as out, (folder / "stderr.log").open("w") as err:
+        return _popen(words, env | rank_variables(topology), out, err)
+
+
+def _popen(words: list[str], env: dict[str, str], out: TextIO, err: TextIO) -> subprocess.Popen:
+    return subprocess.Popen(
+        words, env=env, start_new_session=True, stdout=out, stderr=err, preexec_fn=prepare_child
+    )  # fmt: skip
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the workers at once, for a rank elsewhere is lost and they wait for it, and then torchrun."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(child), signal.SIGKILL)
+    process.send_signal(END)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Screen:
+    """Repeats what the workers of this command write, line by line as it comes, up to a traceback.
+
+    A traceback is held back, for most ranks have one only because another rank is gone; the end shows the right one.
+    """
+
+    def __init__(self, topology: Topology, logs: Path) -> None:
+        self._logs = logs
+        self._ranks = range(topology.processes_per_node) if topology.local_rank is None else [topology.local_rank]
+        self._files: dict[Path, tuple[TextIO, TextIO]] = {}
+
+    def show(self) -> None:
+        """Print what is new since the last call."""
+        for rank in self._ranks:
+            for log in rank_logs(self._logs, rank):
+                if log not in self._files:
+                    screen = sys.stdout if log.name == "stdout.log" else sys.stderr
+                    self._files[log] = (log.open(errors="replace"), screen)
+        for log, (file, screen) in self._files.items():
+            self._copy(log, file, screen)
+
+    def _copy(self, log: Path, file: TextIO, screen: TextIO) -> None:
+        while not file.closed:
+            at = file.tell()
+            line = file.readline()
+            if not line.endswith("\n"):
+                file.seek(at)
+                return
+            if "Traceback (most recent call last)" in line:
+                file.close()
+            else:
+                print(line, end="", file=screen, flush=True)
+
+
+def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) -> None:
+    """Call the only worker of a run in this process, without torchrun.
+
+    Args:
+        topology: one node with one process.
+        run: the worker.
+        stop: what this process is asked for by signals; at the end of the grace period the worker is interrupted.
+
+    Errors: GraceIsOver.
+    """
+    # Port 0: nobody else has to find the store of a run of one process.
+    os.environ.update(environment() | rank_variables(topology) | {"MASTER_PORT": "0"})
+
+    def interrupt(*_: object) -> None:
+        raise _Interruption
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with stop.while_saving(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)):
+            run()
+    except _Interruption:
+        raise GraceIsOver("did not save in time") from None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Interruption(BaseException):
+    """What no `except Exception` of a library keeps for itself."""
+
+
+class GraceIsOver(SlipwayError):
+    """A worker in this process did not save within the grace period."""

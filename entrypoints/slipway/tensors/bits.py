@@ -1,0 +1,159 @@
+"""Parts of tensors as NumPy arrays of bits: an unsigned integer, as wide as the dtype, for every element.
+
+NumPy has no bfloat16, and torch takes seconds and half a gigabyte to import, so what only moves elements does without
+it. A dtype is told beside the bits, in safetensors' spelling.
+
+While a thread works on a piece, large arrays come from a region that the thread uses again for its next piece: fresh
+memory costs more than most of the work that is done in it, and the peak stays that of the largest piece.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slipway.tensors.refs import DTYPE_BYTES, TORCH_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bits = np.ndarray
+
+NAN = 0x7FFF  # the bfloat16 that every NaN becomes, as GPUs write it: processors differ in theirs
+E8M0_BIAS = 127
+E8M0_NAN = 255
+REGION_BYTES = 1 << 30  # of addresses; memory is taken only where something is written
+ALIGNMENT = 64
+TILE = (512, 64)
+
+
+def bits_type(dtype: str) -> np.dtype:
+    """The unsigned integers that hold the bits of a dtype."""
+    return np.dtype(f"u{DTYPE_BYTES[dtype]}")
+
+
+class _Region(threading.local):
+    """A thread's memory for the piece that it works on."""
+
+    memory: Bits | None = None
+    used: int | None = None  # None where the thread works on no piece
+
+
+_region = _Region()
+
+
+@contextmanager
+def piece() -> Iterator[None]:
+    """Arrays that `empty` gives to this thread hold good until the end only."""
+    if _region.memory is None:
+        _region.memory = np.empty(REGION_BYTES, np.uint8)
+    _region.used = 0
+    try:
+        yield
+    finally:
+        _region.used = None
+
+
+def empty(shape: Sequence[int], kind: np.dtype | type) -> Bits:
+    """An array like numpy.empty's, from the thread's region where there is room."""
+    count = math.prod(shape) * np.dtype(kind).itemsize
+    if _region.memory is None or _region.used is None or _region.used + count > REGION_BYTES:
+        return np.empty(shape, kind)
+    start = _region.used
+    _region.used += -(-count // ALIGNMENT) * ALIGNMENT
+    return _region.memory[start : start + count].view(kind).reshape(shape)
+
+
+def contiguous(part: Bits) -> Bits:
+    """The part in row-major order, itself where it lies so already."""
+    if part.flags.c_contiguous:
+        return part
+    copy = empty(part.shape, part.dtype)
+    if part.ndim == 2 and part.strides[0] < part.strides[1]:
+        _transpose(part, copy)
+    else:
+        copy[...] = part
+    return copy
+
+
+def _transpose(part: Bits, copy: Bits) -> None:
+    """copy = part, which lies column by column; in tiles that stay in a core's cache."""
+    rows, columns = part.shape
+    for row in range(0, rows, TILE[0]):
+        for column in range(0, columns, TILE[1]):
+            tile = slice(row, row + TILE[0]), slice(column, column + TILE[1])
+            copy[tile] = part[tile]
+
+
+def address(content: memoryview) -> int:
+    """Where the bytes lie in memory."""
+    return np.frombuffer(content, np.uint8).__array_interface__["data"][0]
+
+
+def data(part: Bits) -> memoryview:
+    """The bytes of a part in row-major order, without a copy where it lies so already."""
+    return memoryview(contiguous(part).reshape(-1).view(np.uint8))
+
+
+def to_bfloat16(values: Bits) -> Bits:
+    """float32 → the bits of bfloat16, rounded to nearest even; every NaN becomes NAN."""
+    found, wide = empty(values.shape, np.uint16), values.view(np.uint32)
+    round_to_bfloat16(wide, found, empty(values.shape, np.uint32))
+    found[np.isnan(values)] = NAN
+    return found
+
+
+def round_to_bfloat16(wide: Bits, out: Bits, spare: Bits) -> None:
+    """The bits of float32 numbers → those of bfloat16, to nearest even; what NaN becomes is not defined.
+
+    Args:
+        wide, out, spare: uint32, uint16, and uint32 to work in, all of one shape.
+    """
+    np.right_shift(wide, 16, out=spare)
+    np.bitwise_and(spare, 1, out=spare)
+    np.add(spare, 0x7FFF, out=spare)
+    np.add(spare, wide, out=spare)
+    np.right_shift(spare, 16, out=out, casting="unsafe")
+
+
+def to_float32(part: Bits, dtype: str) -> Bits:
+    """The values of a floating-point part."""
+    if dtype == "BF16":
+        return (part.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E8M0":
+        return e8m0()[part]
+    return part.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float32)
+
+
+def e8m0() -> Bits:
+    """[256] float32: the value of each scale byte."""
+    values = np.ldexp(np.float32(1), np.arange(E8M0_NAN) - E8M0_BIAS)
+    return np.append(values, np.float32(np.nan))
+
+
+def as_dtype(part: Bits, have: str, want: str) -> Bits:
+    """The part in another floating-point dtype, BF16 or F32."""
+    if have == want:
+        return part
+    values = to_float32(contiguous(part), have)
+    return to_bfloat16(values) if want == "BF16" else values.view(np.uint32)
+
+
+def to_torch(part: Bits, dtype: str) -> Tensor:
+    """The same elements as torch's tensor, in the same memory where they lie in order."""
+    import torch
+
+    return torch.from_numpy(contiguous(part)).view(getattr(torch, TORCH_NAMES[dtype]))
+
+
+def from_torch(tensor: Tensor) -> Bits:
+    """The bits of a tensor of the CPU's."""
+    import torch
+
+    kinds = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+    return tensor.detach().view(kinds[tensor.element_size()]).numpy()

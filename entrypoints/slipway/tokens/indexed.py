@@ -1,0 +1,107 @@
+"""Documents of tokens as Megatron keeps them: PREFIX.bin, the tokens of all, and PREFIX.idx, where each begins.
+
+The index (megatron/core/datasets/indexed_dataset.py): "MMIDIDX\\0\\0", version 1 as uint64, the code of the tokens'
+dtype as uint8, the numbers of sequences and of document bounds as uint64; then the lengths of the sequences (int32),
+where they begin in bytes (int64), and the document bounds in sequences (int64), of which the first is 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from slipway.errors import DataError
+
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CHUNK = 1 << 22  # numbers that are held at once
+
+
+def index_of(prefix: Path) -> Path:
+    """PREFIX.idx, of PREFIX or PREFIX.bin or PREFIX.idx."""
+    return prefix.with_suffix(".idx") if prefix.suffix in (".bin", ".idx") else Path(f"{prefix}.idx")
+
+
+def write_index(file: BinaryIO, dtype: type[np.integer], lengths: np.ndarray, ends: np.ndarray) -> None:
+    """Write the index of sequences that lie one after the other.
+
+    Args:
+        lengths: int32 [sequences] of tokens.
+        ends: bool [sequences]: which of them end a document.
+    """
+    bounds = np.flatnonzero(ends) + 1
+    code = next(code for code, known in CODES.items() if known is dtype)
+    file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(bounds) + 1))
+    file.write(lengths.astype("<i4").tobytes())
+    at = 0
+    for start in range(0, len(lengths), CHUNK):
+        after = at + np.cumsum(lengths[start : start + CHUNK], dtype=np.int64) * np.dtype(dtype).itemsize
+        file.write(np.concatenate([[at], after[:-1]]).astype("<i8").tobytes())
+        at = int(after[-1])
+    file.write(np.concatenate([[0], bounds]).astype("<i8").tobytes())
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All tokens of a PREFIX.bin, document after document."""
+
+    path: Path  # PREFIX.bin
+    tokens: np.ndarray  # mapped, [tokens]
+    lengths: np.ndarray  # int32 [sequences]
+
+    @classmethod
+    def open(cls, prefix: Path) -> Documents:
+        """Map PREFIX.bin; DataError for an index that is none, or is of other tokens."""
+        index, path = index_of(prefix), index_of(prefix).with_suffix(".bin")
+        for file in (index, path):
+            if not file.is_file():
+                raise DataError(f"{file} does not exist; .bin and .idx belong together")
+        content = index.read_bytes()
+        if len(content) < HEADER.size or content[:9] != MAGIC:
+            raise DataError(f"{index} is no index of Megatron's; `slipway preprocess DATA OUT.bin` makes one")
+        _, version, code, sequences, bounds = HEADER.unpack_from(content)
+        if version != VERSION or code not in CODES or len(content) < HEADER.size + 12 * sequences + 8 * bounds:
+            raise DataError(f"{index} is damaged, or of another version than {VERSION}; make it again")
+        lengths = np.frombuffer(content, "<i4", sequences, HEADER.size)
+        begins = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)
+        size = np.dtype(CODES[code]).itemsize
+        wanted = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) * size
+        if not np.array_equal(begins, wanted[:-1]) or path.stat().st_size != wanted[-1]:
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes and {index} tells of {wanted[-1]}; make both again"
+            )
+        return cls(path, np.memmap(path, CODES[code], "r") if wanted[-1] else np.empty(0, CODES[code]), lengths)
+
+    def check(self, seq_length: int, vocab_size: int) -> None:
+        """DataError unless there is a window of `seq_length` + 1 tokens and all are of the vocabulary."""
+        if len(self.tokens) <= seq_length:
+            raise DataError(
+                f"{self.path} has {len(self.tokens)} tokens, and a sample takes {seq_length + 1}; lower --seq-length"
+            )
+        for start in range(0, len(self.tokens), CHUNK):
+            part = self.tokens[start : start + CHUNK]
+            if part.max() >= vocab_size or part.min() < 0:
+                at = start + int(np.flatnonzero((part >= vocab_size) | (part < 0))[0])
+                raise DataError(
+                    f"{self.path}: token {at} is {self.tokens[at]}, the model's vocabulary has {vocab_size}; "
+                    "was the data tokenised for another model?"
+                )
+
+
+class Windows:
+    """The tokens of all documents, cut into windows that overlap by the one token that is only a label."""
+
+    def __init__(self, documents: Documents, seq_length: int) -> None:
+        self.documents, self.seq_length = documents, seq_length
+
+    def __len__(self) -> int:
+        return (len(self.documents.tokens) - 1) // self.seq_length
+
+    def __getitem__(self, unit: int) -> list[tuple[list[int], list[int]]]:
+        start = unit * self.seq_length
+        return [([], self.documents.tokens[start : start + self.seq_length + 1].tolist())]

@@ -1,0 +1,164 @@
+"""Samples of tokens as JSON lines, `{"inputs": {"p_ids": [...], "r_ids": [...]}}`: checked, indexed, packed, read."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipway.errors import DataError
+
+Sample = tuple[list[int], list[int]]  # (p_ids, r_ids)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The usable samples of a data file, and how many were left out."""
+
+    offsets: np.ndarray  # int64 [lines]: where each begins, in bytes, in tokens of a .bin
+    lengths: np.ndarray  # int32 [lines]: its tokens
+    too_long: int
+    packs: list[np.ndarray] | None = None  # int64 each: the lines that share a sequence; None: each has its own
+    digest: str = ""  # of where all of them begin
+
+    def __len__(self) -> int:
+        """How many sequences there are to train on."""
+        return len(self.lengths if self.packs is None else self.packs)
+
+    def describe(self, seq_length: int) -> str:
+        """The numbers that a person wants to see."""
+        samples = f"{len(self.lengths)} samples, {self.too_long} dropped for {seq_length} tokens or more"
+        if self.packs is None:
+            return samples
+        full = int(np.sum(self.lengths - 1, dtype=np.int64)) / (len(self) * seq_length)
+        return f"{samples}; packed into {len(self)} sequences, which are {full:.1%} full"
+
+    def save(self, path: Path) -> None:
+        """Write what the workers need, as .npz."""
+        arrays = {"offsets": self.offsets, "lengths": self.lengths}
+        if self.packs is not None:
+            arrays |= {"members": np.concatenate(self.packs), "sizes": np.array([len(pack) for pack in self.packs])}
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """Read what `save` wrote."""
+        with np.load(path) as arrays:
+            packs = None
+            if "members" in arrays:
+                packs = np.split(arrays["members"], np.cumsum(arrays["sizes"])[:-1])
+            return cls(arrays["offsets"], arrays["lengths"], 0, packs)
+
+
+def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
+    """Read the file once: every line checked, those of `seq_length` tokens or more left out.
+
+    Errors: DataError that names file and line of the first malformed one, or says that nothing is left.
+    """
+    offsets, lengths, too_long, at = [], [], 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            prompt, response = read_line(line, f"{path}:{number}")
+            if max(max(prompt, default=0), max(response)) >= vocab_size:
+                raise DataError(
+                    f"{path}:{number}: a token id is {max(prompt + response)}, the model's vocabulary has "
+                    f"{vocab_size}; was the data tokenised for another model?"
+                )
+            length = len(prompt) + len(response)
+            if length >= seq_length:
+                too_long += 1
+            else:
+                offsets.append(at)
+                lengths.append(length)
+            at += len(line)
+    if not offsets:
+        raise DataError(
+            f"{path}: no sample is left ({too_long} of {seq_length} tokens or more were dropped); raise --seq-length"
+        )
+    begins = np.asarray(offsets, dtype=np.int64)
+    digest = hashlib.sha256(begins.tobytes()).hexdigest()
+    return Index(begins, np.asarray(lengths, dtype=np.int32), too_long, digest=digest)
+
+
+def inputs_of(entry: Any) -> Sample:
+    """(p_ids, r_ids) of what JSON made of a line; ValueError, LookupError or TypeError when it is anything else."""
+    prompt, response = entry["inputs"]["p_ids"], entry["inputs"]["r_ids"]
+    if not response or not all(type(token) is int and token >= 0 for token in prompt + response):
+        raise ValueError
+    return prompt, response
+
+
+def read_line(line: bytes, where: str) -> Sample:
+    """(p_ids, r_ids) of one line; DataError that names `where` when it is anything else."""
+    try:
+        return inputs_of(json.loads(line))
+    except (ValueError, LookupError, TypeError):
+        raise DataError(
+            f'{where}: not a sample of the form {{"inputs": {{"p_ids": [...], "r_ids": [...]}}}} with token ids; '
+            "`slipway preprocess` makes such files"
+        ) from None
+
+
+def as_line(prompt: list[int], response: list[int]) -> bytes:
+    """The line of a sample."""
+    return json.dumps({"inputs": {"p_ids": prompt, "r_ids": response}}).encode() + b"\n"
+
+
+def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Put samples of these lengths into as few sequences of `size` tokens as best fit, longest first, finds.
+
+    Args:
+        lengths: int32 [samples], each at most `size`.
+
+    Returns: for each sequence the numbers of its samples. The lengths alone decide.
+    """
+    packs: list[list[int]] = []
+    open_packs: dict[int, list[int]] = {}  # room left → the packs that have it
+    rooms: list[int] = []  # the keys of open_packs, sorted
+    for number in np.argsort(-lengths.astype(np.int64), kind="stable"):
+        length = int(lengths[number])
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            chosen, room = len(packs), size
+            packs.append([])
+        else:
+            room = rooms[place]
+            chosen = open_packs[room].pop()
+            if not open_packs[room]:
+                del open_packs[room], rooms[place]
+        packs[chosen].append(int(number))
+        room -= length
+        if room not in open_packs:
+            open_packs[room] = []
+            bisect.insort(rooms, room)
+        open_packs[room].append(chosen)
+    return [np.asarray(members, dtype=np.int64) for members in packs]
+
+
+class Lines:
+    """The usable lines of a file, read in place: unit i is the samples of line i, or of pack i."""
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path, self.index = path, index
+        self._map: mmap.mmap | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, unit: int) -> list[Sample]:
+        lines = [unit] if self.index.packs is None else self.index.packs[unit]
+        return [self._sample(int(line)) for line in lines]
+
+    def _sample(self, line: int) -> Sample:
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(self.index.offsets[line])
+        end = self._map.find(b"\n", start)
+        return read_line(self._map[start : end if end >= 0 else len(self._map)], f"{self.path} at byte {start}")

@@ -1,0 +1,43 @@
+"""A file of tokens, whichever of the two kinds it is: checked before anything starts, then read by number."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from slipway.tokens.indexed import Documents, Windows, index_of
+from slipway.tokens.lines import Index, Lines, Sample, index_lines, pack
+
+Units = Lines | Windows  # len(units) of them; units[i] → list[Sample]
+__all__ = ["Index", "Sample", "Units", "is_indexed", "open_units", "scan"]
+
+
+def is_indexed(path: Path) -> bool:
+    """PREFIX.bin with PREFIX.idx, and not JSON lines."""
+    return path.suffix == ".bin"
+
+
+def scan(path: Path, seq_length: int, vocab_size: int, packed: bool = False) -> Index:
+    """Check every token once.
+
+    Args:
+        packed: put several samples into one sequence where they fit; of JSON lines alone.
+
+    Errors: DataError for what is malformed, of another vocabulary, or leaves nothing to train on.
+    """
+    if not is_indexed(path):
+        index = index_lines(path, seq_length, vocab_size)
+        return replace(index, packs=pack(index.lengths - 1, seq_length)) if packed else index
+    documents = Documents.open(path)
+    documents.check(seq_length, vocab_size)
+    begins = np.arange(len(Windows(documents, seq_length))) * seq_length
+    digest = hashlib.sha256(index_of(path).read_bytes()).hexdigest()
+    return Index(begins, np.full(len(begins), seq_length + 1, np.int32), too_long=0, digest=digest)
+
+
+def open_units(path: Path, index: Index, seq_length: int) -> Units:
+    """What `scan` has found, to be read."""
+    return Windows(Documents.open(path), seq_length) if is_indexed(path) else Lines(path, index)

@@ -1,0 +1,242 @@
+"""The heads' loss on a GPU without a sort, and without a [tokens, vocabulary] tensor in float32.
+
+Logits in bfloat16 take few values, and tokens with the same logit have the same probability. So how often each value
+occurs in a row says all that the heads and their loss ask of it: the moments, the five largest, and the sums in
+descending order, inside a run of equal tokens as a geometric series. One pass over the logits counts; what follows
+works on VALUES counts instead of the vocabulary, and gives the derivatives by T and P along with the values.
+
+Logits below 2^-18 in size count as 2^-18, which changes a probability by less than a part in a hundred thousand.
+Equal logits are in the order of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slipway.training.heads import EPSILON_MASS, EPSILON_TEMPERATURE, TOP_P_SHARPNESS
+
+VALUES = 8192  # half of them positive, largest first, then the negative ones
+SMALLEST = 109 << 7  # the bits of 2^-18; the largest that is told apart is nearly 2^14
+INFINITE = 0x7F80
+COUNT_BLOCK = 1024
+
+
+@triton.jit
+def _place(bits, HALF: tl.constexpr, SMALLEST: tl.constexpr):
+    """Where a bfloat16 stands among the values in descending order."""
+    size = tl.minimum(tl.maximum((bits & 0x7FFF) - SMALLEST, 0), HALF - 1)
+    is_negative = (bits & 0xFFFF) > 0x8000  # which -0 is not
+    return tl.where(is_negative, HALF + size, HALF - 1 - size)
+
+
+@triton.jit
+def _value(place, HALF: tl.constexpr, SMALLEST: tl.constexpr):
+    """The float32 that stands at a place."""
+    size = tl.where(place < HALF, HALF - 1 - place, place - HALF) + SMALLEST
+    value = (size << 16).to(tl.float32, bitcast=True)
+    return tl.where(place < HALF, value, -value)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 without cancellation near zero."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _count_kernel(
+    logits, labels, counts, label_places, label_ranks, largest, vocabulary,
+    VALUES: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    wanted = _place(tl.load(logits + row * vocabulary + label).to(tl.int32), VALUES // 2, SMALLEST)
+    equal = tl.zeros([BLOCK], tl.int32)
+    size = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocabulary, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < vocabulary
+        bits = tl.load(logits + row * vocabulary + at, mask=inside, other=0).to(tl.int32)
+        place = _place(bits, VALUES // 2, SMALLEST)
+        tl.atomic_add(counts + row * VALUES + place, 1, mask=inside, sem="relaxed")
+        equal += ((place == wanted) & (at <= label) & inside).to(tl.int32)
+        size = tl.maximum(size, bits & 0x7FFF)
+    tl.store(label_places + row, wanted)
+    tl.store(label_ranks + row, tl.sum(equal))
+    tl.store(largest + row, tl.max(size))
+
+
+@triton.jit
+def _softmax(counts, temperature, row, VALUES: tl.constexpr, SMALLEST: tl.constexpr):
+    """Of one row, all [VALUES]: how often each value occurs, its log probability (0 where none), its probability."""
+    place = tl.arange(0, VALUES)
+    n = tl.load(counts + row * VALUES + place).to(tl.float32)
+    z = _value(place, VALUES // 2, SMALLEST) / temperature
+    z -= tl.max(tl.where(n > 0, z, float("-inf")))
+    z = tl.where(n > 0, z, float("-inf"))
+    log_p = z - tl.log(tl.sum(n * tl.exp(z)))
+    p = tl.exp(log_p)
+    log_p = tl.where(n > 0, log_p, 0.0)
+    return n, log_p, p
+
+
+@triton.jit
+def _features_kernel(
+    counts, temperatures, features, slopes, vocabulary, EPSILON: tl.constexpr,
+    VALUES: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Maximum, entropy, unbiased variance, top-5 mass; and each one's derivative by T."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperatures + row) + EPSILON
+    n, log_p, p = _softmax(counts, temperature, row, VALUES, SMALLEST)
+    mean = tl.sum(n * p * log_p)
+    growth = (mean - log_p) / temperature  # d log p / d T
+    rest = p - 1.0 / vocabulary
+    before = tl.cumsum(n) - n
+    in_top = tl.minimum(n, tl.maximum(5 - before, 0.0))
+    is_top = tl.minimum(n, tl.maximum(1 - before, 0.0))
+    at = row * 4
+    tl.store(features + at, tl.sum(is_top * p))
+    tl.store(features + at + 1, -mean)
+    tl.store(features + at + 2, tl.sum(n * rest * rest) / (vocabulary - 1))
+    tl.store(features + at + 3, tl.sum(in_top * p))
+    tl.store(slopes + at, tl.sum(is_top * p * growth))
+    tl.store(slopes + at + 1, tl.sum(n * p * (mean - log_p) * (mean - log_p)) / temperature)
+    tl.store(slopes + at + 2, 2 * tl.sum(n * rest * p * growth) / (vocabulary - 1))
+    tl.store(slopes + at + 3, tl.sum(in_top * p * growth))
+
+
+@triton.jit
+def _losses_kernel(
+    counts, temperatures, top_ps, label_places, label_ranks, losses, by_temperature, by_top_p,
+    SHARPNESS: tl.constexpr, EPSILON: tl.constexpr, VALUES: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """A token's loss and its derivatives by T and P."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperatures + row)
+    top_p = tl.load(top_ps + row)
+    label = tl.load(label_places + row)
+    rank = tl.load(label_ranks + row).to(tl.float32)
+    place = tl.arange(0, VALUES)
+    is_label = place == label
+
+    _, log_p_as_is, _ = _softmax(counts, 1.0, row, VALUES, SMALLEST)
+    confidence = tl.exp(tl.sum(tl.where(is_label, log_p_as_is, 0.0)))
+
+    n, log_p, p = _softmax(counts, temperature, row, VALUES, SMALLEST)
+    mass = n * p
+    growth = tl.where(n > 0, (tl.sum(mass * log_p) - log_p) / temperature, 0.0)  # d log p / d T
+    before = tl.cumsum(mass) - mass
+    before_growth = tl.cumsum(mass * growth) - mass * growth
+
+    # Of n equal tokens the first `whole` are kept as they are, the `left` others with a weight that falls from one
+    # to the next by exp(-fall).
+    whole = tl.minimum(tl.maximum(tl.floor((top_p - before) / tl.maximum(p, 1e-37)), 0.0), n)
+    left = n - whole
+    fall = SHARPNESS * p
+    first = p * tl.exp(tl.minimum(-SHARPNESS * (before + (whole + 1) * p - top_p), 0.0))
+    is_short = fall * left < 1e-2
+    rate = tl.where(is_short, 1.0, -_expm1(-fall))
+    series = tl.where(
+        is_short,
+        left - fall * left * (left - 1) / 2 + fall * fall * left * (left - 1) * (2 * left - 1) / 12,
+        -_expm1(-fall * left) / rate,
+    )
+    steps = tl.where(
+        is_short,
+        left * (left + 1) / 2 - fall * (left - 1) * left * (left + 1) / 3,
+        (series - left * tl.exp(-fall * left)) / rate,
+    )
+    cut = first * series
+    kept = whole * p + cut
+    total = tl.sum(kept) + EPSILON
+    total_by_p = SHARPNESS * tl.sum(cut)
+    moved = before_growth * cut + growth * p * first * (whole * series + steps)
+    total_by_t = tl.sum(growth * kept - SHARPNESS * moved)
+
+    log_p_label = tl.sum(tl.where(is_label, log_p, 0.0))
+    p_label = tl.exp(log_p_label)
+    growth_label = tl.sum(tl.where(is_label, growth, 0.0))
+    beyond = tl.sum(tl.where(is_label, before, 0.0)) + rank * p_label - top_p
+    beyond_growth = tl.sum(tl.where(is_label, before_growth, 0.0)) + rank * p_label * growth_label
+    is_beyond = (beyond > 0).to(tl.float32)
+    label_kept = p_label * tl.exp(-SHARPNESS * tl.maximum(beyond, 0.0))
+    label_by_p = SHARPNESS * is_beyond * label_kept
+    label_by_t = label_kept * (growth_label - SHARPNESS * is_beyond * beyond_growth)
+
+    q = label_kept / total
+    scale = confidence / (q + EPSILON) / total
+    tl.store(losses + row, -p_label * log_p_label - confidence * tl.log(q + EPSILON))
+    tl.store(by_temperature + row, -p_label * growth_label - scale * (label_by_t - q * total_by_t))
+    tl.store(by_top_p + row, -scale * (label_by_p - q * total_by_p))
+
+
+class CountedRows:
+    """What `heads.Rows` says of some tokens' logits, from their counts.
+
+    Args:
+        logits: [tokens, V] bfloat16.
+        labels: [tokens] int64, the next token.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+        tokens, self.vocabulary = logits.shape
+        integers = {"dtype": torch.int32, "device": logits.device}
+        self.counts = torch.zeros(tokens, VALUES, **integers)
+        self.label_places, self.label_ranks, largest = (torch.empty(tokens, **integers) for _ in range(3))
+        self.is_easy = logits.argmax(-1) == labels
+        if tokens:
+            _count_kernel[(tokens,)](
+                logits.contiguous().view(torch.int16), labels, self.counts, self.label_places, self.label_ranks,
+                largest, self.vocabulary, VALUES, SMALLEST, COUNT_BLOCK, num_warps=4,
+            )  # fmt: skip
+        self.is_finite = largest < INFINITE
+
+    def features(self, temperature: Tensor) -> Tensor:
+        """[tokens, 4]: see heads.distribution_features."""
+        return _Features.apply(temperature, self)
+
+    def losses(self, temperature: Tensor, top_p: Tensor) -> Tensor:
+        """[tokens]: see heads.token_losses; NaN where a logit is infinite or NaN."""
+        return _Losses.apply(temperature, top_p, self).where(self.is_finite, float("nan"))
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, temperature: Tensor, rows: CountedRows) -> Tensor:
+        tokens = len(temperature)
+        features, slopes = temperature.new_empty(2, tokens, 4).unbind()
+        if tokens:
+            _features_kernel[(tokens,)](
+                rows.counts, temperature.contiguous(), features, slopes, rows.vocabulary, EPSILON_TEMPERATURE,
+                VALUES, SMALLEST, num_warps=16,
+            )  # fmt: skip
+        ctx.save_for_backward(slopes)
+        return features
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return (gradient * ctx.saved_tensors[0]).sum(-1), None
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, temperature: Tensor, top_p: Tensor, rows: CountedRows) -> Tensor:
+        tokens = len(temperature)
+        losses, by_temperature, by_top_p = temperature.new_empty(3, tokens).unbind()
+        if tokens:
+            _losses_kernel[(tokens,)](
+                rows.counts, temperature.contiguous(), top_p.contiguous(), rows.label_places, rows.label_ranks,
+                losses, by_temperature, by_top_p, TOP_P_SHARPNESS, EPSILON_MASS, VALUES, SMALLEST, num_warps=16,
+            )  # fmt: skip
+        ctx.save_for_backward(by_temperature, by_top_p)
+        return losses
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        by_temperature, by_top_p = ctx.saved_tensors
+        return gradient * by_temperature, gradient * by_top_p, None

@@ -1,0 +1,50 @@
+"""The samples as NeMo wants them: a data module that resumes at the right sample, and evaluates on the same ones."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningDataModule
+from nemo.lightning.data import WrappedDataLoader
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+
+from slipway.training.samples import Samples
+
+
+class TokenData(LightningDataModule):
+    """NeMo's data module over `Samples`; keeps the number of samples consumed in the checkpoint.
+
+    Args:
+        samples: to train on.
+        held_out: to evaluate on, whole global batches; None: nothing.
+    """
+
+    def __init__(
+        self, samples: Samples, held_out: Samples | None, micro_batch_size: int, global_batch_size: int
+    ) -> None:
+        super().__init__()
+        self.samples, self.held_out, self.seq_length = samples, held_out, samples.seq_length
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.data_sampler = MegatronDataSampler(
+            seq_len=samples.seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
+        )
+
+    def train_dataloader(self) -> WrappedDataLoader:
+        # Samples are counted from here on; what was consumed before stands in the checkpoint.
+        self.data_sampler.init_global_step = self.trainer.global_step
+        return WrappedDataLoader(mode="train", dataset=self.samples, num_workers=0)
+
+    def val_dataloader(self) -> WrappedDataLoader | list:
+        if self.held_out is None:
+            return []
+        return WrappedDataLoader(mode="validation", dataset=self.held_out, num_workers=0)
+
+    def state_dict(self) -> dict[str, int]:
+        steps = self.trainer.global_step - self.data_sampler.init_global_step
+        return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        from megatron.core.num_microbatches_calculator import update_num_microbatches
+
+        consumed = state["consumed_samples"]
+        self.data_sampler.init_consumed_samples = self.data_sampler.prev_consumed_samples = consumed
+        self.data_sampler.if_first_step = 1
+        update_num_microbatches(consumed_samples=consumed, consistency_check=False)

@@ -1,0 +1,124 @@
+"""The heads as an extension of NeMo: a PEFT transform and a forward step.
+
+NeMo's PEFT machinery loads the base, freezes it, asks `HeadsTransform` to attach the trainable part and from then
+on saves that part alone, under keys with `.adapter.` in them. The forward step runs the base without a gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel as MegatronGPT
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config
+from nemo.lightning.megatron_parallel import MegatronStep
+from nemo.lightning.pytorch.callbacks.peft import PEFT
+from torch import Tensor
+from torch.nn import functional
+
+from slipway.training.heads import DecodingHeads, heads_loss
+from slipway.training.steps import attention_options, megatron_gpt
+
+
+class FromBase(PEFT):
+    """Any PEFT method, made to remember its base: NeMo notes the adapter's own checkpoint instead after a resume,
+    and the next resume would fail. `base` is the base model's checkpoint."""
+
+    base: str
+
+    def apply_transform(self, trainer: Any) -> None:
+        super().apply_transform(trainer)
+        self.wrapped_io.model_ckpt_path = Path(self.base)
+
+
+class HeadsTransform(FromBase):
+    """Puts the heads on the last pipeline stage as `adapter`; everything else is frozen.
+
+    Args:
+        base: the base model's checkpoint, noted beside the heads.
+        seed: of the heads' first weights, so that every rank and every layout begins with the same.
+        use_enhanced_features: see DecodingHeads.
+    """
+
+    def __init__(self, base: str, seed: int = 1234, use_enhanced_features: bool = True) -> None:
+        super().__init__()
+        self.base, self.seed, self.use_enhanced_features = base, seed, use_enhanced_features
+
+    def transform(self, module: torch.nn.Module, name: str | None = None, prefix: str | None = None):
+        if isinstance(module, MegatronGPT) and module.post_process:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                heads = DecodingHeads(module.config.hidden_size, self.use_enhanced_features)
+            module.adapter = heads.to(next(module.parameters()).device)
+        return module
+
+
+def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
+    """(loss sum, tokens counted) on the last stage, hidden states before it. The base runs without a gradient.
+
+    The gradients of the heads are taken here, as nothing has to go back through the pipeline.
+    """
+    gpt = megatron_gpt(model)
+    with torch.no_grad(), frozen(gpt):
+        hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], **attention_options(batch))
+    if not gpt.post_process:
+        return hidden
+
+    weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+    weight = gpt.output_layer.weight if weight is None else weight
+    if gpt.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    total, count = heads_loss(
+        gpt.adapter,
+        hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
+        lambda rows: functional.linear(rows, weight),
+        batch["labels"].reshape(-1),
+        batch["loss_mask"].reshape(-1).bool(),
+        batch["drop_if_easy"].reshape(-1),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    if torch.is_grad_enabled():  # not while it is evaluated
+        total.backward()
+    return total.detach(), count
+
+
+def leave_out_backward() -> None:
+    """From here on NeMo's training step is Megatron's pipeline schedule with its forward half alone.
+
+    With a backward half every stage would wait for a gradient of what it sent, which a frozen base never makes.
+    """
+    schedule_of = MegatronStep.__dict__["forward_backward_func"].func
+    MegatronStep.forward_backward_func = property(lambda step: _forward_alone(schedule_of(step)))
+
+
+def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable[..., list[dict[str, Tensor]]]:
+    """The schedule, and after it what Megatron does with the gradients of a step."""
+
+    def run(*, model: Any, forward_only: bool, **options: Any) -> list[dict[str, Tensor]]:
+        losses = schedule(model=model, forward_only=True, **options)
+        if not forward_only:
+            chunks = model if isinstance(model, list) else [model]
+            count = torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
+            count += sum(int(part["sum_and_count"][1]) for part in losses)
+            get_model_config(chunks[0]).finalize_model_grads_func(chunks, count)
+        return losses
+
+    return run
+
+
+@contextlib.contextmanager
+def frozen(gpt: MegatronGPT) -> Iterator[None]:
+    """The base in evaluation mode (no dropout, no router update), returning its last hidden states, not logits."""
+    if gpt.training:
+        gpt.eval()
+    post_process, mtp_process = gpt.post_process, gpt.mtp_process
+    gpt.post_process = gpt.mtp_process = False
+    try:
+        yield
+    finally:
+        gpt.post_process, gpt.mtp_process = post_process, mtp_process

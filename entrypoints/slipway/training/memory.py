@@ -1,0 +1,198 @@
+"""How much memory of a GPU a recipe takes, from the model's config.json alone.
+
+Weights, gradients and optimizer follow from the parallel sizes. Activations are what Megatron keeps of a layer for its
+backward pass with flash attention and sequence parallelism, in BF16. Measured against it: LoRA on Llama-3.1-8B's shape,
+64.7 GB (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slipway.families import by_model_type
+from slipway.families.parts.checks import head_dim
+from slipway.families.parts.decoder import MTP
+from slipway.training.recipe import Recipe
+
+BF16, FP32 = 2, 4
+GRADIENT, OPTIMIZER = FP32, 3 * FP32  # of a weight; the optimizer keeps a master copy and two moments
+CHUNK = 1024  # tokens whose logits exist at once under the heads
+OVERHEAD = 3e9  # CUDA's context, communicators, workspaces, fragments
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+STACKED = ".experts.experts."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of a layer: those outside its experts, and those of one expert of `count`."""
+
+    plain: float
+    expert: float = 0.0
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Weights of a model."""
+
+    embedding: int
+    output: int
+    layers: list[Layer]
+
+    @property
+    def total(self) -> float:
+        return self.embedding + self.output + sum(part.plain + part.expert * part.count for part in self.layers)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the GPU that needs most."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    overhead: float = OVERHEAD
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in asdict(self).items() if size >= 5e7)
+        return f"memory per GPU: about {self.total / 1e9:.0f} GB ({parts})"
+
+
+def parts_of(c: Mapping[str, Any]) -> Parts:
+    """The weights of a model, counted on one with few layers and two experts, as the others are like these."""
+    dense = c.get("first_k_dense_replace", 0)
+    few = {**c, "num_hidden_layers": dense + 1, MTP: 0} | {key: 2 for key in EXPERTS if key in c}
+    if "layer_types" in c:
+        few["layer_types"] = c["layer_types"][: dense + 1]
+    count = next((c[key] for key in EXPERTS if key in c), 0)
+    plain, experts, outside = [0.0] * (dense + 1), [0.0] * (dense + 1), {"embedding": 0, "output_layer": 0}
+    for name, info in by_model_type()[c["model_type"]].rules(few).megatron.items():
+        rest = name.partition(".layers.")[2]
+        size = math.prod(info.shape)
+        if not rest:
+            if name.split(".")[0] in outside:
+                outside[name.split(".")[0]] += size
+            continue
+        number = rest.split(".")[0]
+        numbers = [int(number)] if number.isdigit() else range(dense + 1)
+        for layer in numbers:
+            into = experts if STACKED in name else plain
+            into[layer] += size / len(numbers) / (2 if STACKED in name else 1)
+    layers = [Layer(part, expert, count if expert else 0) for part, expert in zip(plain, experts, strict=True)]
+    layers += [layers[-1]] * (c["num_hidden_layers"] - dense - 1)
+    return Parts(outside["embedding"], outside["output_layer"], layers)
+
+
+def stages(recipe: Recipe, layers: int) -> list[int]:
+    """Layers of each pipeline stage."""
+    count = recipe.pipeline_parallel_size
+    if not recipe.first_stage_layers or count == 1:
+        return [layers // count] * count
+    middle = layers - recipe.first_stage_layers - recipe.last_stage_layers
+    inner = [middle // (count - 2)] * (count - 2) if count > 2 else []
+    return [recipe.first_stage_layers, *inner, recipe.last_stage_layers]
+
+
+def estimate(recipe: Recipe, c: Mapping[str, Any], world_size: int) -> Estimate:
+    """Of the pipeline stage that needs most.
+
+    Args:
+        c: config.json of the model.
+    """
+    parts, sizes = parts_of(c), stages(recipe, c["num_hidden_layers"])
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    found = [
+        _stage(recipe, c, parts, parts.layers[start : start + size], number, world_size)
+        for number, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    return max(found, key=lambda one: one.total)
+
+
+def _stage(
+    recipe: Recipe, c: Mapping[str, Any], parts: Parts, layers: list[Layer], number: int, world_size: int
+) -> Estimate:
+    tensor, pipeline, expert = (
+        recipe.tensor_parallel_size,
+        recipe.pipeline_parallel_size,
+        recipe.expert_parallel_size,
+    )
+    is_last = number == pipeline - 1
+    plain = sum(layer.plain for layer in layers) + (parts.embedding if number == 0 else 0)
+    plain = (plain + (parts.output or parts.embedding * (pipeline > 1) if is_last else 0)) / tensor
+    experts = sum(layer.expert * layer.count for layer in layers) / expert
+    copies = world_size / tensor / pipeline  # ranks that hold the same plain weights; of the experts' it is fewer
+    copies_of_experts = max(1.0, world_size / pipeline / expert)
+    if recipe.is_frozen:
+        trained = _adapters(recipe, c, layers) if recipe.mode == "lora" else 0.0
+        gradients, optimizer = trained * GRADIENT, trained * OPTIMIZER
+    else:
+        gradients = (plain + experts) * GRADIENT
+        optimizer = (plain / copies + experts / copies_of_experts) * OPTIMIZER
+    in_flight = 1 if recipe.mode == "heads" else max(1, pipeline - number)
+    return Estimate(
+        (plain + experts) * BF16,
+        gradients,
+        optimizer,
+        _activations(recipe, c, len(layers), in_flight),
+        _logits(recipe, c) if is_last else 0.0,
+    )
+
+
+def _widths(c: Mapping[str, Any]) -> tuple[float, float]:
+    """Values that a token has at once in a layer: in attention's projections, and in the feed-forward part."""
+    heads = c["num_attention_heads"]
+    if "kv_lora_rank" in c:
+        key, value = c["qk_nope_head_dim"] + c["qk_rope_head_dim"], c["v_head_dim"]
+        attention = heads * (2 * key + 2 * value) + c["q_lora_rank"] + c["kv_lora_rank"]
+    else:
+        attention = (2 * heads + 2 * c["num_key_value_heads"]) * head_dim(c)
+    if any(key in c for key in EXPERTS):
+        width = c.get("moe_intermediate_size", c["intermediate_size"])
+        chosen = c["num_experts_per_tok"] + c.get("n_shared_experts", 0)
+        return attention, chosen * (3 * width + 2 * c["hidden_size"])
+    return attention, 3 * c["intermediate_size"]
+
+
+def _activations(recipe: Recipe, c: Mapping[str, Any], layers: int, in_flight: int) -> float:
+    tokens = recipe.micro_batch_size * recipe.seq_length / recipe.context_parallel_size / recipe.tensor_parallel_size
+    attention, feed_forward = _widths(c)
+    layer = tokens * BF16 * (4 * c["hidden_size"] + attention + feed_forward)
+    if recipe.mode == "heads":
+        return 2 * layer
+    if recipe.recompute == "full":
+        return layers * in_flight * tokens * BF16 * c["hidden_size"] + 2 * layer
+    return layers * in_flight * layer
+
+
+def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:
+    tokens = recipe.micro_batch_size * recipe.seq_length / recipe.context_parallel_size
+    part = c["vocab_size"] / recipe.tensor_parallel_size
+    if recipe.mode == "heads":
+        return min(tokens, CHUNK) * part * 2 * BF16
+    return tokens * part * (BF16 + 2 * FP32)
+
+
+def _adapters(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer]) -> float:
+    h, heads = c["hidden_size"], c["num_attention_heads"] * head_dim(c)
+    width = c.get("moe_intermediate_size", c["intermediate_size"])
+    sides = {
+        "linear_qkv": h + heads + 2 * c["num_key_value_heads"] * head_dim(c),
+        "linear_proj": heads + h,
+        "linear_fc1": h + 2 * width,
+        "linear_fc2": width + h,
+    }
+    total = 0.0
+    for layer in layers:
+        for target in recipe.lora_targets.split(","):
+            many = layer.count / recipe.expert_parallel_size if layer.count and "fc" in target else 1
+            total += recipe.lora_rank * sides.get(target, 2 * h) * many
+    return total / recipe.tensor_parallel_size

@@ -1,0 +1,97 @@
+"""What is trained: the heads, all weights, or low-rank adapters; each on NeMo's own machinery."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from nemo.collections.llm.peft import LoRA as NemoLoRA
+from nemo.lightning.pytorch.callbacks.peft import PEFT
+
+from slipway.training.heads_on_nemo import FromBase, HeadsTransform, heads_step, leave_out_backward
+from slipway.training.recipe import Recipe
+from slipway.training.repairs import mend
+from slipway.training.steps import language_model_step
+
+
+class LoRA(FromBase, NemoLoRA):
+    """NeMo's LoRA on the base that it is for, with the same first weights in every parallel layout."""
+
+    def __init__(self, base: str, seed: int, target_modules: list[str], dim: int, alpha: int, dropout: float) -> None:
+        super().__init__(target_modules=target_modules, dim=dim, alpha=alpha, dropout=dropout)
+        self.base, self.seed = base, seed
+
+    def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = super().__call__(model)
+        for layer in model.modules():
+            if isinstance(layer, TransformerLayer):
+                self._begin(layer)
+        return mend(model)
+
+    def _begin(self, layer: TransformerLayer) -> None:
+        """Give every adapter of a layer this rank's part of a whole drawn for its place in the whole model.
+
+        NeMo draws each rank's part on its own, so that another layout would begin with other weights.
+        """
+        for name, weight in layer.named_parameters():
+            if not name.endswith(".adapter.linear_in.weight"):
+                continue
+            name, ranks, rank = _place(name, layer.config.num_moe_experts)
+            axis = getattr(weight, "partition_dim", -1)
+            ranks = ranks if axis in (0, 1) else 1
+            shape = [size * (ranks if dim == axis else 1) for dim, size in enumerate(weight.shape)]
+            key = hashlib.sha256(f"{self.seed} {layer.layer_number} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+            whole = torch.randn(shape, generator=generator) * math.sqrt(2 / sum(shape))  # Xavier's
+            part = whole.chunk(ranks, axis)[rank] if ranks > 1 else whole
+            with torch.no_grad():
+                weight.copy_(part)
+
+
+def _place(name: str, experts: int | None) -> tuple[str, int, int]:
+    """(an adapter's name with its expert's number in the model, how many ranks share its weight, which one this is)."""
+    found = re.search(r"local_experts\.(\d+)\.", name)
+    if not found:
+        state = parallel_state
+        return name, state.get_tensor_model_parallel_world_size(), state.get_tensor_model_parallel_rank()
+    here = experts // parallel_state.get_expert_model_parallel_world_size()
+    number = parallel_state.get_expert_model_parallel_rank() * here + int(found.group(1))
+    return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}", 1, 0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a mode computes its loss, and what NeMo attaches to a frozen base (None trains every weight), and
+    what is to be done before NeMo begins."""
+
+    forward_step: Callable[..., Any]
+    transform: Callable[[Recipe], PEFT | None]
+    prepare: Callable[[], None] = lambda: None
+
+
+def _lora(recipe: Recipe) -> LoRA:
+    return LoRA(
+        recipe.model,
+        recipe.seed,
+        target_modules=recipe.lora_targets.split(","),
+        dim=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+    )
+
+
+MODES = {
+    "heads": Mode(
+        heads_step, lambda recipe: HeadsTransform(base=recipe.model, seed=recipe.seed), prepare=leave_out_backward
+    ),
+    "sft": Mode(language_model_step, lambda recipe: None),
+    "lora": Mode(language_model_step, _lora),
+    "pretrain": Mode(language_model_step, lambda recipe: None),
+}

@@ -1,0 +1,85 @@
+"""What a run's folder says at its start and at its end, and what `train` makes of it: a summary, or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
+from slipway.launch.failure import Failure
+from slipway.launch.topology import Topology
+from slipway.report import Summary
+from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of `train`: what is computed, where, from which step, and when it began (time.time())."""
+
+    recipe: Recipe
+    topology: Topology
+    folder: RunFolder
+    begins_at: int
+    started: float
+
+
+def claim_folder(run: Run) -> None:
+    """Rank 0 says what is computed here from now on, and takes away what an earlier start left half done."""
+    try:
+        run.folder.remove_incomplete()
+        run.recipe.save(run.folder.recipe)
+        before = run.folder.read_status()
+        known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
+        tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
+        begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
+        run.folder.write_status(known | begun)
+    except OSError as error:
+        raise WriteError(f"{run.folder.path} cannot be written: {error.strerror}; make room in it") from None
+
+
+def note(folder: RunFolder, state: str, why: str) -> None:
+    """Say in the status why it ended. A full disk gets room for that from the checkpoint that did not fit."""
+    with contextlib.suppress(OSError):
+        folder.remove_incomplete()
+    with contextlib.suppress(OSError):
+        folder.write_status(folder.read_status() | {"state": state, "why": why})
+
+
+def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary:
+    """What the run came to; its errors are those of `train`."""
+    status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
+    if not failure and status.get("state") == "done":
+        return _summary(run, latest[1], status)
+    saved = latest[0] if latest else 0
+    if not failure and status.get("state") == "stopped":
+        raise Stopped(f"train: stopped and saved at step {saved} of {run.recipe.steps}; run the same again")
+    if grace_is_over and status.get("step", 0) == saved:
+        raise Stopped(f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; run the same again")
+    if grace_is_over:
+        raise SlipwayError(
+            f"train: ended before a checkpoint could be saved; the last one is at step {saved}: allow more --grace"
+        )
+    if failure is None:
+        raise SlipwayError(f"train: the workers ended without a result; {run.folder.status} says {status}")
+    if failure.lines:
+        print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
+    raise _error(failure)
+
+
+def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    details = {"steps": f"{run.begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
+    return Summary("train", str(checkpoint), size, time.time() - run.started, details, streamed=False)
+
+
+def _error(failure: Failure) -> SlipwayError:
+    """What a worker said itself where it knew its error, else who failed and how."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, WriteError, PreflightError)}
+    if failure.said and failure.code in kinds:
+        return kinds[failure.code](f"{failure.said} ({failure.who})")
+    return SlipwayError(f"train: {failure.said or failure}")

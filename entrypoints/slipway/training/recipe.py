@@ -1,0 +1,183 @@
+"""Everything that decides what a training run computes, in one object that is written beside its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import UsageError
+from slipway.options import LARGEST, check_group, option
+
+MODES = ("heads", "lora", "sft", "pretrain")
+
+
+def _size(default: int, help: str, unit: str = "", low: int = 1) -> Any:
+    return option(default, help, unit=unit, low=low, high=LARGEST)
+
+
+@dataclass
+class Recipe:
+    """Every value that decides what is computed; the defaults are those the heads were published with.
+
+    This is the one declaration of each: the flags of `train`, its help, the keys of a recipe's file and of --set, their
+    ranges and the table in docs/training.md are made from it.
+    """
+
+    model: str = option(..., "NeMo checkpoint of the base model, as `import` writes it: a folder or nemo://name")
+    data: str = option(
+        ..., "tokens as `preprocess` writes them: samples in a .jsonl file, or texts in a .bin with its .idx"
+    )
+    out: str = option(..., "folder of the run: checkpoints, status.json, metrics.jsonl, loss.png, TensorBoard")
+    mode: str = option(
+        "heads",
+        "what is trained; heads = temperature and top-p heads on a frozen base, lora = low-rank adapters on a frozen "
+        "base, sft = all weights on responses, pretrain = all weights on all tokens",
+        choices=MODES,
+    )
+    steps: int = _size(400, "optimizer steps in total")
+    seq_length: int = _size(6144, "length of a sequence; longer samples are dropped and counted", "tokens", low=2)
+    micro_batch_size: int = _size(1, "samples per GPU and forward pass")
+    global_batch_size: int = _size(32, "samples per step over all GPUs")
+    lr: float = option(5e-6, "peak learning rate", above=0, high=10)
+    min_lr: float = option(2e-8, "learning rate at the end of the cosine", low=0, high=10)
+    warmup_steps: int = _size(20, "steps of linear warm-up", low=0)
+    constant_steps: int = _size(50, "steps at min_lr at the end", low=0)
+    weight_decay: float = option(0.0, "weight decay of Adam", low=0, high=1)
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0 = no limit", low=0, high=LARGEST)
+    tensor_parallel_size: int = _size(1, "GPUs that share each layer")
+    pipeline_parallel_size: int = _size(1, "stages that the layers are split into")
+    expert_parallel_size: int = _size(1, "GPUs that share the experts")
+    context_parallel_size: int = _size(1, "GPUs that share each sequence")
+    first_stage_layers: int = _size(0, "layers of the first pipeline stage; 0 = as many as the others", low=0)
+    last_stage_layers: int = _size(0, "layers of the last pipeline stage; 0 = as many as the others", low=0)
+    recompute: str = option(
+        "none",
+        "full = keep only the input of each layer and compute the rest again in the backward pass",
+        choices=("none", "full"),
+    )
+    save_every: int = _size(100, "steps between checkpoints")
+    keep: int = _size(2, "number of checkpoints to keep, the newest ones")
+    seed: int = option(1234, "seed of the new weights, the order of the data and dropout", low=0, high=2**32 - 1)
+    lora_targets: str = option(
+        "linear_qkv,linear_proj,linear_fc1,linear_fc2", "Megatron's modules that get an adapter, separated by commas"
+    )
+    lora_rank: int = option(32, "rank of an adapter", low=1, high=65536)
+    lora_alpha: int = option(
+        32, "the output of an adapter is multiplied by lora_alpha / lora_rank", low=1, high=LARGEST
+    )
+    lora_dropout: float = option(0.0, "share of an adapter's inputs that are dropped", low=0, below=1)
+    pack: bool = option(
+        False, "put several samples of a .jsonl file into one sequence if they fit; none of them sees another"
+    )
+    eval_data: str = option("", "tokens that are held out, for evaluations during the training")
+    eval_every: int = _size(100, "steps between evaluations")
+    eval_batches: int = _size(32, "largest number of global batches of an evaluation")
+    wandb_project: str = option(
+        "", "log to this project of Weights & Biases too, with WANDB_API_KEY from the environment"
+    )
+
+    @property
+    def is_frozen(self) -> bool:
+        """The base stays as it is."""
+        return self.mode in ("heads", "lora")
+
+    def check(self, world_size: int, recipe: str = "") -> None:
+        """UsageError unless the sizes fit each other and a world of `world_size` processes.
+
+        Args:
+            recipe: the name of the one that the sizes are from, for the message.
+        """
+        check_group(self)
+        self._check_schedule()
+        model_parallel = self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+        if world_size % model_parallel:
+            raise UsageError(
+                f"{world_size} processes cannot be split into tensor {self.tensor_parallel_size} × pipeline "
+                f"{self.pipeline_parallel_size} × context {self.context_parallel_size} = {model_parallel}; "
+                + (f"see --dry-run for the nodes that recipe {recipe} is for" if recipe else "")
+                + ("" if recipe else "change the parallel sizes or the number of nodes")
+            )
+        experts_among = world_size // self.pipeline_parallel_size
+        if experts_among % self.expert_parallel_size:
+            raise UsageError(
+                f"--expert-parallel-size {self.expert_parallel_size} does not divide the {experts_among} processes "
+                "of a pipeline stage; change it or the number of nodes"
+            )
+        at_once = self.micro_batch_size * (world_size // model_parallel)
+        if self.global_batch_size % at_once:
+            raise UsageError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of micro batch size "
+                f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
+            )
+
+        self._check_packing()
+
+    def _check_schedule(self) -> None:
+        """UsageError where warm-up and constant steps take more than there is, or the curve would rise."""
+        taken = self.warmup_steps + self.constant_steps
+        if taken > self.steps:
+            raise UsageError(
+                f"--warmup-steps {self.warmup_steps} and --constant-steps {self.constant_steps} are {taken} steps, "
+                f"more than --steps {self.steps}; lower them or increase --steps"
+            )
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min-lr is {self.min_lr:g}, larger than --lr {self.lr:g}; lower --min-lr")
+
+    def _check_packing(self) -> None:
+        if not self.pack:
+            return
+        for path in filter(None, (self.data, self.eval_data)):
+            if path.endswith(".bin"):
+                raise UsageError(f"--pack is for samples of .jsonl files, and {path} has full sequences already")
+        for name in ("micro_batch_size", "context_parallel_size"):
+            if (value := getattr(self, name)) > 1:
+                raise UsageError(
+                    f"--pack puts many samples into one sequence, which takes --{name.replace('_', '-')} 1, not {value}"
+                )
+
+    def check_model(self, c: Mapping[str, Any]) -> None:
+        """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
+        layers, first, last = c["num_hidden_layers"], self.first_stage_layers, self.last_stage_layers
+        experts = next((c[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c), 0)
+        others = self.pipeline_parallel_size - 2 if first or last else self.pipeline_parallel_size
+        shared = [
+            ("tensor", self.tensor_parallel_size, "attention heads", c["num_attention_heads"]),
+            ("tensor", self.tensor_parallel_size, "groups of keys and values", c["num_key_value_heads"]),
+            ("expert", self.expert_parallel_size, "experts", experts),
+            ("pipeline", max(others, 1), "layers of its stages", layers - first - last),
+        ]
+        for kind, size, what, count in shared:
+            if count % size:
+                raise UsageError(
+                    f"--{kind}-parallel-size {getattr(self, f'{kind}_parallel_size')} does not divide the model's "
+                    f"{count} {what}; change it"
+                )
+        if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and "linear_fc" in self.lora_targets:
+            raise UsageError(
+                "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
+                "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
+            )
+        if self.pack and c["model_type"] == "gpt_oss":
+            raise UsageError(
+                "--pack cannot be used with gpt_oss: Transformer Engine has no attention with sinks for packed samples"
+            )
+        if self.pack and self.mode in ("sft", "pretrain") and c.get("num_nextn_predict_layers"):
+            raise UsageError(
+                f"--pack cannot be used with --mode {self.mode} and the model's MTP layer, which would predict one "
+                "sample's tokens from another's"
+            )
+        if self.expert_parallel_size > 1 and not experts:
+            raise UsageError(f"--expert-parallel-size is {self.expert_parallel_size}, and the model has no experts")
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text()))

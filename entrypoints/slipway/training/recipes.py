@@ -1,0 +1,108 @@
+"""The recipes that ship: one TOML file per model in recipes/, a table per mode and one per kind of GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import DataError, UsageError
+from slipway.options import Parameter, check, from_text, option, parameters_of, suggestion
+from slipway.training.recipe import Recipe
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+GPUS = (80, 141)  # GB of memory
+OF_A_RUN = ("model", "data", "out", "mode")  # not for a file to say
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a table for a kind of GPU says beside the keys of a Recipe."""
+
+    nodes: int = option(1, "machines", low=1)
+    processes_per_node: int = option(1, "GPUs of each machine", low=1)
+    memory_gb: int = option(1, "memory of a GPU, as --dry-run estimates it", unit="GB", low=1)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A recipe file's words for one mode on one kind of GPU."""
+
+    name: str
+    family: str
+    values: dict[str, Any]  # fields of Recipe
+    nodes: int
+    processes_per_node: int
+    memory_gb: int
+
+
+def names() -> list[str]:
+    """The recipes that there are."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load(name: str, mode: str, gpu: int) -> Shipped:
+    """The recipe of this name, or in this file; UsageError or DataError for what it cannot be.
+
+    Args:
+        gpu: its memory in GB; the tables for the largest GPU that is not larger count.
+    """
+    file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not file.is_file():
+        raise UsageError(f"there is no recipe {name}{suggestion(name, names())}; there are {', '.join(names())}")
+    try:
+        tables = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}") from None
+    if mode not in tables:
+        raise UsageError(f"{file} has no table [{mode}]")
+    fitting = [size for size in GPUS if size <= gpu and f"{size}GB" in tables[mode]]
+    if not fitting:
+        raise UsageError(f"{file} has no layout for GPUs of {gpu} GB; see --gpu-memory, or give the parallel sizes")
+    layout = tables[mode][f"{max(fitting)}GB"]
+    values = {key: value for key, value in tables[mode].items() if not isinstance(value, dict)} | layout
+    check_values(values, f"{file}: [{mode}]")
+    others = {key: values.pop(key, parameter.default) for key, parameter in parameters_of(Layout).items()}
+    return Shipped(file.stem, tables.get("family", ""), values, **others)
+
+
+def check_values(values: Mapping[str, Any], where: str) -> None:
+    """UsageError unless every key is a recipe's and every value of its type and in its range."""
+    known = {**keys(), **parameters_of(Layout)}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key}{suggestion(key, known)}; it takes {', '.join(sorted(known))}")
+        check(f"{where}: {key}", known[key], value)
+
+
+def keys() -> dict[str, Parameter]:
+    """Every key of a recipe that a file or --set may give."""
+    return {name: parameter for name, parameter in parameters_of(Recipe).items() if name not in OF_A_RUN}
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE, each checked as its flag is."""
+    found = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in keys():
+            raise UsageError(f"--set {setting} is not KEY=VALUE of a recipe{suggestion(key, keys())}")
+        found[key] = from_text(f"--set {key}", keys()[key], text)
+    return found
+
+
+def gpu_memory() -> int:
+    """GB of the smallest GPU here as nvidia-smi says it; without any, of the smallest that recipes know."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return GPUS[0]
+    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(int(int(line) * 2**20 / 1e9) for line in said.splitlines())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return GPUS[0]

@@ -1,0 +1,111 @@
+"""The folder of one training run: what lies where, and what its files say.
+
+checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` beside it is not complete
+recipe.json           what is computed
+status.json           state (starting, running, stopped, done, failed), step, loss, tokens, and why it ended
+metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
+evaluations.jsonl     one object per evaluation: step, loss
+logs/node0/…           what each rank printed
+loss.png, tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipway.training.recipe import Recipe
+
+COMPLETE = ".complete"  # in the context of a checkpoint, once everything is there
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunFolder:
+        """The folder that a recipe writes to."""
+        return cls(Path(recipe.out))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest complete checkpoint."""
+        found = []
+        for folder in self.checkpoints.glob("step=*"):
+            match = re.fullmatch(r"step=(\d+)", folder.name)
+            if match and (folder / "context" / COMPLETE).exists() and not Path(f"{folder}-unfinished").exists():
+                found.append((int(match.group(1)), folder))
+        return max(found, default=None)
+
+    def remove_incomplete(self) -> None:
+        """Take away what a killed run was writing, or NeMo would save beside it under another name."""
+        for folder in self.checkpoints.glob("step=*"):
+            if not (folder / "context" / COMPLETE).exists() or Path(f"{folder}-unfinished").exists():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+
+    def read_status(self) -> dict[str, Any]:
+        """The status file, or {} where there is none."""
+        return json.loads(self.status.read_text()) if self.status.exists() else {}
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace the status file at once."""
+        part = self.status.with_suffix(".part")
+        part.write_text(json.dumps(status, indent=1) + "\n")
+        os.replace(part, self.status)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One dict per step, in order."""
+        return _read_lines(self.metrics)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """One dict per evaluation, in order; `step`: the last one before it."""
+        return _read_lines(self.evaluations)
+
+    def forget_from(self, step: int) -> None:
+        """Drop what was recorded from `step` on: a resumed run computes those steps again."""
+        for file in (self.metrics, self.evaluations):
+            kept = [entry for entry in _read_lines(file) if entry["step"] < step]
+            if file == self.metrics or file.exists():
+                part = file.with_suffix(".part")
+                part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+                os.replace(part, file)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects; a line that is not whole, on a full disk or just now, does not count."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]

@@ -1,0 +1,78 @@
+"""Training samples, in an order that depends on the seed alone.
+
+Sample i of a run is the same on every rank and in every layout, and which of its easy tokens are dropped as well, so a
+resumed run goes on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from slipway.tokens.scan import Sample, Units
+from slipway.training.heads import EASY_TOKEN_DROP_RATE
+
+PAD_ID = 0
+
+
+class Samples(Dataset):
+    """`count` sequences drawn from the units of a file epoch by epoch, each epoch in a new order.
+
+    Args:
+        units: what a sequence holds: one sample, or several that are packed.
+        packed: also give `cu_seqlens`, where each of them begins.
+        learn_prompts: count the tokens of p_ids too.
+        shuffled: False keeps the order of the file.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        count: int,
+        seq_length: int,
+        seed: int,
+        *,
+        packed: bool = False,
+        learn_prompts: bool = False,
+        shuffled: bool = True,
+    ) -> None:
+        self.units, self.count, self.seq_length, self.seed = units, count, seq_length, seed
+        self.packed, self.learn_prompts, self.shuffled = packed, learn_prompts, shuffled
+        self._epoch, self._order = -1, np.arange(len(units))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy bool [S]; of packed samples
+        also cu_seqlens int32 [samples + 1, and one more where padding is left]."""
+        found = self._join(self.units[self.unit_of(number)])
+        random = np.random.Generator(np.random.Philox(key=[self.seed, number]))
+        return found | {"drop_if_easy": torch.from_numpy(random.random(self.seq_length) < EASY_TOKEN_DROP_RATE)}
+
+    def unit_of(self, number: int) -> int:
+        """Which unit sample `number` of the run is."""
+        epoch, place = divmod(number, len(self.units))
+        if self.shuffled and epoch != self._epoch:
+            shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=1 << 64))
+            self._epoch, self._order = epoch, shuffle.permutation(len(self.units))
+        return int(self._order[place])
+
+    def _join(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        tokens = torch.full((self.seq_length,), PAD_ID, dtype=torch.int64)
+        labels, positions, mask = tokens.clone(), torch.arange(self.seq_length), torch.zeros(self.seq_length)
+        bounds = [0, *accumulate(len(prompt) + len(response) - 1 for prompt, response in samples)]
+        for (prompt, response), start, end in zip(samples, bounds[:-1], bounds[1:], strict=True):
+            ids = torch.tensor(prompt + response, dtype=torch.int64)
+            tokens[start:end], labels[start:end] = ids[:-1], ids[1:]
+            learned = 0 if self.learn_prompts else max(len(prompt) - 1, 0)
+            mask[start + learned : end] = 1
+            positions[start:end] = torch.arange(end - start)
+        found = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+        if self.packed:
+            rest = [self.seq_length] if bounds[-1] < self.seq_length else []
+            found["cu_seqlens"] = torch.tensor(bounds + rest, dtype=torch.int32)
+        return found

@@ -1,0 +1,179 @@
+"""One start of a training run on this node: resolve, check, meet the other nodes, run the workers, report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slipway.checkpoint import locate
+from slipway.errors import Stopped
+from slipway.launch import torchrun
+from slipway.launch.failure import FAILED, Failure
+from slipway.launch.link import Link, meet
+from slipway.launch.placement import Patience, Placement
+from slipway.launch.topology import ALONE, Topology, find_topology
+from slipway.options import flag
+from slipway.report import Summary
+from slipway.signals import StopRequests
+from slipway.training import memory, preflight, recipes
+from slipway.training.agreement import claims
+from slipway.training.outcome import Run, claim_folder, note, result_of
+from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder
+
+# Of warm-up and constant steps, the part of a run that they take by default.
+SHARES = {"warmup_steps": Recipe.steps // Recipe.warmup_steps, "constant_steps": Recipe.steps // Recipe.constant_steps}
+PATHS = ("model", "data", "out", "eval_data")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked `train` for.
+
+    Args:
+        given: the fields of Recipe that flags gave.
+        recipe: the name or the file of a recipe.
+        settings: KEY=VALUE words of --set.
+        gpu_memory: GB of a GPU; None = what is here.
+        resume: auto or never.
+    """
+
+    given: dict[str, Any]
+    recipe: str | None
+    settings: list[str]
+    gpu_memory: int | None
+    placement: Placement
+    patience: Patience
+    resume: str
+
+
+def plan(request: Request) -> str:
+    """What --dry-run prints: recipe, topology, memory, environment and command. Nothing is written."""
+    run, config = _prepare(request, dry_run=True)
+    words = torchrun.command(run.topology, _worker_arguments(Path("SCRATCH"), run), _logs(run))
+    lines = [json.dumps(vars(run.recipe), indent=1), str(run.topology)]
+    if config:
+        lines.append(str(memory.estimate(run.recipe, config, run.topology.world_size)))
+    lines += [f"{name}={value}" for name, value in torchrun.shown_environment().items()]
+    if run.topology.world_size == 1:
+        lines.append("one process: no torchrun is started; the command does the same as")
+    return "\n".join([*lines, shlex.join(words)])
+
+
+def run(request: Request) -> Summary:
+    """Train to the end, or to a request to stop.
+
+    Errors: those of `train`, see errors.py; Stopped where it was stopped and saved.
+    """
+    run, _ = _prepare(request)
+    if run.begins_at >= run.recipe.steps:
+        return result_of(run, None, False)
+    topology = run.topology
+    with (
+        tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch,
+        StopRequests(Path(scratch) / "stop", request.patience.grace) as stop,
+    ):
+        index, held_out = preflight.scan_data(run.recipe, preflight.vocab_size(Path(run.recipe.model)), Path(scratch))
+        print(topology, file=sys.stderr)
+        preflight.make_folder(run.folder)
+        agreed = claims(run.recipe, index, held_out, topology, run.begins_at)
+        link = meet(topology, agreed, request.patience.rendezvous_timeout)
+        if topology.rank == 0:
+            claim_folder(run)
+        try:
+            failure = _work(run, Path(scratch), stop, link)
+        except Stopped:  # between the claim and the first worker
+            if topology.rank == 0:
+                note(run.folder, "stopped", stop.asked_by)
+            raise
+        link.close()
+        return result_of(run, failure, stop.grace_is_over)
+
+
+def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, Any] | None]:
+    """(the run, config.json of its model where the checkpoint has one), everything checked that can be checked now."""
+    started = time.time()
+    request.patience.check()
+    shipped = None
+    if request.recipe:
+        mode = request.given.get("mode", Recipe.mode)
+        shipped = recipes.load(request.recipe, mode, request.gpu_memory or recipes.gpu_memory())
+    values = (shipped.values if shipped else {}) | request.given | recipes.parse_settings(request.settings)
+    values |= _fitting_schedule(values, chosen=request.given.keys() | recipes.parse_settings(request.settings).keys())
+    topology = find_topology(request.placement)
+    if dry_run and shipped and topology.source == ALONE and request.placement.nproc_per_node is None:
+        topology = _of_recipe(shipped, topology.master_port)
+    recipe = Recipe(**values | {"model": str(locate.nemo_path(values["model"]))})
+    recipe.check(topology.world_size, shipped.name if shipped else "")
+    preflight.check_paths(recipe)
+    config = preflight.check_model(recipe, shipped)
+    recipe = replace(recipe, **{name: str(Path(path).absolute()) for name in PATHS if (path := getattr(recipe, name))})
+    folder = RunFolder.of(recipe)
+    return Run(recipe, topology, folder, preflight.first_step(recipe, folder, request.resume), started), config
+
+
+def _fitting_schedule(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, int]:
+    """Warm-up and constant steps for a run that is shorter than those nobody asked for; {} where they fit.
+
+    Args:
+        values: the fields of Recipe that are not at their defaults.
+        chosen: the fields that flags and --set gave.
+    """
+    schedule = {name: values.get(name, getattr(Recipe, name)) for name in SHARES}
+    steps = values.get("steps", Recipe.steps)
+    if sum(schedule.values()) <= steps:
+        return {}
+    fitting = {name: min(schedule[name], steps // share) for name, share in SHARES.items() if name not in chosen}
+    for name, now in fitting.items():
+        print(f"train: {flag(name)} {schedule[name]} → {now}, since --steps is {steps}", file=sys.stderr)
+    return fitting
+
+
+def _of_recipe(shipped: recipes.Shipped, port: int) -> Topology:
+    """The nodes that a recipe is for, whatever is here."""
+    return Topology(shipped.nodes, shipped.processes_per_node, 0, "MASTER", port, f"recipe {shipped.name}")
+
+
+def _worker_arguments(scratch: Path, run: Run) -> list[str]:
+    files = [f"{scratch}/recipe.json", "--indices", str(scratch), "--stop-file", f"{scratch}/stop"]
+    return [*files, "--nodes", str(run.topology.nodes), "--started", str(run.started)]
+
+
+def _logs(run: Run) -> Path:
+    """The folder that the workers of this start log to."""
+    return run.folder.logs / f"node{run.topology.node_rank}" / time.strftime("%Y%m%d-%H%M%S")
+
+
+def _work(run: Run, scratch: Path, stop: StopRequests, link: Link) -> Failure | None:
+    """Run the workers of this command to their end; why they failed, if they did."""
+    run.recipe.save(scratch / "recipe.json")
+    if run.topology.world_size > 1:
+        logs = _logs(run)
+        logs.mkdir(parents=True, exist_ok=True)
+        failure = torchrun.launch(run.topology, _worker_arguments(scratch, run), stop, logs, link)
+        if failure and run.topology.rank == 0:
+            note(run.folder, "failed", failure.said or str(failure))
+        return failure
+
+    def work() -> None:
+        from slipway.training import worker
+
+        worker.run(run.recipe, scratch, stop.stop_file, 1, run.started)
+
+    try:
+        torchrun.run_here(run.topology, work, stop)
+    except Stopped:
+        raise
+    except BaseException as error:
+        note(run.folder, "failed", f"{type(error).__name__}: {error}")
+        if isinstance(error, torchrun.GraceIsOver):
+            return Failure("rank 0", str(error), FAILED)
+        raise
+    return None

@@ -1,0 +1,69 @@
+"""How much arithmetic a token takes, and what share of a GPU's peak that is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slipway.tensors.refs import TensorInfo
+
+MULTIPLIED = re.compile(r"(linear_\w+|router|output_layer|eh_proj)\.weight$")
+EXPERT = ".experts.experts."
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+# Dense BF16, in TFLOP/s, by what torch calls the device; NVIDIA's data sheets.
+PEAKS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362}
+# Products with a weight, and of queries, keys and values, in units of the forward pass: a frozen base has no gradients
+# of weights, and under the heads none at all.
+PASSES = {"heads": (1, 1), "lora": (2, 3), "sft": (3, 3), "pretrain": (3, 3)}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Floating-point operations of one token's forward pass: products with weights, and attention's."""
+
+    weights: float
+    attention: float
+
+    def per_token(self, mode: str) -> float:
+        """Operations that training in this mode takes for a token; nothing computed again is counted."""
+        weights, attention = PASSES[mode]
+        return weights * self.weights + attention * self.attention
+
+
+def arithmetic(tensors: Mapping[str, TensorInfo], config: Any, seq_length: int) -> Arithmetic:
+    """Of a model, from the tensors of its NeMo checkpoint and NeMo's configuration of it."""
+    topk, experts = getattr(config, "moe_router_topk", 1), getattr(config, "num_moe_experts", None) or 1
+    multiplied = 0.0
+    for name, info in tensors.items():
+        if MULTIPLIED.search(name) or (name.endswith(EMBEDDING) and not any(n.endswith(OUTPUT) for n in tensors)):
+            multiplied += math.prod(info.shape) * (topk / experts if EXPERT in name else 1)
+    if getattr(config, "multi_latent_attention", False):
+        width = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
+    else:
+        width = 2 * config.kv_channels
+    keys = sum(_mean_keys(seq_length, window) for window in _windows(config))
+    return Arithmetic(2 * multiplied, 2 * config.num_attention_heads * width * keys)
+
+
+def _windows(config: Any) -> list[int | None]:
+    """How many keys before it each layer's token sees; None: all."""
+    window, skip = getattr(config, "window_size", None), getattr(config, "window_attn_skip_freq", None)
+    layers = config.num_layers
+    slides = skip if isinstance(skip, list) else [1] * layers
+    return [window[0] if window and slides[layer] else None for layer in range(layers)]
+
+
+def _mean_keys(seq_length: int, window: int | None) -> float:
+    """Keys that a token sees on average under a causal mask, itself included."""
+    if window is None or window >= seq_length:
+        return (seq_length + 1) / 2
+    seen = window + 1
+    return seen - seen * (seen - 1) / 2 / seq_length
+
+
+def peak_tflops(device: str) -> float | None:
+    """The peak of a device that torch calls so, or None where it is not known."""
+    return next((float(peak) for name, peak in PEAKS.items() if name in device), None)

@@ -1,0 +1,335 @@
+"""One rank of a training run: builds NeMo's objects from the recipe and lets NeMo train.
+
+Started by torchrun on every rank, or called in the same process when there is only one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slipway.errors import SlipwayError
+from slipway.launch.failure import leave_word
+from slipway.signals import heed_the_parent_alone
+from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder
+from slipway.training.troubles import explained
+
+if TYPE_CHECKING:
+    from slipway.training.callbacks import Record
+
+
+def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
+    """Train from the newest checkpoint in the run's folder, or from the base.
+
+    Args:
+        recipe: what to compute.
+        indices: folder with the indices of the data: train.npz, and eval.npz where there is an evaluation.
+        stop_file: training saves and stops soon after this file appears.
+        nodes: number of nodes in the run.
+        started: time.time() when the command began, for the time to the first step.
+
+    Errors: PreflightError when memory runs out, WriteError when the disk is full.
+    """
+    try:
+        _train(recipe, indices, stop_file, nodes, started)
+    except Exception as error:
+        if known := explained(error, recipe):
+            raise known from None
+        raise
+
+
+def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
+    import_starts = time.monotonic()
+    quiet()
+    gc.disable()  # until everything is imported: nothing of it is garbage, and looking for it takes a tenth of the time
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        from slipway.training import cpu
+
+        cpu.enable()
+    import nemo.lightning as nl
+    from nemo.collections import llm
+
+    from slipway.training.callbacks import Record
+    from slipway.training.modes import MODES
+    from slipway.training.repairs import keep_routers_counts, read_and_write_plain_files
+
+    gc.freeze()
+    gc.enable()
+    read_and_write_plain_files()
+    keep_routers_counts()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
+
+    MODES[recipe.mode].prepare()
+    folder = RunFolder.of(recipe)
+    model = load_model(recipe, on_gpu)
+    data = load_data(recipe, indices)
+    record = Record(recipe, folder, flops_per_token(recipe, model.config), started)
+    trainer = make_trainer(recipe, record, stop_file, nodes, on_gpu)
+    latest = folder.latest_checkpoint()
+    llm.finetune(
+        model=model,
+        data=data,
+        trainer=trainer,
+        log=make_logger(recipe, folder),
+        resume=nl.AutoResume(
+            restore_config=nl.RestoreConfig(path=recipe.model),
+            resume_from_path=str(latest[1]) if latest else None,
+        ),
+        optim=make_optimizer(recipe, on_gpu),
+        peft=MODES[recipe.mode].transform(recipe),
+        tokenizer=None,
+    )
+    # No rank leaves before rank 0 has written the status that every node's launcher reads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _where(on_gpu: bool) -> str:
+    if on_gpu:
+        import torch
+
+        return f"{torch.cuda.device_count()} GPUs ({torch.cuda.get_device_name()})"
+    return "no GPU: running on the CPU with gloo, for small models only"
+
+
+def quiet() -> None:
+    """Leave a log that people read to people: errors of the libraries, not their hundreds of notes.
+
+    SLIPWAY_VERBOSE=1 brings everything back.
+    """
+    if os.environ.get("SLIPWAY_VERBOSE") != "1":
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+        logging.raiseExceptions = False  # NeMo's log files may lie on the disk that is full
+        telemetry = logging.getLogger("nv_one_logger")  # complains of every run that ends by an exception
+        telemetry.propagate = False
+        telemetry.addHandler(logging.NullHandler())
+
+
+def load_model(recipe: Recipe, on_gpu: bool) -> Any:
+    """NeMo's model as the checkpoint's context describes it, set up for the mode and the machine; no weights yet."""
+    from nemo.lightning.io import load_context
+
+    from slipway.training.modes import MODES
+    from slipway.training.repairs import mend, scale_auxiliary_loss
+    from slipway.training.steps import TokenLoss, data_step
+
+    model = load_context(Path(recipe.model) / "context", subpath="model")
+    config = model.config
+    config.seq_length = recipe.seq_length
+    config.calculate_per_token_loss = True
+    scale_auxiliary_loss(config, recipe)
+    build = config.configure_model
+    config.configure_model = lambda *arguments, **options: mend(build(*arguments, **options))
+    if recipe.recompute == "full" and recipe.mode != "heads":
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    if recipe.is_frozen:
+        config.moe_router_bias_update_rate = 0.0
+    config.data_step_fn = data_step
+    config.forward_step_fn = MODES[recipe.mode].forward_step
+    model._training_loss_reduction = model._validation_loss_reduction = TokenLoss()
+    if not on_gpu:
+        from slipway.training import cpu
+
+        cpu.configure_model(config)
+    return model
+
+
+def load_data(recipe: Recipe, indices: Path) -> Any:
+    """NeMo's data module over the run's samples, and those held out for evaluation."""
+    from slipway.training.data import TokenData
+
+    samples = _samples(recipe, recipe.data, indices / "train.npz", recipe.steps)
+    held_out = None
+    if recipe.eval_data:
+        held_out = _samples(recipe, recipe.eval_data, indices / "eval.npz", None)
+    return TokenData(samples, held_out, recipe.micro_batch_size, recipe.global_batch_size)
+
+
+def _samples(recipe: Recipe, data: str, index: Path, batches: int | None) -> Any:
+    """`batches` global batches in random order; without a number those of an evaluation, in the file's order."""
+    from slipway.tokens.scan import Index, open_units
+    from slipway.training.samples import Samples
+
+    units = open_units(Path(data), Index.load(index), recipe.seq_length)
+    shuffled = batches is not None
+    batches = batches or min(recipe.eval_batches, len(units) // recipe.global_batch_size)
+    return Samples(
+        units,
+        batches * recipe.global_batch_size,
+        recipe.seq_length,
+        recipe.seed,
+        packed=recipe.pack,
+        learn_prompts=recipe.mode == "pretrain",
+        shuffled=shuffled,
+    )
+
+
+def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
+    """Adam with warm-up, a cosine and a constant tail."""
+    import nemo.lightning as nl
+    from megatron.core.optimizer import OptimizerConfig
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        clip_grad=recipe.clip_grad,
+        bf16=on_gpu,
+        use_distributed_optimizer=on_gpu,
+    )
+    schedule = nl.lr_scheduler.CosineAnnealingScheduler(
+        max_steps=recipe.steps,
+        warmup_steps=recipe.warmup_steps,
+        constant_steps=recipe.constant_steps,
+        min_lr=recipe.min_lr,
+    )
+    return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
+
+
+def flops_per_token(recipe: Recipe, config: Any) -> float:
+    """The arithmetic of a token in this run, for the log."""
+    from slipway.checkpoint.torch_dist import Reader
+    from slipway.training.throughput import arithmetic
+
+    tensors = Reader(Path(recipe.model)).tensors
+    return arithmetic(tensors, config, recipe.seq_length).per_token(recipe.mode)
+
+
+def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
+    """NeMo's trainer with the run's parallel sizes and callbacks; its ranks are what torchrun's variables say."""
+    import nemo.lightning as nl
+    import torch
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+
+    from slipway.training.callbacks import FrozenBase, StopOnRequest
+
+    options = {
+        "tensor_model_parallel_size": recipe.tensor_parallel_size,
+        "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
+        "expert_model_parallel_size": recipe.expert_parallel_size,
+        "expert_tensor_parallel_size": 1,
+        "context_parallel_size": recipe.context_parallel_size,
+        "num_layers_in_first_pipeline_stage": recipe.first_stage_layers or None,
+        "num_layers_in_last_pipeline_stage": recipe.last_stage_layers or None,
+        "sequence_parallel": recipe.tensor_parallel_size > 1,
+        "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
+        "save_ckpt_format": "torch_dist",
+        "ckpt_async_save": False,  # a checkpoint that is still being written must not look complete
+    }
+    if on_gpu:
+        strategy = nl.MegatronStrategy(**options)
+    else:
+        from slipway.training import cpu
+
+        strategy = cpu.strategy(**options)
+    trainer = nl.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        num_nodes=nodes,
+        max_steps=recipe.steps,
+        strategy=strategy,
+        plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
+        callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
+        **_evaluations(recipe),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    # Lightning would end the run at SIGTERM without a checkpoint; stopping is for the launcher and StopOnRequest.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
+
+
+def _evaluations(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.eval_data:
+        return {"limit_val_batches": 0}
+    # Steps, whatever the epoch; and everything that `_samples` holds out, for Lightning counts micro batches.
+    return {"val_check_interval": recipe.eval_every, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+
+
+def precision() -> Any:
+    """BF16 weights from the first moment on (without params_dtype they are made in float32), gradients in float32."""
+    import nemo.lightning as nl
+    import torch
+
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed",
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
+
+
+def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
+    """NeMo's logger: TensorBoard and the checkpoints, the newest `keep` of them."""
+    import nemo.lightning as nl
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from slipway.training.callbacks import STEPS_DONE, Checkpoints
+
+    checkpoint = Checkpoints(
+        recipe=recipe,
+        dirpath=folder.checkpoints,
+        filename=f"step={{{STEPS_DONE}:.0f}}",
+        auto_insert_metric_name=False,
+        monitor=STEPS_DONE,
+        mode="max",
+        verbose=False,
+        save_top_k=recipe.keep,
+        save_last=False,
+        every_n_train_steps=recipe.save_every,
+        save_optim_on_train_end=True,
+        save_on_train_epoch_end=False,
+    )
+    return nl.NeMoLogger(
+        explicit_log_dir=str(folder.path / "logs"),
+        ckpt=checkpoint,
+        tensorboard=TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version=""),
+        wandb=_wandb(recipe, folder) if recipe.wandb_project else None,
+        update_logger_directory=False,
+    )
+
+
+def _wandb(recipe: Recipe, folder: RunFolder) -> Any:
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(
+        project=recipe.wandb_project, name=folder.path.name, save_dir=str(folder.path), config=vars(recipe)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--indices", type=Path, required=True)
+    parser.add_argument("--stop-file", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--started", type=float, required=True)
+    arguments = parser.parse_args()
+    heed_the_parent_alone()
+    try:
+        run(Recipe.load(arguments.recipe), arguments.indices, arguments.stop_file, arguments.nodes, arguments.started)
+    except SlipwayError as error:
+        leave_word(arguments.stop_file.parent, int(os.environ["LOCAL_RANK"]), error)
+        print(f"slipway: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
