@@ -140,7 +140,7 @@ def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tupl
     if min(offset, *strides, 0) < 0 or (offset + reach) * size > stored.file_size or begin + stored.file_size > count:
         raise ValueError("outside the archive")
     elements = empty((max(0, reach),), bits_type(dtype))
-    _fill(descriptor, memoryview(elements.view(np.uint8)), start + begin + offset * size)
+    _fill(descriptor, elements.view(np.uint8).data, start + begin + offset * size)
     return np.lib.stride_tricks.as_strided(elements, shape, [stride * size for stride in strides]), dtype
 
 

@@ -11,15 +11,14 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from slipway.checkpoint import convert, huggingface, inspection, stream
 from slipway.errors import SlipwayError
-from slipway.families import family_of, read_config
+from slipway.families import Family, family_of, read_config
 from slipway.families.parts import rules
+from slipway.families.parts.checks import Config
 from slipway.families.parts.decoder import has_mtp, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, contiguous, to_float32
 from slipway.tensors.refs import Ref, TensorInfo
@@ -42,8 +41,8 @@ class Model:
     """
 
     path: Path
-    config: dict[str, Any]
-    family: ModuleType
+    config: Config
+    family: Family
     read: Callable[[rules.Cell], tuple[Bits, ...]]
     nemo: bool = False
 
@@ -84,8 +83,8 @@ def _open_merged(path: Path) -> Model:
     family = family_of(config, where)
     reader = huggingface.Reader(path, huggingface.read_folder(path), config)
     base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
-    config = config if has_mtp(config, base) else without_mtp(config)
-    model = family.rules(config)
+    known = config if has_mtp(config, base) else without_mtp(config)
+    model = family.rules(known)
     rules.check_tensors(base, model.hf, str(path))
 
     def read(cell: rules.Cell) -> tuple[Bits, ...]:
@@ -94,7 +93,7 @@ def _open_merged(path: Path) -> Model:
         parts = zip(refs, dtypes, strict=True)
         return tuple(as_dtype(reader.read(ref), reader.tensors[ref.name].dtype, dtype) for ref, dtype in parts)
 
-    return Model(path, config, family, read)
+    return Model(path, known, family, read)
 
 
 def open_pair(a: Path, b: Path) -> tuple[Model, Model]:

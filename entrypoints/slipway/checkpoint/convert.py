@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from slipway.checkpoint import archive, huggingface, lora, nemo_context, torch_dist
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError
-from slipway.families import family_of, read_config
+from slipway.families import Family, family_of, read_config
 from slipway.families.parts import rules
+from slipway.families.parts.checks import Config
 from slipway.families.parts.decoder import has_mtp, is_tied, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, data
 from slipway.tensors.refs import Ref, TensorInfo
@@ -21,7 +21,7 @@ from slipway.tensors.refs import Ref, TensorInfo
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template")
 
 
-def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def bf16_config(config: Config) -> dict[str, Any]:
     """config.json of the dequantised model."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
@@ -35,15 +35,15 @@ class Opened:
         model: the family's rules for it.
     """
 
-    config: dict[str, Any]
-    family: ModuleType
+    config: Config
+    family: Family
     model: rules.Rules
     reader: Any
 
 
 def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
     """A Hugging Face folder; DataError where something is missing, surplus or garbled."""
-    config = read_config(folder / "config.json")
+    config: Config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
     if is_tied(config):
@@ -214,9 +214,7 @@ def merge_plan(
     layout = huggingface.Layout(tensors, shard_bytes)
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, Ref(f"llm.{ref.name}", ref.index, ref.rows)) for ref in refs]
-    pieces += [
-        Piece(part.nbytes, lambda n=name, p=part: [(*layout.place(Ref(n)), data(p))]) for name, part in heads.items()
-    ]
+    pieces += [_tensor_piece(layout, name, part) for name, part in heads.items()]
     merged = {
         **config,
         **heads_config,
@@ -231,6 +229,11 @@ def merge_plan(
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
     """Read (and decode) one part and put it at its place."""
     return Piece(reader.source_bytes(source), lambda: [(*layout.place(target), data(reader.read(source)))])
+
+
+def _tensor_piece(layout: huggingface.Layout, name: str, part: Bits) -> Piece:
+    """Put a tensor that is in memory at its place."""
+    return Piece(part.nbytes, lambda: [(*layout.place(Ref(name)), data(part))])
 
 
 def _hf_plan(

@@ -77,7 +77,8 @@ def _random(name: str, info: TensorInfo, generator: torch.Generator, tied: bool)
 
 
 def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
-    names, weight_map = list(tensors), {}
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         shard = {name: tensors[name] for name in names[number::shards]}

@@ -193,7 +193,7 @@ class Reader:
         place = self.stored[name]
         part = empty(ref.shape(place.info.shape), bits_type(place.info.dtype))
         offset = place.offset + ref.start(place.info.shape) * DTYPE_BYTES[place.info.dtype]
-        self._fill(memoryview(part.reshape(-1).view(np.uint8)), place.file, offset, name)
+        self._fill(part.reshape(-1).view(np.uint8).data, place.file, offset, name)
         return part
 
     def _fill(self, view: memoryview, file: Path, offset: int, name: str) -> None:
@@ -367,20 +367,19 @@ class Layout:
             self._lay_out(SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors", shard)
 
     def _lay_out(self, file: str, shard: Mapping[str, TensorInfo]) -> None:
-        at, entries = 0, {}
+        begins: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
         for name, info in shard.items():
-            entries[name] = {
-                "dtype": info.dtype,
-                "shape": list(info.shape),
-                "data_offsets": [at, at + info.bytes],
-            }
+            begins[name] = at
+            header[name] = _header_entry(info, at)
             at += info.bytes
-        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.headers[file] = struct.pack("<Q", len(text)) + text
         start = len(self.headers[file])
-        for name, entry in entries.items():
-            self.places[name] = (file, start + entry["data_offsets"][0])
+        for name, begin in begins.items():
+            self.places[name] = (file, start + begin)
         self.sizes[file] = start + at
 
     def place(self, ref: Ref) -> tuple[str, int]:
@@ -398,6 +397,11 @@ class Layout:
         parameters = total // 2
         metadata = {"total_parameters": parameters, "total_size": total}
         return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def _header_entry(info: TensorInfo, begin: int) -> dict[str, Any]:
+    """What the header says of a tensor whose bytes begin at `begin`, counted from the end of the header."""
+    return {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [begin, begin + info.bytes]}
 
 
 def one_file(parts: Mapping[str, tuple[Bits, str]]) -> bytes:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 from slipway.checkpoint import locate
 from slipway.checkpoint.forecast import Forecast, forecast
 from slipway.checkpoint.stream import Plan, parse_size, refuse_existing, run
 from slipway.report import Summary
 
+Planning = Callable[[], tuple[Plan, dict[str, Any]]]  # (plan, what the summary says beside sizes and time)
 
-def carry_out(
-    command: str, out: str, memory: str, plan: Callable[[], tuple[Plan, dict[str, Any]]], *, dry_run: bool = False
-) -> Summary | Forecast:
+
+@overload
+def carry_out(command: str, out: str, memory: str, plan: Planning, *, dry_run: Literal[False] = ...) -> Summary: ...
+
+
+@overload
+def carry_out(command: str, out: str, memory: str, plan: Planning, *, dry_run: bool) -> Summary | Forecast: ...
+
+
+def carry_out(command: str, out: str, memory: str, plan: Planning, *, dry_run: bool = False) -> Summary | Forecast:
     """Make the plan and carry it out, or with `dry_run` say what it would take.
 
     Args:
         command: its name, for progress and summary.
         out: where it writes, as the user gave it; it must not exist yet.
         memory: bytes that tensors at work may take, as the user gave them.
-        plan: (plan, what the summary says beside sizes and time).
+        plan: makes the plan; called once the arguments are known to be right.
     """
     started, target = time.monotonic(), locate.output(out)
     budget = parse_size(memory, "--memory")

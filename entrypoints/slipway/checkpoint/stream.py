@@ -247,7 +247,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_WRONLY)
         try:
-            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+            self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -265,7 +265,7 @@ class _File:
                 return
             _write(self.descriptor, offset, data[:start])
             try:
-                self._write_blocks(offset + start, data[start:end])
+                _write_blocks(self._direct, offset + start, data[start:end])
             except OSError as error:
                 if error.errno != errno.EINVAL:  # of a file system that does not say so when the file is opened
                     raise
@@ -273,22 +273,24 @@ class _File:
                 _write(self.descriptor, offset + start, data[start:end])
             _write(self.descriptor, offset + end, data[end:])
 
-    def _write_blocks(self, offset: int, data: memoryview) -> None:
-        from slipway.tensors.bits import address
-
-        if address(data) % MEMORY_ALIGNMENT == 0:
-            _write(self._direct, offset, data)
-            return
-        buffer = _aligned_buffer()
-        for at in range(0, len(data), len(buffer)):
-            part = buffer[: len(data) - at]
-            part[:] = data[at : at + len(part)]
-            _write(self._direct, offset + at, part)
-
     def close(self) -> None:
         os.close(self.descriptor)
         if self._direct is not None:
             os.close(self._direct)
+
+
+def _write_blocks(descriptor: int, offset: int, data: memoryview) -> None:
+    """Whole blocks, past the page cache."""
+    from slipway.tensors.bits import address
+
+    if address(data) % MEMORY_ALIGNMENT == 0:
+        _write(descriptor, offset, data)
+        return
+    buffer = _aligned_buffer()
+    for at in range(0, len(data), len(buffer)):
+        part = buffer[: len(data) - at]
+        part[:] = data[at : at + len(part)]
+        _write(descriptor, offset + at, part)
 
 
 def _aligned_buffer() -> memoryview:

@@ -183,11 +183,11 @@ class Layout:
         self.places: dict[Ref, tuple[str, int, int]] = {}
         self.extra: dict[str, tuple[str, int, int]] = {}
         self.empty_state = archive.EMPTY_STATE
-        overhead: dict[tuple[str, int], int] = {}
+        overhead: dict[tuple[str, tuple[int, ...]], int] = {}
         for ref in chunks:
             info = self.tensors[ref.name]
             shape = chunk_sizes(ref, info.shape)
-            kind = (info.dtype, *shape)
+            kind = (info.dtype, shape)
             if kind not in overhead:
                 overhead[kind] = archive.length(shape, info.dtype)
             self.places[ref] = self._take(overhead[kind])

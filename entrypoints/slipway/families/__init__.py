@@ -12,11 +12,15 @@ import json
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from slipway.errors import DataError
 from slipway.families.parts.checks import Config, Kinds, check_required
 from slipway.options import suggestion
+
+if TYPE_CHECKING:
+    from slipway.families.parts.quantized import Form
+    from slipway.families.parts.rules import Rules
 
 
 class Family(Protocol):
@@ -26,12 +30,12 @@ class Family(Protocol):
     MODEL_TYPES: tuple[str, ...]  # the values of `model_type` in config.json that it serves
     REQUIRED: Kinds  # the fields of config.json that are needed
     QUANTIZED: tuple[str, ...]  # which tensors its published checkpoints hold quantised, by the ends of their names
-    FORM: Any  # and how: one of parts/quantized.py
+    FORM: Form  # and how: one of parts/quantized.py
 
     def check(self, c: Config, where: Path) -> None:
         """DataError for fields that cannot go together, or that Megatron computes in another way."""
 
-    def rules(self, c: Config) -> Any:
+    def rules(self, c: Config) -> Rules:
         """Every tensor of both sides and how they relate (parts/rules.py)."""
 
     def nemo_model(self, c: Config) -> tuple[str, str, dict[str, Any]]:
@@ -81,7 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def family_of(config: dict[str, Any], where: Path) -> Family:
+def family_of(config: Config, where: Path) -> Family:
     """The family; DataError for an unknown architecture or a missing field."""
     kind, known = config.get("model_type"), by_model_type()
     if not isinstance(kind, str) or kind not in known:

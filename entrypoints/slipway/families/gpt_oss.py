@@ -15,7 +15,8 @@ from slipway.errors import DataError
 from slipway.families.parts import checks, decoder
 from slipway.families.parts.checks import Config
 from slipway.families.parts.quantized import Mxfp4
-from slipway.families.parts.rules import SAME, AlternatingRows, Cell, Rules, Scope, Transposed
+from slipway.families.parts.rules import AlternatingRows, Cell, Rules, Scope, Transposed
+from slipway.tensors.refs import Ref
 
 NAME = "gpt_oss"
 MODEL_TYPES = ("gpt_oss",)
@@ -61,23 +62,24 @@ def rules(c: Config) -> Rules:
 def _experts(module: Scope, h: int, f: int, count: int) -> None:
     """All experts of a layer, which Hugging Face stacks too."""
     gate_up, down = module.source("gate_up_proj", count, h, 2 * f), module.source("down_proj", count, f, h)
-    gate_up_bias, down_bias = (
-        module.source("gate_up_proj_bias", count, 2 * f),
-        module.source("down_proj_bias", count, h),
-    )
+    gate_up_bias = module.source("gate_up_proj_bias", count, 2 * f)
+    down_bias = module.source("down_proj_bias", count, h)
     for number in range(count):
-        expert = module.stacked("", "", number, count)
-        for source, kind, width, op in (
-            (gate_up, "weight", (h,), Transposed(AlternatingRows())),
-            (gate_up_bias, "bias", (), AlternatingRows()),
-        ):
-            fc1 = expert.target(f"linear_fc1.{kind}", 2 * f, *width)
-            halves = replace(fc1, rows=(0, f)), replace(fc1, rows=(f, 2 * f))
-            module.rules.cells.append(Cell((replace(source, index=(number,)),), halves, op))
-        for source, kind, width, op in ((down, "weight", (f,), Transposed()), (down_bias, "bias", (), SAME)):
-            fc2 = expert.target(f"linear_fc2.{kind}", h, *width)
-            module.rules.cells.append(Cell((replace(source, index=(number,)),), (fc2,), op))
+        expert, at = module.stacked("", "", number, count), (number,)
+        fc1, fc1_bias = expert.target("linear_fc1.weight", 2 * f, h), expert.target("linear_fc1.bias", 2 * f)
+        fc2, fc2_bias = expert.target("linear_fc2.weight", h, f), expert.target("linear_fc2.bias", h)
+        module.rules.cells += [
+            Cell((replace(gate_up, index=at),), _halves(fc1, f), Transposed(AlternatingRows())),
+            Cell((replace(gate_up_bias, index=at),), _halves(fc1_bias, f), AlternatingRows()),
+            Cell((replace(down, index=at),), (fc2,), Transposed()),
+            Cell((replace(down_bias, index=at),), (fc2_bias,)),
+        ]
         expert.state("linear_fc1", "linear_fc2")
+
+
+def _halves(fc1: Ref, f: int) -> tuple[Ref, Ref]:
+    """Gate and up, f rows each, in linear_fc1."""
+    return replace(fc1, rows=(0, f)), replace(fc1, rows=(f, 2 * f))
 
 
 def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:

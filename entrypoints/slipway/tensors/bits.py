@@ -97,7 +97,7 @@ def address(content: memoryview) -> int:
 
 def data(part: Bits) -> memoryview:
     """The bytes of a part in row-major order, without a copy where it lies so already."""
-    return memoryview(contiguous(part).reshape(-1).view(np.uint8))
+    return contiguous(part).reshape(-1).view(np.uint8).data
 
 
 def to_bfloat16(values: Bits) -> Bits:

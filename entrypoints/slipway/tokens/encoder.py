@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class Encoded:
     """A piece of the output, and what went into it."""
 
     content: bytes = b""
-    lengths: np.ndarray | None = None  # int32: tokens of each sequence of `content`, where it is for .bin
-    ends: np.ndarray | None = None  # bool: which of these sequences end a document
+    # Of `content` that is for .bin; none of JSON lines.
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # tokens of each sequence
+    ends: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # which of these sequences end a document
     samples: int = 0
     tokens: int = 0
     dropped_too_long: int = 0

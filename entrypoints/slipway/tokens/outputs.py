@@ -62,9 +62,8 @@ class Output:
     def add(self, piece: Encoded) -> None:
         """Write the next piece."""
         self._files[CONTENT].write(piece.content)
-        if piece.lengths is not None:
-            self._files[LENGTHS].write(piece.lengths.tobytes())
-            self._files[ENDS].write(piece.ends.tobytes())
+        self._files[LENGTHS].write(piece.lengths.tobytes())
+        self._files[ENDS].write(piece.ends.tobytes())
         for name, count in piece.counts().items():
             self.counts[name] = self.counts.get(name, 0) + count
         self.pieces += 1

@@ -85,7 +85,8 @@ class CompressedTensors:
 
     def config(self) -> dict[str, Any]:
         """`quantization_config` of config.json."""
-        weights = {"dynamic": False, "num_bits": 8, "strategy": self.strategy, "symmetric": True, "type": "float"}
+        weights: dict[str, Any] = {"dynamic": False, "num_bits": 8, "strategy": self.strategy, "symmetric": True}
+        weights["type"] = "float"
         if self.strategy == "block":
             weights["block_structure"] = list(self.block)
         group = {"targets": ["Linear"], "weights": weights}

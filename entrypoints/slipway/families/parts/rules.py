@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +18,16 @@ from slipway.tensors.refs import Ref, TensorInfo
 
 MAX_CELL_BYTES = 32 << 20
 FLOATS = ("BF16", "F16", "F32")
+
+
+class Operation(Protocol):
+    """What is done with the parts of a cell, in both directions; `to_hf` undoes `to_megatron` to the bit."""
+
+    def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        """Hugging Face's parts → Megatron's."""
+
+    def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        """Megatron's parts → Hugging Face's."""
 
 
 class _Same:
@@ -36,7 +47,7 @@ SAME = _Same()
 class Transposed:
     """Another operation behind a matrix that Hugging Face stores the other way round."""
 
-    inner: _Same | AlternatingRows = SAME
+    inner: Operation = SAME
 
     def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         return self.inner.to_megatron(tuple(part.swapaxes(-1, -2) for part in parts))
@@ -81,8 +92,8 @@ class GroupedQKV:
     def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         (both,) = parts
         cuts = [self.queries, self.queries + self.head_dim]
-        parts = np.split(_grouped(both, self.groups), cuts, axis=1)
-        return tuple(contiguous(part).reshape(-1, *part.shape[2:]) for part in parts)
+        split = np.split(_grouped(both, self.groups), cuts, axis=1)
+        return tuple(contiguous(part).reshape(-1, *part.shape[2:]) for part in split)
 
 
 def _grouped(part: Bits, groups: int) -> Bits:
@@ -116,10 +127,10 @@ class Cell:
 
     hf: tuple[Ref, ...]
     megatron: tuple[Ref, ...]
-    op: _Same | Transposed | AlternatingRows | GroupedQKV | Copies = SAME
+    op: Operation = SAME
 
 
-def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: _Same | Copies = SAME) -> Iterator[Cell]:
+def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: Operation = SAME) -> Iterator[Cell]:
     """Cells that carry a tensor (or equal tensors) over unchanged, in row blocks of bounded size.
 
     Args:
