@@ -8,7 +8,7 @@ VARIANT ?= full
 # Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
 
-.PHONY: help setup lock audit demo test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
+.PHONY: help setup lock audit demo docs test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -28,9 +28,14 @@ demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 test: setup lint  ## unit and integration tests
 	@.venv/bin/pytest tests --ignore tests/image
 
-lint: setup
+docs: setup  ## fill the tables of docs/ and the comments of the recipes from the code
+	@.venv/bin/python docs/tables.py
+
+lint: setup  ## style, types, shell, Dockerfile, and tables of docs/ (no network needed)
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/mypy --no-error-summary
+	@.venv/bin/python docs/tables.py --check
 	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/root/usr/local/bin/slipway-entrypoint
 	@.venv/bin/hadolint images/Dockerfile
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -51,7 +50,7 @@ class Option:
         """What is allowed, in words: "1 or more", "0 to 1", "more than 0, at most 10"; empty where everything is."""
         if self.choices:
             return ", ".join(self.choices)
-        most = None if self.high is None or self.high >= LARGEST else self.high  # more is a typing mistake
+        most = None if self.high == LARGEST else self.high  # more is a typing mistake: not worth a word
         if self.low is not None and most is not None:
             return f"{_plain(self.low)} to {_plain(most)}"
         parts = [
@@ -77,7 +76,7 @@ class Option:
             or (self.below is not None and value >= self.below)
         )
         allowed = self.range()
-        if outside and self.high is not None and value > self.high >= LARGEST:
+        if outside and self.high == LARGEST and value > LARGEST:
             allowed = f"at most {_plain(self.high)}"
         return f"it must be {allowed}" if outside else ""
 
@@ -125,8 +124,7 @@ class Parameter:
         return f"default: {self.default}"
 
 
-@functools.cache
-def parameters_of(group: type) -> Mapping[str, Parameter]:
+def parameters_of(group: Any) -> Mapping[str, Parameter]:
     """Name → Parameter of every option of a group, in order."""
     hints = typing.get_type_hints(group)
     return {
@@ -205,12 +203,17 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def table(group: type, names: Iterable[str] | None = None) -> str:
-    """The options of a group as rows of a Markdown table, for the docs."""
-    chosen = parameters_of(group)
-    rows = [chosen[name] for name in (names or chosen)]
-    lines = ["| key | flag | what it is |", "|---|---|---|"]
-    lines += [f"| `{row.name}` | `{row.flag}` | {row.describe().replace('|', chr(92) + '|')} |" for row in rows]
+def table(group: type, *, flags: bool = True) -> str:
+    """The options of a group as a Markdown table, for the docs.
+
+    Args:
+        flags: name each by its flag; else by its key in a file.
+    """
+    lines = [f"| {'flag' if flags else 'key'} | what it is | unit | allowed | default |", "|---|---|---|---|---|"]
+    for row in parameters_of(group).values():
+        about, name = row.about, row.flag if flags else row.name
+        default = about.otherwise or ("" if row.default in (..., None) else str(row.default))
+        lines.append(f"| `{name}` | {about.help} | {about.unit} | {about.range()} | {default} |")
     return "\n".join(lines) + "\n"
 
 

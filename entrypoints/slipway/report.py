@@ -70,7 +70,7 @@ class Progress:
         self.title, self.total, self.done = title, total, 0
         self._lock = threading.Lock()
         self.started = self.last_line = time.monotonic()
-        self._bar = None
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():

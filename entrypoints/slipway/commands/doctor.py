@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slipway.checkpoint import locate
 from slipway.errors import PreflightError, SlipwayError, UsageError
@@ -15,7 +15,8 @@ from slipway.launch.checks import Check
 from slipway.launch.link import meet
 from slipway.launch.placement import Placement
 from slipway.launch.topology import Topology, find_topology
-from slipway.options import take, with_options
+from slipway.options import LARGEST, option, take, with_options
+from slipway.training.recipe import MODES, Recipe
 
 STYLES = {"ok": "green", "warn": "yellow", "unfit": "bold red"}
 WIDTH_OF_LOGS = 140
@@ -57,35 +58,32 @@ class Diagnosis:
         return {"fit": not self.unfit, "seconds": round(self.seconds, 3), "checks": [vars(c) for c in self.checks]}
 
 
-@with_options(Placement)
-def doctor(
-    *,
-    out: str | None = None,
-    model: str | None = None,
-    mode: Literal["heads", "lora", "sft", "pretrain"] = "heads",
-    keep: int = 2,
-    gpus: int | None = None,
-    timeout: float = 60.0,
-    **options: Any,
-) -> Diagnosis:
+@dataclass(frozen=True)
+class Planned:
+    """The run that the machine is checked for."""
+
+    out: str | None = option(None, "folder of the planned run: it must be writable, shared and large enough")
+    model: str | None = option(None, "NeMo checkpoint that will be trained, for the size of its checkpoints")
+    mode: str = option("heads", "what will be trained, as `train` takes it", choices=MODES)
+    keep: int = option(Recipe.keep, "number of checkpoints that will be kept", low=1, high=LARGEST)
+    gpus: int | None = option(
+        None, "GPUs that this machine must have", low=0, high=1024, otherwise="any number; none is only a warning"
+    )
+    timeout: float = option(60.0, "time to wait for other nodes", unit="seconds", above=0, high=10**7)
+
+
+@with_options(Planned, Placement)
+def doctor(**options: Any) -> Diagnosis:
     """Check the machine, the network and the disk before a training run; exit 78 when unfit.
 
     Run it like `train`, on every node at once: then it also checks whether the nodes find each other, whether they
     share OUT, and how fast an all-reduce over all of them is.
-
-    Args:
-        out: folder of the planned run: it must be writable, shared between the nodes and large enough.
-        model: NeMo checkpoint that will be trained, for the size of its checkpoints.
-        mode: what will be trained, as `train` takes it.
-        keep: number of checkpoints that will be kept.
-        gpus: GPUs that this machine must have; without it, no GPU is only a warning.
-        timeout: seconds to wait for other nodes.
     """
     started = time.monotonic()
-    topology = find_topology(take(Placement, options))
-    weights = _weights(model) if model else None
+    planned, topology = take(Planned, options), find_topology(take(Placement, options))
+    weights = _weights(planned.model) if planned.model else None
     found = [
-        checks.gpus(topology.processes_per_node, gpus),
+        checks.gpus(topology.processes_per_node, planned.gpus),
         checks.driver(),
         checks.shared_memory(topology.processes_per_node),
         checks.locked_memory(),
@@ -93,12 +91,12 @@ def doctor(
         checks.master_name(topology),
         checks.master_ports(topology),
     ]
-    folder = Path(out).absolute() if out is not None else None
+    folder = Path(planned.out).absolute() if planned.out is not None else None
     if folder:
-        found += [checks.output_folder(folder), checks.free_space(folder, weights, mode, keep)]
+        found += [checks.output_folder(folder), checks.free_space(folder, weights, planned.mode, planned.keep)]
     # What takes all nodes is tried only where this one is ready for it; the others then miss it and say so.
     if all(check.state != "unfit" for check in found):
-        found += _together(topology, folder, timeout)
+        found += _together(topology, folder, planned.timeout)
     return Diagnosis(found, time.monotonic() - started)
 
 

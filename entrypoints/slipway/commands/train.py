@@ -8,27 +8,17 @@ from slipway.launch.placement import Patience, Placement
 from slipway.options import parameters_of, take, with_options
 from slipway.report import Summary
 from slipway.training.recipe import Recipe
+from slipway.training.recipes import Choice
 
 
-@with_options(Recipe, Placement, Patience)
-def train(
-    *,
-    recipe: str | None = None,
-    set: list[str] | None = None,
-    gpu_memory: int | None = None,
-    resume: Literal["auto", "never"] = "auto",
-    dry_run: bool = False,
-    **options: Any,
-) -> Summary | str:
+@with_options(Choice, Recipe, Placement, Patience)
+def train(*, resume: Literal["auto", "never"] = "auto", dry_run: bool = False, **options: Any) -> Summary | str:
     """Train with NeMo, in this process or under torchrun, on one node or many.
 
     On SIGTERM, SIGINT or SIGUSR1 it saves after the current step and exits with 75. The same command continues from
     there, with the same order of the data. Run it on every node with the same flags except --node-rank.
 
     Args:
-        recipe: a shipped recipe, by name, or a .toml file like it; flags and --set override its values.
-        set: KEY=VALUE for any key of a recipe; can be given more than once; overrides the recipe.
-        gpu_memory: memory of a GPU in GB, to choose the recipe's layout; default: what nvidia-smi says, else 80.
         resume: auto = continue from the newest checkpoint in OUT; never = stop if there is one.
         dry_run: print the recipe, the topology, the memory needed and the torchrun command, and do nothing.
     """
@@ -36,9 +26,7 @@ def train(
 
     request = start.Request(
         given={name: value for name, value in options.items() if name in parameters_of(Recipe)},
-        recipe=recipe,
-        settings=set or [],
-        gpu_memory=gpu_memory,
+        choice=take(Choice, options),
         placement=take(Placement, options),
         patience=take(Patience, options),
         resume=resume,

@@ -53,7 +53,7 @@ def note(folder: RunFolder, state: str, why: str) -> None:
 def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary:
     """What the run came to; its errors are those of `train`."""
     status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
-    if not failure and status.get("state") == "done":
+    if not failure and latest and status.get("state") == "done":
         return _summary(run, latest[1], status)
     saved = latest[0] if latest else 0
     if not failure and status.get("state") == "stopped":

@@ -12,10 +12,11 @@ from typing import Any
 
 from slipway.errors import DataError, UsageError
 from slipway.options import Parameter, check, from_text, option, parameters_of, suggestion
-from slipway.training.recipe import Recipe
+from slipway.training.recipe import MODES, Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 GPUS = (80, 141)  # GB of memory
+ABOUT = ("family", "base")  # what a file says beside its modes
 OF_A_RUN = ("model", "data", "out", "mode")  # not for a file to say
 
 
@@ -26,6 +27,26 @@ class Layout:
     nodes: int = option(1, "machines", low=1)
     processes_per_node: int = option(1, "GPUs of each machine", low=1)
     memory_gb: int = option(1, "memory of a GPU, as --dry-run estimates it", unit="GB", low=1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which recipe, and what of it is changed."""
+
+    recipe: str | None = option(
+        None, "a shipped recipe, by name, or a .toml file like it; flags and --set override its values"
+    )
+    set: list[str] | None = option(
+        None, "KEY=VALUE for any key of a recipe; can be given more than once; overrides the recipe"
+    )
+    gpu_memory: int | None = option(
+        None,
+        "memory of a GPU, to choose the recipe's layout",
+        unit="GB",
+        low=1,
+        high=100_000,
+        otherwise="what nvidia-smi says, else 80",
+    )
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,11 @@ def names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
+def family_of(name: str) -> str:
+    """The family that a shipped recipe is for."""
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text())["family"]
+
+
 def load(name: str, mode: str, gpu: int) -> Shipped:
     """The recipe of this name, or in this file; UsageError or DataError for what it cannot be.
 
@@ -58,8 +84,9 @@ def load(name: str, mode: str, gpu: int) -> Shipped:
         tables = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from None
+    _check_tables(file, tables)
     if mode not in tables:
-        raise UsageError(f"{file} has no table [{mode}]")
+        raise UsageError(f"{file} has no table [{mode}]; add one, or choose another --mode or --recipe")
     fitting = [size for size in GPUS if size <= gpu and f"{size}GB" in tables[mode]]
     if not fitting:
         raise UsageError(f"{file} has no layout for GPUs of {gpu} GB; see --gpu-memory, or give the parallel sizes")
@@ -68,6 +95,22 @@ def load(name: str, mode: str, gpu: int) -> Shipped:
     check_values(values, f"{file}: [{mode}]")
     others = {key: values.pop(key, parameter.default) for key, parameter in parameters_of(Layout).items()}
     return Shipped(file.stem, tables.get("family", ""), values, **others)
+
+
+def _check_tables(file: Path, tables: Mapping[str, Any]) -> None:
+    """UsageError for a key beside the tables of modes, or a table in them, that nobody reads."""
+    known = (*ABOUT, *MODES)
+    for key, value in tables.items():
+        if key not in known:
+            raise UsageError(f"{file}: unknown key {key}{suggestion(key, known)}; it takes {', '.join(known)}")
+        if not isinstance(value, dict if key in MODES else str):
+            raise UsageError(f"{file}: {key} must be {'a table' if key in MODES else 'a text'}")
+    layouts = [f"{size}GB" for size in GPUS]
+    for mode in MODES:
+        for key, value in tables.get(mode, {}).items():
+            if isinstance(value, dict) and key not in layouts:
+                near = suggestion(key.upper(), layouts)
+                raise UsageError(f"{file}: [{mode}] has an unknown table {key}{near}; it takes {', '.join(layouts)}")
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,11 @@ class Request:
 
     Args:
         given: the fields of Recipe that flags gave.
-        recipe: the name or the file of a recipe.
-        settings: KEY=VALUE words of --set.
-        gpu_memory: GB of a GPU; None = what is here.
         resume: auto or never.
     """
 
     given: dict[str, Any]
-    recipe: str | None
-    settings: list[str]
-    gpu_memory: int | None
+    choice: recipes.Choice
     placement: Placement
     patience: Patience
     resume: str
@@ -101,12 +96,13 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     """(the run, config.json of its model where the checkpoint has one), everything checked that can be checked now."""
     started = time.time()
     request.patience.check()
+    chosen = request.given | recipes.parse_settings(request.choice.set or [])
     shipped = None
-    if request.recipe:
+    if request.choice.recipe:
         mode = request.given.get("mode", Recipe.mode)
-        shipped = recipes.load(request.recipe, mode, request.gpu_memory or recipes.gpu_memory())
-    values = (shipped.values if shipped else {}) | request.given | recipes.parse_settings(request.settings)
-    values |= _fitting_schedule(values, chosen=request.given.keys() | recipes.parse_settings(request.settings).keys())
+        shipped = recipes.load(request.choice.recipe, mode, request.choice.gpu_memory or recipes.gpu_memory())
+    values = (shipped.values if shipped else {}) | chosen
+    values |= _fitting_schedule(values, chosen)
     topology = find_topology(request.placement)
     if dry_run and shipped and topology.source == ALONE and request.placement.nproc_per_node is None:
         topology = _of_recipe(shipped, topology.master_port)
@@ -114,7 +110,9 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     recipe.check(topology.world_size, shipped.name if shipped else "")
     preflight.check_paths(recipe)
     config = preflight.check_model(recipe, shipped)
-    recipe = replace(recipe, **{name: str(Path(path).absolute()) for name in PATHS if (path := getattr(recipe, name))})
+    for name in PATHS:
+        if path := getattr(recipe, name):
+            setattr(recipe, name, str(Path(path).absolute()))
     folder = RunFolder.of(recipe)
     return Run(recipe, topology, folder, preflight.first_step(recipe, folder, request.resume), started), config
 
