@@ -124,11 +124,11 @@ def run(plan: Plan, out: Path, title: str, memory: int) -> None:
             (partial / name).write_bytes(content)
         (partial / "journal").unlink()
         for file in partial.rglob("*"):
-            _sync(file)
+            sync(file)
         (partial / "plan.json").unlink()
-        _sync(partial)
+        sync(partial)
         os.rename(partial, out)
-        _sync(out.absolute().parent)
+        sync(out.absolute().parent)
 
 
 @contextmanager
@@ -306,7 +306,8 @@ def _write(descriptor: int, offset: int, data: memoryview) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

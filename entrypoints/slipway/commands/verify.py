@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slipway.errors import UsageError
+from slipway.options import check_group, option, take, with_options
 from slipway.report import human_bytes
+
+if TYPE_CHECKING:
+    from slipway.training.forward import Logits
 
 
 @dataclass
 class Verified:
-    """Two checkpoints that are the same model."""
+    """Two checkpoints that are the same model.
+
+    Args:
+        bytes: of one of them, dequantised.
+        logits: how far the forward passes are apart, where they were run.
+    """
 
     a: str
     b: str
     tensors: int
     bytes: int
     seconds: float
-    logits: Any
+    logits: Logits | None
 
     def __str__(self) -> str:
         rate = human_bytes(self.bytes / self.seconds)
@@ -31,37 +39,41 @@ class Verified:
         return {"command": "verify", "same": True, **asdict(self), "seconds": round(self.seconds, 3)}
 
 
-def verify(
-    a: str,
-    b: str,
-    *,
-    atol: float = 0.0,
-    forward: bool = False,
-    tolerance: float | None = None,
-    memory: str = "1GB",
-) -> Verified:
+@dataclass(frozen=True)
+class Wanted:
+    """The options of `verify`."""
+
+    atol: float = option(0.0, "largest difference of two elements that still counts as equal; 0 = the same bits", low=0)
+    forward: bool = option(
+        False, "also run both models (transformers in float32, or NeMo) on random tokens and compare the logits"
+    )
+    tolerance: float | None = option(
+        None, "largest difference of two logits that is allowed", low=0, otherwise="0.0001 on the CPU, 0.02 on a GPU"
+    )
+    memory: str = option("1GB", "most memory for the tensors that are being compared, such as 500MB or 1GB")
+
+
+@with_options(Wanted)
+def verify(a: str, b: str, **options: Any) -> Verified:
     """Tell whether two checkpoints are the same model, whatever their formats.
 
-    Compares the dequantised tensors bit for bit, streamed; exit code 1 names the first difference. Hugging Face
-    models, BF16, FP8 or MXFP4, NeMo checkpoints, and models merged with heads (without the heads), in any pair.
-    Layers for multi-token prediction that only one of them has are left out, as `import` leaves them out.
+    Compares the dequantised tensors bit for bit, as a stream. Exit code 1 means that they differ; the message names
+    the first difference. Each of the two may be a Hugging Face model (BF16, FP8 or MXFP4), a NeMo checkpoint, or a
+    model merged with heads (the heads are not compared). If only one of them has layers for multi-token prediction,
+    these are not compared, because `import` leaves them out by default.
 
     Args:
-        a: folder of a model, hf://org/name[@revision] or nemo://name.
-        b: another.
-        atol: largest difference of two elements that is no difference; 0 = the same bits.
-        forward: run both as well, by transformers in float32 or by NeMo, and compare the logits of random tokens.
-        tolerance: largest difference of two logits (0.0001 on the CPU; 0.5 on a GPU, where NeMo computes in bfloat16).
-        memory: bytes that tensors at work may take.
+        a: a model: a folder, hf://org/name[@revision] or nemo://name.
+        b: the other model.
     """
     from slipway.checkpoint import compare, locate, stream
-    from slipway.training import forward as forward_pass
+    from slipway.training import forward
 
-    if atol < 0 or (tolerance is not None and tolerance < 0):
-        raise UsageError("verify: --atol and --tolerance cannot be negative")
-    started, budget = time.monotonic(), stream.parse_size(memory, "--memory")
+    wanted = take(Wanted, options)
+    check_group(wanted)
+    started, budget = time.monotonic(), stream.parse_size(wanted.memory, "--memory")
     first, second = compare.open_pair(locate.folder(a), locate.folder(b))
-    size = compare.compare(first, second, atol, budget)
+    size = compare.compare(first, second, wanted.atol, budget)
     seconds = time.monotonic() - started
-    logits = forward_pass.compare_logits(first, second, tolerance) if forward else None
+    logits = forward.compare_logits(first, second, wanted.tolerance) if wanted.forward else None
     return Verified(a, b, len(first.rules.hf), size, seconds, logits)

@@ -1,1 +1,1 @@
-"""Data: text, prompts and chats on their way to the files of tokens that training reads."""
+"""Data: text, prompts and chats and how they become the files of tokens that training reads."""

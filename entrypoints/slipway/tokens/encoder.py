@@ -1,4 +1,4 @@
-"""From text to token ids, by the model's own tokenizer: a piece of the input in, a piece of the output out."""
+"""Text → token ids, with the model's own tokenizer: one piece of the input in, one piece of the output out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sample = tuple[list[int], list[int]]  # (p_ids, r_ids)
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, with the input, every byte of the output."""
+    """Together with the input, this decides every byte of the output."""
 
     tokenizer: Path  # folder with tokenizer.json
     seq_length: int
@@ -30,10 +30,10 @@ class Settings:
 
 @dataclass
 class Encoded:
-    """A piece of the output, and what went into it."""
+    """A piece of the output, and its counts."""
 
     content: bytes = b""
-    # Of `content` that is for .bin; none of JSON lines.
+    # Only for .bin; empty for JSON lines.
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # tokens of each sequence
     ends: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # which of these sequences end a document
     samples: int = 0
@@ -42,21 +42,28 @@ class Encoded:
     dropped_empty: int = 0
 
     def counts(self) -> dict[str, int]:
-        """What is counted, by name."""
+        """The counts, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
 
 def tokenizer_folder(model: str) -> Path:
-    """Where the tokenizer.json of a model lies; `model`: a folder, hf://org/name[@revision] or nemo://name."""
+    """The folder with a model's tokenizer.json; UsageError if there is none.
+
+    Args:
+        model: a folder, hf://org/name[@revision] or nemo://name.
+    """
     base = locate.locate(model, files=locate.TOKENIZER)
     for folder in (base, base / "context" / "nemo_tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
-    raise UsageError(f"--tokenizer {model} has no tokenizer.json; give the folder of the model")
+    raise UsageError(f"--tokenizer {model} has no tokenizer.json; give the folder of a model that has one")
 
 
 class Encoder:
-    """Plain text by `tokenizers`, chats by the template that transformers knows."""
+    """Encodes plain text with `tokenizers`, and chats with the chat template that transformers reads.
+
+    transformers takes seconds to import, so it is imported only when there is a chat.
+    """
 
     def __init__(self, settings: Settings) -> None:
         from tokenizers import Tokenizer
@@ -64,7 +71,7 @@ class Encoder:
         self.settings, self.folder = settings, settings.tokenizer
         self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.end = [self._end_of_text()] if settings.append_eos else []
-        # As Megatron chooses it, so that both write the same bytes.
+        # Megatron chooses the dtype in the same way, so that both write the same bytes.
         self.dtype = np.uint16 if self.tokenizer.get_vocab_size() < 65500 else np.int32
         self._chat: Any = None
 
@@ -74,11 +81,11 @@ class Encoder:
         token = token["content"] if isinstance(token, dict) else token
         number = self.tokenizer.token_to_id(token) if token else None
         if number is None:
-            raise UsageError(f"{path} names no eos_token; use --no-append-eos to write none")
+            raise UsageError(f"{path} has no eos_token; add one, or use --no-append-eos")
         return number
 
     def __call__(self, piece: Piece) -> Encoded:
-        """A piece's part of the output; DataError names file and line of what is malformed."""
+        """The output for a piece; DataError names the file and the line that are malformed."""
         return self._documents(piece) if self.settings.indexed else self._samples(piece)
 
     def _samples(self, piece: Piece) -> Encoded:
@@ -109,10 +116,10 @@ class Encoder:
             try:
                 form = next(key for key in forms if key in entry)
                 samples = list(forms[form](entry))
-            except (ValueError, LookupError, TypeError, StopIteration):
+            except (ValueError, LookupError, TypeError, StopIteration):  # what any other JSON leads to above
                 raise DataError(
                     f'{where}: not an object with "text", "prompt" and "completion", "messages", or "inputs" with '
-                    '"p_ids" and "r_ids"; mend or remove the line'
+                    '"p_ids" and "r_ids"; fix or delete the line'
                 ) from None
             yield from samples
 
@@ -135,7 +142,7 @@ class Encoder:
             return
         for where, entry in _entries(piece):
             if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-                raise DataError(f'{where}: not an object with "text", which is all that .bin holds; choose OUT.jsonl')
+                raise DataError(f'{where}: not an object with "text", which OUT.bin needs; write to OUT.jsonl instead')
             ids = self.encode(entry["text"])
             yield (ids + self.end if ids else []), True
 
@@ -144,13 +151,13 @@ class Encoder:
             text = piece.read().decode()
         except UnicodeDecodeError as error:
             at = piece.start + error.start
-            raise DataError(f"{piece.file}: not UTF-8 text (byte {at}); convert it or leave it out") from None
+            raise DataError(f"{piece.file}: byte {at} is not UTF-8 text; convert it to UTF-8 or remove it") from None
         return self.encode(text) + (self.end if piece.ends_file else [])
 
     def _windows(self, ids: list[int]) -> Iterator[Sample]:
-        """Consecutive windows of seq_length - 1 tokens, all of them learned."""
+        """Consecutive windows of seq_length - 1 tokens; all of the tokens are learned."""
         size = self.settings.seq_length - 1
-        for start in range(0, len(ids), size) if ids != self.end else ():
+        for start in range(0, len(ids), size) if ids != self.end else ():  # an end alone teaches nothing
             yield [], ids[start : start + size]
 
     def _completed(self, entry: dict[str, str]) -> Sample:
@@ -158,7 +165,7 @@ class Encoder:
         return self.encode(entry["prompt"]), completion + self.end if completion else []
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, special tokens left out."""
+        """Token ids of plain text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> Sample:
@@ -171,20 +178,24 @@ class Encoder:
             self._chat = AutoTokenizer.from_pretrained(self.folder)
             if not self._chat.chat_template:
                 raise DataError(
-                    f"{self.folder}: the tokenizer has no chat template; give prompt and completion instead"
+                    f"{self.folder}: the tokenizer has no chat template; use prompt and completion instead of messages"
                 )
         prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        # As text, not as tokens: only text shows whether the template left the earlier messages unchanged.
         whole = self._chat.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
-            raise DataError(f"{self.folder}: its chat template rewrites earlier messages; give prompt and completion")
+            raise DataError(
+                f"{self.folder}: the chat template changes earlier messages when a message is added; "
+                "use prompt and completion instead of messages"
+            )
         return self.encode(prompt), self.encode(whole[len(prompt) :])
 
 
 def _entries(piece: Piece) -> Iterator[tuple[str, Any]]:
-    """("FILE:LINE", what JSON makes of it) of each line."""
+    """("FILE:LINE", the JSON value) of each line; DataError for a line that is not JSON."""
     for number, line in enumerate(piece.read().removesuffix(b"\n").split(b"\n"), piece.line):
         where = f"{piece.file}:{number}"
         try:
             yield where, json.loads(line)
         except ValueError:
-            raise DataError(f"{where}: not JSON; mend or remove the line") from None
+            raise DataError(f"{where}: not JSON; fix or delete the line") from None

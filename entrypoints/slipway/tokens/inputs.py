@@ -1,4 +1,4 @@
-"""What `preprocess` is given, cut into pieces that can be tokenised side by side."""
+"""The input of `preprocess`, cut into pieces that can be tokenised in parallel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from pathlib import Path
 from slipway.errors import DataError, UsageError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20  # enough work to be worth sending to another process, little enough to keep in memory
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Whole lines of a file: its bytes from `start` to `end`, the first of which is line `line`, from 1."""
+    """Whole lines of a file.
+
+    Args:
+        start, end: the bytes [start, end) of the file.
+        line: number of the first line, counted from 1.
+        ends_file: there is nothing after it.
+    """
 
     file: Path
     start: int
@@ -31,19 +37,19 @@ class Piece:
 
 
 def input_files(data: Path) -> list[Path]:
-    """The file, or the text and .jsonl files below the folder, sorted; UsageError or DataError where there is none."""
+    """The file, or the text and .jsonl files in the folder, sorted; UsageError or DataError for none."""
     if not data.exists():
-        raise UsageError(f"DATA {data} does not exist")
+        raise UsageError(f"DATA {data} does not exist; give a file or a folder")
     if data.is_file():
         return [data]
     files = sorted(file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file())
     if not files:
-        raise DataError(f"{data} holds no {', '.join(TEXT_SUFFIXES)} or .jsonl file")
+        raise DataError(f"{data} has no {', '.join(TEXT_SUFFIXES)} or .jsonl file; give a folder with such files")
     return files
 
 
 def pieces(files: list[Path]) -> Iterator[Piece]:
-    """The files in order, in pieces of about PIECE_BYTES that end where a line ends."""
+    """The files in order, in pieces of about PIECE_BYTES; each piece ends at the end of a line."""
     for path in files:
         size = path.stat().st_size
         if not size:

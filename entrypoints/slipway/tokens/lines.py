@@ -1,4 +1,4 @@
-"""Samples of tokens as JSON lines, `{"inputs": {"p_ids": [...], "r_ids": [...]}}`: checked, indexed, packed, read."""
+"""Samples of tokens as JSON lines, `{"inputs": {"p_ids": [...], "r_ids": [...]}}`: check, index, pack and read them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Sample = tuple[list[int], list[int]]  # (p_ids, r_ids)
 
 @dataclass(frozen=True)
 class Index:
-    """The usable samples of a data file, and how many were left out."""
+    """The usable samples of a data file, and how many were dropped."""
 
-    offsets: np.ndarray  # int64 [lines]: where each begins, in bytes, in tokens of a .bin
+    offsets: np.ndarray  # int64 [lines]: where each begins, in bytes (.jsonl) or in tokens (.bin)
     lengths: np.ndarray  # int32 [lines]: its tokens
     too_long: int
-    packs: list[np.ndarray] | None = None  # int64 each: the lines that share a sequence; None: each has its own
-    digest: str = ""  # of where all of them begin
+    packs: list[np.ndarray] | None = None  # each int64: the lines that share a sequence; None: one line each
+    digest: str = ""  # of all the places; nodes compare it to be sure that they read the same data
 
     def __len__(self) -> int:
-        """How many sequences there are to train on."""
+        """Number of sequences to train on."""
         return len(self.lengths if self.packs is None else self.packs)
 
     def describe(self, seq_length: int) -> str:
-        """The numbers that a person wants to see."""
+        """How many samples and sequences there are, in words."""
         samples = f"{len(self.lengths)} samples, {self.too_long} dropped for {seq_length} tokens or more"
         if self.packs is None:
             return samples
@@ -57,9 +57,9 @@ class Index:
 
 
 def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
-    """Read the file once: every line checked, those of `seq_length` tokens or more left out.
+    """Read the file once and check every line; samples of `seq_length` tokens or more are dropped and counted.
 
-    Errors: DataError that names file and line of the first malformed one, or says that nothing is left.
+    Errors: DataError names the file and the first malformed line, or says that no sample is left.
     """
     offsets, lengths, too_long, at = [], [], 0, 0
     with path.open("rb") as file:
@@ -68,7 +68,7 @@ def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
             if max(max(prompt, default=0), max(response)) >= vocab_size:
                 raise DataError(
                     f"{path}:{number}: a token id is {max(prompt + response)}, the model's vocabulary has "
-                    f"{vocab_size}; was the data tokenised for another model?"
+                    f"{vocab_size} tokens; use the tokenizer of this model in `slipway preprocess`"
                 )
             length = len(prompt) + len(response)
             if length >= seq_length:
@@ -79,7 +79,7 @@ def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
             at += len(line)
     if not offsets:
         raise DataError(
-            f"{path}: no sample is left ({too_long} of {seq_length} tokens or more were dropped); raise --seq-length"
+            f"{path}: no sample is left, {too_long} have {seq_length} tokens or more; use a larger --seq-length"
         )
     begins = np.asarray(offsets, dtype=np.int64)
     digest = hashlib.sha256(begins.tobytes()).hexdigest()
@@ -87,7 +87,7 @@ def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
 
 
 def inputs_of(entry: Any) -> Sample:
-    """(p_ids, r_ids) of what JSON made of a line; ValueError, LookupError or TypeError when it is anything else."""
+    """(p_ids, r_ids) of the JSON value of a line; ValueError, LookupError or TypeError for anything else."""
     prompt, response = entry["inputs"]["p_ids"], entry["inputs"]["r_ids"]
     if not response or not all(type(token) is int and token >= 0 for token in prompt + response):
         raise ValueError
@@ -95,13 +95,13 @@ def inputs_of(entry: Any) -> Sample:
 
 
 def read_line(line: bytes, where: str) -> Sample:
-    """(p_ids, r_ids) of one line; DataError that names `where` when it is anything else."""
+    """(p_ids, r_ids) of one line; DataError names `where` if it is anything else."""
     try:
         return inputs_of(json.loads(line))
     except (ValueError, LookupError, TypeError):
         raise DataError(
-            f'{where}: not a sample of the form {{"inputs": {{"p_ids": [...], "r_ids": [...]}}}} with token ids; '
-            "`slipway preprocess` makes such files"
+            f'{where}: not a sample, which is {{"inputs": {{"p_ids": [...], "r_ids": [...]}}}} with token ids; '
+            "create the file with `slipway preprocess`"
         ) from None
 
 
@@ -111,16 +111,16 @@ def as_line(prompt: list[int], response: list[int]) -> bytes:
 
 
 def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Put samples of these lengths into as few sequences of `size` tokens as best fit, longest first, finds.
+    """Put samples into few sequences of `size` tokens: best fit, the longest sample first.
 
     Args:
         lengths: int32 [samples], each at most `size`.
 
-    Returns: for each sequence the numbers of its samples. The lengths alone decide.
+    Returns: for each sequence the numbers of its samples. Only the lengths decide, so every node finds the same.
     """
     packs: list[list[int]] = []
     open_packs: dict[int, list[int]] = {}  # room left → the packs that have it
-    rooms: list[int] = []  # the keys of open_packs, sorted
+    rooms: list[int] = []  # the keys of open_packs, sorted, so that the best fit is found by bisection
     for number in np.argsort(-lengths.astype(np.int64), kind="stable"):
         length = int(lengths[number])
         place = bisect.bisect_left(rooms, length)
@@ -142,7 +142,7 @@ def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 class Lines:
-    """The usable lines of a file, read in place: unit i is the samples of line i, or of pack i."""
+    """The usable lines of a file, read when they are asked for: unit i is the samples of line i, or of pack i."""
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
@@ -156,7 +156,7 @@ class Lines:
         return [self._sample(int(line)) for line in lines]
 
     def _sample(self, line: int) -> Sample:
-        if self._map is None:
+        if self._map is None:  # in the process that reads: a mapping cannot be sent to a worker of the data loader
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(self.index.offsets[line])

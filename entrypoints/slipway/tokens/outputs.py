@@ -1,7 +1,7 @@
-"""Where tokens go while `preprocess` works: a hidden folder beside OUT with a journal, from which it can go on.
+"""Where tokens go while `preprocess` works: a hidden folder beside OUT, with a journal from which it can continue.
 
-The journal says how far each file is known to be on disk and which pieces of the input that covers. A file is cut back
-to that length when the same command goes on, so what comes out is the same to the byte as in one go.
+The journal says how many bytes of each file are safely on disk, and which pieces of the input they hold. When the same
+command runs again, each file is cut back to that length. So the output is the same to the byte as that of one run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from slipway.checkpoint.stream import sync
 from slipway.errors import DataError
 from slipway.tokens.encoder import Encoded
 from slipway.tokens.indexed import index_of, write_index
 
-COMMIT_SECONDS = 2.0
+COMMIT_SECONDS = 2.0  # the most work that a killed run loses
 CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"
 
 
@@ -28,17 +29,23 @@ class Output:
     """Takes the pieces of the output in order; a context manager.
 
     Args:
-        target: the file that is to be: .jsonl, or .bin with .idx beside it.
-        identity: all that decides the output; what another identity left half done is thrown away.
+        target: the file that will be written: .jsonl, or .bin with .idx beside it.
+        identity: everything that decides the output; unfinished work with another identity is thrown away.
 
-    An error of the input takes everything away. After any other end the next call goes on.
+    A DataError removes everything, because the input must change before the next run. After any other end the next run
+    continues.
     """
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
         self.target, self.identity = target, identity
-        self.folder = target.with_name(f".{target.name}.partial")
+        self.folder = self.partial(target)
         self.pieces = 0
         self.counts: dict[str, int] = {}
+
+    @staticmethod
+    def partial(target: Path) -> Path:
+        """The folder for the work on a target."""
+        return target.with_name(f".{target.name}.partial")
 
     def __enter__(self) -> Output:
         begun = self._read_journal()
@@ -48,16 +55,20 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: (self.folder / name).open("ab") for name in begun["sizes"]}
         for name, size in begun["sizes"].items():
-            self._files[name].truncate(size)
+            self._files[name].truncate(size)  # what was written after the last commit may be incomplete
         self.pieces, self.counts = begun["pieces"], begun["counts"]
         self._commit()
         return self
 
     def _read_journal(self) -> dict[str, Any]:
+        """What an earlier run has written down; of no identity where there is nothing to continue."""
         try:
-            return json.loads((self.folder / "journal.json").read_text())
+            begun = json.loads((self.folder / "journal.json").read_text())
+            # A run that ended just after it had moved its files away left a journal of files that are gone.
+            whole = all((self.folder / name).stat().st_size >= size for name, size in begun["sizes"].items())
         except (OSError, ValueError):
-            return {"identity": None}
+            whole = False
+        return begun if whole else {"identity": None}
 
     def add(self, piece: Encoded) -> None:
         """Write the next piece."""
@@ -71,32 +82,45 @@ class Output:
             self._commit()
 
     def _commit(self) -> None:
+        """Put on disk first the data, then the journal that vouches for it."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         sizes = {name: file.tell() for name, file in self._files.items()}
         journal = {"identity": self.identity, "sizes": sizes, "pieces": self.pieces, "counts": self.counts}
+        # A new file that replaces the old one: after a power cut there is one of the two, never a mixture.
         new = self.folder / "journal.json.new"
         new.write_text(json.dumps(journal))
+        sync(new)
         os.replace(new, self.folder / "journal.json")
+        sync(self.folder)
         self._committed = time.monotonic()
 
     def finish(self, dtype: type[np.integer]) -> int:
-        """Make the target visible; its bytes. `dtype`: of the tokens in a .bin."""
+        """Give the output its name; returns its bytes.
+
+        Args:
+            dtype: of the tokens in a .bin.
+        """
         self._commit()
-        size = (self.folder / CONTENT).stat().st_size
+        content = self.folder / CONTENT
+        size = content.stat().st_size
         if self.target.suffix == ".bin":
-            index = self.folder / "index"
-            with index.open("wb") as file:
-                lengths = np.fromfile(self.folder / LENGTHS, np.int32)
-                write_index(file, dtype, lengths, np.fromfile(self.folder / ENDS, bool))
-                os.fsync(file.fileno())
-            size += index.stat().st_size
-            os.replace(self.folder / CONTENT, self.target)
-            os.replace(index, index_of(self.target))
-        else:
-            os.replace(self.folder / CONTENT, self.target)
+            # The index comes first: a .bin that is there is complete, and without a .bin the next run finishes this.
+            size += self._finish_index(dtype)
+        os.replace(content, self.target)
+        sync(self.target.absolute().parent)
         return size
+
+    def _finish_index(self, dtype: type[np.integer]) -> int:
+        new, index = self.folder / "index", index_of(self.target)
+        lengths, ends = np.fromfile(self.folder / LENGTHS, np.int32), np.fromfile(self.folder / ENDS, bool)
+        with new.open("wb") as file:
+            write_index(file, dtype, lengths, ends)
+        sync(new)
+        os.replace(new, index)
+        sync(index.absolute().parent)
+        return index.stat().st_size
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for file in self._files.values():

@@ -1,4 +1,4 @@
-"""Pieces of the input tokenised by several processes, and handed on in order."""
+"""Several processes tokenise pieces of the input; the results come in the order of the input."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from slipway.tokens.inputs import Piece
 
 
 def encoded(todo: Iterable[Piece], encoder: Encoder, workers: int) -> Iterator[tuple[Piece, Encoded]]:
-    """Each piece with what it became, in order, by as many processes; a few pieces ahead of the reader."""
+    """(piece, its output) of each piece, in order.
+
+    Args:
+        workers: processes that tokenise; 1 = this one. They work at most two pieces each ahead of the reader, which
+            bounds the memory.
+    """
     if workers == 1:
         for piece in todo:
             yield piece, encoder(piece)
         return
+    # Not by fork: the tokenizer's threads would not exist in the child, and their locks might be held for ever.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (encoder.settings,))
     ahead: deque[tuple[Piece, Future[Encoded]]] = deque()
     try:
@@ -40,8 +46,8 @@ def _first_of(ahead: deque[tuple[Piece, Future[Encoded]]]) -> tuple[Piece, Encod
         return piece, future.result()
     except BrokenProcessPool:
         raise PreflightError(
-            f"{piece.file}: a process that tokenised it was ended from outside, by lack of memory most likely; "
-            "use fewer --workers; the same command goes on where it was"
+            f"{piece.file}: a process that tokenised it was killed, probably because memory ran out; "
+            "run the same command with fewer --workers, it continues where it stopped"
         ) from None
 
 
@@ -51,7 +57,7 @@ _encoder: Encoder  # of a worker process
 def _begin_worker(settings: Settings) -> None:
     global _encoder
     die_with_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes use all cores already
     _encoder = Encoder(settings)
 
 

@@ -1,4 +1,4 @@
-"""A file of tokens, whichever of the two kinds it is: checked before anything starts, then read by number."""
+"""A file of tokens of either kind: it is checked before anything starts, then read by number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Index", "Sample", "Units", "is_indexed", "open_units", "scan"]
 
 
 def is_indexed(path: Path) -> bool:
-    """PREFIX.bin with PREFIX.idx, and not JSON lines."""
+    """It is PREFIX.bin with PREFIX.idx, not JSON lines."""
     return path.suffix == ".bin"
 
 
@@ -24,12 +24,13 @@ def scan(path: Path, seq_length: int, vocab_size: int, packed: bool = False) -> 
     """Check every token once.
 
     Args:
-        packed: put several samples into one sequence where they fit; of JSON lines alone.
+        packed: put several samples into one sequence where they fit; only for JSON lines.
 
-    Errors: DataError for what is malformed, of another vocabulary, or leaves nothing to train on.
+    Errors: DataError for malformed data, for tokens outside the vocabulary, or if nothing is left to train on.
     """
     if not is_indexed(path):
         index = index_lines(path, seq_length, vocab_size)
+        # A sample of n tokens takes n - 1 places: its last token is only a label.
         return replace(index, packs=pack(index.lengths - 1, seq_length)) if packed else index
     documents = Documents.open(path)
     documents.check(seq_length, vocab_size)
@@ -39,5 +40,5 @@ def scan(path: Path, seq_length: int, vocab_size: int, packed: bool = False) -> 
 
 
 def open_units(path: Path, index: Index, seq_length: int) -> Units:
-    """What `scan` has found, to be read."""
+    """The data that `scan` has checked."""
     return Windows(Documents.open(path), seq_length) if is_indexed(path) else Lines(path, index)
