@@ -1,40 +1,41 @@
 #!/usr/bin/env python3
-"""Slipway's build: `python3 build.py COMMAND`. Needs Python 3.11 and nothing installed."""
+"""Slipway's build: `python3 build.py COMMAND`. It needs Python 3.11 and no installed package."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 
-from images import audit, debian, engine, image, lock, publish, sbom, size, sqsh, verify
+from images import audit, debian, engine, image, lock, publish, sbom, setup, size, sqsh, verify
 from images.store import BuildError
 
 
 def lock_all() -> None:
-    """Resolve Python's and Debian's packages anew."""
+    """Resolve the Python and the Debian packages again."""
     lock.lock()
     debian.lock()
 
 
-COMMANDS = {
-    "setup": (lock.setup, "make .venv from uv.lock"),
-    "lock": (lock_all, "resolve anew and write uv.lock and images/debian.lock"),
-    "check": (lock.check, "does uv.lock fit pyproject.toml?"),
-    "audit": (audit.audit, "known vulnerabilities of what uv.lock names"),
-    "fetch": (image.fetch, "bring everything that images are made of into the store"),
-    "engine": (engine.start, "start a private Docker engine unless one answers"),
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "setup": (setup.setup, "install what uv.lock names into .venv"),
+    "lock": (lock_all, "resolve all dependencies again and write uv.lock and images/debian.lock"),
+    "check": (lock.check, "check that uv.lock fits pyproject.toml"),
+    "audit": (audit.audit, "list known vulnerabilities of the packages in uv.lock"),
+    "fetch": (image.fetch, "fetch everything that images are made of into the store"),
+    "engine": (engine.start, "start a private Docker engine, unless an engine answers"),
     "engine-stop": (engine.stop, "stop the private engine"),
     "image": (image.image, "build an image"),
-    "images": (image.images, "build every family's image"),
-    "verify": (verify.verify, "build an image twice without cache and compare"),
-    "size": (size.size, "what an image's layers hold"),
+    "images": (image.images, "build the images of all families"),
+    "verify": (verify.verify, "build an image twice without cache and compare the two"),
+    "size": (size.size, "show how large each layer of an image is and what it holds"),
     "sbom": (sbom.sbom, "print an image's bill of materials (CycloneDX)"),
-    "push": (publish.push, "push an image, its layers compressed, to a registry that docker is logged in to"),
-    "archive": (publish.archive, "write an image, its layers compressed, as one OCI archive"),
+    "push": (publish.push, "push an image with compressed layers to a registry that docker is logged in to"),
+    "archive": (publish.archive, "write an image with compressed layers to one file, an OCI archive"),
     "wheels": (publish.wheels, "write the wheels that an image's sources are built into"),
-    "sqsh": (sqsh.sqsh, "write an image as a squashfs for enroot and pyxis"),
-    "docker": (engine.run_client, "run docker against the engine in use: build.py docker -- ps"),
+    "sqsh": (sqsh.sqsh, "write an image to a squashfs file for enroot and pyxis"),
+    "docker": (engine.run_client, "run docker with the engine in use, for example: build.py docker -- ps"),
 }
 BUILDING = ("image", "images", "verify", "push", "archive", "wheels")
 OF_A_MODEL = ("image", "verify", "size", "sbom", "push", "archive", "wheels", "sqsh")
@@ -45,41 +46,47 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="build.py", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name in OF_A_MODEL:
-            command.add_argument("--model", default="gpt_oss")
-        if name in (*OF_A_MODEL, "images"):
-            command.add_argument("--variant", default="full")
-        if name == "fetch":
-            command.add_argument("--variant", action="append", help="cpu and index if none is named")
-        if name in (*BUILDING, "fetch"):
-            command.add_argument("--source", action="append", metavar="NAME=PLACE", help="a clone or a mirror")
-        if name in BUILDING:
-            command.add_argument("--context", action="append", metavar="NAME=PLACE", help="a named build context")
-        if name in ("archive", "wheels", "sqsh"):
-            command.add_argument("--out", required=True, help="the file, or for wheels the folder, to write")
-        if name == "wheels":
-            command.add_argument("--anew", action="store_true", help="compile again, without a cache")
-        if name == "push":
-            command.add_argument("--to", required=True, metavar="HOST/NAME:TAG", help="where to push it")
-        if name in ("push", "archive"):
-            command.add_argument("--compression", default="zstd", help="of the layers: zstd or gzip")
-        if name == "docker":
-            command.add_argument("words", nargs="*")
+        _add_arguments(name, commands.add_parser(name, help=text, description=text))
     return top
+
+
+def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
+    """The flags of one command."""
+    add = command.add_argument
+    if name in OF_A_MODEL:
+        add("--model", default="gpt_oss", help="a family with a manifest in images/ (default: gpt_oss)")
+    if name in (*OF_A_MODEL, "images"):
+        add("--variant", default="full", help="full, index or cpu (default: full)")
+    if name == "fetch":
+        add("--variant", action="append", help="full, index or cpu; repeat it for several (default: cpu and index)")
+    if name in (*BUILDING, "fetch"):
+        add("--source", action="append", metavar="NAME=PLACE", help="take a source from this clone or mirror")
+    if name in BUILDING:
+        add("--context", action="append", metavar="NAME=PLACE", help="replace a stage or a source tree")
+    if name in ("archive", "sqsh"):
+        add("--out", required=True, metavar="FILE", help="the file to write")
+    if name == "wheels":
+        add("--out", required=True, metavar="FOLDER", help="the new folder to write")
+        add("--no-cache", action="store_true", help="compile everything again")
+    if name == "push":
+        add("--to", required=True, metavar="HOST/NAME:TAG", help="the name in the registry")
+    if name in ("push", "archive"):
+        add("--compression", default="zstd", help="compression of the layers: zstd or gzip (default: zstd)")
+    if name == "docker":
+        add("words", nargs="*", help="words for docker, after --")
 
 
 def main() -> int:
     arguments = vars(parser().parse_args())
     function, _ = COMMANDS[arguments.pop("command")]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as on Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
     try:
         function(**arguments)
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("build.py: interrupted; the same command goes on with what is there", file=sys.stderr)
+        print("build.py: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 

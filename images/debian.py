@@ -1,9 +1,12 @@
 """Debian packages by hash: the lock, the packages themselves, and root file systems made of them.
 
-images/debian.lock names every package of two root file systems, `base` (what runs) and `build` (base and compilers):
-its set, name, version, SHA-256 and place in the archive. It is resolved against the suite bookworm, main alone: that
-suite no longer changes, so that a locked file stays on every mirror; the security suite drops what it replaces.
-The mirror is the one this machine's apt uses (or SLIPWAY_DEBIAN_MIRROR); its address is written nowhere.
+images/debian.lock names every package of two root file systems: `base` (what runs) and `build` (base and compilers).
+A line holds the sets, the name, the version, the SHA-256 and the path in the archive.
+
+The lock is resolved against the suite bookworm and its area main only. That suite no longer changes, so a locked file
+stays on every mirror; the security suite deletes the files that it replaces.
+
+The mirror is the one that this machine's apt uses, or SLIPWAY_DEBIAN_MIRROR. Its address is not written anywhere.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ LOCK = Path(__file__).parent / "debian.lock"
 SUITE = "bookworm"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# What each root file system is asked to hold, beside Debian's essential packages. Triton compiles the code that
-# launches a kernel when it first runs it: gcc, the C library's headers and Python's.
+# What each root file system holds, beside Debian's essential packages and all dependencies. When Triton runs a kernel
+# for the first time it compiles C code that launches it: that needs gcc and the headers of the C library and Python.
 TRITON = ("gcc", "libc6-dev", "libpython3.11-dev")
 BASE = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata", *TRITON)
 BUILD = (*BASE, "ccache", "g++", "make", "python3.11-dev")
@@ -54,7 +57,7 @@ def read_lock() -> list[Package]:
 
 
 def mirror() -> str:
-    """The address of a Debian archive, from the environment or from apt."""
+    """The address of a Debian archive, from the environment or from apt; BuildError if neither has one."""
     if address := os.environ.get("SLIPWAY_DEBIAN_MIRROR"):
         return address
     try:
@@ -69,11 +72,11 @@ def mirror() -> str:
         address, _, place = line.partition(" ")
         if place == f"{SUITE} main" and address.startswith("http"):
             return address
-    raise BuildError("no Debian mirror is known on this machine: set SLIPWAY_DEBIAN_MIRROR to one")
+    raise BuildError(f"no mirror of Debian {SUITE} is configured on this machine; set SLIPWAY_DEBIAN_MIRROR to one")
 
 
 class Apt:
-    """apt with a folder of its own, as if nothing were installed; the machine's own apt is not touched."""
+    """apt with a folder of its own, where no package is installed; the machine's own apt is not changed."""
 
     def __init__(self, folder: Path, suite: str) -> None:
         for name in ("lists/partial", "archives/partial"):
@@ -96,26 +99,21 @@ class Apt:
         self.run("apt-get", "update")
 
     def run(self, *words: str, cwd: Path | None = None) -> str:
-        """Run one apt command and return what it prints; BuildError with its own words where it fails."""
+        """Run one apt command and return what it prints; BuildError with apt's own words if it fails."""
         try:
             done = subprocess.run([words[0], *self.options, *words[1:]], capture_output=True, text=True, cwd=cwd)
         except FileNotFoundError:
-            raise BuildError("apt-get is not there; this step needs Debian or one of its kin") from None
+            raise BuildError("apt-get not found; run this step on Debian or Ubuntu") from None
         if done.returncode:
-            raise BuildError(f"{' '.join(words[:2])}: {done.stderr.strip().splitlines()[-1]}")
+            raise BuildError(f"{' '.join(words[:2])} failed: {done.stderr.strip().splitlines()[-1]}")
         return done.stdout
 
 
 def lock() -> None:
-    """Resolve both sets anew and write images/debian.lock."""
+    """Resolve both sets again and write images/debian.lock."""
     with tempfile.TemporaryDirectory() as scratch:
         apt = Apt(Path(scratch), SUITE)
-        listed = apt.run("apt-cache", "dumpavail")
-        known = {}
-        for stanza in listed.split("\n\n"):
-            fields = dict(re.findall(r"(?m)^(\S+): (.*)$", stanza))
-            if "Package" in fields:
-                known[fields["Package"]] = fields
+        known = _available(apt)
         essential = [name for name, fields in known.items() if fields.get("Essential") == "yes"]
         sets: dict[str, list[str]] = {}
         for name, wanted in SETS.items():
@@ -130,8 +128,15 @@ def lock() -> None:
     LOCK.write_text(head + "\n".join(lines) + "\n")
 
 
+def _available(apt: Apt) -> dict[str, dict[str, str]]:
+    """Package → its fields, for every package of the archive."""
+    stanzas = apt.run("apt-cache", "dumpavail").split("\n\n")
+    tables = [dict(re.findall(r"(?m)^(\S+): (.*)$", stanza)) for stanza in stanzas]
+    return {fields["Package"]: fields for fields in tables if "Package" in fields}
+
+
 def fetch() -> Path:
-    """Bring every locked package into the store; returns the folder."""
+    """Fetch every locked package into the store; returns the folder."""
     folder = store() / "debian"
     missing = [package for package in read_lock() if not (folder / package.file).exists()]
     if missing:
@@ -147,10 +152,7 @@ def fetch() -> Path:
 
 
 def root_file_system(name: str) -> Path:
-    """The tar of a root file system ("base" or "build") made of its locked packages, reproducible.
-
-    Made once for each state of the lock and kept in the store.
-    """
+    """The tar of a root file system ("base" or "build"); made once for each state of the lock and kept in the store."""
     target = store() / "rootfs" / f"{name}-{sha256_of(LOCK)[:16]}.tar"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +161,13 @@ def root_file_system(name: str) -> Path:
 
 
 def make_root_file_system(name: str, target: Path) -> None:
-    """Make a root file system anew; `target` appears when it is whole."""
+    """Make a root file system of its locked packages, always the same bytes; `target` appears when it is complete."""
     debs = fetch()
     packages = [package for package in read_lock() if name in package.sets]
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         archive = Path(scratch) / "archive"
         archive.mkdir()
+        # mmdebstrap takes packages from an archive: this one holds the locked packages only, so it cannot take others.
         for package in packages:
             os.link(debs / package.file, archive / package.file)
         (archive / "Packages").write_text("\n".join(_stanza(package, archive) for package in packages))
@@ -174,6 +177,7 @@ def make_root_file_system(name: str, target: Path) -> None:
 
 
 def _stanza(package: Package, archive: Path) -> str:
+    """The package's entry in the archive's index; apt checks the package against the locked hash that stands there."""
     file = archive / package.file
     control = subprocess.run(["dpkg-deb", "--field", file], capture_output=True, text=True, check=True).stdout
     return f"{control}Filename: ./{package.file}\nSize: {file.stat().st_size}\nSHA256: {package.sha256}\n"
@@ -191,7 +195,7 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
         "--dpkgopt=path-exclude=/usr/share/man/*",
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=path-exclude=/usr/share/info/*",
-        # Compiling needs no link-time optimiser, no sanitisers and no static C library.
+        # Nothing here compiles with a link-time optimiser, with sanitisers or against a static C library.
         "--dpkgopt=path-exclude=/usr/lib/gcc/*/lto*",
         "--dpkgopt=path-exclude=/usr/bin/*-lto-dump*",
         "--dpkgopt=path-exclude=/usr/lib/*/lib[alt]san.so*",
@@ -203,7 +207,7 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
         "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libmvec.a",
         "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libpython3.11*.a",
         '--customize-hook=rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/etc/apt/sources.list',
-        # No program of an image needs to become another user.
+        # No program in an image needs to run as another user than its own.
         '--customize-hook=find "$1" -xdev -perm /6000 -type f -exec chmod ug-s {} +',
         "",
         str(target),
@@ -212,6 +216,6 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
     try:
         done = process.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "0"})
     except FileNotFoundError:
-        raise BuildError("mmdebstrap is not there; `make engine` installs it (Debian, as root)") from None
+        raise BuildError("mmdebstrap not found; run `make engine` to install it (Debian, as root)") from None
     if done.returncode:
         raise BuildError(f"mmdebstrap failed:\n{done.stderr.strip()}", exit_code=1)

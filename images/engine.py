@@ -1,8 +1,7 @@
-"""A Docker engine: the one that answers, or a private one on Debian as root.
+"""A Docker engine: the one that answers, else a private one (Debian, as root).
 
-The private engine is Debian 13's docker, containerd and buildx, unpacked into the store and verified by apt against
-Debian's signatures. It has its own socket, data, state and process ids, and its containerd is its own child; an
-engine that is installed or running already is not touched.
+The private engine is docker, containerd and buildx of Debian 13, which apt verifies against Debian's signatures. It is
+unpacked into the store and has its own socket, data and state. An engine that is installed or running is not changed.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from images import process
 from images.debian import Apt
 from images.store import BuildError, store
 
-SUITE = "trixie"
+SUITE = "trixie"  # Debian 12's docker is too old for reproducible images; Debian 13's programs run on Debian 12
 UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
 INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}  # program → Debian package
-OLDEST_BUILDX = (0, 13)  # the first that rewrites timestamps
+OLDEST_BUILDX = (0, 13)  # the first version that sets the times in layers
 START_SECONDS = 30
-KEEP_CACHE = "40GB"  # of layers that builds may use again; BuildKit drops what was longest unused
+KEEP_CACHE = "40GB"  # of layers that later builds may use; BuildKit deletes the longest unused ones first
 
 
 def home() -> Path:
@@ -35,28 +35,28 @@ def home() -> Path:
 
 
 def socket() -> Path:
-    """The private engine's socket; short, since a socket's path may have 107 characters."""
+    """The private engine's socket. It is not in the store: a socket's path may have 107 characters at most."""
     return Path(f"/run/slipway-{os.getuid()}/docker.sock")
 
 
-def docker(*words: str, **options) -> subprocess.CompletedProcess:
-    """Run the docker client against the engine in use; options are subprocess.run's."""
+def docker(*words: str, **options: Any) -> subprocess.CompletedProcess:
+    """Run the docker client with the engine in use; options are those of subprocess.run."""
     return subprocess.run([client(), *words], env=environment(), **options)
 
 
 def buildx(*words: str, variables: dict[str, str]) -> int:
-    """Run `docker buildx` against the engine in use, to its end also where we are interrupted; its exit status."""
+    """Run `docker buildx` with the engine in use and return its exit status; on an interrupt wait until it ends."""
     command = [client(), "buildx", *words]
     return process.run(command, env={**environment(), **variables}, stdin=subprocess.DEVNULL).returncode
 
 
 def run_client(words: list[str]) -> None:
-    """Become the docker client, with the engine in use."""
+    """Replace this process by the docker client, with the engine in use."""
     os.execve(client(), ["docker", *words], environment())
 
 
 def client() -> str:
-    """The docker client: the private engine's where that runs, else the machine's."""
+    """The docker client: the private engine's if that engine runs, else the machine's."""
     own = home() / "root" / "usr" / "bin" / "docker"
     if _uses_private() and own.exists():
         return str(own)
@@ -64,7 +64,7 @@ def client() -> str:
 
 
 def environment() -> dict[str, str]:
-    """The environment in which `docker` reaches the engine in use."""
+    """The environment variables with which `docker` connects to the engine in use."""
     if not _uses_private():
         return dict(os.environ)
     return {**os.environ, "DOCKER_HOST": f"unix://{socket()}", "DOCKER_CONFIG": str(home() / "config")}
@@ -75,7 +75,7 @@ def _uses_private() -> bool:
 
 
 def answers() -> bool:
-    """Is there an engine that answers?"""
+    """Does an engine answer?"""
     try:
         return docker("info", capture_output=True, timeout=20).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -83,27 +83,29 @@ def answers() -> bool:
 
 
 def require() -> None:
-    """PreflightError-like BuildError unless an engine answers and its buildx is new enough."""
+    """BuildError unless an engine answers and its buildx is new enough."""
     if not answers():
-        raise BuildError("no Docker engine answers; `make engine` starts a private one (Debian, as root)")
+        raise BuildError(
+            "no Docker engine answers; start Docker, or run `make engine` for a private one (Debian, root)"
+        )
     words = docker("buildx", "version", capture_output=True, text=True).stdout.split()
     version = next((word for word in words if word[0].isdigit() or word[:2] in ("v0", "v1")), "")
     found = tuple(int(part) for part in version.lstrip("v").split("+")[0].split(".")[:2] if part.isdigit())
     if found < OLDEST_BUILDX:
         what = f"buildx {version}" if version else "no buildx"
-        raise BuildError(f"the Docker engine has {what}, 0.13 or newer is needed; update it or use `make engine`")
+        raise BuildError(f"the Docker client has {what}, expected 0.13 or newer; update it, or run `make engine`")
 
 
 def start() -> None:
-    """Start the private engine unless an engine answers already."""
+    """Start the private engine, unless an engine answers already."""
     if answers():
-        print("engine: a Docker engine answers", file=sys.stderr)
+        print("engine: a Docker engine is running", file=sys.stderr)
         return
     if os.getuid() != 0:
-        raise BuildError("the private engine needs root; start Docker, or set DOCKER_HOST to an engine")
+        raise BuildError("the private engine needs root; run as root, start Docker, or set DOCKER_HOST to an engine")
     _install()
     _run_daemon()
-    print(f"engine: private engine at unix://{socket()}", file=sys.stderr)
+    print(f"engine: a private engine is running at unix://{socket()}", file=sys.stderr)
 
 
 def _install() -> None:
@@ -131,14 +133,14 @@ def _install() -> None:
 
 
 def apt_get(*words: str) -> None:
-    """Run the machine's apt-get; where its lists are stale, update them and try once more."""
+    """Run the machine's apt-get; if it fails, update its lists, which may be old, and try once more."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for last in (False, True):
         done = process.run(["apt-get", *words], capture_output=True, text=True, env=environment)
         if done.returncode == 0:
             return
         if last:
-            raise BuildError(f"apt-get {words[0]}: {done.stderr.strip().splitlines()[-1]}")
+            raise BuildError(f"apt-get {words[0]} failed: {done.stderr.strip().splitlines()[-1]}")
         process.run(["apt-get", "update"], capture_output=True, env=environment)
 
 
@@ -147,6 +149,8 @@ def _run_daemon() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     config = home() / "daemon.json"
     collector = {"enabled": True, "defaultKeepStorage": KEEP_CACHE}
+    # containerd's image store keeps layers as BuildKit wrote them. Docker's older one would pack them again, with
+    # other digests.
     config.write_text(json.dumps({"features": {"containerd-snapshotter": True}, "builder": {"gc": collector}}))
     binaries = home() / "root" / "usr"
     command = [
@@ -181,7 +185,7 @@ def _pid_file() -> Path:
 
 
 def stop() -> None:
-    """Stop the private engine, if one runs; what it built is kept."""
+    """Stop the private engine if it runs; what it built is kept."""
     try:
         daemon = int(_pid_file().read_text())
     except FileNotFoundError:

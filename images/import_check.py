@@ -1,8 +1,9 @@
-"""Run while the image is built: imports every distribution, and proves that compiled extensions are there and whole.
+"""Runs while the image is built: imports every distribution, and checks that compiled extensions are complete.
 
-Usage: import_check.py VARIANT. Each module is imported in a process of its own. Where no GPU is, a CUDA extension
-cannot be loaded: that it was compiled is seen from the symbols that it exports, that it fits the torch beside it from
-those that it asks for.
+Usage: import_check.py VARIANT. Each module is imported in its own process: one cannot hide the error of another.
+
+A CUDA extension cannot be loaded without a GPU. The symbols that it exports show that it was compiled; the symbols that
+it imports show that it fits the installed torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-# What commands need below a distribution's top level.
+# Modules that commands need and that importing a distribution's top level does not import.
 MODULES = (
     "megatron.core.datasets.helpers_cpp",
     "nemo.collections.llm",
@@ -34,13 +35,14 @@ SYMBOLS = {
     "index": TRANSFORMER_ENGINE,
     "full": (*TRANSFORMER_ENGINE, ("amp_C*.so", "PyInit_amp_C")),
 }
-# Names of distributions that are none of a module: what slim.py removed; what loads through transformer_engine.pytorch.
+# Distributions offer these names, but they cannot be imported: slim.py removed `tests`, and transformer_engine_torch
+# loads only through transformer_engine.pytorch.
 NO_MODULES = {"tests", "transformer_engine_torch"}
-NEEDS_GPU = {"amp_C", "apex_C"}  # imported, these look for CUDA's driver: SYMBOLS stands for them
+NEEDS_GPU = {"amp_C", "apex_C"}  # their import looks for CUDA's driver; SYMBOLS checks them instead
 
 
 def modules(variant: str) -> list[str]:
-    """The names that the installed distributions offer for import, and what the variant's commands import below."""
+    """The names that the installed distributions offer for import, and what the variant's commands need below them."""
     offered = {name for name in metadata.packages_distributions() if name.isidentifier() and name[0] != "_"}
     extensions = {path.name.partition(".")[0] for path in Path(sysconfig.get_path("purelib")).glob("*_cuda.*.so")}
     below = MODULES if variant == "cpu" else MODULES + WITH_TRANSFORMER_ENGINE
@@ -48,7 +50,7 @@ def modules(variant: str) -> list[str]:
 
 
 def import_errors(names: Iterable[str]) -> list[str]:
-    """A line for each module that cannot be imported, with the last line of its own error."""
+    """A line for each module that cannot be imported, with the last line of its error."""
 
     def attempt(name: str) -> str | None:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {name}"], capture_output=True, text=True)
@@ -60,39 +62,39 @@ def import_errors(names: Iterable[str]) -> list[str]:
 
 
 def missing_symbols(site: Path, variant: str) -> list[str]:
-    """What is not there of the variant's extensions."""
+    """A line for each extension of the variant that is missing, or misses its symbol."""
     return [
-        f"{pattern} with {symbol} is not there"
+        f"no file {pattern} exports {symbol}: the extension was not compiled"
         for pattern, symbol in SYMBOLS[variant]
         if symbol not in _symbols("--defined-only", site.glob(pattern))
     ]
 
 
 def unfit_symbols(site: Path, variant: str) -> list[str]:
-    """What the variant's extensions ask of torch and of each other that is not exported there."""
+    """A line for each symbol that the variant's extensions import and that neither torch nor they themselves export."""
     files = [file for pattern, _ in SYMBOLS[variant] for file in site.glob(pattern)]
     if not files:
         return []
     exported = _symbols("--defined-only", [*files, *site.glob("torch/lib/*.so")])
     asked = {name for name in _symbols("--undefined-only", files) if _is_torchs(name) or name.startswith("nvte_")}
-    return [f"{name} is asked for and not exported by torch" for name in sorted(asked - exported)]
+    return [f"an extension needs {name}, which this torch does not export" for name in sorted(asked - exported)]
 
 
 def _is_torchs(symbol: str) -> bool:
-    """Is it a C++ name of torch's namespaces?"""
+    """Is it a C++ name in torch's namespaces?"""
     return symbol.startswith(("_ZN3c10", "_ZNK3c10", "_ZN2at", "_ZNK2at", "_ZN5torch", "_ZNK5torch"))
 
 
 def _symbols(which: str, files: Iterable[Path]) -> set[str]:
     """The dynamic symbols of libraries, without their versions."""
-    words = ["nm", "--dynamic", which, "--format=just-symbols", *files]
-    if not words[4:]:
+    words = ["nm", "--dynamic", which, "--format=just-symbols", *map(str, files)]
+    if not words[4:]:  # without a file, nm would read a.out
         return set()
     return {line.partition("@")[0] for line in subprocess.run(words, capture_output=True, text=True).stdout.split()}
 
 
 def missing_distributions() -> list[str]:
-    """Distributions whose requirements are not installed."""
+    """A line for each requirement of a distribution that is not installed."""
     from packaging.requirements import Requirement
 
     installed = {d.name.lower().replace("_", "-").replace(".", "-"): d for d in metadata.distributions()}

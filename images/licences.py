@@ -1,4 +1,4 @@
-"""Licences, as packages state them: wheels and source archives in their metadata, Debian in copyright files."""
+"""Licences as packages state them: wheels and source archives in their metadata, Debian in copyright files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from images import debian
 from images.store import sha256_of, store
 
 NOT_STATED = "not stated by the package"
-LONGEST = 80  # a longer `License` field is the text of a licence
+LONGEST = 80  # a longer `License` field is the text of a licence, not its name
 
 
 def of_distribution(file: str) -> dict:
-    """CycloneDX's licence entry for a wheel or source archive of the wheelhouse."""
+    """CycloneDX's licence entry for a wheel or source archive in the wheelhouse."""
     fields = email.message_from_string(_metadata(store() / "wheelhouse" / file))
     if expression := fields["License-Expression"]:
         return {"expression": expression}
@@ -34,7 +34,7 @@ def of_distribution(file: str) -> dict:
 
 
 def named(name: str) -> dict:
-    """The entry for a licence that is known by a name, not by an SPDX expression."""
+    """The entry for a licence that has a name but no SPDX expression."""
     return {"license": {"name": name}}
 
 
@@ -51,12 +51,21 @@ def _metadata(path: Path) -> str:
             return archive.read(next(found)).decode()
     with tarfile.open(path) as tar:
         member = next(m for m in tar if re.fullmatch(r"[^/]+/PKG-INFO", m.name))
-        return tar.extractfile(member).read().decode()
+        return content(tar, member).decode()
+
+
+def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a file in a tar; empty for what is not a file."""
+    file = tar.extractfile(member)
+    return file.read() if file else b""
 
 
 @functools.cache
 def of_debian() -> dict[str, str]:
-    """Package → its licences, for every locked package of the set `base`; read once and kept in the store."""
+    """Package → its licences, for every locked package of the set `base`.
+
+    The result is kept in the store: every image needs it, and reading all packages takes seconds.
+    """
     kept = store() / "debian" / f"licences-{sha256_of(debian.LOCK)[:16]}.json"
     if not kept.exists():
         debian.fetch()
@@ -70,8 +79,8 @@ def of_debian() -> dict[str, str]:
 
 
 def _copyright_file(package: debian.Package) -> tuple[str, str]:
-    """(text, "") of a package's copyright file, or ("", the package that its documentation is a link to)."""
-    words = ["dpkg-deb", "--fsys-tarfile", store() / "debian" / package.file]
+    """(text, "") of a package's copyright file, or ("", the package whose documentation it links to)."""
+    words = ["dpkg-deb", "--fsys-tarfile", str(store() / "debian" / package.file)]
     with (
         subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process,
         tarfile.open(fileobj=process.stdout, mode="r|") as tar,
@@ -81,11 +90,12 @@ def _copyright_file(package: debian.Package) -> tuple[str, str]:
             if member.issym() and place in (package.name, f"{package.name}/copyright"):
                 return "", member.linkname.removesuffix("/copyright").rpartition("/")[2]
             if place == f"{package.name}/copyright":
-                return tar.extractfile(member).read().decode(errors="replace"), ""
+                return content(tar, member).decode(errors="replace"), ""
     return "", ""
 
 
 def _follow(name: str, files: dict[str, tuple[str, str]]) -> str:
+    """The copyright text of a package, also through a chain of links, which ends even if it is a circle."""
     for _ in files:
         text, link = files.get(name, ("", ""))
         if text or not link:

@@ -1,13 +1,12 @@
-"""uv.lock without addresses, and the environment that is installed from it.
+"""uv, and uv.lock without addresses.
 
-`uv lock` resolves against the machine's package index in a scratch folder; what it finds is written into
-uv.lock as file names and hashes alone, in the form uv gives to a local folder of wheels. The files
-themselves come to wheelhouse/ (a link into the store), where `uv sync --frozen` finds them.
+`uv lock` resolves against this machine's package index, in a scratch folder. What it finds is written into uv.lock as
+file names and hashes only, in the form that uv uses for a local folder of wheels: wheelhouse/, a link into the store.
+So the lock works behind any mirror, and a user of this repository needs no particular index.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -23,16 +22,14 @@ from images.store import BuildError, LockedFile, fetch, index_address, store
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "uv.lock"
-VENV = ROOT / ".venv"
-STAMP = VENV / "slipway-setup.sha256"
 
-# Built from their source archives in the images, installed from wheels on the host.
+# Images build these from their source archives; `make setup` installs their wheels.
 BUILT_FROM_SOURCE = ("megatron-core", "nemo-toolkit")
 NEWEST_GLIBC = (2, 36)  # Debian 12
 
 
 def version() -> str:
-    """Slipway's own, read as text: here the package is not installed."""
+    """Slipway's version, read as text: this code runs before the package is installed."""
     text = (ROOT / "entrypoints" / "slipway" / "__init__.py").read_text()
     return re.findall(r'(?m)^__version__ = "(.+)"$', text)[0]
 
@@ -43,13 +40,13 @@ def pins() -> dict:
 
 
 def locked_packages(lock: Path = LOCK) -> list[dict]:
-    """The packages of uv.lock but for the project itself."""
+    """The packages of uv.lock, without the project itself."""
     packages = tomllib.loads(lock.read_text())["package"]
     return [package for package in packages if "registry" in package["source"]]
 
 
 def locked_files(packages: list[dict]) -> list[LockedFile]:
-    """Every file that uv.lock names."""
+    """Every file that uv.lock names for these packages."""
     return [
         LockedFile(package["name"], entry["path"], entry["hash"].removeprefix("sha256:"))
         for package in packages
@@ -61,7 +58,7 @@ def locked_files(packages: list[dict]) -> list[LockedFile]:
 
 
 def uv() -> Path:
-    """The pinned uv, fetched by hash and unpacked into the store on first use."""
+    """The pinned uv, fetched by hash and unpacked into the store when it is first used."""
     pin = pins()["uv"]
     binary = store() / "tools" / f"uv-{pin['version']}"
     if not binary.exists():
@@ -75,20 +72,27 @@ def uv() -> Path:
     return binary
 
 
-def run_uv(*arguments: str, cwd: Path = ROOT, **variables: str) -> None:
-    """Run uv quietly; its own words are shown only when it fails."""
-    environment = {**os.environ, "UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never", **variables}
-    environment.pop("VIRTUAL_ENV", None)
-    done = subprocess.run([uv(), *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+def uv_cache() -> Path:
+    """Where uv keeps unpacked wheels: in the store, one copy for all clones."""
+    return Path(os.environ.get("UV_CACHE_DIR") or store() / "uv")
+
+
+def run_uv(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
+    """Run uv and return what it prints; BuildError with uv's own words if it fails."""
+    environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+    environment |= {"UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never", "UV_CACHE_DIR": str(uv_cache())}
+    words = [str(uv()), *arguments]
+    done = subprocess.run(words, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"uv {arguments[0]} failed:\n{done.stderr.strip()}", exit_code=65)
+    return done.stdout
 
 
 # ---------------------------------------------------------------------------- locking
 
 
 def wheel_rank(name: str) -> tuple | None:
-    """How well a wheel suits CPython 3.11 on x86-64 Linux with Debian 12's C library; None if not at all."""
+    """How well a wheel fits CPython 3.11 on x86-64 Linux with Debian 12's C library; None if it does not fit."""
     python, abi, platforms = name.removesuffix(".whl").rsplit("-", 3)[1:]
     glibc = [(int(major), int(minor)) for major, minor in re.findall(r"manylinux_(\d+)_(\d+)_x86_64", platforms)]
     if "manylinux2014_x86_64" in platforms:
@@ -116,7 +120,7 @@ def wheel_rank(name: str) -> tuple | None:
 
 
 def files_to_lock(package: dict) -> dict:
-    """The one wheel that suits the target, and the source archive where that is what gets built."""
+    """The one wheel that fits best, and the source archive if there is no such wheel or images build from source."""
     ranked = [(wheel_rank(_file_name(entry)), entry) for entry in package.get("wheels", [])]
     suitable = sorted(((rank, _file_name(entry), entry["hash"]) for rank, entry in ranked if rank), reverse=True)
     files: dict = {}
@@ -125,7 +129,10 @@ def files_to_lock(package: dict) -> dict:
     if suitable:
         files["wheel"] = suitable[0][1:]
     if not files:
-        raise BuildError(f"{package['name']} {package['version']} has no wheel for the target and no source archive")
+        raise BuildError(
+            f"{package['name']} {package['version']} has no wheel for CPython 3.11 on x86-64 Linux and no source "
+            "archive; choose another version in pyproject.toml"
+        )
     return files
 
 
@@ -134,9 +141,9 @@ def _file_name(entry: dict) -> str:
 
 
 def without_addresses(lock_text: str) -> str:
-    """uv's lock file with every address taken out and every file kept by name and hash.
+    """uv's lock file without addresses: each file is named by its name and hash.
 
-    Works on uv's own layout, line by line, so that everything else (dependencies, markers) stays as uv wrote it.
+    The text is changed line by line and not written from a parsed table, so that all else stays as uv wrote it.
     """
     packages = {(p["name"], p.get("version")): p for p in tomllib.loads(lock_text)["package"]}
     blocks = re.split(r"(?m)^(?=\[\[package\]\]$)", lock_text)
@@ -144,9 +151,9 @@ def without_addresses(lock_text: str) -> str:
 
 
 def _block_without_addresses(block: str, packages: dict) -> str:
-    name = re.search(r'(?m)^name = "(.+)"$', block).group(1)
-    version = re.search(r'(?m)^version = "(.+)"$', block)
-    package = packages[name, version.group(1) if version else None]
+    (name,) = re.findall(r'(?m)^name = "(.+)"$', block)
+    versions = re.findall(r'(?m)^version = "(.+)"$', block)
+    package = packages[name, versions[0] if versions else None]
     if "registry" not in package["source"]:
         return block
     block = re.sub(r"(?m)^source = \{ registry = .*\}$", 'source = { registry = "wheelhouse" }', block)
@@ -166,7 +173,7 @@ def _block_without_addresses(block: str, packages: dict) -> str:
 
 
 def lock() -> None:
-    """Resolve anew and write uv.lock; then check that uv accepts it."""
+    """Resolve the dependencies again and write uv.lock; then check that uv accepts it."""
     text = (ROOT / "pyproject.toml").read_text()
     text = re.sub(r"(?m)^(no-index|find-links) = .*\n", "", text)
     text = text.replace("[tool.uv]\n", f'[tool.uv]\nexclude-newer = "{pins()["exclude-newer"]}"\n')
@@ -184,28 +191,25 @@ def lock() -> None:
 
 
 def check() -> None:
-    """Fail unless uv.lock is what pyproject.toml asks for and names no address."""
+    """BuildError unless uv.lock fits pyproject.toml and names no address."""
     if "://" in LOCK.read_text():
-        raise BuildError("uv.lock names an address; run `make lock`", exit_code=65)
+        raise BuildError("uv.lock contains an address, expected only file names; run `make lock`", exit_code=65)
     fetch_wheels()
     run_uv("lock", "--check")
 
 
-# ---------------------------------------------------------------------------- installing
+# ---------------------------------------------------------------------------- what the lock names
 
 
 def requirements(*options: str) -> dict[str, str]:
-    """Package → its line, pinned and with hashes, in the list that uv makes of the lock; `options` are uv export's."""
-    words = ["export", "--frozen", "--no-emit-project", "--no-header", "--no-annotate", *options]
-    done = subprocess.run([uv(), *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise BuildError(f"uv export failed:\n{done.stderr.strip()}", exit_code=65)
-    blocks = re.findall(r"(?m)^[\w.-]+==.*(?:\n[ ]+.*)*", done.stdout)
+    """Package → its requirement, pinned and with hashes, as `uv export` writes it; `options` are uv export's."""
+    listed = run_uv("export", "--frozen", "--no-emit-project", "--no-header", "--no-annotate", *options)
+    blocks = re.findall(r"(?m)^[\w.-]+==.*(?:\n[ ]+.*)*", listed)
     return {block.partition("==")[0]: block + "\n" for block in blocks}
 
 
 def fetch_wheels(names: Iterable[str] | None = None) -> None:
-    """Fill wheelhouse/ with the files that uv.lock has of these packages, or of all."""
+    """Fill wheelhouse/ with the files that uv.lock names for these packages, or for all."""
     wheelhouse = store() / "wheelhouse"
     wanted = None if names is None else set(names)
     fetch(locked_files([p for p in locked_packages() if wanted is None or p["name"] in wanted]), wheelhouse)
@@ -213,18 +217,3 @@ def fetch_wheels(names: Iterable[str] | None = None) -> None:
     if not link.exists() or link.resolve() != wheelhouse.resolve():
         link.unlink(missing_ok=True)
         link.symlink_to(wheelhouse)
-
-
-def setup() -> None:
-    """Make .venv what uv.lock says; does nothing when it is already."""
-    made_of = b"".join((ROOT / name).read_bytes() for name in ("uv.lock", "pyproject.toml"))
-    state = hashlib.sha256(made_of + sys.version.encode() + str(ROOT).encode()).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == state:
-        return
-    if sys.version_info[:2] != (3, 11):
-        raise BuildError(f"Python 3.11 is needed, this is {sys.version.split()[0]}; try `make PYTHON=python3.11`")
-    fetch_wheels(requirements())
-    # Compiled once here, or every first import of NeMo takes half a minute.
-    run_uv("sync", "--frozen", "--compile-bytecode")
-    STAMP.write_text(state)
-    print(f"setup: {VENV} is ready", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The families' manifests, images/FAMILY.toml, and what a family is built from."""
+"""The families' manifests, images/FAMILY.toml, and what each variant is built from."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ SOURCES = {
     "index": ("nemo", "megatron-core", "transformer-engine"),
     "full": ("nemo", "megatron-core", "transformer-engine", "apex"),
 }
+# The dependency groups of pyproject.toml that a variant installs from wheels, less the packages that it compiles.
+READY: dict[str, tuple[str, ...]] = {"cpu": (), "index": ("te",), "full": ("te",)}
+COMPILED: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "index": ("transformer-engine-torch",),
+    "full": ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"),
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of an image: its commit and, where the package index has it, its source archive.
+    """One source of an image: its commit and, if the package index has one, its source archive.
 
-    `replaced` names the build context that is taken instead, of which nothing is known.
+    `replaced` names the build context that replaces the source. Slipway does not know what such a context holds, so
+    labels, provenance and SBOM name the context and not the pin.
     """
 
     name: str
@@ -64,41 +72,41 @@ def families() -> list[str]:
 def check_variant(variant: str) -> None:
     """BuildError unless there is such a variant."""
     if variant not in VARIANTS:
-        raise BuildError(
-            f"VARIANT is {variant!r}{near(variant, VARIANTS)}; there is {', '.join(VARIANTS)}", exit_code=2
-        )
+        hint = near(variant, VARIANTS)
+        raise BuildError(f"unknown VARIANT {variant!r}{hint}; use one of {', '.join(VARIANTS)}", exit_code=2)
 
 
 def read_manifest(model: str) -> Manifest:
-    """images/MODEL.toml; BuildError for an unknown model or anything in it that is not as it must be."""
+    """images/MODEL.toml; BuildError for an unknown model (2) or a mistake in the file (65)."""
     if model not in families():
         hint = near(model, families())
-        raise BuildError(f"there is no model {model!r}{hint} (there are: {', '.join(families())})", exit_code=2)
+        raise BuildError(f"unknown model {model!r}{hint}; use one of {', '.join(families())}", exit_code=2)
     path = HERE / f"{model}.toml"
     try:
         table = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise _wrong(path, str(error)) from None
-    _check_keys(path, "a manifest", table, TYPES, needed=set(TYPES) - {"pins"})
+    _check_keys(path, "the manifest", table, TYPES, needed=set(TYPES) - {"pins"})
     for key, value in table.items():
         if not isinstance(value, TYPES[key]):
-            raise _wrong(path, f"{key} is no {TYPES[key].__name__}")
+            expected = {str: "text in quotes", list: "a list", dict: "a table"}[TYPES[key]]
+            raise _wrong(path, f"{key} is {value!r}, expected {expected}")
     _check_values(path, table)
     return Manifest(**table)
 
 
 def _check_values(path: Path, table: dict[str, Any]) -> None:
     if table["family"] != path.stem:
-        raise _wrong(path, f"family is {table['family']!r}; it must be the file's name, {path.stem!r}")
+        raise _wrong(path, f"family is {table['family']!r}, expected the name of the file, {path.stem!r}")
     for architecture in table["cuda_architectures"]:
         if not re.fullmatch(r"\d+\.\d", str(architecture)):
-            raise _wrong(path, f'cuda_architectures has {architecture!r}; write them as in "9.0"')
+            raise _wrong(path, f'cuda_architectures has {architecture!r}; write it like "9.0"')
     known = tomllib.loads(PINS.read_text())
     for name, pin in table.get("pins", {}).items():
         _check_keys(path, "pins", {name: pin}, known, needed=set())
         _check_keys(path, f"pins.{name}", pin, PIN_KEYS, needed={"version", "commit"})
         if ("archive" in pin) != ("sha256" in pin):
-            raise _wrong(path, f"pins.{name} needs archive and sha256 together, or neither")
+            raise _wrong(path, f"pins.{name} has only one of archive and sha256; add the other or delete both")
         for part, submodule in pin.get("submodules", {}).items():
             where = f"pins.{name}.submodules.{part}"
             _check_keys(path, where, submodule, SUBMODULE_KEYS, needed=set(SUBMODULE_KEYS))
@@ -108,9 +116,9 @@ def _check_keys(path: Path, what: str, table: dict, known: Iterable[str], needed
     for key in table:
         if key not in known:
             hint = near(key, known)
-            raise _wrong(path, f"{key} is no key of {what}{hint}; the keys are {', '.join(known)}")
+            raise _wrong(path, f"unknown key {key} in {what}{hint}; the known keys are {', '.join(known)}")
     if missing := sorted(needed - table.keys()):
-        raise _wrong(path, f"{missing[0]} is missing in {what}")
+        raise _wrong(path, f"the key {missing[0]} is missing in {what}; add it")
 
 
 def _wrong(path: Path, what: str) -> BuildError:
@@ -118,19 +126,20 @@ def _wrong(path: Path, what: str) -> BuildError:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean …?" where a known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    """ " (did you mean …?)" if a known word is similar."""
+    similar = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def sources(manifest: Manifest, variant: str) -> list[Source]:
-    """What this variant of the family is built from: pins.toml's pins under the family's own."""
+    """What this variant of the family is built from: the pins of pins.toml, replaced by the family's own."""
     general = tomllib.loads(PINS.read_text())
     return [_source(name, general[name], manifest.pins.get(name)) for name in SOURCES[variant]]
 
 
 def _source(name: str, general: dict[str, Any], own: dict[str, Any] | None) -> Source:
     pin = {**general, **(own or {})}
+    # uv.lock holds the archive of the general pin, so a pin of the family's own must name its archive itself.
     archive = own_archive(pin) if own else locked_archive(pin.get("archive_of", pin["distribution"]))
     return Source(
         name,
@@ -152,7 +161,7 @@ def own_archive(pin: dict[str, Any]) -> LockedFile | None:
 
 
 def locked_archive(distribution: str) -> LockedFile | None:
-    """The source archive that uv.lock has of a distribution."""
+    """The source archive of a distribution in uv.lock."""
     for package in lock.locked_packages():
         if package["name"] == distribution and "sdist" in package:
             entry = package["sdist"]

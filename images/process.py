@@ -1,4 +1,4 @@
-"""Programs that leave something behind when they are killed: where we are interrupted, they are told to stop."""
+"""Programs that leave something behind when they are killed: on an interrupt they are asked to stop, and waited for."""
 
 from __future__ import annotations
 
@@ -8,41 +8,45 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 STOPS = {signal.SIGINT, signal.SIGTERM}
 STOP_SECONDS = 60
 
 
-def run(command: list[str], capture_output: bool = False, **options) -> subprocess.CompletedProcess:
-    """Run a program as subprocess.run does, but end it gently.
+def run(command: list[str], capture_output: bool = False, **options: Any) -> subprocess.CompletedProcess:
+    """Run a program like subprocess.run, but on an interrupt send it SIGTERM and give it STOP_SECONDS to clean up.
 
-    Where we are interrupted it gets SIGTERM, and STOP_SECONDS for what it has to undo: mmdebstrap its mounts, docker
-    its plugin, which outlives a client that is killed, reads folders that we remove and prints after our last line.
-    An interrupt while the program is being started counts as one after that.
+    subprocess.run would kill it. Then mmdebstrap would leave its mounts. docker's plugin would live on, read folders
+    that we remove, and print after our last line.
 
     Args:
         command: the program and its words.
-        capture_output: put what it prints into the answer.
-        options: subprocess.Popen's.
+        capture_output: put what it prints into the result.
+        options: those of subprocess.Popen.
+
+    Errors: KeyboardInterrupt when the program has ended.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = None
     try:
+        # An interrupt between the start of the program and the assignment would lose the program: it is delayed.
+        # The child inherits blocked signals, so it sets its mask back, or it would not hear SIGTERM itself.
         with held() as usual:
-            process = subprocess.Popen(
-                command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, usual), **pipes, **options
-            )
+            options["preexec_fn"] = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+            process = subprocess.Popen(command, **options)
         output = process.communicate()
     except KeyboardInterrupt:
         if process:
-            _end(process)
+            _end(process, Path(command[0]).name)
         raise
     return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 @contextmanager
-def held() -> Iterator[set[signal.Signals]]:
-    """Hear SIGINT and SIGTERM only when the block is left; yields the signals that are held back elsewhere."""
+def held() -> Iterator[set[int | signal.Signals]]:
+    """Delay SIGINT and SIGTERM until the end of the block; yields the signals that were blocked before it."""
     usual = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -51,10 +55,10 @@ def held() -> Iterator[set[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, usual)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, name: str) -> None:
     with held():
         process.terminate()
-        print(f"{Path(process.args[0]).name} is being stopped", file=sys.stderr)
+        print(f"stopping {name}", file=sys.stderr)
         try:
             process.communicate(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:

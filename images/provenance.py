@@ -1,4 +1,4 @@
-"""How an image came to be: pins and builder, as labels of the image and as a SLSA statement beside it."""
+"""What an image was built from and with: pins and builder, as labels of the image and as a SLSA statement beside it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from images import debian, engine, lock
+from images import debian, engine, lock, sbom
 from images.manifest import Source
+from images.request import Request
 from images.store import sha256_of, store
-
-if TYPE_CHECKING:
-    from images.image import Request
 
 
 def folder_of(model: str, variant: str) -> Path:
@@ -23,7 +20,7 @@ def folder_of(model: str, variant: str) -> Path:
 
 
 def pins(wanted: list[Source]) -> dict[str, str]:
-    """What identifies the inputs: versions and commits of the sources, the hashes of both locks."""
+    """What identifies the inputs: version and commit of each source, and the hashes of both locks."""
     versions = {
         source.name: f"context {source.replaced}" if source.replaced else f"{source.version} {source.commit}"
         for source in wanted
@@ -33,16 +30,14 @@ def pins(wanted: list[Source]) -> dict[str, str]:
 
 @functools.cache
 def builder() -> str:
-    """Slipway's version and those of what it builds with."""
+    """The versions of Slipway, docker and buildx."""
     words = engine.docker("version", "--format", "{{.Server.Version}}", capture_output=True, text=True).stdout.split()
     buildx = engine.docker("buildx", "version", capture_output=True, text=True).stdout.split()
     return f"slipway {lock.version()}, docker {words[0]}, buildx {buildx[1]}"
 
 
 def write(request: Request, name: str, digest: str) -> None:
-    """Leave provenance.json and the SBOM of a built image beside it, in the store."""
-    from images import sbom
-
+    """Write provenance.json and the SBOM of a built image into the store."""
     folder = folder_of(request.manifest.family, request.variant)
     _write(folder / "sbom.cdx.json", sbom.text(request.manifest, request.variant, request.wanted))
     write_statement(folder / "provenance.json", request, name, digest)
@@ -63,7 +58,7 @@ def _write(path: Path, text: str) -> None:
 def statement(request: Request, name: str, digest: str) -> dict:
     """An in-toto statement with SLSA's provenance, version 1."""
     algorithm, _, value = digest.partition(":")
-    asked = {"model": request.manifest.family, "variant": request.variant}
+    asked: dict[str, str | list[str]] = {"model": request.manifest.family, "variant": request.variant}
     if request.contexts:
         asked["contexts"] = sorted(request.contexts)
     architectures = request.manifest.cuda_architectures
@@ -91,7 +86,7 @@ def _dependency(source: Source) -> dict:
 
 
 def _revision() -> str:
-    """The commit that this checkout stands at; "-dirty" where files differ from it."""
+    """The commit of this checkout, with "-dirty" if files differ from it."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(words, cwd=lock.ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "no git checkout"

@@ -1,6 +1,6 @@
-"""build.py push, archive and wheels: an image with compressed layers, into a registry or into one file; its wheels.
+"""build.py push, archive and wheels: an image with compressed layers to a registry or a file, and its built wheels.
 
-The engine keeps images uncompressed, and would push them so.
+`docker push` is not used: the engine keeps images uncompressed and would push them uncompressed.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import time
 from pathlib import Path
 
 from images import engine, provenance
-from images.image import Request, build
+from images.image import build
+from images.request import Request
 from images.store import BuildError, sha256_of
 
-# zstd is smaller and unpacks faster; enroot reads it from 4.0 on, and no mixture of the two.
+# zstd is smaller and unpacks faster, but enroot reads it only from version 4.0, and never mixed with gzip.
 COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compression=gzip"}
 
 
 def archive(model: str, variant: str, out: str, compression: str = "zstd", **given: list[str] | None) -> None:
-    """Write an image as an OCI archive, for `podman load` and its like; OUT.provenance.json lies beside it.
+    """Write an image as an OCI archive, for example for `podman load`, and beside it OUT.provenance.json.
 
     Args:
-        model, variant, given: as of image.image.
-        out: the file; it appears when it is whole.
+        model, variant, given: those of image.image.
+        out: the file; it appears when it is complete.
         compression: of the layers, zstd or gzip.
     """
     target = Path(out).absolute()
     if not target.parent.is_dir():
-        raise BuildError(f"--out: there is no folder {target.parent}; make it first", exit_code=73)
+        raise BuildError(f"--out {out}: folder {target.parent} not found; create it first", exit_code=73)
     request = _request(model, variant, compression, given)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as scratch:
         part = Path(scratch) / "image.tar"
@@ -42,15 +43,15 @@ def archive(model: str, variant: str, out: str, compression: str = "zstd", **giv
 
 
 def push(model: str, variant: str, to: str, compression: str = "zstd", **given: list[str] | None) -> None:
-    """Push an image to a registry that docker is logged in to; pushed.json lies beside the image's provenance.
+    """Push an image to a registry that docker is logged in to, and write pushed.json beside the image's provenance.
 
     Args:
-        model, variant, given: as of image.image.
+        model, variant, given: those of image.image.
         to: HOST/NAME:TAG.
         compression: of the layers, zstd or gzip.
     """
     if "/" not in to or "://" in to:
-        raise BuildError(f"--to {to}: write it as HOST/NAME:TAG, as `docker push` takes it", exit_code=2)
+        raise BuildError(f"--to {to}: expected HOST/NAME:TAG, the same form as for `docker push`", exit_code=2)
     started = time.monotonic()
     request = _request(model, variant, compression, given)
     try:
@@ -62,25 +63,27 @@ def push(model: str, variant: str, to: str, compression: str = "zstd", **given: 
     print(f"push: {to}@{digest} in {time.monotonic() - started:.0f} s")
 
 
-def wheels(model: str, variant: str, out: str, anew: bool = False, **given: list[str] | None) -> None:
+def wheels(model: str, variant: str, out: str, no_cache: bool = False, **given: list[str] | None) -> None:
     """Write the wheels that an image's sources are built into; another site passes them as --context built-wheels=OUT.
 
     Args:
-        model, variant, given: as of image.image.
-        out: a folder that is not there yet.
-        anew: compile everything again, without a cache.
+        model, variant, given: those of image.image.
+        out: a folder that does not exist yet.
+        no_cache: compile everything again.
     """
     target = Path(out).absolute()
-    if target.exists() or not target.parent.is_dir():
-        raise BuildError(f"--out: {target} must be a new folder in one that is there", exit_code=73)
+    if target.exists():
+        raise BuildError(f"--out {out}: already exists; name a new folder", exit_code=73)
+    if not target.parent.is_dir():
+        raise BuildError(f"--out {out}: folder {target.parent} not found; create it first", exit_code=73)
     request = Request.of(model, variant, **given)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheels-") as scratch:
         output = f"type=local,dest={scratch}/wheels"
-        options = ["--set=image.target=built-wheels", *(["--no-cache"] if anew else [])]
-        build(request, request.tag, output, *options, proof=anew)
+        options = ["--set=image.target=built-wheels", *(["--no-cache"] if no_cache else [])]
+        build(request, request.tag, output, *options, proof=no_cache)
         folder = Path(scratch) / "wheels"
         folder.chmod(0o755)
-        (folder / ".gitignore").unlink(missing_ok=True)  # uv's
+        (folder / ".gitignore").unlink(missing_ok=True)  # `uv build` writes one
         os.replace(folder, target)
     for wheel in sorted(target.iterdir()):
         print(f"wheels: {sha256_of(wheel)}  {wheel.name}")
@@ -88,14 +91,15 @@ def wheels(model: str, variant: str, out: str, anew: bool = False, **given: list
 
 def _request(model: str, variant: str, compression: str, given: dict[str, list[str] | None]) -> Request:
     if compression not in COMPRESSIONS:
-        raise BuildError(f"--compression {compression}: there is {', '.join(COMPRESSIONS)}", exit_code=2)
+        raise BuildError(f"--compression {compression}: use {' or '.join(COMPRESSIONS)}", exit_code=2)
     return Request.of(model, variant, **given)
 
 
 def _export(request: Request, name: str, output: str, compression: str) -> str:
-    """Let BuildKit export what it has built (built anew where it was not), and return the digest."""
+    """Build what is not in BuildKit's cache, export the image, and return its digest."""
     with tempfile.TemporaryDirectory() as scratch:
         metadata = Path(scratch) / "metadata.json"
         words = f"{output},name={name},{COMPRESSIONS[compression]},force-compression=true,oci-mediatypes=true"
+        # The digest of the compressed image: it differs from that of the uncompressed one in the engine.
         build(request, name, words, "--metadata-file", str(metadata))
         return json.loads(metadata.read_text())["image"]["containerimage.digest"]

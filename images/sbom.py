@@ -1,6 +1,7 @@
-"""The bill of materials of an image, in CycloneDX's JSON: Debian packages, Python distributions, sources with commits.
+"""The bill of materials of an image as CycloneDX JSON: Debian packages, Python distributions, sources with commits.
 
-It is made of the locks and of what the locked files state themselves, so that the same pins give the same bytes.
+It is made from the locks and from the locked files, not from a built image: the same pins give the same bytes, and
+tests/image/labels compares it with what is installed in the image.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from images.manifest import Manifest, Source, check_variant, read_manifest, sour
 
 SPEC = "1.6"
 _UNKNOWN = licences.named(licences.NOT_STATED)
-NAMESPACE = uuid.UUID("6f1f1a3c-7f0e-5d2a-9d0b-2b8d0c6f5a11")  # of Slipway's serial numbers, nothing else's
+# CycloneDX wants a UUID for each bill. A random one would change the image's digest: it is made from the content.
+NAMESPACE = uuid.UUID("6f1f1a3c-7f0e-5d2a-9d0b-2b8d0c6f5a11")
 
 
 def sbom(model: str, variant: str) -> None:
-    """Print the bill of materials of an image; nothing needs to be built for it."""
+    """Print the bill of materials of an image; the image need not be built."""
     check_variant(variant)
     manifest = read_manifest(model)
     lock.fetch_wheels(_distributions(variant))
@@ -47,14 +49,14 @@ def text(manifest: Manifest, variant: str, wanted: list[Source]) -> str:
 
 
 def _component(purl: str, name: str, version: str, licence: dict, sha256: str | None = None) -> dict[str, Any]:
-    component = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+    component: dict[str, Any] = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
     if sha256:
         component["hashes"] = [{"alg": "SHA-256", "content": sha256}]
     return component | {"licenses": [licence]}
 
 
 def _source(source: Source) -> dict[str, Any]:
-    """A source with its commit; its submodules are named with theirs."""
+    """A source with its commit and those of its submodules."""
     if source.replaced:
         properties = [{"name": "slipway:context", "value": source.replaced}]
         component = _component(f"pkg:generic/{source.distribution}", source.distribution, "unknown", _UNKNOWN)

@@ -1,28 +1,29 @@
-"""build.py size: what each layer of an image takes and holds."""
+"""build.py size: how large each layer of an image is, and what it holds."""
 
 from __future__ import annotations
 
 import json
 
 from images import engine
-from images.image import inspect, tag
+from images.image import inspect
 from images.manifest import check_variant, read_manifest
+from images.request import tag
 from images.store import BuildError
 
-# The layers of images/Dockerfile, from the first: a word of the step that makes it, what it holds.
+# The layers of images/Dockerfile, from the first: a word in the step that makes the layer, and what the layer holds.
 HOLDS = (
     ("base.tar", "Debian packages: Python, tini, the C compiler that Triton calls"),
     ("runtime.txt", "locked Python packages, torch and CUDA's libraries"),
-    ("/built", "what is built from source: NeMo, Megatron-core, in full and index Transformer Engine"),
+    ("/built", "packages built from source: NeMo, Megatron-core; in full and index also Transformer Engine"),
     ("/mnt/entrypoints", "Slipway's commands"),
-    ("WORKDIR", "the folder that commands start in"),
+    ("WORKDIR", "the working folder of commands"),
     ("/mnt/family", "the family's manifest, pins and SBOM"),
 )
 LARGEST = 12
 
 
 def size(model: str, variant: str) -> None:
-    """Print two tables: layer, bytes, what it holds; and the largest Python packages."""
+    """Print two tables: the layers with their sizes and contents, and the largest Python packages."""
     check_variant(variant)
     read_manifest(model)
     engine.require()
@@ -36,7 +37,7 @@ def size(model: str, variant: str) -> None:
 
 
 def layers(name: str) -> list[tuple[int, str]]:
-    """(bytes, what it holds) of each layer that is not empty, from the first."""
+    """(bytes, what it holds) of each layer that is not empty, beginning with the first."""
     words = ["history", "--no-trunc", "--human=false", "--format", "{{json .}}", name]
     done = engine.docker(*words, capture_output=True, text=True, check=True)
     steps = [json.loads(line) for line in reversed(done.stdout.splitlines())]
@@ -52,7 +53,7 @@ def packages(name: str) -> list[tuple[int, str]]:
     command = "du --bytes --max-depth=1 /opt/venv/lib/python3.11/site-packages | sort -nr"
     done = engine.docker("run", "--rm", "--network=none", name, "sh", "-c", command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{name} does not run: {done.stderr.strip().splitlines()[-1]}", exit_code=1)
+        raise BuildError(f"{name}: cannot run the image: {done.stderr.strip().splitlines()[-1]}", exit_code=1)
     rows = [line.split("\t") for line in done.stdout.splitlines()[1 : LARGEST + 1]]
     return [(int(count), path.rpartition("/")[2]) for count, path in rows]
 

@@ -1,7 +1,7 @@
-"""Run while the image is built: takes out of site-packages what no command can need, and keeps every RECORD true.
+"""Runs while the image is built: removes from site-packages what no command can need, and keeps every RECORD correct.
 
-Usage: slim.py locked|built SITE_PACKAGES, after the locked packages are installed and after those built from source.
-A pattern that matches nothing stops the build, so that these lists stay what they say.
+Usage: slim.py locked|built SITE_PACKAGES: `locked` after the locked packages are installed, `built` after the packages
+that are built from source. A pattern that matches nothing stops the build, so that these lists stay up to date.
 """
 
 from __future__ import annotations
@@ -16,43 +16,40 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# (pattern below site-packages, why nothing misses it). Folders go with all that is in them.
+# (pattern below site-packages, why nothing needs it). A pattern that ends in / removes whole folders.
 LOCKED = (
     ("**/tests/", "packages' own tests"),
     ("**/test/", "packages' own tests"),
     ("**/*.a", "static libraries: only linkers read them"),
     ("torch/include/", "C++ headers: extensions are compiled in stages of their own"),
     ("pyarrow/include/", "C++ headers"),
-    ("torch/bin/protoc*", "compiler of protocol buffers, of no use without the headers"),
-    (
-        "torch/bin/ptxas",
-        "the same program as triton/backends/nvidia/bin/ptxas, which torch takes where this is missing",
-    ),
+    ("torch/bin/protoc*", "compiler of protocol buffers, useless without the headers"),
+    ("torch/bin/ptxas", "the same program as triton/backends/nvidia/bin/ptxas, which torch uses if this is missing"),
     ("triton/backends/nvidia/lib/cupti/", "CUPTI of CUDA 12 for Triton's profiler; torch has CUDA 13's"),
     ("triton/instrumentation/", "plug-ins that test Triton's compiler"),
     ("nvidia/cu13/lib/libnvrtc*.alt.so*", "a second NVRTC; torch loads libnvrtc.so.13"),
-    ("nvidia/cu13/lib/libcusolverMg.so*", "cuSOLVER for several GPUs; torch links libcusolver alone"),
-    ("nvidia/nvshmem/lib/*.bc", "NVSHMEM for device code that is compiled by the user"),
+    ("nvidia/cu13/lib/libcusolverMg.so*", "cuSOLVER for several GPUs; torch links only libcusolver"),
+    ("nvidia/nvshmem/lib/*.bc", "NVSHMEM for device code that a user compiles"),
     ("pulp/solverdir/cbc/osx/", "a program for macOS"),
     ("pulp/solverdir/cbc/win/", "a program for Windows"),
     ("pulp/solverdir/cbc/linux/arm64/", "a program for another processor"),
     ("pulp/solverdir/cbc/linux/i32/", "a program for another processor"),
 )
-BUILT = (("tests/", "NeMo's own tests, which its wheel puts beside the packages"),)
-KEPT = ("pyre_extensions/tests",)  # imported by the package itself
-# Debug information of 220 MB; the exported symbols stay.
+BUILT = (("tests/", "NeMo's own tests, which its wheel installs beside the packages"),)
+KEPT = ("pyre_extensions/tests",)  # the package imports it
+# These lose debug information (268 MB); the exported symbols stay.
 STRIPPED = ("triton/_C/libtriton.so",)
 
 
 def remove(site: Path, patterns: Iterable[tuple[str, str]]) -> set[Path]:
-    """Delete what the patterns name; returns every file that went."""
+    """Delete what the patterns match; returns every deleted file."""
     gone: set[Path] = set()
     for pattern, _ in patterns:
         kept = {site / name for name in KEPT}
         found = [path for path in site.glob(pattern.rstrip("/")) if path.is_dir() == pattern.endswith("/")]
         found = [path for path in found if path not in kept]
         if not found:
-            sys.exit(f"slim.py: {pattern} matches nothing; take it off the list")
+            sys.exit(f"slim.py: the pattern {pattern} matches nothing; delete it from the list")
         for path in found:
             files = path.rglob("*") if path.is_dir() else [path]
             gone.update(file for file in files if not file.is_dir())
@@ -64,7 +61,7 @@ def remove(site: Path, patterns: Iterable[tuple[str, str]]) -> set[Path]:
 
 
 def strip(site: Path) -> set[Path]:
-    """Take debug information out of STRIPPED; returns the files."""
+    """Remove debug information from STRIPPED; returns the files."""
     files = {site / name for name in STRIPPED}
     for file in files:
         subprocess.run(["strip", "--strip-unneeded", file], check=True)
@@ -72,7 +69,7 @@ def strip(site: Path) -> set[Path]:
 
 
 def correct_records(site: Path, gone: set[Path], changed: set[Path]) -> None:
-    """Rewrite each RECORD that names one of these files."""
+    """Rewrite each RECORD that names one of these files, so that tools that check or uninstall packages still work."""
     for record in site.glob("*.dist-info/RECORD"):
         with record.open(newline="") as file:
             rows = list(csv.reader(file))

@@ -1,8 +1,8 @@
-"""Source trees: what stages compile. Each lies in the store under a name that says what it is, verified on its way in.
+"""Source trees: what the stages of the Dockerfile compile. Each is verified, then kept in the store.
 
-A variant without a git host unpacks the source archives that the package index has; `full` takes git commits, with
-their submodules at the pinned commits. `--source NAME=PLACE` names another place for one of them: a folder with a
-clone, or the address of a mirror. git itself verifies: the tree is the one whose hash is pinned, wherever it came from.
+The variants cpu and index unpack source archives from the package index. `full` takes git commits, with submodules at
+the pinned commits. `--source NAME=PLACE` names another place for a source: a clone or the address of a mirror. The
+place needs no trust: a commit's name is a hash of its tree, and git checks it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from images.manifest import Source
 from images.store import BuildError, fetch, store
 
 PREFLIGHT_SECONDS = 15
-GIT = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"}  # a source that asks for a password is not reached
+GIT = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"}  # fail, and do not wait for a password
 
 
 def trees(sources: list[Source], variant: str, places: dict[str, str]) -> dict[str, Path]:
-    """Source name → folder with its tree, brought there where it is not yet.
+    """Source name → folder with its tree; what is missing is fetched.
 
     Args:
         sources: what the variant is built from.
         variant: full takes git commits; the others take source archives unless a place is given.
         places: source or submodule name → clone or mirror to take it from.
+
+    Errors: BuildError for an unknown name (2), a pin without an archive (65), a place that cannot be reached (78).
     """
     if unknown := sorted(places.keys() - _names(sources)):
         known = ", ".join(sorted(_names(sources)))
-        reason = f"there is no such source; there are {known}" if known else "a --context stands for what it is for"
+        reason = f"unknown source; use one of {known}" if known else "a --context replaces every source; drop one flag"
         raise BuildError(f"--source {unknown[0]}: {reason}", exit_code=2)
     by_git = [source for source in sources if variant == "full" or source.name in places]
     if lacking := [s.name for s in sources if s not in by_git and not s.archive]:
         raise BuildError(
-            f"{lacking[0]}: its pin names no source archive, which variant {variant} is built from; "
+            f"{lacking[0]}: its pin has no source archive, and variant {variant} is built from source archives; "
             f"add archive and sha256 to the pin, or pass --source {lacking[0]}=CLONE",
             exit_code=65,
         )
@@ -50,12 +52,12 @@ def _names(sources: list[Source]) -> set[str]:
 
 
 def tree_folder(name: str, state: str) -> Path:
-    """Where the tree of a source lies; `state` is a commit or a hash."""
+    """The folder for the tree of a source; `state` is a commit or a hash."""
     return store() / "sources" / f"{name}-{state[:16]}"
 
 
 def _into_place(target: Path, fill: Callable[[Path], None]) -> Path:
-    """`target`, filled in a folder beside it and renamed when complete."""
+    """Make `target` unless it exists: it is filled beside its place and renamed when complete."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -85,7 +87,10 @@ def _archive_tree(source: Source) -> Path:
 
 
 def preflight(sources: list[Source], places: dict[str, str]) -> None:
-    """BuildError, within seconds, that names every source that cannot be reached and what to pass instead."""
+    """BuildError, within seconds, that names every source that cannot be reached and what to pass instead.
+
+    A build of `full` may take an hour: a missing source must be found before it starts.
+    """
     asked: dict[str, str] = {}
     for source in [source for source in sources if not _tree_of(source).exists()]:
         asked[source.name] = places.get(source.name, source.repository)
@@ -96,7 +101,7 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
         words = " ".join(f"--source {name}=CLONE" for name in missing)
         raise BuildError(
             f"cannot reach {', '.join(f'{name} ({asked[name]})' for name in missing)}; pass clones or mirrors that "
-            f"hold the pinned commits: {words}; or build VARIANT=index, which needs no git host"
+            f"have the pinned commits: {words}; or build VARIANT=index, which needs no git host"
         )
 
 
@@ -116,7 +121,10 @@ def _git_tree(source: Source, places: dict[str, str]) -> Path:
 
 
 def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
-    """The tree of the source's commit, its submodules in their places."""
+    """Fill `folder` with the tree of the source's commit and the trees of its submodules.
+
+    Not with `git clone` and `git submodule update`: those fetch whole histories, from addresses that a commit names.
+    """
     bare = folder.parent / "git"
     _fetch_commit(bare, source.name, places.get(source.name, source.repository), source.commit)
     _extract(bare, source.commit, folder)
@@ -124,7 +132,7 @@ def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
     for path, commit in _links(bare, source.commit):
         if commit not in by_commit:
             raise BuildError(
-                f"{source.name}: its submodule {path} is at {commit}, which pins.toml does not name; add it there",
+                f"{source.name}: submodule {path} is at commit {commit}, which has no pin; add it to pins.toml",
                 exit_code=65,
             )
         name, repository = by_commit[commit]
@@ -133,13 +141,16 @@ def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
 
 
 def _fetch_commit(bare: Path, name: str, place: str, commit: str) -> None:
-    """Bring one commit, without its history, into the bare repository `bare`."""
+    """Fetch one commit, without its history, into the bare repository `bare`."""
     _git("init", "--quiet", "--bare", str(bare))
     place = str(Path(place).resolve()) if Path(place).exists() else place
     done = _git("-C", str(bare), "fetch", "--quiet", "--depth=1", place, commit)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BuildError(f"{name}: {place} does not give commit {commit} ({reason}); pass --source {name}=CLONE", 78)
+        raise BuildError(
+            f"{name}: cannot get commit {commit} from {place} ({reason}); pass a clone that has it: "
+            f"--source {name}=CLONE"
+        )
 
 
 def _extract(bare: Path, commit: str, folder: Path) -> None:
@@ -152,7 +163,7 @@ def _extract(bare: Path, commit: str, folder: Path) -> None:
 
 
 def _links(bare: Path, commit: str) -> list[tuple[str, str]]:
-    """(path, commit) of the submodules in a commit's tree."""
+    """(path, commit) of each submodule in a commit's tree."""
     listed = _git("-C", str(bare), "ls-tree", "-r", commit).stdout.splitlines()
     rows = [line.split(maxsplit=3) for line in listed]
     return [(path, sha) for _, kind, sha, path in rows if kind == "commit"]
@@ -164,4 +175,4 @@ def _git(*words: str, timeout: float | None = None) -> subprocess.CompletedProce
             ["git", *words], capture_output=True, text=True, timeout=timeout, env={**os.environ, **GIT}
         )
     except FileNotFoundError:
-        raise BuildError("git is not there; install it, or build VARIANT=index, which needs none") from None
+        raise BuildError("git not found; install it, or build VARIANT=index, which does not need it") from None

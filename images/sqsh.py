@@ -1,4 +1,4 @@
-"""build.py sqsh: an image as a squashfs, as `enroot import` makes one and `srun --container-image=FILE` takes it."""
+"""build.py sqsh: an image as a squashfs file in the form of `enroot import`, for `srun --container-image=FILE`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 
 from images import engine, process
-from images.image import inspect, tag
+from images.image import inspect
 from images.manifest import check_variant, read_manifest
+from images.request import tag
 from images.store import BuildError
 
-# enroot's own files in a root file system: what starts, the environment, mounts.
+# enroot keeps what it knows of an image in files of its root file system. /etc/rc is the script that starts a command.
 RC = """mkdir -p "{workdir}" 2> /dev/null
 cd "{workdir}" && unset OLDPWD || exit 1
 
@@ -32,7 +33,10 @@ fi
 
 
 def sqsh(model: str, variant: str, out: str) -> None:
-    """Write the image's file system to `out`; enroot starts what the image's entrypoint and command say."""
+    """Write the image's file system to the file `out`; enroot then starts the image's entrypoint and command.
+
+    Errors: BuildError 78 without root, 73 if the file cannot be written.
+    """
     check_variant(variant)
     read_manifest(model)
     engine.require()
@@ -40,9 +44,11 @@ def sqsh(model: str, variant: str, out: str) -> None:
     inspect(name)
     target = Path(out).absolute()
     if not target.parent.is_dir():
-        raise BuildError(f"--out: there is no folder {target.parent}; make it first", exit_code=73)
+        raise BuildError(f"--out {out}: folder {target.parent} not found; create it first", exit_code=73)
     if os.getuid() != 0:
-        raise BuildError("writing files of other owners needs root; run as root, or `enroot import dockerd://` it")
+        raise BuildError(
+            f"sqsh needs root, to write files of other owners; run it as root, or run `enroot import dockerd://{name}`"
+        )
     if not shutil.which("mksquashfs"):
         engine.apt_get("install", "-y", "--no-install-recommends", "squashfs-tools")
     try:
@@ -54,9 +60,8 @@ def sqsh(model: str, variant: str, out: str) -> None:
             _squash(root, Path(scratch) / "image.sqsh")
             os.replace(Path(scratch) / "image.sqsh", target)
     except OSError as error:
-        raise BuildError(
-            f"--out: {target}: {error.strerror}; free some space or choose another disk", exit_code=73
-        ) from None
+        reason = f"{error.strerror}; free disk space or use another disk"
+        raise BuildError(f"--out {target}: {reason}", exit_code=73) from None
     print(f"sqsh: {target}, {target.stat().st_size / 1e9:.2f} GB")
 
 
@@ -66,9 +71,10 @@ def _config(name: str) -> dict:
 
 
 def _export(name: str, root: Path) -> None:
-    """Unpack the image's file system, by way of a container that never runs."""
+    """Unpack the image's file system. docker exports containers only, so a container is made; it never runs."""
     container = f"slipway-sqsh-{os.getpid()}"
     try:
+        # An interrupt during `docker create` would leave the container after `docker rm` below.
         with process.held():
             created = engine.docker("create", "--name", container, name, capture_output=True, text=True)
         if created.returncode:
@@ -79,13 +85,13 @@ def _export(name: str, root: Path) -> None:
             unpacked = subprocess.run(words, stdin=export.stdout, capture_output=True, text=True)
         if unpacked.returncode or export.returncode:
             reason = (unpacked.stderr.strip().splitlines() or ["docker export failed"])[-1]
-            raise BuildError(f"{root.parent.parent}: cannot unpack the image ({reason}); free some space", exit_code=73)
+            raise BuildError(f"{root.parent.parent}: cannot unpack the image ({reason}); free disk space", exit_code=73)
     finally:
         engine.docker("rm", "--force", container, capture_output=True)
 
 
 def configure(root: Path, config: dict) -> None:
-    """Write enroot's files: /etc/rc, /etc/environment, /etc/fstab, /etc/rc.local."""
+    """Write the files that enroot reads: /etc/rc, /etc/environment, /etc/fstab, /etc/rc.local."""
     rc = RC.format(
         workdir=config["WorkingDir"] or "/",
         entrypoint=shlex.join(config["Entrypoint"] or []),
@@ -104,4 +110,4 @@ def _squash(root: Path, target: Path) -> None:
     words = ["mksquashfs", str(root), str(target), "-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet"]
     done = subprocess.run([*words, "-no-progress", "-mkfs-time", "0", "-all-root"], capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"mksquashfs: {done.stderr.strip().splitlines()[-1]}; free some space", exit_code=73)
+        raise BuildError(f"mksquashfs failed: {done.stderr.strip().splitlines()[-1]}; free disk space", exit_code=73)

@@ -1,4 +1,4 @@
-"""The build contexts that BuildKit gets: hard links into the store and the project's own files, in one folder."""
+"""The build contexts that BuildKit reads, in one folder: hard links into the store, and the project's own files."""
 
 from __future__ import annotations
 
@@ -7,27 +7,21 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from images import debian, lock, provenance, sbom
-from images.manifest import HERE
+from images.manifest import COMPILED, HERE, READY
+from images.request import Request
 from images.store import store
 
-if TYPE_CHECKING:
-    from images.image import Request
-
-# What the built layer takes as wheels, beside what it compiles; and what only compiles.
-READY = {"cpu": (), "index": ("te",), "full": ("te",)}
-COMPILED = {
-    "cpu": (),
-    "index": ("transformer-engine-torch",),
-    "full": ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"),
-}
 SCRIPTS = ("slim.py", "import_check.py")
 
 
 def stage(folder: Path, request: Request) -> None:
-    """Lay out the build contexts: hard links into the store and the project's own files."""
+    """Lay out the build contexts in an empty folder.
+
+    BuildKit sends only what changed in a context, and a step runs again when a context that it mounts has changed.
+    So each context holds what one kind of step needs, and no more.
+    """
     for name in ("rootfs", "uv", "locked", "building", "variant", "scripts", "family", "empty"):
         (folder / name).mkdir()
     shutil.copy(HERE / "Dockerfile", folder)
@@ -43,7 +37,7 @@ def stage(folder: Path, request: Request) -> None:
 
 
 def _stage_packages(folder: Path, variant: str) -> None:
-    """uv, and a context for each of: what every image installs, what builds wheels, what the variant takes beside."""
+    """uv, and three contexts: what every image installs, what builds wheels, and what only this variant needs."""
     os.link(lock.uv(), folder / "uv" / "uv")
     runtime = lock.requirements("--no-default-groups")
     archives = {p["name"]: p["sdist"]["path"] for p in lock.locked_packages() if "sdist" in p}
@@ -66,7 +60,7 @@ def _stage_packages(folder: Path, variant: str) -> None:
 
 
 def _stage_list(folder: Path, file: str, lines: dict[str, str], besides: Iterable[str] = ()) -> None:
-    """A list of requirements in `folder`, and beside it the wheels of all that are not elsewhere."""
+    """Write a list of requirements into `folder`, with the wheels of all but `besides`: another context has those."""
     (folder / file).write_text("".join(lines.values()))
     wanted = lines.keys() - set(besides)
     for package in lock.locked_packages():
@@ -76,7 +70,7 @@ def _stage_list(folder: Path, file: str, lines: dict[str, str], besides: Iterabl
 
 
 def _stage_family(folder: Path, request: Request) -> None:
-    """What the last layer holds: the manifest, the pins as they are for this family, the SBOM."""
+    """What the last layer holds: the manifest, this family's pins, the SBOM."""
     shutil.copy(HERE / f"{request.manifest.family}.toml", folder / "image.toml")
     (folder / "pins.json").write_text(json.dumps(provenance.pins(request.wanted), indent=1, sort_keys=True) + "\n")
     (folder / "sbom.cdx.json").write_text(sbom.text(request.manifest, request.variant, request.wanted))

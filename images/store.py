@@ -1,8 +1,8 @@
 """The store: every file that an installation or an image is made of, kept by name and verified by hash.
 
-It lies in SLIPWAY_STORE (default ~/.cache/slipway) and can be carried to a site without a network: whatever
-is in it already is never asked for again. Nothing here knows the address of a package index: it is the one
-that pip is configured with on this machine (UV_DEFAULT_INDEX and PIP_INDEX_URL go first).
+Its folder is SLIPWAY_STORE (default ~/.cache/slipway). It can be copied to a site without a network: a file that is in
+the store is not fetched again. No address of a package index is written here. The address is the one that pip is
+configured with on this machine, unless UV_DEFAULT_INDEX, UV_INDEX_URL or PIP_INDEX_URL is set.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from pathlib import Path
 DOWNLOADS_AT_ONCE = 8
 CHUNK_BYTES = 1 << 20
 TRIES = 3
+FREE_SPACE = "free disk space, or set SLIPWAY_STORE to a folder on another disk"
 
 
 class BuildError(Exception):
-    """Something the user can cure; printed as one line. `exit_code` is one of DESIGN.md's."""
+    """Something that the user can correct; printed as one line. `exit_code` is what build.py ends with."""
 
     def __init__(self, message: str, exit_code: int = 78) -> None:
         super().__init__(message)
@@ -47,7 +48,7 @@ class LockedFile:
 
 
 def store() -> Path:
-    """The folder where everything fetched is kept."""
+    """The folder that keeps everything fetched."""
     return Path(os.environ.get("SLIPWAY_STORE") or Path.home() / ".cache" / "slipway")
 
 
@@ -58,9 +59,10 @@ def sha256_of(path: Path) -> str:
 
 
 def download(url: str, target: Path, sha256: str, what: str) -> None:
-    """Bring `url` to `target`; the file appears there only whole and with the hash `sha256`.
+    """Fetch `url` to `target`; the file appears there only when it is complete and has the hash `sha256`.
 
-    Errors: BuildError that names `what` when the address cannot be read or the hash differs.
+    Errors: BuildError that names `what` if the address cannot be read (78), the hash differs (65) or the disk is
+    full (73).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -72,21 +74,24 @@ def download(url: str, target: Path, sha256: str, what: str) -> None:
                     part.write(chunk)
             if digest.hexdigest() != sha256:
                 raise BuildError(
-                    f"{what}: the file offered has SHA-256 {digest.hexdigest()}, locked is {sha256}; "
-                    "the index or a proxy serves another file: compare with its owner before locking anew",
+                    f"{what}: the downloaded file has SHA-256 {digest.hexdigest()}, expected {sha256} from the lock; "
+                    "the index or a proxy serves a different file: ask its owner why before you run `make lock`",
                     exit_code=65,
                 )
             part.flush()
             os.chmod(part.name, 0o644)
             os.replace(part.name, target)
         except OSError as error:
-            raise BuildError(f"{what}: {error}; free some space or set SLIPWAY_STORE", exit_code=73) from None
+            raise BuildError(f"{what}: cannot write ({error}); {FREE_SPACE}", exit_code=73) from None
         finally:
             Path(part.name).unlink(missing_ok=True)
 
 
 def open_url(url: str, what: str, accept: str = "*/*"):
-    """A response to read from; user:password@ in the address becomes an Authorization header."""
+    """A response to read from; user:password@ in the address becomes an Authorization header.
+
+    A server's fault (5xx) or a lost connection is tried TRIES times.
+    """
     parts = urllib.parse.urlsplit(url)
     headers = {"Accept": accept, "User-Agent": "slipway-build"}
     if parts.username:
@@ -98,13 +103,16 @@ def open_url(url: str, what: str, accept: str = "*/*"):
             return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
         except urllib.error.HTTPError as error:
             if last or error.code < 500:
-                raise BuildError(f"{what}: the server answered {error.code} {error.reason}") from None
+                raise BuildError(
+                    f"{what}: the server answered {error.code} {error.reason}; check the address and the login of the "
+                    "package index or mirror"
+                ) from None
         except (urllib.error.URLError, TimeoutError) as error:
             if last:
                 reason = getattr(error, "reason", error)
                 raise BuildError(
-                    f"{what}: cannot be reached ({reason}); check the network, or carry the store of a machine "
-                    "that has one and set SLIPWAY_STORE"
+                    f"{what}: cannot connect ({reason}); check the network, or copy the store of a machine with a "
+                    "network and set SLIPWAY_STORE to the copy"
                 ) from None
 
 
@@ -112,7 +120,7 @@ def open_url(url: str, what: str, accept: str = "*/*"):
 
 
 def index_address() -> str:
-    """The simple index that this machine's package clients use."""
+    """The address of the simple index that this machine's package clients use."""
     for variable in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if os.environ.get(variable):
             return os.environ[variable]
@@ -128,7 +136,9 @@ def index_address() -> str:
     )
     if default.returncode == 0:
         return default.stdout.strip()
-    raise BuildError("no package index is known on this machine: set UV_DEFAULT_INDEX, or install python3-pip")
+    raise BuildError(
+        "no package index is configured on this machine; set UV_DEFAULT_INDEX to its address, or install python3-pip"
+    )
 
 
 class _Anchors(html.parser.HTMLParser):
@@ -142,7 +152,7 @@ class _Anchors(html.parser.HTMLParser):
 
 
 def project_files(index: str, project: str) -> dict[str, str]:
-    """File name → address of everything the index offers for one project (PEP 503 and PEP 691)."""
+    """File name → address, for every file of one project in the index (PEP 503 and PEP 691)."""
     name = re.sub(r"[-_.]+", "-", project).lower()
     page = f"{index.rstrip('/')}/{name}/"
     accept = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
@@ -159,7 +169,7 @@ def project_files(index: str, project: str) -> dict[str, str]:
 
 
 def _with_login(address: str, index: str) -> str:
-    """The index's user and password go with the addresses that it gives on its own host, and nowhere else."""
+    """The address with the index's user and password, but only on the index's own host: no other may see them."""
     login, _, host = urllib.parse.urlsplit(index).netloc.rpartition("@")
     parts = urllib.parse.urlsplit(address)
     return (
@@ -170,7 +180,7 @@ def _with_login(address: str, index: str) -> str:
 def fetch(files: Iterable[LockedFile], folder: Path) -> int:
     """Make `folder` hold every one of `files`, verified; returns how many had to be fetched.
 
-    A file that lies there already was verified when it came and is not read again.
+    A file that is already there was verified when it was fetched, and is not read again.
     """
     missing = [file for file in files if not (folder / file.name).exists()]
     if not missing:
@@ -180,7 +190,10 @@ def fetch(files: Iterable[LockedFile], folder: Path) -> int:
     def bring(file: LockedFile) -> None:
         addresses = project_files(index, file.project)
         if file.name not in addresses:
-            raise BuildError(f"package {file.project}: the index has no file {file.name}; run `make lock`")
+            raise BuildError(
+                f"package {file.project}: the index has no file {file.name}, which the lock names; use an index that "
+                "has it, or run `make lock` to choose other files"
+            )
         download(addresses[file.name], folder / file.name, file.sha256, file.name)
 
     with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:

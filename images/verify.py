@@ -1,4 +1,4 @@
-"""make verify: builds an image twice without any cache; equal digests, or the layers and files that differ."""
+"""make verify: build an image twice without a cache and compare the digests; name the layers and files that differ."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from images import debian, engine
-from images.image import NEEDED_BYTES, Request, build, inspect, require_free
+from images.image import NEEDED_BYTES, build, inspect, require_free
+from images.licences import content
+from images.request import Request
 from images.store import BuildError, sha256_of
 
-SHOWN = 20  # files of a layer that are named
+SHOWN = 20  # differing files that are named per layer
 
 
 def verify(model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
-    """Build twice without cache and compare; BuildError that names layers and files where the digests differ."""
+    """Build twice without cache and compare; BuildError that names layers and files if the digests differ."""
     request = Request.of(model, variant, source, context)
     require_free(2 * NEEDED_BYTES)
     for name in debian.SETS:
         _compare_root_file_system(name)
     names = [f"{request.tag}-verify{number}" for number in (1, 2)]
     try:
-        digests = [_build_anew(request, name) for name in names]
+        digests = [_build_without_cache(request, name) for name in names]
         if digests[0] != digests[1]:
             lines = [f"{model} {variant}: the two builds differ", *_differences(*names)]
             raise BuildError("\n".join(lines), exit_code=1)
@@ -36,19 +38,20 @@ def verify(model: str, variant: str, source: list[str] | None = None, context: l
 
 
 def _compare_root_file_system(name: str) -> None:
-    """Make what stages start from anew; BuildError unless it is what lies in the store."""
+    """Make a root file system again; BuildError unless it is the file in the store, to the byte."""
     kept = debian.root_file_system(name)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        anew = Path(scratch) / kept.name
-        debian.make_root_file_system(name, anew)
-        digests = [sha256_of(kept), sha256_of(anew)]
+        again = Path(scratch) / kept.name
+        debian.make_root_file_system(name, again)
+        digests = [sha256_of(kept), sha256_of(again)]
     if digests[0] != digests[1]:
-        raise BuildError(f"{kept}: made anew it is another file ({digests[1]}, not {digests[0]})", exit_code=1)
-    print(f"verify: Debian's packages for {name}: sha256:{digests[0]}, made anew", flush=True)
+        raise BuildError(f"{kept}: a second build has another SHA-256, {digests[1]}, not {digests[0]}", exit_code=1)
+    print(f"verify: Debian packages of {name}: both builds are sha256:{digests[0]}", flush=True)
 
 
-def _build_anew(request: Request, name: str) -> str:
+def _build_without_cache(request: Request, name: str) -> str:
     started = time.monotonic()
+    # Not unpacked: only the digest is compared, and unpacking takes as much disk again.
     output = f"type=image,name={name},unpack=false,compression=uncompressed"
     build(request, name, output, "--no-cache", proof=True)
     digest, _ = inspect(name)
@@ -65,10 +68,11 @@ def _differences(one: str, two: str) -> Iterator[str]:
             yield f"layer {number}: {len(changed)} files differ"
             yield from (f"  {path}: {what_differs(first.get(path), second.get(path))}" for path in changed[:SHOWN])
     if layers[0] == layers[1]:
-        yield "the layers are the same; the images' configurations differ"
+        yield "the layers are the same, the images' configurations differ"
 
 
 def what_differs(one: tuple | None, two: tuple | None) -> str:
+    """The properties in which two entries of a layer differ; None stands for a missing entry."""
     if one is None or two is None:
         return "only in the second" if one is None else "only in the first"
     parts = ("mode", "owner", "time", "size", "link", "content")
@@ -76,21 +80,21 @@ def what_differs(one: tuple | None, two: tuple | None) -> str:
 
 
 def _layers(name: str) -> list[dict[str, tuple]]:
-    """For each layer of an image: path → what is compared."""
+    """For each layer of an image: path → the properties of `entries`."""
     process = subprocess.Popen([engine.client(), "save", name], env=engine.environment(), stdout=subprocess.PIPE)
     found: dict[str, dict[str, tuple]] = {}
     order: list[str] = []
     with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
         for member in archive:
             if member.name == "manifest.json":
-                order = json.load(archive.extractfile(member))[0]["Layers"]
+                order = json.loads(content(archive, member))[0]["Layers"]
             elif member.isfile() and member.name.startswith("blobs/") and member.size > 512:
                 found[member.name] = entries(archive.extractfile(member))
     return [found[layer] for layer in order]
 
 
 def entries(stream) -> dict[str, tuple]:
-    """path → (mode, owner, time, size, link, content's hash) of a layer; empty for a blob that is no tar."""
+    """path → (mode, owner, time, size, link, hash of the content) of a layer; empty for a blob that is not a tar."""
     try:
         with tarfile.open(fileobj=stream, mode="r|") as layer:
             return {
@@ -100,9 +104,15 @@ def entries(stream) -> dict[str, tuple]:
                     entry.mtime,
                     entry.size,
                     entry.linkname,
-                    hashlib.file_digest(layer.extractfile(entry), "sha256").digest() if entry.isfile() else b"",
+                    _digest(layer, entry),
                 )
                 for entry in layer
             }
     except tarfile.ReadError:
         return {}
+
+
+def _digest(layer: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+    """The hash of a file's content; empty for a hard link, because a stream cannot go back to the file it names."""
+    file = layer.extractfile(entry) if entry.isfile() else None
+    return hashlib.file_digest(file, "sha256").digest() if file else b""  # type: ignore[arg-type] # it has readinto

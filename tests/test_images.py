@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import io
@@ -15,6 +16,7 @@ import tarfile
 import time
 import tomllib
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from images import (
     manifest,
     process,
     provenance,
+    request,
     sbom,
     slim,
     sources,
@@ -39,6 +42,23 @@ from images.store import BuildError
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ["deepseek_v3", "gpt_oss", "llama31", "qwen25", "qwen3"]
+
+
+# ---------------------------------------------------------------------------- the code itself
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of images/ that a file imports, also inside functions and for types only."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    whole = {name.name for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "images" for name in n.names}
+    parts = {n.module.partition(".")[2] for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    return (whole | parts) & {file.stem for file in manifest.HERE.glob("*.py")}
+
+
+def test_imports_in_images_have_no_cycle():
+    graph = {path.stem: imports_of(path) for path in manifest.HERE.glob("*.py")}
+    assert graph["image"] >= {"request", "staging", "provenance"}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError for a cycle
 
 
 # ---------------------------------------------------------------------------- manifests
@@ -67,19 +87,19 @@ GOOD = 'family = "x"\nmodels = ["m"]\nrecipe = "m"\ncuda_architectures = ["9.0"]
     "text, message",
     [
         ("family = ", "x.toml: "),
-        (GOOD + "colour = 1", "colour is no key of a manifest; the keys are family,"),
-        (GOOD.replace("models", "model"), "model is no key of a manifest, did you mean models?"),
-        ('family = "x"', "cuda_architectures is missing"),
-        (GOOD.replace('"m"\ncuda', "1\ncuda"), "recipe is no str"),
-        (GOOD.replace('family = "x"', 'family = "y"'), "it must be the file's name, 'x'"),
-        (GOOD.replace("9.0", "90"), "cuda_architectures has '90'; write them as in \"9.0\""),
-        (GOOD + "[pins.nemmo]", "nemmo is no key of pins, did you mean nemo?"),
-        (GOOD + '[pins.nemo]\nversion = "1"', "commit is missing in pins.nemo"),
-        (GOOD + '[pins.nemo]\nversion = "1"\ncommit = "c"\narchive = "a"', "needs archive and sha256 together"),
-        (GOOD + "[pins.apex.submodules.cutlass]\n[pins.nemo]", "commit is missing in pins.apex"),
+        (GOOD + "colour = 1", "unknown key colour in the manifest; the known keys are family,"),
+        (GOOD.replace("models", "model"), "unknown key model in the manifest (did you mean models?)"),
+        ('family = "x"', "the key cuda_architectures is missing in the manifest"),
+        (GOOD.replace('"m"\ncuda', "1\ncuda"), "recipe is 1, expected text in quotes"),
+        (GOOD.replace('family = "x"', 'family = "y"'), "family is 'y', expected the name of the file, 'x'"),
+        (GOOD.replace("9.0", "90"), "cuda_architectures has '90'; write it like \"9.0\""),
+        (GOOD + "[pins.nemmo]", "unknown key nemmo in pins (did you mean nemo?)"),
+        (GOOD + '[pins.nemo]\nversion = "1"', "the key commit is missing in pins.nemo"),
+        (GOOD + '[pins.nemo]\nversion = "1"\ncommit = "c"\narchive = "a"', "has only one of archive and sha256"),
+        (GOOD + "[pins.apex.submodules.cutlass]\n[pins.nemo]", "the key commit is missing in pins.apex"),
         (
             GOOD + '[pins.apex]\nversion = "1"\ncommit = "c"\n[pins.apex.submodules.cutlass]\ncommit = "d"',
-            "repository is missing in pins.apex.submodules.cutlass",
+            "the key repository is missing in pins.apex.submodules.cutlass",
         ),
     ],
 )
@@ -169,8 +189,8 @@ def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"commit": "1" * 40}, "does not give commit 1111"),
-        ({"submodules": {}}, r"its submodule inner/part is at \w+, which pins.toml does not name"),
+        ({"commit": "1" * 40}, "cannot get commit 1111"),
+        ({"submodules": {}}, r"submodule inner/part is at commit \w+, which has no pin"),
     ],
 )
 def test_a_clone_that_is_not_as_pinned_is_refused(clone, change, message):
@@ -181,13 +201,13 @@ def test_a_clone_that_is_not_as_pinned_is_refused(clone, change, message):
     assert not [path for path in (folder / "store").rglob("*") if path.name == "file.txt"]
 
 
-def test_a_source_that_is_not_there_is_said(clone):
-    with pytest.raises(BuildError, match="--source hole: there is no such source; there are part, whole") as error:
+def test_a_wrong_source_is_one_line_with_the_names_that_exist(clone):
+    with pytest.raises(BuildError, match="--source hole: unknown source; use one of part, whole") as error:
         sources.trees([clone[1]], "full", {"hole": "/"})
     assert error.value.exit_code == 2
-    with pytest.raises(BuildError, match="--source whole: a --context stands for what it is for"):
+    with pytest.raises(BuildError, match="--source whole: a --context replaces every source"):
         sources.trees([], "full", {"whole": "/"})
-    with pytest.raises(BuildError, match="its pin names no source archive") as error:
+    with pytest.raises(BuildError, match="its pin has no source archive") as error:
         sources.trees([clone[1]], "cpu", {})
     assert error.value.exit_code == 65
 
@@ -256,7 +276,7 @@ def test_what_is_taken_out_leaves_the_records_true(tmp_path, monkeypatch):
     expected = base64.urlsafe_b64encode(digest).decode().rstrip("=")
     assert record.read_text() == f'a/__init__.py,,0\na/lib.so,sha256={expected},7\n"a, b",,\n'
     assert not (tmp_path / "a" / "tests").exists() and not (tmp_path / "a" / "lib.a").exists()
-    with pytest.raises(SystemExit, match="nothing; take it off the list"):
+    with pytest.raises(SystemExit, match="matches nothing; delete it from the list"):
         slim.remove(tmp_path, [("**/tests/", "tests")])
 
 
@@ -281,9 +301,9 @@ def test_the_difference_of_two_layers_names_the_file_and_what_of_it(tmp_path):
 
 
 @pytest.fixture
-def request_of_gpt_oss() -> image.Request:
+def request_of_gpt_oss() -> request.Request:
     found = manifest.read_manifest("gpt_oss")
-    return image.Request(found, "cpu", manifest.sources(found, "cpu"), {}, {})
+    return request.Request(found, "cpu", manifest.sources(found, "cpu"), {}, {})
 
 
 def test_a_full_disk_is_said_before_the_build(monkeypatch, tmp_path, request_of_gpt_oss):
@@ -307,35 +327,37 @@ def test_what_a_killed_build_left_is_removed_by_the_next(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "word, code, message",
     [
-        ("te-sauce=/tmp", 2, "there is no such stage or source tree, did you mean te-source"),
+        ("te-sauce=/tmp", 2, r"unknown stage or source tree \(did you mean te-source\?\); use one of nemo-source"),
         ("te-source", 2, "write it as NAME=PLACE"),
-        ("te-source=/nonexistent", 65, "--context te-source=/nonexistent: there is no such folder"),
+        ("te-source=/nonexistent", 65, "--context te-source=/nonexistent: folder not found"),
     ],
 )
 def test_a_wrong_context_is_said_in_one_line(word, code, message):
     with pytest.raises(BuildError, match=message) as error:
-        image.contexts_of([word])
+        request.contexts_of([word])
     assert error.value.exit_code == code and "\n" not in str(error.value)
 
 
 def test_a_source_that_a_context_replaces_is_not_asked_for_and_not_claimed(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(image, "trees", lambda wanted, *_: asked.extend(source.name for source in wanted) or {})
-    monkeypatch.setattr(image, "fetch_for", lambda _: None)
+    monkeypatch.setattr(request, "trees", lambda wanted, *_: asked.extend(source.name for source in wanted) or {})
+    monkeypatch.setattr(request, "fetch_packages", lambda _: None)
     monkeypatch.setattr(engine, "require", lambda: None)
     contexts = [f"te-source={tmp_path}", "apex=docker-image://site/apex:1"]
-    request = image.Request.of("gpt_oss", "full", context=contexts)
+    found = request.Request.of("gpt_oss", "full", context=contexts)
     assert asked == ["nemo", "megatron-core"]
-    assert request.contexts == {"te-source": str(tmp_path), "apex": "docker-image://site/apex:1"}
-    named = provenance.pins(request.wanted)
+    assert found.contexts == {"te-source": str(tmp_path), "apex": "docker-image://site/apex:1"}
+    named = provenance.pins(found.wanted)
     assert (named["transformer-engine"], named["apex"]) == ("context te-source", "context apex")
     assert named["nemo"].startswith("2.")
-    listed = {c["name"]: c for c in json.loads(sbom.text(request.manifest, "full", request.wanted))["components"]}
+    listed = {c["name"]: c for c in json.loads(sbom.text(found.manifest, "full", found.wanted))["components"]}
     assert listed["apex"]["purl"] == "pkg:generic/apex" and "hashes" not in listed["apex"]
     assert listed["apex"]["properties"] == [{"name": "slipway:context", "value": "apex"}]
 
 
-@pytest.mark.parametrize("version, message", [("v0.12.1", "has buildx v0.12.1, 0.13 or newer"), ("", "has no buildx")])
+@pytest.mark.parametrize(
+    "version, message", [("v0.12.1", "has buildx v0.12.1, expected 0.13 or newer"), ("", "has no buildx")]
+)
 def test_an_engine_that_is_too_old_is_said(monkeypatch, tmp_path, version, message):
     docker = tmp_path / "docker"
     docker.write_text(f'#!/bin/sh\n[ "$1" = info ] || echo "github.com/docker/buildx {version} 30feaa1"\n')
@@ -373,7 +395,7 @@ def test_an_interrupted_program_is_over_before_our_last_line(tmp_path, when):
             assert build.stderr.readline() == "running\n"
             build.terminate()
         said = build.stderr.read()  # to the end of whatever holds it, the program too
-    assert "program is being stopped\n" in said and said.endswith("KeyboardInterrupt\n")
+    assert "stopping program\n" in said and said.endswith("KeyboardInterrupt\n")
     assert when == "while it starts" or "cleaned\n" in said
 
 

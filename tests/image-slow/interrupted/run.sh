@@ -15,7 +15,7 @@ kill -TERM "$build"
 code=0
 wait "$build" || code=$?
 [ "$code" -eq 130 ]
-[ "$(tail -1 "$WORK/err")" = "build.py: interrupted; the same command goes on with what is there" ]
+[ "$(tail -1 "$WORK/err")" = "build.py: interrupted; run the same command again to continue" ]
 rm "$WORK/out" "$WORK/err"
 [ -z "$(ls -A "$WORK")" ]
 [ -z "$(find "$store/rootfs" -mindepth 1 -not -name '*.tar')" ]

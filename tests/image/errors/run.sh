@@ -35,7 +35,7 @@ kill -TERM "$build"
 code=0
 wait "$build" || code=$?
 [ "$code" -eq 130 ]
-[ "$(tail -1 "$WORK/err")" = "build.py: interrupted; the same command goes on with what is there" ]
+[ "$(tail -1 "$WORK/err")" = "build.py: interrupted; run the same command again to continue" ]
 if grep -q Traceback "$WORK/err"; then exit 1; fi
 store="${SLIPWAY_STORE:-$HOME/.cache/slipway}"
 [ -z "$(find "$store" -maxdepth 1 -name "staging-$build-*")" ]
