@@ -1,4 +1,4 @@
-# What `build.py image` hands to `docker buildx bake`; every variable is set there.
+# What `build.py image` passes to `docker buildx bake`. build.py sets every variable.
 variable "MODEL" {}
 variable "VARIANT" {}
 variable "STAGING" {}
@@ -10,7 +10,7 @@ variable "BUILDER" {}
 variable "MAX_JOBS" {}
 variable "PROOF" {}
 variable "CUDA_ARCHITECTURES" {}
-# Source trees, each a folder of the store; the staging folder's empty one where the variant has none.
+# Source trees, each a folder in the store; for a source that the variant does not build, the empty folder of STAGING.
 variable "NEMO" {}
 variable "MEGATRON_CORE" {}
 variable "TRANSFORMER_ENGINE" {}

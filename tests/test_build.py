@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import build
 from images import lock, store
@@ -167,6 +170,26 @@ def test_an_image_is_full_where_nothing_else_is_said_but_its_tests_need_no_git_h
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert set(re.findall(r"--variant (\w+)", done.stdout)) == {variant}
     assert build.parser().parse_args(["image"]).variant == "full"
+
+
+def test_the_commit_hook_runs_what_make_lint_runs():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repository["hooks"]
+    # Nothing to download: the hook is local, and its command is one of this machine.
+    assert (repository["repo"], hook["language"]) == ("local", "system")
+    assert hook["always_run"] and not hook["pass_filenames"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+
+    def commands_of(words: list[str]) -> str:
+        done = subprocess.run(
+            [*words, "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    commands = commands_of(shlex.split(hook["entry"]))
+    assert commands == commands_of(["make", "lint"])
+    for program in ("ruff check", "ruff format", "mypy", "shellcheck", "hadolint"):
+        assert f".venv/bin/{program}" in commands
 
 
 def test_no_file_names_a_package_registry():
