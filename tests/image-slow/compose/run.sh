@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The compose files are what `docker compose` accepts, and their two nodes run in this image with all that is set there:
-# each prints the torchrun command that it would start, as node 0 and 1 of two.
+# `docker compose` accepts the compose files, and their two nodes run in this image with every setting of the files.
+# Each prints the torchrun command that it would start, as node 0 and node 1 of two.
 set -euo pipefail
 
 export IMAGE DATA="$WORK/data" GPUS=1
@@ -19,7 +19,7 @@ trap '"${compose[@]}" down --timeout 1 >/dev/null 2>&1' EXIT
 docker run --rm --volume "$DATA:/data" "$IMAGE" python -W ignore -c '
 from pathlib import Path
 from slipway.families import gpt_oss
-from slipway.checkpoint.fabricate import fabricate
+from slipway.families.fabricate import fabricate
 texts = [file.read_text() for file in sorted(Path("/opt/slipway/entrypoints").rglob("*.py"))]
 fabricate(Path("/data/hf"), gpt_oss.tiny_config(), texts, quantized=True)'
 docker run --rm --volume "$DATA:/data" "$IMAGE" import /data/hf /data/nemo
@@ -35,7 +35,7 @@ for node in 0 1; do
         exit 1
     fi
 done
-# What was asked for is what the container has.
+# The container has the limits that the files ask for.
 "${compose[@]}" run --rm --no-deps -T node0 bash -c 'df --block-size=1G --output=size /dev/shm | tail -1; ulimit -l' \
     >"$WORK/limits"
 if ! { grep -qx ' *16' "$WORK/limits" && grep -qx "$locked" "$WORK/limits"; }; then

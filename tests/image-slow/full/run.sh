@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The variant full without its git host: NeMo's and Megatron's own trees, and small sources of Transformer Engine's and
-# Apex's kind (the folders beside this file), each a git clone with its pin in a family's manifest. Their CUDA code is
-# compiled for both architectures, twice to the same bytes; a repeated compile comes from ccache; extensions that
+# The variant full without a git host. NeMo and Megatron are the real sources; small sources in the folders beside this
+# file take the place of Transformer Engine and Apex. Each is a git clone with a pin in a family's manifest. The CUDA
+# code is compiled for both architectures, twice to the same bytes. A repeated compile uses ccache. Extensions that
 # were silently not compiled stop the build.
 set -euo pipefail
 
@@ -9,7 +9,7 @@ here="$(dirname "$0")"
 git -C "$ROOT" ls-files -z | (cd "$ROOT" && xargs -0 cp --parents -t "$WORK")
 cp -r "$here/apex" "$here/transformer-engine" "$WORK"
 
-# The same commits each time, so that the store gets their trees once.
+# Fixed dates give the same commits each time, so that the store keeps one tree of each.
 export GIT_AUTHOR_DATE=2000-01-01T00:00:00Z GIT_COMMITTER_DATE=2000-01-01T00:00:00Z
 commit() { # FOLDER
     [ -d "$1/.git" ] || git -C "$1" init --quiet
@@ -24,7 +24,7 @@ sources=()
 for name in nemo megatron-core transformer-engine apex; do
     folder="$WORK/$name"
     case "$name" in nemo | megatron-core)
-        # What the variant cpu is built from.
+        # The trees that the variant cpu is built from.
         (cd "$ROOT" && "$PYTHON" - "$name" "$folder" <<'PYTHON'
 import shutil, sys
 from images import manifest, sources
@@ -42,14 +42,14 @@ build() { # WORDS...
         { tail -60 "$WORK/log"; return 1; }
 }
 
-# Twice the same, without a cache.
+# Two builds without a cache give the same bytes.
 build wheels --no-cache --out "$WORK/one" "${sources[@]}"
 build wheels --no-cache --out "$WORK/two" "${sources[@]}"
 ls -l "$WORK/one"
 [ "$(find "$WORK/one" -type f | wc -l)" -eq 4 ]
 diff -r "$WORK/one" "$WORK/two"
 
-# Each library has the symbols that are looked for, and code for both architectures.
+# Each library has the symbols that import_check.py looks for, and code for both architectures.
 mkdir "$WORK/unpacked"
 for wheel in "$WORK"/one/{apex,transformer}*.whl; do unzip -q -d "$WORK/unpacked" "$wheel"; done
 symbols() { nm --dynamic --defined-only "$@"; }
@@ -61,7 +61,7 @@ for file in "$WORK"/unpacked/amp_C*.so "$WORK"/unpacked/transformer_engine/libtr
     if strings "$file" | grep -F "$WORK"; then exit 1; fi
 done
 
-# A line is changed: what did not change comes from ccache.
+# After one changed line, the rest comes from ccache.
 build wheels --out "$WORK/cached" "${sources[@]}"
 echo '// changed' >>"$WORK/apex/csrc/amp_C.cpp"
 sed -i "s/$(git -C "$WORK/apex" rev-parse HEAD)/$(commit "$WORK/apex")/" "$WORK/images/llama31.toml"
@@ -69,7 +69,7 @@ started=$SECONDS
 build wheels --out "$WORK/changed" "${sources[@]}"
 echo "after a changed line: $((SECONDS - started)) s"
 
-# Extensions that were silently left out stop the build: the sources of the wheels that are given hold none.
+# Extensions that are missing stop the build: the given wheels have none.
 mkdir "$WORK/empty"
 cp "$WORK"/one/{nemo,megatron}*.whl "$WORK/empty"
 if build image --context "built-wheels=$WORK/empty" >"$WORK/out"; then exit 1; fi

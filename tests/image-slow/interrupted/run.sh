@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An interrupt while Debian's packages are unpacked leaves no mount, process or folder.
+# An interrupt while Debian packages are unpacked leaves no mount, process or folder.
 set -euo pipefail
 
 store="${SLIPWAY_STORE:-$HOME/.cache/slipway}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A family with a pin of its own for one source is built with that; other families stay what they are, to the digest.
+# A family with its own pin for one source is built from that pin. The images of other families keep their digests.
 set -euo pipefail
 
 model="${IMAGE#slipway/}"
@@ -9,7 +9,7 @@ cat >>"$WORK/images/llama31.toml" <<'TOML'
 
 [pins.megatron-core]
 version = "0.15.2"
-commit = "0000000000000000000000000000000000000000" # not looked at by a variant that is built from archives
+commit = "0000000000000000000000000000000000000000" # not used by a variant that is built from archives
 archive = "megatron_core-0.15.2.tar.gz"
 sha256 = "8397898a0ade70c3ba96fc21335a7e022587bc139b91bf625ef76cd0e66d7b4f"
 TOML

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Podman runs the image: an archive with zstd layers is loaded, and the whole flow works with a root that cannot be
-# written, without a network, for any user. The archive is no larger than promised.
+# Podman loads an archive with zstd layers and runs the whole flow as any user, with a read-only root and no network.
+# The archive is no larger than promised.
 set -euo pipefail
 
 command -v podman >/dev/null || apt-get install -y --no-install-recommends podman runc >/dev/null 2>&1
@@ -25,7 +25,7 @@ trap 'podman system reset --force >/dev/null 2>&1 || true' EXIT
 podman load --quiet --input "$WORK/image.tar"
 rm "$WORK/image.tar"
 name="$(podman images --format '{{.Repository}}:{{.Tag}}' | grep "slipway/")"
-# An engine that runs in a container itself may not raise limits, which is Podman's default.
+# Podman raises limits by default; an engine that runs in a container itself may not do that.
 run=(run --rm --network none --ulimit nofile=1024:1024 --ulimit nproc=4096:4096)
 podman "${run[@]}" "$name" --help | grep 'Usage: slipway COMMAND'
 [ "$(podman "${run[@]}" "$name" id -u)" -eq 1000 ]

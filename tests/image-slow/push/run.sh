@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A registry gets the image with zstd layers, no larger than promised; what is pulled from there runs.
+# A registry gets the image with zstd layers, no larger than promised. The image runs when it is pulled from there.
 set -euo pipefail
 
 command -v docker-registry >/dev/null || apt-get install -y --no-install-recommends docker-registry >/dev/null 2>&1
@@ -34,7 +34,7 @@ docker pull --quiet "$to"
 grep -q "$(docker image inspect --format '{{index .RepoDigests 0}}' "$to" | cut -d@ -f2)" "$WORK/pushed"
 docker run --rm "$to" --version | grep '^slipway '
 
-# A registry that is not there is said in one line.
+# A registry that does not answer gives one line.
 kill "$registry"
 wait "$registry" || true
 if (cd "$ROOT" && "$PYTHON" build.py push --model "$model" --variant "$variant" --to "$to") >"$WORK/out" 2>&1; then exit 1; fi

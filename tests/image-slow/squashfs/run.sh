@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The squashfs holds the image's tree and what enroot reads: how it starts, its environment; commands are on PATH.
+# The squashfs holds the image's files and those that enroot reads: the start script, the environment, the mounts.
 set -euo pipefail
 
 variant="${IMAGE##*:}" model="${IMAGE#slipway/}"
@@ -13,7 +13,7 @@ unsquashfs -cat "$WORK/image.sqsh" etc/rc | tee "$WORK/rc" | bash -n
 grep -q 'exec /usr/bin/tini -- /usr/local/bin/slipway-entrypoint "$@"' "$WORK/rc"
 unsquashfs -cat "$WORK/image.sqsh" etc/environment | grep '^PATH=/opt/venv/bin'
 
-# Mounted, it runs as pyxis runs it: a command of PATH, no entrypoint, the image's own root.
+# Mounted, it runs a command as pyxis does: found on PATH, without the entrypoint.
 mkdir "$WORK/root"
 mount -o loop,ro "$WORK/image.sqsh" "$WORK/root"
 trap 'umount "$WORK/root"' EXIT

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The user is not root; any UID and GID work, also without a passwd entry and with a home that cannot be written.
+# The default user is not root. Any UID and GID work, also without a passwd entry or a home that can be written.
 set -euo pipefail
 
 [ "$(docker run --rm "$IMAGE" id -u)" -ne 0 ]
@@ -12,5 +12,5 @@ for user in 0:0 1000:1000 4242:4343 65534:65534; do
     ' - "$user"
 done
 docker run --rm --user 4242:4343 --env HOME=/nonexistent "$IMAGE" bash -c 'touch "$HOME/file"'
-# The working folder takes what any user writes.
+# Any user may write into the working folder.
 docker run --rm --user 4242:4343 "$IMAGE" touch file

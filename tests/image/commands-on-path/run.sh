@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command of the list is an executable on PATH, also in a login shell, and is that very command.
+# Every command that `--help` lists is an executable on PATH, also in a login shell.
 set -euo pipefail
 
 docker run --rm "$IMAGE" --help | awk '/^  [a-z]/ {print $1}' >"$WORK/commands"

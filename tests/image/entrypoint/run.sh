@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Any command runs; flags alone go to slipway; exit codes come through; help costs at most half a second.
+# Any command runs. Flags without a command go to slipway. Exit codes are passed on. Help takes half a second at most.
 set -euo pipefail
 
 [ "$(docker run --rm "$IMAGE" bash -c 'echo hello')" = hello ]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What bad requests for an image get: one line with the cure, the documented exit code, no traceback.
+# A wrong request for an image gives one line that says what to do, the documented exit code, and no traceback.
 set -euo pipefail
 
 variant="${IMAGE##*:}"
@@ -20,7 +20,7 @@ expect 2 'did you mean gpt_oss' image --model gpt_os
 expect 2 'VARIANT' image --variant tiny
 DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_oss --variant "$variant"
 
-# A build that is stopped leaves no image of half a build, no container, no staging folder; it says so in one line.
+# A build that is stopped leaves no incomplete image, no container and no staging folder, and says so in one line.
 git -C "$ROOT" ls-files -z | (cd "$ROOT" && xargs -0 cp --parents -t "$WORK")
 echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/slipway/cli.py"
 things() { docker ps --all --quiet; docker image inspect --format '{{.Id}}' "slipway/qwen25:$variant" 2>/dev/null || echo none; }

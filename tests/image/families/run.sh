@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A second family's image has every layer of the first but the last, which is small, and says what family it is.
+# The images of two families differ in the last layer only. That layer is small and names the family.
 set -euo pipefail
 
 variant="${IMAGE##*:}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the image is made of stands in its labels, in the image and beside it; the digest beside it is the image's.
+# Labels, the files in the image and the files beside it in the store say what the image is made of, and agree.
 set -euo pipefail
 
 name="${IMAGE#slipway/}"

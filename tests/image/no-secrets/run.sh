@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# No setuid program, no tunables in the environment, no credentials in history or files, nothing of the build left.
+# No setuid program, no settings of users in the environment, no credentials in history or files, no build tools.
 set -euo pipefail
 
 [ -z "$(docker run --rm --user 0 "$IMAGE" find / -xdev -perm /6000 -type f)" ]
@@ -12,8 +12,8 @@ docker run --rm --user 0 "$IMAGE" bash -c '
     ! find / -xdev \( -name .netrc -o -name .pypirc -o -name pip.conf -o -name uv.toml -o -name "id_rsa*" \) | grep . &&
     ! command -v g++ && ! command -v nvcc && ! ls -d /wheels/?* /tools/?* /built/?* 2>/dev/null'
 
-# Every file of every layer, also one that a later layer hides; so are the logins of the addresses that this machine
-# fetches from.
+# Scan every file of every layer, also files that a later layer hides. The logins of this machine's package index and
+# Debian mirror are looked for too.
 logins="$(cd "$ROOT" && "$PYTHON" -c '
 import urllib.parse
 from images import debian, store
@@ -24,7 +24,7 @@ for address in (store.index_address(), debian.mirror()):
 # shellcheck disable=SC2086 # each login is a word
 docker save "$IMAGE" | "$PYTHON" "$ROOT/tests/image/no-secrets/scan.py" $logins
 
-# The scan finds what it looks for.
+# The scan can find something: a token that a later layer hides.
 printf 'ghp_%036d' 0 >"$WORK/token"
 : >"$WORK/nothing"
 printf 'FROM scratch\nCOPY token /token\nCOPY nothing /token\n' >"$WORK/Dockerfile"

@@ -1,7 +1,7 @@
-"""Looks for credentials in every file of every layer of an image, but not in machine code.
+"""Looks for credentials in every file of every layer of an image, except in machine code.
 
-Usage: docker save IMAGE | scan.py [WORD...]. WORDs are what must stand nowhere: the logins of this machine. Prints what
-it finds and ends with 1.
+Usage: docker save IMAGE | scan.py [WORD...]. Each WORD, such as a login of this machine, must not be in any file.
+Prints what it finds; ends with 1 if it found something.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 PIECE = 1 << 24
 OVERLAP = 1 << 10
-# What it is, how it begins (found fast), all of it.
+# What it is, how it begins (a fast search), the whole pattern.
 SECRETS = (
     ("a private key", b"PRIVATE KEY-----", rb"PRIVATE KEY-----\s+[A-Za-z0-9+/=\s]{200}"),
     ("an AWS key", b"AKIA", rb"(?<![A-Z0-9])AKIA[A-Z0-9]{16}(?![A-Z0-9])"),
@@ -26,7 +26,7 @@ SECRETS = (
     ("a PyPI token", b"pypi-AgEIcHlwaS5vcmc", rb"pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{20}"),
     ("a Weights & Biases key", b"WANDB_API_KEY=", rb"WANDB_API_KEY=[0-9a-f]{40}"),
 )
-# Examples of documentation: their own text says that they are none.
+# Examples in documentation, which are no real keys.
 EXAMPLES = (rb"AKIA[A-Z0-9]*EXAMPLE", rb"AKIAIOSFODNN7")
 
 
@@ -36,7 +36,7 @@ Pattern = tuple[str, bytes, bytes]
 
 
 def found(content: bytes, patterns: Iterable[Pattern]) -> Iterator[tuple[str, str]]:
-    """(what it is, its first words) of each credential in a piece of a file."""
+    """(what it is, how it begins) of each credential in a piece of a file."""
     for what, beginning, pattern in patterns:
         for match in re.finditer(pattern, content) if beginning in content else ():
             if not any(re.match(example, match[0]) for example in EXAMPLES):
@@ -44,7 +44,7 @@ def found(content: bytes, patterns: Iterable[Pattern]) -> Iterator[tuple[str, st
 
 
 def scan(stream, patterns: Iterable[Pattern]) -> tuple[int, set[tuple[str, str, str]]]:
-    """(bytes read, {(file, what, words)}) of an image as `docker save` writes it, layer by layer."""
+    """(bytes read, {(file, what it is, how it begins)}) of an image as `docker save` writes it."""
     read, hits = 0, set()
     with tarfile.open(fileobj=stream, mode="r|") as image:
         for blob in image:
@@ -57,7 +57,7 @@ def scan(stream, patterns: Iterable[Pattern]) -> tuple[int, set[tuple[str, str, 
                             read += entry.size
                             hits |= {(entry.name, *hit) for hit in _of_file(layer.extractfile(entry), patterns)}
             except tarfile.ReadError:
-                pass  # a manifest, a configuration: history is looked at by run.sh
+                pass  # a manifest or a configuration, which run.sh checks
     return read, hits
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole flow: any user, a root that cannot be written, a tmpfs for /tmp, no network. Its checks can fail.
+# The whole flow runs as any user with a read-only root, a tmpfs for /tmp and no network.
 set -euo pipefail
 
 docker run --rm --network none --read-only --tmpfs /tmp --user 4242:4343 --volume "$WORK:/out" "$IMAGE" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What was taken out of packages left them whole: every file that a RECORD names is there with the hash that it states,
-# no package misses one that it needs, and the image is no larger than promised.
+# The files removed from packages left them intact: every file in a RECORD exists and has the hash in the RECORD, and
+# the image is no larger than promised.
 set -euo pipefail
 
 bytes="$(docker image inspect --format '{{.Size}}' "$IMAGE")"
@@ -18,12 +18,12 @@ for distribution in metadata.distributions():
         if not path.is_file():
             wrong.append(f"{distribution.name}: {file} is missing")
         elif path.suffix == ".pyc":
-            continue  # compiled anew, by content
+            continue  # compiled again, without file times
         elif file.hash and path.stat().st_size < 1 << 20 or path.name == "libtriton.so":
             checked += 1
             digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
             if digest != file.hash.value:
-                wrong.append(f"{distribution.name}: {file} is another")
+                wrong.append(f"{distribution.name}: {file} has another hash")
 print(f"{checked} files, {len(wrong)} wrong", *wrong[:20], sep="\n")
 assert checked > 20000 and not wrong
 '

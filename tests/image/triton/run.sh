@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Triton compiles in the image, also with a read-only root: a kernel to machine code for Hopper and Blackwell, and, with
-# the C compiler, the module that talks to the driver. Only the driver itself (libcuda) is missing here.
+# Triton compiles in the image, also with a read-only root: a kernel to machine code for Hopper and Blackwell, and with
+# gcc the module that calls the driver. The driver itself (libcuda) is not needed for that.
 set -euo pipefail
 
 cat >"$WORK/compile.py" <<'PYTHON'
@@ -31,7 +31,7 @@ from triton.runtime.build import _build
 
 with tempfile.TemporaryDirectory() as folder:
     here = pathlib.Path(folder)
-    # A library of the driver's name, empty: what the module calls is looked up when it is loaded on a GPU machine.
+    # An empty library with the driver's name: the linker wants the file, and looks up no function in it.
     (here / "empty.c").write_text("")
     subprocess.run(["gcc", "-shared", "-o", here / "libcuda.so.1", here / "empty.c"], check=True)
     source = pathlib.Path(driver.dirname, "driver.c")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two containers on a Docker network train the heads together: the losses are those of one container, to the bit.
+# Two containers on a Docker network train the heads together; their losses equal those of one container to the bit.
 set -euo pipefail
 
 network="slipway-two-nodes-$$"
@@ -10,7 +10,7 @@ run=(docker run --rm --volume "$WORK:/work")
 "${run[@]}" "$IMAGE" python -W ignore -c '
 from pathlib import Path
 from slipway.families import gpt_oss
-from slipway.checkpoint.fabricate import fabricate
+from slipway.families.fabricate import fabricate
 texts = [file.read_text() for file in sorted(Path("/opt/slipway/entrypoints").rglob("*.py"))]
 fabricate(Path("/work/hf"), gpt_oss.tiny_config(), texts, quantized=True)'
 "${run[@]}" "$IMAGE" import /work/hf /work/nemo

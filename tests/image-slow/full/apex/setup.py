@@ -1,4 +1,4 @@
-"""A small source of Apex's kind: compiled by torch's CUDAExtension, if APEX_CUDA_EXT says so."""
+"""A small source that is built like Apex: by torch's CUDAExtension, if APEX_CUDA_EXT is set."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A small source of Transformer Engine's kind: a library that CMake builds, and a binding to torch."""
+"""A small source that is built like Transformer Engine: a library by CMake, and a binding to torch."""
 
 import os
 import subprocess

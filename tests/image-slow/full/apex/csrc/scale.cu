@@ -3,7 +3,7 @@
 #include <torch/extension.h>
 
 namespace {
-// Symbols of an unnamed namespace get another name in each compile, unless nvcc is given a seed.
+// nvcc renames the symbols of an unnamed namespace in each compile, unless it gets a seed.
 __global__ void multiply(float* values, float factor, long count) {
     long place = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x;
     if (place < count) values[place] *= factor;
