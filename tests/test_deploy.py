@@ -1,4 +1,4 @@
-"""deploy/: every manifest is valid and has what a run over several nodes needs; Slipway understands what it sets."""
+"""deploy/: every manifest is valid and has what a run on several nodes needs; Slipway understands what it sets."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_job_and_service_fit_kubernetes_schema():
     service, job = documents(DEPLOY / "kubernetes" / "job.yaml")
     for document in (service, job):
         validate(document, "1.30", strict=True)
-    # JobSet and the Trainer have schemas of their own; the Jobs that they make are Kubernetes'.
+    # JobSet and the Trainer have their own schemas; the Jobs that they create have that of Kubernetes.
     jobset = documents(DEPLOY / "kubernetes" / "jobset.yaml")[0]
     runtime = documents(DEPLOY / "kubernetes" / "trainjob.yaml")[0]
     for replicated in (jobset["spec"]["replicatedJobs"][0], runtime["spec"]["template"]["spec"]["replicatedJobs"][0]):
