@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from slipway.commands.export import export
 from slipway.commands.extract_heads import extract_heads
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.commands.merge_heads import merge_heads
+from slipway.errors import DataError
 from slipway.families import FAMILIES
 from slipway.tensors.bits import to_torch
 from slipway.tensors.refs import TORCH_NAMES, Ref
@@ -121,43 +124,62 @@ def test_torchs_own_reader_reads_the_checkpoint(nemo_model):
     assert all(torch.equal(tensor_of(own, key), tensor) for key, tensor in plain.items())
 
 
+Cut = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+WHOLE = torch.arange(6 * 8 * 5, dtype=torch.float32).view(6, 8, 5)
+
+
+def write_chunks(folder: Path, cuts: list[Cut]) -> None:
+    """A checkpoint of WHOLE under the key x, cut into these chunks."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    chunks, storage, content = [], {}, b""
+    for offsets, extent in cuts:
+        blob = saved(WHOLE[tuple(slice(o, o + s) for o, s in zip(offsets, extent, strict=True))])
+        chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(extent)))
+        index = dcp.MetadataIndex("module.x", torch.Size(offsets))
+        storage[index] = _StorageInfo("__0_0.distcp", len(content), len(blob))
+        content += blob
+    entry = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.float32), WHOLE.size(), chunks)
+    (folder / "__0_0.distcp").write_bytes(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({"module.x": entry}, storage_data=storage)))
+
+
 def test_the_reader_joins_chunks_however_they_were_cut(tmp_path):
     """A tensor that torch saved in pieces of its own, read by parts that do not follow them."""
-    from torch.distributed.checkpoint import metadata as dcp
-
-    whole = torch.arange(6 * 8 * 5, dtype=torch.float32).view(6, 8, 5)
-    cuts = [((a, b, 0), (2, 4, 5)) for a in (0, 2, 4) for b in (0, 4)]
-    chunks, storage, at = [], {}, 0
-    with (tmp_path / "__0_0.distcp").open("wb") as file:
-        for offsets, extent in cuts:
-            part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, extent, strict=True))]
-            blob = saved(part)
-            file.write(blob)
-            chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(extent)))
-            where = torch.distributed.checkpoint.filesystem._StorageInfo("__0_0.distcp", at, len(blob))
-            storage[dcp.MetadataIndex("module.x", torch.Size(offsets))] = where
-            at += len(blob)
-    entry = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.float32), whole.size(), chunks)
-    import pickle
-
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({"module.x": entry}, storage_data=storage)))
+    write_chunks(tmp_path, [((a, b, 0), (2, 4, 5)) for a in (0, 2, 4) for b in (0, 4)])
     reader = torch_dist.Reader(tmp_path)
     for ref in (Ref("x"), Ref("x", (3,)), Ref("x", (), (1, 5)), Ref("x", (5,), (3, 6)), Ref("x", (2, 7))):
-        part = whole[ref.index]
+        part = WHOLE[ref.index]
         found = to_torch(reader.read(ref), "F32")
         assert torch.equal(found, part if ref.rows is None else part[slice(*ref.rows)])
 
 
-def test_metadata_runs_no_foreign_code(tmp_path):
-    import os
-    import pickle
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [((0, 0, 0), (2, 8, 5)), ((4, 0, 0), (2, 8, 5))],
+        [((0, 0, 0), (3, 8, 5)), ((3, 0, 0), (3, 8, 4))],
+        [((0, 0, 0), (4, 8, 5)), ((1, 0, 0), (2, 8, 5))],  # as many elements as the tensor has, some of them twice
+    ],
+    ids=["a hole", "a hole at the edge", "a hole and an overlap"],
+)
+def test_a_tensor_with_holes_is_refused(cuts, tmp_path):
+    """Not filled with what the memory held before."""
+    write_chunks(tmp_path, cuts)
+    reader = torch_dist.Reader(tmp_path)
+    with pytest.raises(DataError, match="the chunks of tensor x leave gaps or overlap; copy the checkpoint again"):
+        reader.read(Ref("x"))
+    assert torch.equal(to_torch(reader.read(Ref("x", (), (0, 1))), "F32"), WHOLE[:1]), "this part is all there"
 
+
+def test_metadata_runs_no_foreign_code(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/boom",)
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(Exception, match="garbled"):
+    with pytest.raises(Exception, match="is damaged"):
         torch_dist.Reader(tmp_path)
     assert not (tmp_path / "boom").exists()
 

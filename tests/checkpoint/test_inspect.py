@@ -1,4 +1,4 @@
-"""What `inspect` says of every kind of checkpoint, whole, incomplete and garbled."""
+"""What `inspect` says of every kind of checkpoint, complete, incomplete and damaged."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_fp8_model_of_a_family_that_is_not_known(tmp_path):
     c = found(tmp_path)
     assert (c.model, c.parameters) == ("novel", 60_007)
     assert c.quantization == {"method": "fp8", "block": [64, 64], "tensors": 1}
-    assert c.whole and c.checked == "" and "not checked" in str(c)
+    assert c.whole and c.checked == "" and "unknown: nothing here says" in str(c)
     assert "fp8, blocks of 64×64, 1 tensors" in str(c)
 
 
@@ -104,7 +104,7 @@ def test_a_nemo_checkpoint_and_its_weights_alone(nemo, tmp_path):
     bare = Path(shutil.copytree(nemo / "weights", tmp_path / "elsewhere" / "bare"))
     c = found(bare)
     assert (c.format, c.model, c.parameters) == ("torch_dist weights", "", PARAMETERS)
-    assert c.whole and "not checked" in str(c)
+    assert c.whole and "unknown: nothing here says" in str(c)
 
 
 def test_a_nemo_checkpoint_that_another_began(nemo):
@@ -196,13 +196,13 @@ INCOMPLETE = {
     "a layer": (lambda m: edit_json(m / "config.json", one_layer_more), "missing", "model.layers.2."),
     "a place": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=1, layer_types=["x"])),
-        "surplus",
+        "unexpected",
         "model.layers.1.",
     ),
     "the right shape": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(vocab_size=513)),
         "wrong shape",
-        "lm_head.weight [512, 64], not [513, 64]",
+        "lm_head.weight [512, 64], expected [513, 64]",
     ),
     "an entry of the index": (
         lambda m: edit_json(m / INDEX, lambda i: i["weight_map"].pop("lm_head.weight")),
@@ -218,7 +218,7 @@ INCOMPLETE = {
 
 
 @pytest.mark.parametrize("case", INCOMPLETE)
-def test_what_is_missing_or_surplus_is_listed(case, model):
+def test_what_is_missing_or_unexpected_is_listed(case, model):
     change, kind, name = INCOMPLETE[case]
     change(model)
     c = found(model)
@@ -230,7 +230,7 @@ def test_what_is_missing_or_surplus_is_listed(case, model):
 def test_files_of_a_nemo_checkpoint_that_are_missing_or_cut_off(nemo):
     file = nemo / "weights" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1000])
-    assert found(nemo).problems["files cut off"][0].startswith("__0_0.distcp (")
+    assert found(nemo).problems["incomplete files"][0].startswith("__0_0.distcp (")
     file.unlink()
     assert found(nemo).problems == {"missing files": ["__0_0.distcp"]}
     edit_json(nemo / "context" / "hf_config.json", one_layer_more)
@@ -272,7 +272,7 @@ def test_every_defect_is_listed_or_refused_in_one_line(case, model):
 def test_what_is_no_checkpoint(tmp_path, slipway):
     with pytest.raises(UsageError, match="does not exist"):
         found(tmp_path / "none")
-    with pytest.raises(DataError, match="no checkpoint of a known kind"):
+    with pytest.raises(DataError, match="not a checkpoint of a known kind"):
         found(tmp_path)
     (tmp_path / "text").write_text("text")
     with pytest.raises(DataError, match="not a safetensors file"):

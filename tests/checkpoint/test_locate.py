@@ -105,7 +105,7 @@ def env(hub, tmp_path) -> dict[str, str]:
 
 
 def refused(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("fetch: ")]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("download: ")]
     assert done.returncode == code and len(lines) == 1 and lines[0].startswith("slipway: "), done.stderr
     assert all(word in lines[0] for word in words), lines[0]
 
@@ -113,7 +113,7 @@ def refused(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
 def test_a_model_of_the_hub_is_imported_under_a_nemo_name(slipway, hub, env, mxfp4_model, tmp_path):
     done = slipway("import", f"hf://{REPOSITORY}", "nemo://org/tiny", env=env)
     assert done.returncode == 0, done.stderr
-    assert "fetch: " in done.stderr and " of 8 files" in done.stderr
+    assert "download: " in done.stderr and " of 8 files" in done.stderr
     assert (tmp_path / "nemo" / "models" / "org" / "tiny" / "weights" / ".metadata").is_file()
     done = slipway("verify", "nemo://org/tiny", mxfp4_model, env=env)
     assert done.returncode == 0, done.stderr
@@ -153,7 +153,7 @@ def test_a_cut_connection_is_taken_up_where_it_was(slipway, hub, env):
 def test_a_connection_that_is_cut_for_good_says_so_and_the_next_run_goes_on(slipway, hub, env):
     name = "model-00001-of-00002.safetensors"
     hub.cuts[name] = 1000
-    refused(slipway("inspect", f"hf://{REPOSITORY}", env=env), 75, "broke off", "run the same command again")
+    refused(slipway("inspect", f"hf://{REPOSITORY}", env=env), 75, "was interrupted", "run the same command again")
     hub.cuts.clear()
     assert slipway("inspect", f"hf://{REPOSITORY}", env=env).returncode == 0
     assert hub.got(name)[-1] not in (None, "bytes=0-")
@@ -162,10 +162,10 @@ def test_a_connection_that_is_cut_for_good_says_so_and_the_next_run_goes_on(slip
 def test_each_refusal_has_its_line(slipway, hub, env):
     refused(slipway("inspect", "hf://org/none", env=env), 2, "hf://org/none@main", "no such model")
     refused(slipway("inspect", f"hf://{REPOSITORY}@v9", env=env), 2, "@v9", "no such revision")
-    refused(slipway("inspect", "hf://a/b/c", env=env), 2, "no name of a model")
-    refused(slipway("inspect", "hf://", env=env), 2, "no name of a model")
+    refused(slipway("inspect", "hf://a/b/c", env=env), 2, "is not the name of a model")
+    refused(slipway("inspect", "hf://", env=env), 2, "is not the name of a model")
     unreachable = env | {"HF_ENDPOINT": "http://127.0.0.1:1"}
-    refused(slipway("import", f"hf://{REPOSITORY}", "x", env=unreachable), 78, "cannot be reached")
+    refused(slipway("import", f"hf://{REPOSITORY}", "x", env=unreachable), 78, "cannot reach")
     hub.status = 503
     refused(slipway("inspect", f"hf://{REPOSITORY}", env=env), 78, "status 503")
 
@@ -188,7 +188,7 @@ def test_a_cache_that_is_full_or_closed(slipway, hub, env, tmp_path):
         own = env | {"HF_HOME": str(disk)}
         refused(slipway("inspect", f"hf://{REPOSITORY}", env=own), 73, "the disk is full")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        refused(slipway("inspect", f"hf://{REPOSITORY}", env=own), 73, "cannot be written")
+        refused(slipway("inspect", f"hf://{REPOSITORY}", env=own), 73, "cannot write")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -212,9 +212,9 @@ def test_names_become_paths_as_nemo_has_it(monkeypatch, tmp_path):
     assert locate("hf:///data/model") == nemo_path("hf:///data/model") == Path("/data/model")
     assert locate("plain/path") == Path("plain/path")
     for path in ("nemo://", "nemo://../x", "nemo:///x"):
-        with pytest.raises(UsageError, match="names no model"):
+        with pytest.raises(UsageError, match="does not name a model"):
             nemo_path(path)
-    with pytest.raises(UsageError, match="cannot be written to"):
+    with pytest.raises(UsageError, match="cannot write to hf"):
         output("hf://org/name")
 
 

@@ -1,4 +1,4 @@
-"""Garbled input: one line that names the thing and the cure, never a traceback, never a large allocation."""
+"""Damaged input: one line that names what is wrong and what to do, never a traceback, never a large allocation."""
 
 from __future__ import annotations
 
@@ -66,29 +66,29 @@ CASES = {
     ),
     "one layer fewer": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=1, layer_types=["full_attention"])),
-        "has no place in the model",
+        "unexpected tensor model.layers.1.",
     ),
     "yarn without factor": (
         lambda m: edit_json(m / "config.json", lambda c: c["rope_scaling"].pop("factor")),
         "rope_scaling.factor",
     ),
-    "no weights": (lambda m: [f.unlink() for f in m.glob("model*")], "holds neither"),
-    "index no JSON": (lambda m: (m / INDEX).write_text("nope"), "garbled"),
-    "index without map": (lambda m: (m / INDEX).write_text("{}"), "garbled"),
+    "no weights": (lambda m: [f.unlink() for f in m.glob("model*")], "has neither"),
+    "index no JSON": (lambda m: (m / INDEX).write_text("nope"), "is damaged"),
+    "index without map": (lambda m: (m / INDEX).write_text("{}"), "is damaged"),
     "index leads elsewhere": (
         lambda m: edit_json(m / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "../../x.safetensors"})),
-        "garbled",
+        "is damaged",
     ),
-    "file of the index missing": (lambda m: (m / SHARD).unlink(), f"names {SHARD}, which is not there"),
+    "file of the index missing": (lambda m: (m / SHARD).unlink(), f"names {SHARD}, which is missing"),
     "index names a tensor too many": (
         lambda m: edit_json(m / INDEX, lambda i: i["weight_map"].update({"x": SHARD})),
-        "where it is not",
+        "tensor x is not in",
     ),
     "empty file": (lambda m: (m / SHARD).write_bytes(b""), "not a safetensors file"),
-    "cut off": (lambda m: (m / SHARD).write_bytes((m / SHARD).read_bytes()[:-100]), "cut off inside tensor"),
+    "cut off": (lambda m: (m / SHARD).write_bytes((m / SHARD).read_bytes()[:-100]), "the file ends inside tensor"),
     "header of 2^60 bytes": (
         lambda m: (m / SHARD).write_bytes(struct.pack("<Q", 1 << 60) + (m / SHARD).read_bytes()[8:]),
-        "not a safetensors file, or cut off",
+        "not a safetensors file, or incomplete",
     ),
     "tensor of 2^59 elements": (
         lambda m: rewrite_header(m / SHARD, lambda h: first_tensor(h).update(shape=[1 << 59])),
@@ -103,11 +103,11 @@ CASES = {
         "overlap",
     ),
     "scales missing": (lambda m: rename_scales(m), "has no scales"),
-    "FP8 vector": (lambda m: as_fp8(m, "model.norm.weight"), "only matrices are known"),
-    "FP8 stack": (lambda m: as_fp8(m, f"{EXPERTS}.gate_up_proj", (4, 64, 128)), "only matrices are known"),
+    "FP8 vector": (lambda m: as_fp8(m, "model.norm.weight"), "supported only for matrices"),
+    "FP8 stack": (lambda m: as_fp8(m, f"{EXPERTS}.gate_up_proj", (4, 64, 128)), "supported only for matrices"),
     "FP8 biases of experts": (
         lambda m: as_fp8(m, f"{EXPERTS}.down_proj_bias"),
-        f"FP8 tensor {EXPERTS}.down_proj_bias has shape [4, 64]; only matrices are known, of weights",
+        f"FP8 tensor {EXPERTS}.down_proj_bias has shape [4, 64]; FP8 is supported only for matrices of weights",
     ),
 }
 

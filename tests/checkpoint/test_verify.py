@@ -213,7 +213,7 @@ def test_tensors_that_cannot_be_read_are_named(models, tmp_path):
 def test_what_cannot_be_compared(models, tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         verified(models["bf16"], tmp_path / "none")
-    with pytest.raises(UsageError, match="--atol is -1.0; it must be 0 or more"):
+    with pytest.raises(UsageError, match=r"--atol is -1\.0; it must be 0 or more"):
         verified(models["bf16"], models["nemo"], atol=-1.0)
     with pytest.raises(DataError, match=r"config.json is missing"):
         verified(models["bf16"], tmp_path)

@@ -1,7 +1,8 @@
-"""Reading, decoding and writing checkpoints as streams. A tensor's way from Hugging Face to NeMo:
+"""Read, decode and write checkpoints as streams. The way of a tensor from Hugging Face to NeMo:
 
-families/gpt_oss.py   which Hugging Face tensor becomes which Megatron tensor, and how
-huggingface.py        finds it in the safetensors files and reads it, decoding MXFP4 or FP8 (quantization.py)
-stream.py             moves every cell of the plan: read, transform, write; journal, resume, atomic end
-torch_dist.py         puts it at its place in NeMo's distributed checkpoint, and reads such checkpoints
+families/gpt_oss.py   says which Hugging Face tensor becomes which Megatron tensor, and how
+convert.py            makes the plan: which bytes go where
+huggingface.py        finds the tensor in the safetensors files, reads it and decodes MXFP4 or FP8 (quantization.py)
+torch_dist.py         says where it is in NeMo's distributed checkpoint, and reads such checkpoints
+stream.py             carries out the plan: read, transform, write, with a journal, so that a run can continue
 """

@@ -1,8 +1,8 @@
-"""The archives that torch.save writes, without torch: one tensor's, or one of plain objects.
+"""The archives that torch.save writes, without torch: of one tensor, or of plain objects.
 
 An archive is a zip file whose entries are stored, not compressed: `data.pkl`, which rebuilds the tensor, and `data/0`,
-its elements. Everything but those and their checksum is known from shape and dtype, so it is written around the data
-where that lies, without a copy.
+its elements. Shape and dtype decide all bytes except the elements and their checksum. So an archive is made as the
+bytes before the data, the data itself, which is not copied, and the bytes after it. Its length is known in advance.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from slipway.checkpoint.dcp import SafeUnpickler
 from slipway.tensors.bits import Bits, bits_type, data, empty
 from slipway.tensors.refs import DTYPE_BYTES
 
-# torch's class of the elements of a dtype, in safetensors' spelling.
+# dtype, in safetensors' spelling → torch's class for the elements.
 STORAGES = {
     "BF16": "BFloat16", "F16": "Half", "F32": "Float", "F64": "Double", "I64": "Long", "I32": "Int", "I16": "Short",
     "I8": "Char", "U8": "Byte", "BOOL": "Bool",
 }  # fmt: skip
 STORAGE_DTYPES = {f"{name}Storage": dtype for dtype, name in STORAGES.items()}
 FOLDER = "archive/"
-MAX_PICKLE_BYTES = 1 << 20  # of one tensor; torch's are a few hundred
+MAX_PICKLE_BYTES = 1 << 20  # of one tensor; torch writes a few hundred
 ALIGNMENT = 64  # of the data, as torch aligns it
+# The records of a zip file (APPNOTE.TXT 4.3): before each entry, in the directory for each entry, and at the end.
 LOCAL, CENTRAL, END = "<4s5H3I2H", "<4s6H3I5H2I", "<4s4H2IH"
 
 # ---------------------------------------------------------------------------- writing
 
 
 def write(part: Bits, dtype: str) -> tuple[bytes, memoryview, bytes]:
-    """The archive of a tensor: what stands before its data, the data, what stands after it."""
+    """The archive of a tensor: the bytes before its data, the data, the bytes after it."""
     content = data(part)
     before, after = _around(part.shape, dtype, len(content), zlib.crc32(content))
     return before, content, after
@@ -59,11 +60,12 @@ def of_plain(content: Any) -> bytes:
 
 
 def _around(shape: tuple[int, ...], dtype: str, count: int, checksum: int) -> tuple[bytes, bytes]:
-    """What stands before and after `count` bytes of data."""
+    """The bytes before and after `count` bytes of data."""
     zipped = _Zip()
     zipped.add("data.pkl", _rebuild(shape, dtype))
     zipped.add("byteorder", b"little")
     zipped.head("data/0", count, checksum)
+    # The data goes here, but it is not needed: what follows only has to know how long it is.
     before, zipped.text = zipped.text, b""
     zipped.start = len(before) + count
     zipped.add("version", b"3\n")
@@ -74,7 +76,7 @@ class _Zip:
     """A zip file of stored entries.
 
     Args:
-        start: where in the file `text` begins.
+        start: offset in the file of the first byte of `text`.
     """
 
     def __init__(self) -> None:
@@ -85,24 +87,29 @@ class _Zip:
         self.text += content
 
     def head(self, name: str, count: int, checksum: int) -> None:
-        """An entry's header, padded so that its content is aligned; the content is to follow."""
-        assert count < 1 << 32, "larger entries need another form of header"
+        """An entry's header, padded so that the content, which must follow, is aligned."""
+        assert count < 1 << 32, "larger entries need the zip64 form"  # a chunk is a cell, far below this
         path, at = (FOLDER + name).encode(), self.start + len(self.text)
         padding = -(at + struct.calcsize(LOCAL) + len(path) + 4) % ALIGNMENT
         about = (0, 0, 0, 0, checksum, count, count, len(path))
         self.text += struct.pack(LOCAL, b"PK\3\4", 0, *about, 4 + padding) + path
+        # An extra field, with the id and the filler that torch has for its padding.
         self.text += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         self._directory += struct.pack(CENTRAL, b"PK\1\2", 0, 0, *about, 0, 0, 0, 0, 0, at) + path
         self._entries += 1
 
     def finish(self) -> bytes:
-        """The text with the directory of all entries behind it."""
+        """The text, followed by the directory of all entries."""
         numbers = (0, 0, self._entries, self._entries, len(self._directory), self.start + len(self.text), 0)
         return self.text + self._directory + struct.pack(END, b"PK\5\6", *numbers)
 
 
 def _rebuild(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The pickle that torch.save writes: a call of torch's with the storage by reference, offset, shape and strides."""
+    """The pickle that torch.save writes: `_rebuild_tensor_v2(storage, offset, shape, strides, ...)`.
+
+    It is put together by hand, because pickling torch's own functions would need torch. The storage is a persistent id,
+    a reference to `data/0`.
+    """
     strides = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
     numbers = b"".join(map(_pickled, (0, tuple(shape), strides)))
     words = _pickled("0") + _pickled("cpu") + _pickled(math.prod(shape))
@@ -112,31 +119,37 @@ def _rebuild(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def _pickled(value: Any) -> bytes:
-    """A number, word or tuple amid a pickle."""
+    """A number, word or tuple as a part of a pickle: without the two bytes of the protocol and the final stop."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
-EMPTY_STATE = of_plain([None])  # Megatron's, for a module without extra state; TE takes it for "nothing to restore"
+# Megatron writes this for a module without extra state; Transformer Engine reads it as "nothing to restore".
+EMPTY_STATE = of_plain([None])
 
 # ---------------------------------------------------------------------------- reading
 
 
 def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tuple[Bits, str]:
-    """(tensor, dtype) of the archive in `count` bytes of a file from `start` on; no other is read than of that size.
+    """(tensor, dtype) of the archive in the `count` bytes from `start` on of a file.
 
-    Errors: zipfile.BadZipFile, pickle.UnpicklingError and what else garbled bytes may lead to.
+    Args:
+        wanted: the shape that it must have; an archive of another is refused before memory is taken for it.
+
+    Errors: zipfile.BadZipFile, pickle.UnpicklingError and others (torch_dist.UNREADABLE) for damaged bytes.
     """
     with zipfile.ZipFile(io.BufferedReader(_Extent(descriptor, start, count), 4096)) as zipped:
         name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
         if zipped.getinfo(name).file_size > MAX_PICKLE_BYTES:
-            raise ValueError("more than a tensor")
+            raise ValueError("not the pickle of a tensor")
         (dtype, key), offset, shape, strides = _Unpickler(io.BytesIO(zipped.read(name))).load()
         stored = zipped.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
     if stored.compress_type != zipfile.ZIP_STORED or tuple(shape) != tuple(wanted):
-        raise ValueError("another tensor")
+        raise ValueError("not the tensor that was expected")
     begin = _content_of(stored, descriptor, start)
     size = bits_type(dtype).itemsize
+    # A tensor may be a view into a larger storage: only from its first to its last element is read.
     reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+    # as_strided checks nothing: strides or an offset that lead outside would show this process's own memory.
     if min(offset, *strides, 0) < 0 or (offset + reach) * size > stored.file_size or begin + stored.file_size > count:
         raise ValueError("outside the archive")
     elements = empty((max(0, reach),), bits_type(dtype))
@@ -145,7 +158,10 @@ def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tupl
 
 
 def _content_of(entry: zipfile.ZipInfo, descriptor: int, start: int) -> int:
-    """Where in the archive an entry's content begins: behind its header, name and padding."""
+    """Offset in the archive of an entry's content, which follows its header, name and padding.
+
+    The padding is read from the entry itself: the directory does not tell it, and zipfile hides it.
+    """
     head = os.pread(descriptor, struct.calcsize(LOCAL), start + entry.header_offset)
     name_length, extra_length = struct.unpack(LOCAL, head)[-2:]
     return entry.header_offset + len(head) + name_length + extra_length
@@ -161,7 +177,10 @@ def _fill(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 class _Extent(io.RawIOBase):
-    """Some bytes of an open file as a file of their own."""
+    """Some bytes of an open file as a file.
+
+    It reads with an offset (preadv), so that many threads can share the descriptor, which has one position only.
+    """
 
     def __init__(self, descriptor: int, start: int, count: int) -> None:
         self._descriptor, self._start, self._count, self._at = descriptor, start, count, 0
@@ -184,7 +203,7 @@ class _Extent(io.RawIOBase):
 
 
 class _Unpickler(SafeUnpickler):
-    """Gives (storage, offset, shape, strides) of a tensor, storage as (dtype, name); knows nothing else."""
+    """Gives (storage, offset, shape, strides) of a tensor, storage = (dtype, name), and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -193,7 +212,7 @@ class _Unpickler(SafeUnpickler):
             return STORAGE_DTYPES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a tensor's archive")
+        raise pickle.UnpicklingError(f"unexpected {module}.{name} in the archive of a tensor")
 
     def persistent_load(self, saved: Any) -> tuple[str, str]:
         _, dtype, key, *_ = saved

@@ -1,8 +1,8 @@
-"""Are two checkpoints the same model? Their tensors, in Hugging Face's form, part by part and bit for bit.
+"""Are two checkpoints the same model? Compares their tensors in Hugging Face's form, part by part and bit for bit.
 
-A NeMo checkpoint is read through the rules that export follows, a quantised one through its decoder, a model merged
-with heads without them. Two models are the same when the configurations that NeMo would be given are, and every
-element of every tensor is, in the dtype of the dequantised model.
+A NeMo checkpoint is read with the rules of export, a quantised model with its decoder, a merged model without its
+heads. Two models are the same if NeMo would get the same configuration for both, and if all elements of all tensors
+are equal in the dtype of the dequantised model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slipway.tensors.refs import Ref, TensorInfo
 
 
 class Different(SlipwayError):
-    """Two checkpoints are not the same model."""
+    """Two checkpoints are not the same model; the message names the first difference."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Model:
     """A checkpoint as a model in Hugging Face's form.
 
     Args:
-        path: where it lies.
+        path: its folder.
         config: config.json of the dequantised model.
         family: its family.
-        read: the Hugging Face parts of a cell, in the dtypes that the family's rules give them.
+        read: gives the Hugging Face parts of a cell, in the dtypes of the family's rules.
         nemo: it is a NeMo checkpoint.
     """
 
@@ -52,12 +52,12 @@ class Model:
         return self.family.rules(self.config)
 
     def without_mtp(self) -> Model:
-        """The same without the layers for multi-token prediction, which import leaves out by default."""
+        """The same model without the layers for multi-token prediction, which import leaves out by default."""
         return replace(self, config=without_mtp(self.config))
 
 
 def open_model(path: Path) -> Model:
-    """A Hugging Face folder, quantised, BF16 or merged with heads, or a NeMo checkpoint."""
+    """Open a Hugging Face folder (quantised, BF16, or merged with heads) or a NeMo checkpoint."""
     if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
         return _open_nemo(path)
     if read_config(path / "config.json").get("model_type") == inspection.MERGED_TYPE:
@@ -97,7 +97,7 @@ def _open_merged(path: Path) -> Model:
 
 
 def open_pair(a: Path, b: Path) -> tuple[Model, Model]:
-    """Two models, both without the layers for multi-token prediction where one has none."""
+    """Open two models; if one has no layers for multi-token prediction, both are taken without."""
     one, other = open_model(a), open_model(b)
     if mtp_layers(one.config) and mtp_layers(other.config):
         return one, other
@@ -105,10 +105,10 @@ def open_pair(a: Path, b: Path) -> tuple[Model, Model]:
 
 
 def check_same_form(a: Model, b: Model) -> None:
-    """Different where the two are of another make: family, configuration, or names and shapes of tensors."""
+    """Different if the two differ in family, configuration, or names and shapes of tensors."""
     kinds = [model.config["model_type"] for model in (a, b)]
     if kinds[0] != kinds[1]:
-        raise Different(f"{a.path} is a {kinds[0]}, {b.path} a {kinds[1]}")
+        raise Different(f"{a.path} is a {kinds[0]} model, {b.path} is a {kinds[1]} model")
     one, other = (model.family.nemo_model(model.config)[2] for model in (a, b))
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
@@ -120,12 +120,11 @@ def check_same_form(a: Model, b: Model) -> None:
 
 
 def compare(a: Model, b: Model, atol: float, memory: int) -> int:
-    """The bytes compared, all equal; Different names the first difference in the order of the family's cells.
+    """The number of bytes compared, if all are equal; else Different, with the first difference in the order of cells.
 
     Args:
-        atol: largest difference of two elements that still counts as none; 0 asks for the same bits, any NaN being
-            the same as any other.
-        memory: bytes that tensors at work may take.
+        atol: largest difference of two elements that still counts as equal; 0 = the same bits. Any two NaN are equal.
+        memory: most bytes for the tensors that are being compared.
     """
     check_same_form(a, b)
     cells = a.rules.cells
@@ -133,7 +132,7 @@ def compare(a: Model, b: Model, atol: float, memory: int) -> int:
     found: dict[int, str] = {}
 
     def do(number: int) -> None:
-        # Cells are begun in order, so every one before the first difference is looked at.
+        # Cells are started in order, so all before the first difference are compared: each run names the same one.
         if not found or number < min(found):
             cell = cells[number]
             for ref, one, other in zip(cell.hf, a.read(cell), b.read(cell), strict=True):
@@ -152,14 +151,14 @@ def _bytes(cell: rules.Cell, tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _difference(ref: Ref, info: TensorInfo, one: Bits, other: Bits, atol: float) -> str | None:
-    """The first element of a part that differs, in words."""
-    same = one == other
+    """The first element of a part that differs, in words; None if there is none."""
+    same = one == other  # bits, which is all that equal models need
     if same.all():
         return None
     values = [to_float32(contiguous(part), info.dtype) for part in (one, other)]
     same |= np.isnan(values[0]) & np.isnan(values[1])
     if atol:
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # inf - inf
             same |= np.abs(values[0] - values[1]) <= atol
     if same.all():
         return None
@@ -170,6 +169,7 @@ def _difference(ref: Ref, info: TensorInfo, one: Bits, other: Bits, atol: float)
 
 
 def _unravel(at: int, shape: tuple[int, ...]) -> list[int]:
+    """The index of element number `at`, as plain integers, which print well."""
     index = []
     for size in reversed(shape):
         at, place = divmod(at, size)

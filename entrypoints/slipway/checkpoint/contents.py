@@ -1,4 +1,4 @@
-"""What `inspect` tells about a checkpoint."""
+"""What `inspect` says about a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Contents:
     """What a checkpoint is.
 
     Args:
-        path: where it lies.
+        path: the file or folder.
         format: in words.
         model: its `model_type`, else NeMo's class, else "".
-        parameters: elements of the model's tensors in their dequantised form, the optimizer's left out.
+        parameters: elements of the model's dequantised tensors, without the optimizer's.
         dtypes: dtype as stored → (tensors, bytes).
         files: file with tensors → bytes.
-        parts: what the tensors belong to → how many, where there is more than the model alone.
-        quantization: method, block size and number of tensors, where there is one.
-        checked: what the tensors were held against, "" where nothing says what should be there.
+        parts: model, heads, optimizer → number of tensors.
+        quantization: method, block size and number of tensors; None if it is not quantised.
+        checked: what the tensors were compared with; "" if nothing says which tensors there must be.
         problems: kind of problem → names.
     """
 
@@ -62,7 +62,7 @@ class Contents:
         if self.quantization:
             rows.append(("quantised", _quantization_words(self.quantization)))
         rows += [(kind, _shortened(names)) for kind, names in self.problems.items()]
-        rows.append(("whole", self._verdict()))
+        rows.append(("complete", self._verdict()))
         return "\n".join([self.path, *(f"{label:17}{text}" for label, text in rows)])
 
     def _size(self) -> str:
@@ -76,7 +76,9 @@ class Contents:
     def _verdict(self) -> str:
         if self.problems:
             return "no"
-        return f"yes, held against {self.checked}" if self.checked else "not checked: nothing says what should be there"
+        if not self.checked:
+            return "unknown: nothing here says which tensors there must be"
+        return f"yes (compared with {self.checked})"
 
     def as_dict(self) -> dict[str, Any]:
         """The same as one JSON-ready object."""

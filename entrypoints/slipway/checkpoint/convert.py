@@ -1,4 +1,4 @@
-"""Plans: what dequant, import, export and merge move from where to where."""
+"""The plans of dequant, import, export and merge-heads: which bytes go where."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_
 
 
 def bf16_config(config: Config) -> dict[str, Any]:
-    """config.json of the dequantised model."""
+    """The config.json of the dequantised model."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose tensors are all there and of the right shapes.
+    """A checkpoint that has all its tensors, in the right shapes.
 
     Args:
         config: config.json of the Hugging Face form.
-        model: the family's rules for it.
+        model: the family's rules for this config.json.
+        reader: reads its tensors: a Reader of huggingface or torch_dist, or lora.Merged.
     """
 
     config: Config
@@ -42,28 +43,33 @@ class Opened:
 
 
 def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
-    """A Hugging Face folder; DataError where something is missing, surplus or garbled."""
+    """Open a Hugging Face folder; DataError if a tensor is missing, unexpected or damaged."""
     config: Config = read_config(folder / "config.json")
     family = family_of(config, folder / "config.json")
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
     if is_tied(config):
-        reader.tensors.pop("lm_head.weight", None)  # some store the embedding twice
+        reader.tensors.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
     if not has_mtp(config, reader.tensors):
-        config = without_mtp(config)  # transformers saves a model without its layer for multi-token prediction
+        config = without_mtp(config)  # transformers drops the layer for multi-token prediction, but not its field
     model = family.rules(config)
     rules.check_tensors(reader.tensors, model.hf, str(folder))
     return Opened(config, family, model, reader)
 
 
-Details = dict[str, Any]  # what a command's summary says beside sizes and time
+Details = dict[str, Any]  # what the summary of a command says besides sizes and time
 
 
 def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, Details]:
-    """Plan of the BF16 copy of a quantised model."""
+    """Plan of the BF16 copy of a quantised model.
+
+    Args:
+        shard_bytes: most bytes of data in a file.
+        devices: what decodes.
+    """
     source = open_model(folder, devices)
     reader, model = source.reader, source.model
     if not reader.quantized:
-        raise DataError(f"{folder} is not quantised: nothing to do; `import` reads it as it is")
+        raise DataError(f"{folder} is not quantised, so there is nothing to do; use it as it is")
     layout = huggingface.Layout({name: reader.tensors[name] for name in model.hf}, shard_bytes)
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
@@ -75,13 +81,13 @@ def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu"
     """Plan of the NeMo checkpoint of a Hugging Face model.
 
     Args:
-        mtp: with the layers for multi-token prediction; else they are left out.
+        mtp: keep the layers for multi-token prediction.
         devices: what decodes quantised tensors.
     """
     source = open_model(folder, devices)
     config, model, reader = source.config, source.model, source.reader
     if mtp and not mtp_layers(config):
-        raise DataError(f"{folder} has no layer for multi-token prediction; import it without --mtp")
+        raise DataError(f"{folder} has no layer for multi-token prediction; leave out --mtp")
     if not mtp and mtp_layers(config):
         config = without_mtp(config)
         model = source.family.rules(config)
@@ -91,12 +97,13 @@ def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu"
     def piece(cell: rules.Cell) -> Piece:
         def work() -> Iterable[Write]:
             parts = cell.op.to_megatron(tuple(reader.read(ref) for ref in cell.hf))
+            dtype = reader.tensors[cell.hf[0].name].dtype
             for ref, part in zip(cell.megatron, parts, strict=True):
                 file, offset, length = layout.places[ref]
                 info = tensors[ref.name]
-                part = as_dtype(part, reader.tensors[cell.hf[0].name].dtype, info.dtype)
+                part = as_dtype(part, dtype, info.dtype)
                 blob = archive.write(part.reshape(torch_dist.chunk_sizes(ref, info.shape)), info.dtype)
-                assert sum(map(len, blob)) == length, f"archive of {ref} has another length than planned"
+                assert sum(map(len, blob)) == length, f"the archive of {ref} is not as long as planned"
                 for content in blob:
                     yield f"weights/{file}", offset, content
                     offset += len(content)
@@ -131,10 +138,10 @@ def _is_tokenizer(file: Path) -> bool:
 
 
 def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
-    """A NeMo checkpoint; the tensors of the optimizer are left aside, low-rank adapters merged into their base.
+    """Open a NeMo checkpoint without the optimizer's tensors; low-rank adapters are merged into their base.
 
     Args:
-        base: checkpoint of the adapters' base, where it is not the one that NeMo noted.
+        base: checkpoint of the adapters' base; None = the one that NeMo noted.
     """
     reader = torch_dist.Reader(checkpoint)
     if lora.has_adapters(reader):
@@ -143,19 +150,19 @@ def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
-        raise DataError(f"{context} has no {path.name}; give a checkpoint that `slipway import` began")
+        raise DataError(f"{context} has no {path.name}; this command needs a checkpoint created by `slipway import`")
     config = read_config(path)
     family = family_of(config, path)
     model = family.rules(config)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
     if found and all("adapter." in key for key in found):
-        raise DataError(f"{checkpoint} holds trained heads alone; `slipway extract-heads` reads those")
+        raise DataError(f"{checkpoint} holds only trained heads; use `slipway extract-heads`")
     rules.check_tensors(found, model.megatron, str(reader.folder))
     return Opened(config, family, model, reader)
 
 
 def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
-    """The Hugging Face parts of a cell of a NeMo checkpoint, in the dtypes that the family's rules give them."""
+    """The Hugging Face parts of a cell of a NeMo checkpoint, in the dtypes of the family's rules."""
     dtype = source.reader.tensors[cell.megatron[0].name].dtype
     parts = cell.op.to_hf(tuple(map(source.reader.read, cell.megatron)))
     return tuple(
@@ -164,7 +171,7 @@ def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
 
 
 def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) -> tuple[Plan, Details]:
-    """Plan of the Hugging Face folder of a NeMo checkpoint that `import` made or NeMo trained from one."""
+    """Plan of the Hugging Face folder of a NeMo checkpoint, as `import` created it or NeMo trained it further."""
     source = open_nemo(checkpoint, base)
     reader, model = source.reader, source.model
     layout = huggingface.Layout(model.hf, shard_bytes)
@@ -185,29 +192,35 @@ def adapter_plan(checkpoint: Path, base: Path | None = None) -> tuple[Plan, Deta
     """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
     reader = torch_dist.Reader(checkpoint)
     if not lora.has_adapters(reader):
-        raise DataError(f"{checkpoint} holds no low-rank adapters; export it without --adapter")
+        raise DataError(f"{checkpoint} has no low-rank adapters; leave out --adapter")
     folder = lora.base_of(reader, base)
     files = lora.peft_adapter(reader, open_nemo(folder).model, folder.name)
     return Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())]), {"files": len(files)}
 
 
 def context_folder(weights: Path) -> Path:
-    """The context folder that goes with a weights folder."""
+    """The context folder that belongs to a weights folder."""
     return weights.parent / "context"
 
 
 def merge_plan(
     heads: Mapping[str, Bits], heads_config: Mapping[str, Any], base: Path, shard_bytes: int
 ) -> tuple[Plan, Details]:
-    """Plan of one model of base (`llm.*`) and heads (in BF16), in the form of AutoDeco."""
+    """Plan of one model of base and heads, in AutoDeco's form: the base's names begin with `llm.`.
+
+    Args:
+        heads: name → tensor in BF16.
+        heads_config: the fields of config.json that the heads decide.
+        base: folder of a Hugging Face model in BF16.
+    """
     source = open_model(base)
     config, model, reader = source.config, source.model, source.reader
     if reader.quantized:
-        raise DataError(f"{base} is quantised; run `slipway dequant` on it and merge into its output")
+        raise DataError(f"{base} is quantised; run `slipway dequant` first and give its output")
     if heads_config["temperature_hidden_size"] != config["hidden_size"]:
         raise DataError(
-            f"the heads are for a hidden size of {heads_config['temperature_hidden_size']}, "
-            f"{base} has {config['hidden_size']}; take the base they were trained on"
+            f"the heads have hidden size {heads_config['temperature_hidden_size']}, but {base} has "
+            f"{config['hidden_size']}; give the base that the heads were trained on"
         )
     tensors = {f"llm.{name}": reader.tensors[name] for name in model.hf}
     tensors |= {name: TensorInfo(part.shape) for name, part in heads.items()}
@@ -227,12 +240,12 @@ def merge_plan(
 
 
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
-    """Read (and decode) one part and put it at its place."""
+    """Read and decode one part, and write it to its place."""
     return Piece(reader.source_bytes(source), lambda: [(*layout.place(target), data(reader.read(source)))])
 
 
 def _tensor_piece(layout: huggingface.Layout, name: str, part: Bits) -> Piece:
-    """Put a tensor that is in memory at its place."""
+    """Write a tensor that is in memory to its place."""
     return Piece(part.nbytes, lambda: [(*layout.place(Ref(name)), data(part))])
 
 

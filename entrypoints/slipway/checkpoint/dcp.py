@@ -1,8 +1,8 @@
-"""torch.distributed.checkpoint's metadata without torch: stand-ins that are pickled under the names of torch's classes.
+"""torch.distributed.checkpoint's metadata without torch: classes of our own, pickled under the names of torch's.
 
-`dumps` gives the pickle that torch would make of the same objects; `loads` makes the stand-ins from torch's pickles.
-It allows no class but these, so that a foreign file runs no code; whatever else is pickled along (Megatron's own
-planning notes) becomes an inert object.
+`dumps` gives the pickle that torch would make of the same objects. `loads` reads torch's pickles into our classes. It
+creates objects of no other class, so a foreign file runs no code. Everything else in a pickle, such as Megatron's
+planning notes, becomes an object that does nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 class _Fields:
-    """An object that is its fields."""
+    """An object with any fields."""
 
     def __init__(self, *_: Any, **fields: Any) -> None:
         self.__dict__.update(fields)
@@ -37,7 +37,7 @@ class TensorStorageMetadata(_Fields):
 
 
 class BytesStorageMetadata(_Fields):
-    """Stands for an object that is no tensor."""
+    """An object that is not a tensor."""
 
 
 class ChunkStorageMetadata(_Fields):
@@ -55,12 +55,13 @@ class StorageInfo(_Fields):
 
 
 _StorageInfo = StorageInfo
-StorageInfo.__qualname__ = StorageInfo.__name__ = "_StorageInfo"  # torch's name for it
+StorageInfo.__qualname__ = StorageInfo.__name__ = "_StorageInfo"  # the name in torch
 
 
 class TensorProperties(_Fields):
     """dtype, in safetensors' spelling."""
 
+    # torch pickles these five as a plain tuple: dtype, layout, requires_grad, memory_format, pin_memory.
     def __getstate__(self) -> tuple[Any, ...]:
         layout, memory_format = _Call(_get_layout, "torch.strided"), _Call(_MEM_FORMAT_ENCODING, 0)
         return globals()[TORCH_NAMES[self.dtype]], layout, False, memory_format, False
@@ -70,7 +71,7 @@ class TensorProperties(_Fields):
 
 
 class _Call:
-    """Is pickled as a call."""
+    """Pickled as a call of `function`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -80,7 +81,7 @@ class _Call:
 
 
 def size(numbers: tuple[int, ...]) -> _Call:
-    """Is pickled as torch.Size."""
+    """The numbers, pickled as a torch.Size."""
     return _Call(Size, numbers)
 
 
@@ -95,7 +96,7 @@ def _MEM_FORMAT_ENCODING(_: int) -> None: ...
 
 
 class _Dtype:
-    """Is pickled as the global of its name."""
+    """Pickled as the global variable of its name, as torch.bfloat16 is."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -104,9 +105,10 @@ class _Dtype:
         return self.name
 
 
+# pickle looks each of them up in this module; `dumps` then writes torch for the module.
 globals().update({name: _Dtype(name) for name in DTYPES})
 
-# Name → module of everything that pickles may hold.
+# Name → module in torch, for everything that is written and for all classes that are read.
 KNOWN = {
     **{kind.__name__: METADATA for kind in (Metadata, TensorStorageMetadata, BytesStorageMetadata)},
     **{kind.__name__: METADATA for kind in (ChunkStorageMetadata, MetadataIndex, TensorProperties)},
@@ -118,7 +120,10 @@ KNOWN = {
 
 
 def dumps(metadata: Metadata) -> bytes:
-    """The pickle of torch's own object, in the protocol that names a global in two lines of text."""
+    """The pickle that torch would write of the same object.
+
+    Protocol 2 names a global in two lines of text, the module and the name, so that the module can be replaced.
+    """
     pickled = pickle.dumps(metadata, protocol=2)
     for name, module in {**KNOWN, **dict.fromkeys(DTYPES, "torch")}.items():
         pickled = pickled.replace(f"c{__name__}\n{name}\n".encode(), f"c{module}\n{name}\n".encode())
@@ -126,14 +131,15 @@ def dumps(metadata: Metadata) -> bytes:
 
 
 def loads(pickled: bytes) -> Any:
-    """The object in a pickle, of stand-ins."""
+    """The object in a pickle, with our classes in place of torch's."""
     return _Unpickler(io.BytesIO(pickled)).load()
 
 
 class SafeUnpickler(pickle._Unpickler):
-    """Unpickling that takes no more memory than the pickle has room for.
+    """Unpickling that needs no more memory than the size of the pickle explains.
 
-    It is the one in Python: the one in C makes a table as long as the largest number in the pickle, up to many GB.
+    This is Python's implementation. The one in C allocates a table as long as the largest memo number in the pickle: a
+    damaged file of some bytes would take many GB.
     """
 
 
@@ -147,9 +153,9 @@ class _Unpickler(SafeUnpickler):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _member
-        return type(name, (_Fields,), {})
+        return type(name, (_Fields,), {})  # of a class that only has this name: it holds fields and runs nothing
 
 
 def _member(*_: Any) -> Any:
-    """Some releases of Python 3.11 pickle a member of an enumeration as `getattr(enumeration, name)`."""
+    """In place of getattr, which some releases of Python 3.11 put into the pickle of a member of an enumeration."""
     return _Fields()

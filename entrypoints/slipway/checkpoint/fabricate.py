@@ -1,4 +1,4 @@
-"""Random models in the exact Hugging Face layout: what the demo and the tests work on."""
+"""Random models in the exact Hugging Face layout: the demo and the tests use them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def fabricate(
     """Write a random model with its tokenizer into a new folder.
 
     Args:
-        config: config.json of the BF16 form; its vocabulary must hold 256 bytes and the special tokens.
-        texts: what the tokenizer is trained on.
-        quantized: write the matrices in a quantised form; True is the family's own.
+        config: config.json of the BF16 form; the vocabulary must have room for 256 bytes and the special tokens.
+        texts: the tokenizer is trained on them.
+        quantized: write the matrices in a quantised form; True = the family's own form.
         shards: number of safetensors files.
     """
     family = by_model_type()[config["model_type"]]
@@ -61,12 +61,12 @@ def fabricate(
 
 
 def _random(name: str, info: TensorInfo, generator: torch.Generator, tied: bool) -> torch.Tensor:
-    """Weights of a size that keeps activations and logits near 1, so that no layer drowns in another."""
+    """Weights that keep activations and logits near 1, so that an error in any layer shows in the logits."""
     noise = torch.randn(info.shape, generator=generator)
     if "norm" in name:
         noise = 1 + 0.1 * noise
     elif name.endswith("e_score_correction_bias"):
-        # Positive: where a score falls below zero, transformers chooses experts that the groups have ruled out.
+        # Positive, because for scores below zero transformers chooses experts of groups that were not chosen.
         noise = 0.1 * noise.abs()
     elif name.endswith(("bias", "sinks")):
         noise *= 0.1

@@ -1,4 +1,4 @@
-"""What a conversion would take: exact bytes and files from the plan, time from a sample of it that is carried out."""
+"""What a conversion would need: bytes and files from the plan, the time from a sample that is carried out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE_BYTES = 256_000_000
 
 @dataclass
 class Forecast:
-    """`seconds` and `planned_in` are seconds, everything else bytes or counts."""
+    """The result of --dry-run: `seconds` and `planned_in` in seconds, sizes in bytes, the others are counts."""
 
     command: str
     out: str
@@ -33,11 +33,11 @@ class Forecast:
     planned_in: float
 
     def __str__(self) -> str:
-        enough = "enough" if self.free >= self.writes else "NOT ENOUGH"
+        enough = "enough" if self.free >= self.writes else "NOT ENOUGH, free some space"
         return (
             f"{self.command}: would read {human_bytes(self.reads)} and write {human_bytes(self.writes)} "
-            f"in {self.files} files to {self.out}, {self.pieces} pieces, in about {human_seconds(self.seconds)}; "
-            f"{human_bytes(self.free)} are free: {enough} (planned in {self.planned_in:.1f} s)"
+            f"({self.files} files, {self.pieces} pieces) to {self.out} in about {human_seconds(self.seconds)}; "
+            f"the disk has {human_bytes(self.free)} free: {enough} (planned in {self.planned_in:.1f} s)"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,10 +45,11 @@ class Forecast:
 
 
 def forecast(plan: Plan, out: Path, command: str, memory: int, started: float) -> Forecast:
-    """Carry out some pieces of the plan, into a file that is removed, and reckon from them.
+    """Carry out some pieces of the plan, into a file that is then removed, and estimate the rest from them.
 
     Args:
-        started: when planning began, by time.monotonic().
+        memory: most bytes for all pieces that are at work.
+        started: time.monotonic() when planning began.
     """
     planned_in = time.monotonic() - started
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
@@ -68,9 +69,9 @@ def forecast(plan: Plan, out: Path, command: str, memory: int, started: float) -
 
 
 def _seconds_per_byte(plan: Plan, folder: Path, memory: int) -> float:
-    """Of the source, measured on pieces taken at random: reading, decoding and writing as they overlap."""
+    """Seconds per byte of the source, for reading, decoding and writing together, measured on random pieces."""
     numbers = list(range(len(plan.pieces)))
-    random.Random(0).shuffle(numbers)
+    random.Random(0).shuffle(numbers)  # the first pieces are headers and embeddings, which tell little of the rest
     sample: dict[int, int] = {}
     for number in numbers:
         if sum(sample.values()) >= SAMPLE_BYTES:

@@ -1,7 +1,7 @@
 """The decoders of quantization.py as Triton kernels: the same bits, at the speed of the device's memory.
 
-Eight elements lie together in a thread: one load of 4 or 8 bytes and one store of 16, neighbours side by side. The
-tile sizes are those that benchmarks/gpu_decode.py --sweep found best on an H200.
+Each thread decodes eight neighbouring elements: one load of 4 or 8 bytes and one store of 16. The tile sizes were the
+fastest on an H200 (benchmarks/gpu_decode.py --sweep).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _fp8_block_kernel(
     weight, scale, out, rows, columns, scale_columns, first_row,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUPS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """A program decodes GROUPS × TOGETHER elements of one row; a group never crosses the edge of a block."""
+    """A program decodes GROUPS × TOGETHER elements of one row; no group crosses the edge of a block."""
     across = tl.cdiv(columns, GROUPS * TOGETHER)
     row = tl.program_id(0) // across
     group = tl.program_id(0) % across * GROUPS + tl.arange(0, GROUPS)
@@ -55,10 +55,11 @@ def _mxfp4_kernel(words, scales, out, count, WORDS: tl.constexpr):
     element = tl.arange(0, 8)
     inside = word < count
     nibbles = tl.load(words + word, mask=inside)[:, None] >> (4 * element)[None, :]
-    # Exponent and mantissa as the lowest of a float32's: 2^126 too small, zero and the subnormal included.
+    # The three bits become the lowest exponent and the highest mantissa bit of a float32, and the sign its sign. The
+    # value is then 2^126 too small, for zero and the subnormal as well.
     tiny = ((nibbles & 7) << 22) | ((nibbles & 8) << 28)
     exponent = tl.load(scales + word // 4, mask=inside).to(tl.int32)
-    # 2^(exponent - 127), which is subnormal for 0; 255 means NaN.
+    # 2^(exponent - 127): a float32 has the same bias. It is subnormal for 0; 255 means NaN.
     bits = tl.where(exponent == 0, 1 << 22, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
     scale = bits.to(tl.float32, bitcast=True)
     values = tiny.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale[:, None]

@@ -1,4 +1,4 @@
-"""Trained decoding heads as files: extracted from a checkpoint, and read again to be merged with their base."""
+"""Trained decoding heads as files: extract them from a checkpoint, and read them for merging with their base."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ NAMES = [
     for layer in (0, 2)
     for kind in ("weight", "bias")
 ]
-ADAPTER = "adapter."
-FEATURES = 4
+ADAPTER = "adapter."  # before their names in a checkpoint
+FEATURES = 4  # of the distribution, which the top-p head may take besides hidden state and temperature
 
 
 def extract_plan(checkpoint: Path) -> tuple[stream.Plan, dict[str, Any]]:
-    """(plan of a folder with the heads of a training checkpoint, their number of tensors and parameters).
+    """(plan of a folder with the heads of a training checkpoint, number of tensors and parameters).
 
-    Nothing but the eight tensors is read. Errors: DataError where the checkpoint holds no heads.
+    Only the eight tensors are read. Errors: DataError if the checkpoint has no heads.
     """
     reader = torch_dist.Reader(checkpoint)
     if missing := [name for name in NAMES if ADAPTER + name not in reader.tensors]:
         raise DataError(
             f"{checkpoint} holds no trained heads ({ADAPTER}{missing[0]} is missing); "
-            "give a checkpoint of `slipway train --mode heads`"
+            "give a checkpoint that `slipway train --mode heads` saved"
         )
     heads = {name: reader.read(Ref(ADAPTER + name)) for name in NAMES}
     content = huggingface.one_file({n: (part, reader.tensors[ADAPTER + n].dtype) for n, part in heads.items()})
@@ -47,7 +47,8 @@ def config_of(heads: dict[str, Any], base: str) -> dict[str, Any]:
     extra = heads["top_p_head.mlp.0.weight"].shape[1] - hidden_size - 1
     if extra not in (0, FEATURES):
         raise DataError(
-            f"the top-p head takes {extra} features beside hidden state and temperature; expected 0 or {FEATURES}"
+            f"the top-p head takes {extra} features besides hidden state and temperature, expected 0 or {FEATURES}; "
+            "train or extract the heads again"
         )
     return {
         "enable_temperature_head": True,
@@ -60,19 +61,19 @@ def config_of(heads: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 def _base_of(weights: Path) -> str:
-    """The base model's name, as NeMo noted its path beside the heads."""
+    """The name of the base model, from the path that NeMo noted beside the heads; "" if it noted none."""
     note = weights / "adapter_metadata.json"
     return Path(json.loads(note.read_text())["model_ckpt_path"]).name if note.is_file() else ""
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(name → tensor in BF16, config fields) of a folder that `extract-heads` wrote; DataError for any other."""
+    """(name → tensor in BF16, config fields) of a folder that `extract-heads` wrote; DataError for any other folder."""
     if not (folder / FILE).is_file():
         raise DataError(f"{folder} has no {FILE}; give a folder that `slipway extract-heads` wrote")
     stored = huggingface.Reader(folder, huggingface.read_header(folder / FILE), {})
     if set(stored.tensors) != set(NAMES):
         odd = sorted(set(stored.tensors) ^ set(NAMES))[0]
-        raise DataError(f"{folder / FILE}: {odd} is missing or unexpected; extract the heads again")
+        raise DataError(f"{folder / FILE}: tensor {odd} is missing or unexpected; extract the heads again")
     tensors = {name: as_dtype(stored.read(Ref(name)), stored.tensors[name].dtype, "BF16") for name in NAMES}
     base = read_config(folder / "config.json").get("base_model_name_or_path", "")
     return tensors, config_of(tensors, base)

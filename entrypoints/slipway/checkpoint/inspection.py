@@ -1,7 +1,7 @@
-"""What a checkpoint of any known format holds, and what it lacks, from headers and metadata alone.
+"""What a checkpoint of any known format contains, and what is missing, from headers and metadata alone.
 
-Nothing that is missing stops the reading: every reader here notes it and goes on. Only what cannot be read at all
-is an error.
+Something that is missing does not stop the inspection: it is noted, and the rest is read. Only a file that cannot be
+read is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slipway.families import by_model_type, family_of, read_config
 from slipway.families.parts.decoder import has_mtp, is_tied, without_mtp
 from slipway.tensors.refs import TensorInfo
 
-BASE = "llm."  # before the base model's names in a model merged with heads
+BASE = "llm."  # before the names of the base model in a model merged with heads
 MERGED_TYPE = "autodeco"
 OPTIMIZER = "optimizer."
 MXFP4_BLOCK = [32]
@@ -30,11 +30,11 @@ MXFP4_SCALES = "_scales"
 
 
 def contents_of(path: Path) -> Contents:
-    """What lies at `path`; UsageError where nothing does, DataError where it cannot be read or is of no known kind."""
+    """What is at `path`; UsageError if there is nothing, DataError if it cannot be read or is of an unknown kind."""
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
-        raise UsageError(f"{path} does not exist; give a file or folder of a checkpoint")
+        raise UsageError(f"{path} does not exist; give a checkpoint: a file or a folder")
     if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
         return _of_torch_dist(path)
     if (path / HEADS_FILE).is_file():
@@ -42,7 +42,8 @@ def contents_of(path: Path) -> Contents:
     if (path / huggingface.INDEX).is_file() or any(path.glob("*.safetensors")):
         return _of_huggingface(path)
     raise DataError(
-        f"{path} is no checkpoint of a known kind: it holds no *.safetensors and no weights/.metadata; is it complete?"
+        f"{path} is not a checkpoint of a known kind: it has no *.safetensors and no weights/.metadata; "
+        "check the path, or copy the checkpoint again"
     )
 
 
@@ -50,7 +51,7 @@ def contents_of(path: Path) -> Contents:
 
 
 def _of_file(file: Path) -> Contents:
-    """One file, whose scales or blocks may lie in another."""
+    """One file; the scales or blocks of its tensors may be in another file."""
     stored = huggingface.read_header(file)
     scales = (MXFP4_SCALES, *huggingface.FP8_SCALES)
     tensors = {name: place.info for name, place in stored.items() if not name.endswith(scales)}
@@ -61,7 +62,7 @@ def _of_file(file: Path) -> Contents:
         path=str(file),
         format="one safetensors file",
         model="",
-        parameters=_parameters(tensors.values()) + packed,  # two to a byte
+        parameters=_parameters(tensors.values()) + packed,  # two elements per byte: once more than it has bytes
         dtypes=_dtypes(place.info for place in stored.values()),
         files={file.name: file.stat().st_size},
         quantization={"method": method, "block": block, "tensors": len(quantized)} if quantized else None,
@@ -113,7 +114,7 @@ def _of_huggingface(folder: Path) -> Contents:
 
 
 def _stored_in(folder: Path) -> tuple[dict[str, huggingface.Stored], dict[str, list[str]]]:
-    """What the files hold, and where they and the index disagree."""
+    """(name → place of all tensors in the files, problems where files and index disagree)."""
     index = folder / huggingface.INDEX
     if not index.is_file():
         files = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -141,7 +142,7 @@ def _stored_in(folder: Path) -> tuple[dict[str, huggingface.Stored], dict[str, l
 def _reader(
     folder: Path, stored: Mapping[str, huggingface.Stored], config: Mapping[str, Any]
 ) -> tuple[huggingface.Reader, dict[str, list[str]]]:
-    """A reader of all that can be decoded, and the scales that are missing for the rest."""
+    """(reader of all tensors that can be decoded, problems with the scales of the others)."""
     missing = {
         name: scales[0]
         for name, place in stored.items()
@@ -152,14 +153,14 @@ def _reader(
 
 
 def _scales(name: str, info: TensorInfo) -> list[str]:
-    """The names that the scales of this tensor may have; none where it needs none."""
+    """The names that the scales of this tensor may have; empty if it needs none."""
     if name.endswith("_blocks") and info.dtype == "U8":
         return [name.removesuffix("_blocks") + MXFP4_SCALES]
     return [name + suffix for suffix in huggingface.FP8_SCALES] if info.dtype in huggingface.FP8 else []
 
 
 def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Method, block size and number of tensors, as config.json and the tensors themselves say."""
+    """Method, block size and number of tensors, from config.json and the tensors; None if nothing is quantised."""
     about = config.get("quantization_config")
     about = about if isinstance(about, dict) else {}
     names = reader.quantized
@@ -177,7 +178,7 @@ def _model_name(config: Mapping[str, Any]) -> str:
 
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the base inside a merged model; any other is its own."""
+    """The config.json of the base inside a merged model; of any other model, its own."""
     if config.get("model_type") != MERGED_TYPE:
         return dict(config)
     return {**config, "model_type": config.get("base_model_type")}
@@ -186,7 +187,7 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _wanted_of(
     config: Mapping[str, Any], where: Path, found: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo | None], str]:
-    """The tensors that a config.json asks for (None: of any shape); nothing where no family knows its model_type."""
+    """(name → what a config.json asks for, None = any shape; what says so). Both empty for an unknown model_type."""
     base = base_config(config)
     if not _known(base):
         return {}, ""
@@ -194,7 +195,7 @@ def _wanted_of(
     prefix = BASE if config.get("model_type") == MERGED_TYPE else ""
     names = [name.removeprefix(prefix) for name in found]
     wanted = family.rules(base if has_mtp(base, names) else without_mtp(base)).hf
-    if is_tied(base) and "lm_head.weight" in names:  # some store the embedding twice
+    if is_tied(base) and "lm_head.weight" in names:  # some checkpoints store the embedding twice
         wanted = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}
     return {prefix + name: info for name, info in wanted.items()} | dict.fromkeys(
         HEADS if prefix else ()
@@ -246,7 +247,7 @@ def _nemo_format(context: Path, parts: Mapping[str, Any]) -> str:
 def _wanted_by_nemo(
     context: Path, parts: Mapping[str, Mapping[str, TensorInfo]]
 ) -> tuple[dict[str, TensorInfo | None], str, str]:
-    """(the tensors that should be there, what says so, the model's name)."""
+    """(name → what there must be, None = any shape; what says so; the name of the model)."""
     path = context / nemo_context.SOURCE_CONFIG
     config = read_config(path) if path.is_file() else {}
     model = _model_name(config) or _nemo_class(context)
@@ -260,7 +261,7 @@ def _wanted_by_nemo(
 
 
 def _nemo_class(context: Path) -> str:
-    """The model's class by model.yaml, "" where it cannot be told."""
+    """The model's class in model.yaml; "" if there is none."""
     try:
         lines = (context / "model.yaml").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("_target_:")).rpartition(".")[2]
@@ -270,10 +271,10 @@ def _nemo_class(context: Path) -> str:
 
 def _files_problems(folder: Path, extents: Mapping[str, int]) -> dict[str, list[str]]:
     sizes = {name: (folder / name).stat().st_size for name in extents if (folder / name).is_file()}
-    cut_off = [
+    short = [
         f"{name} ({size} of {extents[name]} bytes)" for name, size in sorted(sizes.items()) if size < extents[name]
     ]
-    return _only_filled({"missing files": sorted(extents.keys() - sizes.keys()), "files cut off": cut_off})
+    return _only_filled({"missing files": sorted(extents.keys() - sizes.keys()), "incomplete files": short})
 
 
 # ---------------------------------------------------------------------------- counting and comparing
@@ -299,13 +300,13 @@ def _dtypes(infos: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
 
 def _compare(found: Iterable[str], wanted: Iterable[str]) -> dict[str, list[str]]:
     found, wanted = set(found), set(wanted)
-    return _only_filled({"missing": sorted(wanted - found), "surplus": sorted(found - wanted)})
+    return _only_filled({"missing": sorted(wanted - found), "unexpected": sorted(found - wanted)})
 
 
 def _compare_infos(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo | None]) -> dict[str, list[str]]:
-    """Missing and surplus names, and the tensors of another shape."""
+    """Missing and unexpected names, and the tensors of a wrong shape."""
     misshapen = [
-        f"{name} {list(found[name].shape)}, not {list(info.shape)}"
+        f"{name} {list(found[name].shape)}, expected {list(info.shape)}"
         for name, info in wanted.items()
         if info and name in found and found[name].shape != info.shape
     ]

@@ -1,4 +1,4 @@
-"""One conversion from its plan to its summary: what every command that writes a checkpoint has in common."""
+"""One conversion, from its plan to its summary: the common part of every command that writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slipway.checkpoint.forecast import Forecast, forecast
 from slipway.checkpoint.stream import Plan, parse_size, refuse_existing, run
 from slipway.report import Summary
 
-Planning = Callable[[], tuple[Plan, dict[str, Any]]]  # (plan, what the summary says beside sizes and time)
+Planning = Callable[[], tuple[Plan, dict[str, Any]]]  # gives (plan, what the summary says besides sizes and time)
 
 
 @overload
@@ -23,13 +23,13 @@ def carry_out(command: str, out: str, memory: str, plan: Planning, *, dry_run: b
 
 
 def carry_out(command: str, out: str, memory: str, plan: Planning, *, dry_run: bool = False) -> Summary | Forecast:
-    """Make the plan and carry it out, or with `dry_run` say what it would take.
+    """Make the plan and carry it out; with `dry_run` only say what it would need.
 
     Args:
-        command: its name, for progress and summary.
+        command: its name, for the progress and the summary.
         out: where it writes, as the user gave it; it must not exist yet.
-        memory: bytes that tensors at work may take, as the user gave them.
-        plan: makes the plan; called once the arguments are known to be right.
+        memory: most bytes for the tensors that are at work, as the user gave it.
+        plan: makes the plan; it is called after the other arguments are checked, because it reads all headers.
     """
     started, target = time.monotonic(), locate.output(out)
     budget = parse_size(memory, "--memory")

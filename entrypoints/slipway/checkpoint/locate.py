@@ -1,10 +1,10 @@
-"""Models by name. Wherever a command takes the folder of a model it takes these as well:
+"""Models by name. A command that takes the folder of a model also takes:
 
-hf://org/name[@revision]   a model of the Hugging Face hub, fetched into its cache; HF_HOME, HF_TOKEN, HF_ENDPOINT and
-                           HF_HUB_OFFLINE are the hub client's own
+hf://org/name[@revision]   a model of the Hugging Face hub, which is downloaded into the hub's cache; the hub's client
+                           reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE
 hf:///folder               that folder
-nemo://name                $NEMO_MODELS_CACHE/name, else $NEMO_HOME/models/name, else ~/.cache/nemo/models/name, as
-                           NeMo has it
+nemo://name                $NEMO_MODELS_CACHE/name, else $NEMO_HOME/models/name, else ~/.cache/nemo/models/name: the
+                           places that NeMo itself uses
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ATTEMPTS = 5
 
 
 def locate(path: str, *, files: list[str] = MODEL) -> Path:
-    """The local path of what a command was given, fetched from the hub where it is there.
+    """The local path of what a command was given; a model of the hub is downloaded.
 
     Args:
         path: a path or a name of one of the forms above.
-        files: patterns of what to fetch.
+        files: patterns of the files to download.
 
-    Errors: UsageError for a model or revision that the hub does not have, PreflightError where it cannot be reached
-    or refuses access, Stopped where the download broke off, WriteError where the cache cannot be written.
+    Errors: UsageError for a model or revision that the hub does not have, PreflightError if the hub cannot be reached
+    or refuses access, Stopped if the download was interrupted, WriteError if the cache cannot be written.
     """
     if not path.startswith(HUB):
         return nemo_path(path)
@@ -60,24 +60,25 @@ def nemo_folder(path: str) -> Path:
 def output(path: str) -> Path:
     """Where a command writes."""
     if path.startswith(HUB):
-        raise UsageError(f"{path} cannot be written to; give a folder, or {NEMO}NAME")
+        raise UsageError(f"cannot write to {path}; give a folder or {NEMO}NAME")
     return nemo_path(path)
 
 
 def nemo_path(path: str) -> Path:
-    """The path of a NeMo checkpoint, there or not."""
+    """The path of a NeMo checkpoint, which need not exist."""
     if path.startswith(HUB + "/"):
         return Path(path.removeprefix(HUB))
     if path.startswith(HUB):
         name = path.removeprefix(HUB).partition("@")[0]
         raise UsageError(
-            f"{path} is a Hugging Face model, a NeMo checkpoint is needed; run `slipway import {path} {NEMO}{name}`"
+            f"{path} is a Hugging Face model, but a NeMo checkpoint is needed; run `slipway import {path} {NEMO}{name}`"
         )
     if not path.startswith(NEMO):
         return Path(path)
     name = path.removeprefix(NEMO)
+    # The name becomes a path to write to: it must stay inside the folder of models.
     if not name.strip("/") or name.startswith("/") or ".." in Path(name).parts:
-        raise UsageError(f"{path} names no model; give {NEMO}NAME")
+        raise UsageError(f"{path} does not name a model; give {NEMO}NAME")
     home = os.environ.get("NEMO_HOME") or Path.home() / ".cache" / "nemo"
     return Path(os.environ.get("NEMO_MODELS_CACHE") or Path(home) / "models") / name
 
@@ -86,12 +87,12 @@ def nemo_path(path: str) -> Path:
 
 
 def _fetch(repository: str, revision: str, files: list[str]) -> Path:
-    """The snapshot's folder in the hub's cache; a download that breaks off goes on where it was."""
+    """The snapshot's folder in the hub's cache; a download that is interrupted continues where it stopped."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     huggingface_hub.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of a disk about to be full, before it is an error
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # that the disk may become full: the error says it
     where = f"{HUB}{repository}@{revision}"
     for attempt in range(ATTEMPTS):
         try:
@@ -106,20 +107,20 @@ def _fetch(repository: str, revision: str, files: list[str]) -> Path:
                     )
                 )
         except HFValidationError:
-            raise UsageError(f"{where} is no name of a model; give {HUB}ORG/NAME") from None
-        except (OSError, RuntimeError) as error:  # the client's own, and those of the protocol for large files
+            raise UsageError(f"{where} is not the name of a model; give {HUB}ORG/NAME") from None
+        except (OSError, RuntimeError) as error:  # of the client; RuntimeError of its library for large files
             if (known := _explained(error, where)) is not None:
                 raise known from None
             reason = type(error).__name__
-        time.sleep(2**attempt / 10)
+        time.sleep(2**attempt / 10)  # longer each time, so that a server with too much to do can recover
     raise Stopped(
-        f"{where}: the download broke off {ATTEMPTS} times ({reason}); "
-        "run the same command again, it goes on where it was"
+        f"{where}: the download was interrupted {ATTEMPTS} times ({reason}); "
+        "run the same command again, it continues where it stopped"
     )
 
 
 def _explained(error: Exception, where: str) -> SlipwayError | None:
-    """The error as a person needs it; None where trying again may help."""
+    """The error in our words; None if another attempt may help."""
     from huggingface_hub import constants, errors
 
     status = _status(error)
@@ -129,23 +130,23 @@ def _explained(error: Exception, where: str) -> SlipwayError | None:
             f"{where}: {endpoint} refuses access; accept the model's terms on its page and set HF_TOKEN to your token"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return UsageError(f"{where}: {endpoint} has no such model; mend the name, or set HF_TOKEN if it is private")
+        return UsageError(f"{where}: {endpoint} has no such model; correct the name, or set HF_TOKEN if it is private")
     if isinstance(error, errors.RevisionNotFoundError):
-        return UsageError(f"{where}: the model has no such revision; give one of its branches, tags or commits")
+        return UsageError(f"{where}: the model has no such revision; give a branch, tag or commit of the model")
     if status == 401:
         return PreflightError(f"{where}: {endpoint} refuses the token; set HF_TOKEN to a valid one")
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
-            return PreflightError(f"{where} is not in {constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE to fetch it")
+            return PreflightError(f"{where} is not in {constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE to download it")
         if status is None:
-            return PreflightError(f"{where}: {endpoint} cannot be reached; mend the network, the proxy or HF_ENDPOINT")
+            return PreflightError(f"{where}: cannot reach {endpoint}; check the network, the proxy and HF_ENDPOINT")
     if status is not None and status != 429:
         return PreflightError(f"{where}: {endpoint} answers with status {status}; try again later")
     return None
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of the hub's client, which hides some in the cause of another."""
+    """The HTTP status of an error or its cause: the hub's client wraps some errors in others. None if it has none."""
     while error is not None:
         response: Any = getattr(error, "response", None)
         if response is not None:
@@ -155,7 +156,7 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _progress() -> dict[str, Any]:
-    """Bars on a terminal; in a log, a line every so often."""
+    """Options of the client for progress: bars on a terminal, a line from time to time in a log."""
     if sys.stderr.isatty():
         return {}
     from huggingface_hub.utils import disable_progress_bars, tqdm
@@ -167,6 +168,6 @@ def _progress() -> dict[str, Any]:
             super().__init__(*arguments, **{**options, "mininterval": LOG_INTERVAL_SECONDS, "file": StringIO()})
 
         def display(self, *_: Any, **__: Any) -> None:
-            print(f"fetch: {self.n} of {self.total} files", file=sys.stderr, flush=True)
+            print(f"download: {self.n} of {self.total} files", file=sys.stderr, flush=True)
 
     return {"tqdm_class": Lines}

@@ -1,9 +1,11 @@
-"""Low-rank adapters that NeMo trained: merged into their base as it is read, or as an adapter that `peft` loads.
+"""Low-rank adapters that NeMo trained: merge them into their base while reading, or write them for `peft`.
 
-Beside a weight `X.weight` [..., out, in] of the base lie `X.adapter.linear_in.weight` A [..., rank, in] and
-`X.adapter.linear_out.weight` B [..., out, rank]; the model computes with W + alpha / rank · B·A. What the rules do
-with the rows of W on the way to Hugging Face they do with the rows of B; A is the same for every part. Where W has a
-matrix for every expert, A and B have as well, or there is one pair for all of them: so NeMo adapts grouped experts.
+A weight W [..., out, in], `X.weight`, has an adapter of two matrices: A [..., rank, in], `X.adapter.linear_in.weight`,
+and B [..., out, rank], `X.adapter.linear_out.weight`. The model computes with W + alpha / rank · B·A.
+
+On the way to Hugging Face the rules do with the rows of B what they do with the rows of W; A is the same for every
+part. If W has a matrix for every expert, A and B have one for every expert too, or one pair for all experts (NeMo's
+grouped experts).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def has_adapters(reader: Reader) -> bool:
 
 
 def base_of(adapters: Reader, base: Path | None) -> Path:
-    """The base's checkpoint: the one given, else the one that NeMo noted; DataError where it is not there."""
+    """The checkpoint of the base: the one given, else the one that NeMo noted; DataError if it does not exist."""
     note = adapters.folder / BASE_NOTE
     if base is None and note.is_file():
         base = Path(json.loads(note.read_text())["model_ckpt_path"])
@@ -44,12 +46,13 @@ def base_of(adapters: Reader, base: Path | None) -> Path:
 
 def scale_of(adapters: Reader) -> float:
     """alpha / rank, from model.yaml of the checkpoint and the tensors' shapes."""
+    # By its lines: the file is YAML with tags of Python objects, which a parser would have to be told about.
     path = adapters.folder.parent / "context" / "model.yaml"
     text = path.read_text() if path.is_file() else ""
     section = re.search(r"(?ms)^model_transform:\n(.*?)(?=^\S|\Z)", text)
     alpha = section and re.search(r"(?m)^\s+alpha: ([\d.]+)$", section.group(1))
     if not alpha:
-        raise DataError(f"{path} does not tell the adapters' alpha; the checkpoint's context/ belongs beside weights/")
+        raise DataError(f"{path} does not contain the adapters' alpha; copy context/ of the checkpoint again")
     return float(alpha.group(1)) / rank_of(adapters)
 
 
@@ -59,7 +62,10 @@ def rank_of(adapters: Reader) -> int:
 
 
 class Merged:
-    """A base checkpoint read as if its adapters had been trained into it: adapted tensors in float32, not rounded.
+    """Reads a base checkpoint with its adapters added. Adapted tensors are float32.
+
+    float32, so that the sum is rounded once, when it is written in the dtype of the model.
+
 
     Args:
         base, adapters: readers of both.
@@ -74,7 +80,7 @@ class Merged:
         self.tensors |= {key: TensorInfo(base.tensors[key].shape, "F32") for key in self._adapted}
 
     def read(self, ref: Ref) -> Bits:
-        """A part of the sum."""
+        """A part of a tensor with its adapter, if it has one."""
         part = self.base.read(ref)
         if ref.name not in self._adapted:
             return part
@@ -92,7 +98,7 @@ class Merged:
 
 
 def targets(adapters: Reader) -> list[str]:
-    """The base's keys that have an adapter."""
+    """The keys of the base that have an adapter."""
     keys = (key for key in adapters.tensors if key.endswith(IN) and not key.startswith("optimizer."))
     return [key.removesuffix(IN) + ".weight" for key in keys]
 
@@ -100,20 +106,21 @@ def targets(adapters: Reader) -> list[str]:
 def _check_fit(key: str, base: Reader, adapters: Reader) -> None:
     stem = key.removesuffix(".weight")
     if key not in base.tensors or stem + OUT not in adapters.tensors:
-        raise DataError(f"{adapters.folder}: {stem}{IN} has no {stem}{OUT} or no weight in {base.folder}; wrong base?")
+        raise DataError(f"{adapters.folder}: {stem}{OUT} or {key} of {base.folder} is missing; check --base")
     *stack, out, inner = base.tensors[key].shape
     rank = adapters.tensors[stem + IN].shape[-2]
     wanted = {stem + IN: (*stack, rank, inner), stem + OUT: (*stack, out, rank)}
     for name, shape in wanted.items():
+        # One for each expert, or one for all experts of a layer.
         if adapters.tensors[name].shape not in (shape, (*stack[:-1], *shape[-2:])):
             raise DataError(
                 f"{adapters.folder}: {name} has shape {list(adapters.tensors[name].shape)}, "
-                f"{base.folder} asks for {list(shape)}; wrong base?"
+                f"but {base.folder} needs {list(shape)}; check --base"
             )
 
 
 def _ref(adapters: Reader, name: str, index: tuple[int, ...], rows: tuple[int, int] | None = None) -> Ref:
-    """The part of an adapter for the matrix `index` of its weight."""
+    """The part of an adapter for the matrix `index` of its weight: a shared adapter has no index for the expert."""
     return Ref(name, index[: len(adapters.tensors[name].shape) - 2], rows)
 
 
@@ -127,7 +134,7 @@ def _floats(reader: Reader, ref: Ref) -> Bits:
 def peft_adapter(adapters: Reader, model: rules.Rules, base_name: str) -> dict[str, bytes]:
     """The two files of a `peft` adapter: file name → content.
 
-    Errors: DataError for weights that Hugging Face's form does not hold as matrices of their own.
+    Errors: DataError for weights that are not separate matrices in Hugging Face's form; peft adapts only matrices.
     """
     tensors: dict[str, tuple[Bits, str]] = {}
     for name, inner, outer in _per_matrix(adapters, model):
@@ -149,7 +156,10 @@ def peft_adapter(adapters: Reader, model: rules.Rules, base_name: str) -> dict[s
 
 
 def _per_matrix(adapters: Reader, model: rules.Rules) -> Iterator[tuple[str, Bits, Bits]]:
-    """(Hugging Face's module, A [rank, in], B [out, rank]) in bfloat16, B's rows collected from all cells."""
+    """(Hugging Face's module, A [rank, in], B [out, rank]) in bfloat16.
+
+    A large matrix is cut into several cells: the rows of its B are collected from all of them.
+    """
     wanted = set(targets(adapters))
     inners: dict[str, Bits] = {}
     outers: dict[str, Bits] = {}
@@ -158,8 +168,8 @@ def _per_matrix(adapters: Reader, model: rules.Rules) -> Iterator[tuple[str, Bit
             continue
         if any(ref.index for ref in cell.hf) or len({ref.name for ref in cell.megatron}) > 1:
             raise DataError(
-                f"{adapters.folder}: {cell.hf[0].name} is no matrix of its own, and peft adapts no other; "
-                "export the merged model, without --adapter"
+                f"{adapters.folder}: {cell.hf[0].name} is not a separate matrix, and peft adapts only matrices; "
+                "leave out --adapter to export the merged model"
             )
         stem, index = cell.megatron[0].name.removesuffix(".weight"), cell.megatron[0].index
         inner = _rounded(adapters, _ref(adapters, stem + IN, index))
@@ -178,7 +188,10 @@ def _rounded(reader: Reader, ref: Ref) -> Bits:
 
 
 def _short_names(names: set[str], hf: Mapping[str, TensorInfo]) -> list[str]:
-    """The modules' last names where these mean exactly the adapted modules, else their whole names."""
+    """`target_modules`: the last part of each name if no other module has such a name, else the whole names.
+
+    Short names are what people expect to read, but peft would also adapt every other module of that name.
+    """
     short = {name.rpartition(".")[2] for name in names}
     matrices = {name.removesuffix(".weight") for name, info in hf.items() if len(info.shape) == 2}
     meant = {name for name in matrices if name.rpartition(".")[2] in short}

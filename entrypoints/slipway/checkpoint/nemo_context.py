@@ -1,8 +1,8 @@
-"""The `context/` folder of a NeMo 2 checkpoint, written without importing NeMo (which takes 25 seconds).
+"""The `context/` folder of a NeMo 2 checkpoint, written without importing NeMo, which takes 25 seconds.
 
 io.json is Fiddle's serialisation of the calls that rebuild the model: `GPTOSSModel(config=GPTOSSConfig(...),
 tokenizer=AutoTokenizer(...))`. NeMo's `load_context(path, subpath="model")` reads it. model.yaml says the same for
-people. The Hugging Face config.json lies beside them, so that export gives back what import was given.
+people. The Hugging Face config.json is kept beside them, so that export can restore it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 TOKENIZER = "nemo_tokenizer"
 SOURCE_CONFIG = "hf_config.json"
-HF_FILES = "hf_files"  # the source's other files, for export
+HF_FILES = "hf_files"  # the other files of the source, which export restores
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Graph:
         return self._add(key, _node("fiddle._src.config:Config", items, metadata, [path]))
 
     def value(self, value: Any, path: str) -> dict[str, Any]:
-        """Any argument: a call, a symbol, a list or tuple of plain values, or a plain value."""
+        """The JSON form of an argument: a call, a symbol, a list or tuple of plain values, or a plain value."""
         if isinstance(value, Call):
             return self.call(value, path)
         if isinstance(value, Symbol):
@@ -77,7 +77,7 @@ class _Graph:
         return {"type": "ref", "key": key}
 
     def json(self, root: dict[str, str]) -> bytes:
-        """The whole file."""
+        """The content of the file."""
         text = json.dumps([root, self.objects])
         counts = {key: text.count(f'"key": "{key}"') for key in self.objects}
         whole = {"root": root, "objects": self.objects, "refcounts": counts, "version": "0.0.1"}
@@ -103,9 +103,10 @@ def context_files(model: str, config: str, fields: Mapping[str, Any], hf_config:
 
     Args:
         model, config: NeMo's classes, as "module:name".
-        fields: what the configuration class is called with.
+        fields: the arguments of the configuration class.
         hf_config: config.json of the BF16 form.
     """
+    # The defaults of NeMo's classes are float32, whatever the checkpoint holds.
     bf16 = Symbol("torch:bfloat16")
     fields = {**fields, "bf16": True, "params_dtype": bf16, "pipeline_dtype": bf16}
     tokenizer = Call(

@@ -4,8 +4,8 @@ MXFP4       OCP Microscaling Formats 1.0: e2m1 elements, two to a byte with the 
             scale (2^(byte - 127), 255 = NaN) for every 32 of them
 FP8 block   DeepSeek-V3: float8_e4m3fn times one scale for each block of rows × columns
 
-Both give the product in float32, rounded to bfloat16. MXFP4 is looked up: byte and scale have few values. FP8 is
-computed, a stretch at a time that stays in a core's cache.
+Both compute the product in float32 and round it to bfloat16. MXFP4 uses a table, because a byte and a scale have only
+65536 combinations. FP8 is computed, in parts that fit into a core's cache.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from slipway.tensors.bits import NAN, Bits, e8m0, empty, round_to_bfloat16, to_b
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 CODES = 256
 E4M3_NAN = 0x7F
-E4M3_SCALE = np.float32(2**120)  # between the exponents of e4m3 and float32
-CODES_AT_ONCE = 1 << 18  # what fits into a core's cache with all that is computed from it
-GPU_DRIVER = Path("/dev/nvidiactl")  # what every process opens that uses a GPU
+E4M3_SCALE = np.float32(2**120)  # the difference of the exponents' biases: 127 of float32, 7 of e4m3
+CODES_AT_ONCE = 1 << 18  # they fit into a core's cache, with all arrays that are computed from them
+GPU_DRIVER = Path("/dev/nvidiactl")  # every process that uses a GPU opens it; so torch need not be imported to know
 
 
 def devices(device: Literal["auto", "cpu", "cuda"]) -> list[str]:
-    """What decodes: every GPU there is, or "cpu"; PreflightError where a GPU is asked for and there is none."""
+    """What decodes: all GPUs, or "cpu" if there is none; PreflightError for "cuda" without a GPU."""
     count = 0
     if device == "cuda" or (device == "auto" and GPU_DRIVER.exists()):
         import torch
 
         count = torch.cuda.device_count()
     if device == "cuda" and not count:
-        raise PreflightError("--device cuda: torch finds no GPU here; leave the flag out to decode on the CPU")
+        raise PreflightError("--device cuda: torch finds no GPU; leave the flag out to decode on the CPU")
     return [f"cuda:{number}" for number in range(count)] or ["cpu"]
 
 
 @functools.cache
 def _mxfp4() -> Bits:
-    """[scale · 256 + byte] uint32: both bfloat16 values of a byte, the low nibble's in the low half."""
+    """[scale · 256 + byte] uint32: the two bfloat16 values of a byte; that of the low nibble is in the low half."""
     nibbles, byte = np.array(E2M1, np.float32), np.arange(CODES)
     pairs = np.stack([nibbles[byte & 15], nibbles[byte >> 4]], axis=-1)
     with np.errstate(all="ignore"):
         values = to_bfloat16(e8m0()[:, None, None] * pairs)
-    return values.copy().reshape(-1).view(np.uint32)  # a copy, since `values` may be the current piece's only
+    return values.copy().reshape(-1).view(np.uint32)  # a copy: `values` may be memory of the current piece
 
 
 def decode_mxfp4(blocks: Bits, scales: Bits) -> Bits:
@@ -57,6 +57,7 @@ def decode_mxfp4(blocks: Bits, scales: Bits) -> Bits:
     step = CODES_AT_ONCE // size
     for start in range(0, len(values), step):
         part = slice(start, start + step)
+        # "clip", although every index is in range: the default checks each of them first.
         np.take(_mxfp4(), exponents[part] | codes[part], out=values[part], mode="clip")
     return values.view(np.uint16).reshape(*scales.shape[:-1], 2 * size * scales.shape[-1])
 
@@ -66,8 +67,8 @@ def decode_fp8_block(weight: Bits, scale: Bits, block: tuple[int, int], first_ro
 
     Args:
         weight: some rows of the tensor, from row `first_row` on.
-        scale: float32 [ceil(all rows / block[0]), ceil(columns / block[1])], the whole tensor's.
-        block: rows and columns of a block; the blocks at the lower and right edge may be cut off.
+        scale: float32 [ceil(all rows / block[0]), ceil(columns / block[1])] of the whole tensor.
+        block: rows and columns of a block; blocks at the lower and the right edge may be smaller.
     """
     rows, columns = weight.shape
     values = empty(weight.shape, np.uint16)
@@ -76,7 +77,7 @@ def decode_fp8_block(weight: Bits, scale: Bits, block: tuple[int, int], first_ro
     start = 0
     while start < rows:
         row, inside = divmod(first_row + start, block[0])
-        if scale.shape[1] == 1:  # a scale for each block of rows: as many blocks at once as there is room for
+        if scale.shape[1] == 1:  # one scale for whole rows: many blocks at once
             stop = min(start + step, rows)
             factors = scale[np.arange(first_row + start, first_row + stop) // block[0]]
         else:
@@ -88,10 +89,10 @@ def decode_fp8_block(weight: Bits, scale: Bits, block: tuple[int, int], first_ro
 
 
 def _decode_e4m3(codes: Bits, factors: Bits, out: Bits, wide: Bits, spare: Bits) -> None:
-    """out = bfloat16(e4m3(codes) · factors), NaN as bits.NAN; `wide` and `spare` are uint32 to work in.
+    """out = bfloat16(e4m3(codes) · factors), every NaN as bits.NAN; `wide` and `spare` are uint32 scratch memory.
 
-    A code's seven lower bits, put where a float32 has its lowest exponent and highest mantissa bits, are its value
-    times 2^-120, the subnormal ones too; the sign goes with them by sign extension.
+    The seven lower bits of a code are moved to the lowest exponent bits and the highest mantissa bits of a float32.
+    That float32 is the value times 2^-120, also for subnormal codes. Sign extension carries the sign along.
     """
     np.copyto(wide.view(np.int32), codes.view(np.int8))
     np.left_shift(wide, 20, out=wide)

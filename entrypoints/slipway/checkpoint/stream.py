@@ -1,8 +1,8 @@
-"""Moving a plan of cells from a source to a target: bounded memory, resumable, visible only when it is whole.
+"""Carry out a plan: bounded memory, resumable, and nothing is visible until it is complete.
 
-Work goes on in `.NAME.partial` beside the output: its files have their final size from the start and every piece is
-written at its final offset, by several threads. A journal names the pieces that are safely on disk, so that the
-same command, started again after any end, goes on and gives the same bytes. At the end the folder gets its name.
+The work is done in `.NAME.partial` beside the output. Its files have their final size from the start, and several
+threads write every piece at its final offset. A journal lists the pieces that are safely on disk. After any end the
+same command continues from the journal and writes the same bytes. At the end the folder is renamed to NAME.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import Any
 from slipway.errors import UsageError, WriteError
 from slipway.report import Progress, human_bytes
 
-JOURNAL_SECONDS = 2.0
-COPIES_IN_MEMORY = 4  # what reading, decoding, transforming and serialising a piece may hold at once
-BLOCK = 4096  # what is written past the page cache, in the file
-MEMORY_ALIGNMENT = 512  # and in memory
-DIRECT_BYTES = 1 << 18  # less is not worth it
+JOURNAL_SECONDS = 2.0  # the most work that a killed run loses; a sync more often would slow the disk down
+COPIES_IN_MEMORY = 4  # of a piece: as read, decoded, transformed and serialised
+# O_DIRECT takes only whole blocks of the file, from memory that is aligned to a sector.
+BLOCK = 4096
+MEMORY_ALIGNMENT = 512
+DIRECT_BYTES = 1 << 18  # below this, waiting for the disk costs more than the page cache does
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Write = tuple[str, int, "memoryview | bytes"]  # file, offset, data
@@ -38,7 +39,13 @@ Write = tuple[str, int, "memoryview | bytes"]  # file, offset, data
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One unit of work: `work()` reads and transforms, and returns what to write where."""
+    """One unit of work.
+
+    Args:
+        bytes: what it reads from the source.
+        work: reads and transforms, and gives what must be written where. The data need not stay valid once the next
+            is asked for.
+    """
 
     bytes: int
     work: Callable[[], Iterable[Write]]
@@ -48,8 +55,12 @@ class Piece:
 class Plan:
     """What an output folder will be.
 
-    sizes: file → final bytes; pieces: everything that fills them; small: whole files written at the end (name →
-    content); copies: files copied from elsewhere (name → source); identity: what the bytes depend on.
+    Args:
+        sizes: file → final bytes.
+        pieces: everything that fills these files.
+        small: whole files that are written at the end: name → content.
+        copies: files that are copied at the end: name → source.
+        identity: everything that the bytes depend on; unfinished work of another identity is thrown away.
     """
 
     sizes: Mapping[str, int]
@@ -64,52 +75,52 @@ class Plan:
 
 
 def parse_size(text: str, flag: str) -> int:
-    """Bytes of "512MB", "5GB" or a plain number, decimal units; UsageError names `flag`."""
+    """Bytes of "512MB", "5GB" or a plain number, in decimal units; UsageError names `flag`."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = text.upper().rstrip("KMGTB")
     try:
         size = float(number) * units[text.upper()[len(number) :].strip()]
     except (ValueError, KeyError):
-        raise UsageError(f"{flag} is {text!r}; give a size such as 500MB or 5GB") from None
+        size = 0
     if not 1 <= size < 1 << 60:
         raise UsageError(f"{flag} is {text!r}; give a size such as 500MB or 5GB")
     return int(size)
 
 
 def identity_of_files(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file: what tells a changed source."""
+    """(path, bytes, time of the last change) of each file; it tells whether a source has changed."""
     stats = ((file, file.stat()) for file in files)
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def existing_folder(path: str) -> Path:
-    """The folder; UsageError where there is none, with the nearest name beside it."""
+    """The folder; UsageError if there is none, with the most similar name that is there."""
     folder = Path(path)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UsageError(f"{folder} is a file; give the folder that holds it")
+        raise UsageError(f"{folder} is a file; give the folder that contains it")
     beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, beside, n=1)
     raise UsageError(f"{folder} does not exist" + (f", did you mean {folder.parent / near[0]}?" if near else ""))
 
 
 def refuse_existing(out: Path) -> None:
-    """UsageError where the output is there already, or lies under a file."""
+    """UsageError if the output exists, or if a part of its path is a file."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists; remove it or choose another name")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise UsageError(f"{parent} is a file, so {out} cannot be made; choose another name")
+        raise UsageError(f"{parent} is a file, so {out} cannot be created; choose another name")
 
 
 def run(plan: Plan, out: Path, title: str, memory: int) -> None:
-    """Make `out` what the plan says.
+    """Create `out` as the plan says.
 
     Args:
-        memory: bytes that pieces at work may hold together; a single larger piece works alone.
+        memory: most bytes for all pieces that are at work; a piece that needs more works alone.
 
-    Errors: WriteError where the target is full or cannot be written; the work done so far is kept for the next run.
+    Errors: WriteError if the disk is full or cannot be written; the work so far is kept for the next run.
     """
     refuse_existing(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -122,9 +133,11 @@ def run(plan: Plan, out: Path, title: str, memory: int) -> None:
         for name, content in plan.small.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
-        (partial / "journal").unlink()
+        # Everything is on disk before the new name is: after a power cut there is a whole output or none.
         for file in partial.rglob("*"):
             sync(file)
+        # In this order: plan.json without a journal tells the next run that all pieces are done.
+        (partial / "journal").unlink()
         (partial / "plan.json").unlink()
         sync(partial)
         os.rename(partial, out)
@@ -133,13 +146,13 @@ def run(plan: Plan, out: Path, title: str, memory: int) -> None:
 
 @contextmanager
 def write_errors(out: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a WriteError that names the output and the cure."""
+    """Turn an error of the file system into a WriteError that names the output and says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise WriteError(
-                f"{out}: the disk is full; free some space and run the same command again, it goes on where it was"
+                f"cannot write {out}: the disk is full; free some space and run the same command again, it continues"
             ) from None
         if error.errno in (
             errno.EROFS,
@@ -149,17 +162,22 @@ def write_errors(out: Path) -> Iterator[None]:
             errno.ENAMETOOLONG,
             errno.EIO,
         ):
-            raise WriteError(f"{out} cannot be written: {error.strerror}; choose another place") from None
+            raise WriteError(f"cannot write {out}: {error.strerror}; choose another place") from None
         raise
 
 
 def _prepare(plan: Plan, partial: Path) -> set[int]:
-    """The partial folder with all files at their final size; returns the pieces that are done already."""
+    """Create the partial folder with all files at their final size, or find an earlier one; the pieces that are done.
+
+    Errors: WriteError if there is less space than the plan needs.
+    """
     fingerprint = hashlib.sha256(json.dumps([plan.identity, plan.sizes], sort_keys=True).encode()).hexdigest()
     note = partial / "plan.json"
     if note.exists() and note.read_text() == fingerprint:
         journal = partial / "journal"
-        lines = journal.read_text().split("\n")[:-1]  # a line that was cut off does not count
+        if not journal.exists():
+            return set(range(len(plan.pieces)))
+        lines = journal.read_text().split("\n")[:-1]  # without a last line that was cut off: "12" may have been "123"
         journal.write_text("".join(f"{line}\n" for line in lines))
         return {int(line) for line in lines}
     if partial.exists():
@@ -168,19 +186,25 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
     free = shutil.disk_usage(partial.parent).free
     if plan.bytes > free:
         raise WriteError(
-            f"{partial.parent}: {human_bytes(plan.bytes)} are needed, {human_bytes(free)} are free; free some space"
+            f"{partial.parent} has {human_bytes(free)} free, but {human_bytes(plan.bytes)} are needed; free some space"
         )
     for name, size in plan.sizes.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         with (partial / name).open("wb") as file:
-            if size:
+            if size:  # taken from the disk now, so that a full disk shows before hours of work
                 os.posix_fallocate(file.fileno(), 0, size)
     (partial / "journal").write_text("")
+    # plan.json vouches for all the rest, so the rest is on disk first.
+    for path in partial.rglob("*"):
+        sync(path)
     note.write_text(fingerprint)
+    for path in (note, partial, partial.parent):
+        sync(path)
     return set()
 
 
 def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) -> None:
+    """Carry out the pieces that are not done."""
     todo = {number: piece.bytes for number, piece in enumerate(plan.pieces) if number not in done}
     files = {name: _File(partial / name) for name in plan.sizes}
     journal = _Journal(partial / "journal", [file.descriptor for file in files.values()])
@@ -201,13 +225,13 @@ def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) ->
 
 
 def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str, memory: int) -> None:
-    """Call `do(number)` for every number, begun in order, by one thread per core; the first error ends it.
+    """Call `do(number)` for every number, started in order, on one thread per core; the first error ends it.
 
     Args:
-        sizes: number → bytes that its work reads, for progress and for the budget.
-        memory: bytes that the work of all threads may hold together; larger work is done alone.
+        sizes: number → bytes that its work reads, for the progress and the memory.
+        memory: most bytes for the work of all threads; work that needs more is done alone.
     """
-    from slipway.tensors import bits
+    from slipway.tensors import bits  # brings NumPy, which planning alone does not need
 
     workers = os.cpu_count() or 1
     budget = _Budget(memory)
@@ -222,7 +246,8 @@ def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str,
 
 
 def _run_all(pool: ThreadPoolExecutor, do: Callable[[int], None], numbers: Iterable[int], ahead: int) -> None:
-    """Run every number through the pool, at most `ahead` of them queued; the first error ends it."""
+    """Run every number in the pool, with at most `ahead` of them in the queue; the first error ends it."""
+    # A short queue, so that an error is seen soon and a plan of a million pieces needs no million futures.
     running = set()
     for number in numbers:
         running.add(pool.submit(do, number))
@@ -238,10 +263,10 @@ _buffers = threading.local()
 
 
 class _File:
-    """A file of known size that is written at given places, past the page cache where the file system lets one.
+    """A file of known size that is written at given offsets, past the page cache (O_DIRECT) where that is possible.
 
-    The kernel's copy into fresh pages, and its writing them back, take more of the processor than all that is done here
-    with the data. Only whole blocks can go past it, from memory that is aligned as they are; the ends go the usual way.
+    The kernel needs more processor time to copy data into the page cache and to write it back than all that is done
+    here with the data. Only whole blocks from aligned memory can go past the cache; the two ends are written normally.
     """
 
     def __init__(self, path: Path) -> None:
@@ -249,14 +274,14 @@ class _File:
         try:
             self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno != errno.EINVAL:  # which means: no O_DIRECT on this file system (tmpfs, some networks)
                 raise
             self._direct = None
-        # One thread at a time writes a file: the kernel lets in no more, and those that wait there burn their cores.
+        # The kernel lets one thread at a time write a file, and the others would wait there with a busy processor.
         self._turn = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
-        """All of the data."""
+        """Write all of the data; any thread may call it."""
         start = -offset % BLOCK
         end = start + (len(data) - start) // BLOCK * BLOCK
         with self._turn:
@@ -267,7 +292,7 @@ class _File:
             try:
                 _write_blocks(self._direct, offset + start, data[start:end])
             except OSError as error:
-                if error.errno != errno.EINVAL:  # of a file system that does not say so when the file is opened
+                if error.errno != errno.EINVAL:  # some file systems refuse O_DIRECT only here, not when opening
                     raise
                 self._direct = None
                 _write(self.descriptor, offset + start, data[start:end])
@@ -294,7 +319,7 @@ def _write_blocks(descriptor: int, offset: int, data: memoryview) -> None:
 
 
 def _aligned_buffer() -> memoryview:
-    """This thread's memory for data that lies otherwise than its blocks in the file; it begins at a page."""
+    """This thread's buffer for data that is not aligned in memory; mmap aligns it to a page."""
     if not hasattr(_buffers, "memory"):
         _buffers.memory = memoryview(mmap.mmap(-1, 4 << 20))
     return _buffers.memory
@@ -302,7 +327,7 @@ def _aligned_buffer() -> memoryview:
 
 def _write(descriptor: int, offset: int, data: memoryview) -> None:
     done = 0
-    while done < len(data):
+    while done < len(data):  # the kernel may write less than it is given, 2 GB at most
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
@@ -316,7 +341,7 @@ def sync(path: Path) -> None:
 
 
 class _Budget:
-    """Bytes that several threads share; one that asks for more than there is waits until it is alone."""
+    """Bytes that several threads share. A thread that asks for more than the total waits until it is alone."""
 
     def __init__(self, total: int) -> None:
         self.total, self.used = total, 0
@@ -337,7 +362,10 @@ class _Budget:
 
 
 class _Journal:
-    """The numbers of finished pieces, each written down only after its data is on disk, by a thread of its own."""
+    """Writes down the numbers of finished pieces, each only after its data is on disk.
+
+    A thread of its own does it, because a sync can take seconds and the pieces need not wait for it.
+    """
 
     def __init__(self, path: Path, descriptors: Iterable[int]) -> None:
         self._path, self._descriptors = path, list(descriptors)
@@ -348,6 +376,7 @@ class _Journal:
         self._commit: Future[None] | None = None
 
     def add(self, number: int) -> None:
+        """A piece is written; raises the error of an earlier commit, if there was one."""
         with self._lock:
             self._waiting.append(number)
             busy = self._commit is not None and not self._commit.done()
@@ -358,6 +387,8 @@ class _Journal:
             finished.result()
 
     def commit(self) -> None:
+        """Put the pieces so far on disk, then write down their numbers."""
+        # The numbers are taken before the sync: what is written during the sync is not covered by it.
         with self._lock:
             numbers, self._waiting = self._waiting, []
             self._last = time.monotonic()
@@ -369,5 +400,5 @@ class _Journal:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Waits for a commit under way."""
+        """Wait for a commit that is in progress."""
         self._writer.shutdown()

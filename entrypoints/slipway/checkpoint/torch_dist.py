@@ -1,12 +1,13 @@
-"""torch_dist, the distributed checkpoint of NeMo 2 and megatron-core: reading what any number of ranks saved, and
-laying out new ones.
+"""torch_dist, the distributed checkpoint of NeMo 2 and megatron-core: read what any ranks saved, lay out new ones.
 
-`.metadata` is a pickled torch.distributed.checkpoint Metadata (dcp.py): for every key its shape, dtype and chunks,
-and for every chunk the file, offset and length of an independent `torch.save` archive (archive.py).
+`.metadata` is a pickled torch.distributed.checkpoint Metadata (dcp.py). It has the shape, dtype and chunks of every
+key. For every chunk it has the file, offset and length of a `torch.save` archive (archive.py), which holds that chunk
+alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pickle
@@ -25,20 +26,23 @@ from slipway.tensors.refs import Ref, TensorInfo
 PREFIX = "module."  # NeMo's module around Megatron's model
 FORMAT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
 FORMAT += '"common_backend": "torch", "common_backend_version": 1}'
-FILE_BYTES = 16_000_000_000
+FILE_BYTES = 16_000_000_000  # of one file; the next archive begins another
 
 
 def weights_folder(checkpoint: Path) -> Path:
-    """The folder with `.metadata`, for a checkpoint given as itself or as its weights folder."""
+    """The folder with `.metadata`; `checkpoint` is that folder or the one around it."""
     for folder in (checkpoint / "weights", checkpoint):
         if (folder / ".metadata").is_file():
             return folder
     if not checkpoint.exists():
-        raise UsageError(f"{checkpoint} does not exist")
-    raise DataError(f"{checkpoint} is no NeMo checkpoint: it has no weights/.metadata; is it complete?")
+        raise UsageError(f"{checkpoint} does not exist; give the folder of a NeMo checkpoint")
+    raise DataError(
+        f"{checkpoint} is not a NeMo checkpoint, or not all of it: weights/.metadata is missing; "
+        "check the path, or copy the checkpoint again"
+    )
 
 
-# What unpickling and using garbled metadata can raise.
+# Unpickling and using damaged metadata can raise these. Anything else is a defect of ours, and shows as one.
 UNREADABLE = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -59,6 +63,8 @@ UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
+    """A box of a tensor, and the archive that holds it: `length` bytes of `file` from `start` on."""
+
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
@@ -67,13 +73,13 @@ class _Chunk:
 
 
 class Reader:
-    """The tensors of a torch_dist checkpoint, keys without NeMo's prefix. Threads may share it.
+    """The tensors of a torch_dist checkpoint, under their keys without NeMo's prefix. Threads may share it.
 
-    `tensors` maps each key to its shape and dtype, `extents` each file to the bytes that it must have.
+    `tensors` maps each key to its shape and dtype. `extents` maps each file to the bytes that it must have at least.
 
     Args:
         checkpoint: the checkpoint or its weights folder.
-        whole: refuse a checkpoint that lacks one of its files.
+        whole: DataError if one of its files is missing.
     """
 
     def __init__(self, checkpoint: Path, *, whole: bool = True) -> None:
@@ -90,61 +96,77 @@ class Reader:
                 end = max(self.extents.get(where.relative_path, 0), where.offset + where.length)
                 self.extents[_plain_name(where.relative_path)] = end
             for key, entry in metadata.state_dict_metadata.items():
-                if hasattr(entry, "chunks"):
+                if hasattr(entry, "chunks"):  # else it is an object that is no tensor, such as extra state
                     short = key.removeprefix(PREFIX)
                     self.tensors[short] = TensorInfo(tuple(entry.size), _known(entry.properties.dtype))
                     self._chunks[short] = [_chunk(key, tuple(entry.size), chunk, places) for chunk in entry.chunks]
         except UNREADABLE as error:
-            raise DataError(f"{path}: garbled ({type(error).__name__}); copy the checkpoint again") from None
+            raise DataError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from None
         for path in self.files() if whole else ():
             if not path.is_file():
-                raise DataError(f"{self.folder}: {path.name} is missing; copy the checkpoint again")
+                raise DataError(f"{self.folder}: file {path.name} is missing; copy the checkpoint again")
 
     def files(self) -> list[Path]:
-        """Every file that holds tensors."""
+        """Every file with tensors."""
         return sorted({self.folder / chunk.file for chunks in self._chunks.values() for chunk in chunks})
 
     def read(self, ref: Ref) -> Bits:
-        """A part of a tensor, put together from the chunks that it lies in."""
+        """A part of a tensor, put together from the chunks that hold it; DataError if they do not hold all of it."""
         info = self.tensors[ref.name]
         shape = ref.shape(info.shape)
         low = chunk_offsets(ref, info.shape)
         high = [at + size for at, size in zip(low, chunk_sizes(ref, info.shape), strict=True)]
         out = None
-        filled = 0
+        boxes: list[_Box] = []
         for chunk in self._chunks[ref.name]:
             box = [(max(a, o), min(b, o + s)) for a, b, o, s in zip(low, high, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in box):
                 continue
             part = self._load(ref.name, chunk)
             source = part[tuple(slice(a - o, b - o) for (a, b), o in zip(box, chunk.offsets, strict=True))]
-            filled += source.size
-            if source.size == math.prod(shape):
+            if source.size == math.prod(shape):  # one chunk holds all, as in our own checkpoints: no copy
                 return source.reshape(shape)
             if out is None:
                 out = empty([b - a for a, b in zip(low, high, strict=True)], bits_type(info.dtype))
             out[tuple(slice(a - o, b - o) for (a, b), o in zip(box, low, strict=True))] = source
-        if out is None or filled != out.size:
-            raise DataError(f"{self.folder}: tensor {ref.name} has holes; copy the checkpoint again")
+            boxes.append(box)
+        # `out` is memory that was used before: a place that no chunk fills would hold another tensor's elements.
+        if out is None or not _fill_exactly(boxes, out.size):
+            raise DataError(
+                f"{self.folder}: the chunks of tensor {ref.name} leave gaps or overlap; copy the checkpoint again"
+            )
         return out.reshape(shape)
 
     def _load(self, name: str, chunk: _Chunk) -> Bits:
         where = self.folder / chunk.file
+        # Two threads may open the same file at the same time: the second descriptor is a waste, but no fault.
         descriptor = self._descriptors.get(chunk.file)
         if descriptor is None:
             descriptor = self._descriptors.setdefault(chunk.file, os.open(where, os.O_RDONLY))
         try:
             part, dtype = archive.read(descriptor, chunk.start, chunk.length, chunk.sizes)
         except UNREADABLE as error:
-            raise DataError(f"{where}: tensor {name} is garbled ({type(error).__name__}); copy it again") from None
+            raise DataError(f"{where}: tensor {name} is damaged ({type(error).__name__}); copy it again") from None
         if part.shape != chunk.sizes or dtype != self.tensors[name].dtype:
-            raise DataError(f"{where}: tensor {name} is another one than .metadata says; copy the checkpoint again")
+            raise DataError(f"{where}: tensor {name} does not match .metadata; copy the checkpoint again")
         return part
+
+
+_Box = list[tuple[int, int]]  # [start, stop) in each dimension
+
+
+def _fill_exactly(boxes: list[_Box], size: int) -> bool:
+    """Boxes that lie within `size` elements hold each of them once: as many elements, and no two boxes overlap."""
+    apart = all(
+        any(a >= d or c >= b for (a, b), (c, d) in zip(one, other, strict=True))
+        for one, other in itertools.combinations(boxes, 2)
+    )
+    return apart and sum(math.prod(b - a for a, b in box) for box in boxes) == size
 
 
 def _known(dtype: Any) -> str:
     if not isinstance(dtype, str):
-        raise ValueError(f"{dtype} is no known dtype")
+        raise ValueError(f"{dtype} is not a known dtype")
     return dtype
 
 
@@ -160,6 +182,7 @@ def _chunk(key: str, shape: tuple[int, ...], chunk: Any, places: Mapping[Any, An
 
 
 def _plain_name(file: str) -> str:
+    """The name of a file in the folder; a foreign `.metadata` must not lead to other files of this machine."""
     if Path(file).name != file:
         raise ValueError(f"{file} lies outside the folder")
     return file
@@ -169,12 +192,12 @@ def _plain_name(file: str) -> str:
 
 
 class Layout:
-    """Where every chunk of a new checkpoint will lie.
+    """Where every chunk of a new checkpoint will be.
 
     Args:
         tensors: key → TensorInfo, without NeMo's prefix.
-        chunks: the parts that will be written, in order; together they are all of every tensor.
-        extra_state: keys for which Transformer Engine expects an entry.
+        chunks: the parts that will be written, in order; together they are all elements of all tensors.
+        extra_state: keys under which Transformer Engine expects an entry.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], chunks: list[Ref], extra_state: list[str]) -> None:
@@ -183,18 +206,20 @@ class Layout:
         self.places: dict[Ref, tuple[str, int, int]] = {}
         self.extra: dict[str, tuple[str, int, int]] = {}
         self.empty_state = archive.EMPTY_STATE
-        overhead: dict[tuple[str, tuple[int, ...]], int] = {}
+        # The length depends on dtype and shape alone, and a model of 100,000 chunks has few of them.
+        lengths: dict[tuple[str, tuple[int, ...]], int] = {}
         for ref in chunks:
             info = self.tensors[ref.name]
             shape = chunk_sizes(ref, info.shape)
             kind = (info.dtype, shape)
-            if kind not in overhead:
-                overhead[kind] = archive.length(shape, info.dtype)
-            self.places[ref] = self._take(overhead[kind])
+            if kind not in lengths:
+                lengths[kind] = archive.length(shape, info.dtype)
+            self.places[ref] = self._take(lengths[kind])
         for key in extra_state:
             self.extra[key] = self._take(len(self.empty_state))
 
     def _take(self, length: int) -> tuple[str, int, int]:
+        """(file, offset, length) of the next free place."""
         file = f"__0_{max(0, len(self.sizes) - 1)}.distcp"
         if file in self.sizes and self.sizes[file] + length > FILE_BYTES:
             file = f"__0_{len(self.sizes)}.distcp"
@@ -230,18 +255,18 @@ class Layout:
 
 
 def chunk_offsets(ref: Ref, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the part begins, one number per dimension of its tensor."""
+    """Where the part begins: one number per dimension of its tensor, whose shape is `shape`."""
     start = [*ref.index, ref.rows[0] if ref.rows else 0]
     return tuple((start + [0] * len(shape))[: len(shape)])
 
 
 def chunk_sizes(ref: Ref, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The part's extent, one number per dimension of its tensor."""
+    """The size of the part: one number per dimension of its tensor, whose shape is `shape`."""
     return (1,) * len(ref.index) + ref.shape(shape)
 
 
 def common_state() -> bytes:
-    """common.pt: what is not sharded. A weights-only checkpoint has nothing but the marks of its own form."""
+    """The content of common.pt, which holds what is not sharded; for weights alone this is only marks of the format."""
     marks = {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,

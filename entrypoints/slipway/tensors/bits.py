@@ -1,10 +1,10 @@
-"""Parts of tensors as NumPy arrays of bits: an unsigned integer, as wide as the dtype, for every element.
+"""Parts of tensors as NumPy arrays of bits: for every element an unsigned integer, as wide as the dtype.
 
-NumPy has no bfloat16, and torch takes seconds and half a gigabyte to import, so what only moves elements does without
-it. A dtype is told beside the bits, in safetensors' spelling.
+NumPy has no bfloat16, and torch needs seconds and half a gigabyte for its import. So everything that only moves
+elements does without torch. The dtype is passed separately, in safetensors' spelling.
 
-While a thread works on a piece, large arrays come from a region that the thread uses again for its next piece: fresh
-memory costs more than most of the work that is done in it, and the peak stays that of the largest piece.
+While a thread works on a piece, its arrays come from a region that it uses again for the next piece. The kernel would
+have to clear fresh memory, which costs more than most of the work here. The peak is that of the largest piece.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 Bits = np.ndarray
 
-NAN = 0x7FFF  # the bfloat16 that every NaN becomes, as GPUs write it: processors differ in theirs
+NAN = 0x7FFF  # every NaN becomes this bfloat16, which GPUs write; processors differ, and results must not
 E8M0_BIAS = 127
 E8M0_NAN = 255
-REGION_BYTES = 1 << 30  # of addresses; memory is taken only where something is written
-ALIGNMENT = 64
-TILE = (512, 64)
+REGION_BYTES = 1 << 30  # of addresses: memory is taken page by page, when it is first written
+ALIGNMENT = 64  # a line of the cache: two arrays share none
+TILE = (512, 64)  # rows and columns that are transposed together
 
 
 def bits_type(dtype: str) -> np.dtype:
-    """The unsigned integers that hold the bits of a dtype."""
+    """The NumPy dtype for the bits of a dtype."""
     return np.dtype(f"u{DTYPE_BYTES[dtype]}")
 
 
 class _Region(threading.local):
-    """A thread's memory for the piece that it works on."""
+    """A thread's memory for its current piece; `used` counts bytes."""
 
     memory: Bits | None = None
-    used: int | None = None  # None where the thread works on no piece
+    used: int | None = None  # None while the thread works on no piece
 
 
 _region = _Region()
@@ -49,7 +49,7 @@ _region = _Region()
 
 @contextmanager
 def piece() -> Iterator[None]:
-    """Arrays that `empty` gives to this thread hold good until the end only."""
+    """Inside the block, arrays from `empty` are valid only until its end."""
     if _region.memory is None:
         _region.memory = np.empty(REGION_BYTES, np.uint8)
     _region.used = 0
@@ -60,7 +60,7 @@ def piece() -> Iterator[None]:
 
 
 def empty(shape: Sequence[int], kind: np.dtype | type) -> Bits:
-    """An array like numpy.empty's, from the thread's region where there is room."""
+    """An array with any content, like numpy.empty: from the thread's region if there is room."""
     count = math.prod(shape) * np.dtype(kind).itemsize
     if _region.memory is None or _region.used is None or _region.used + count > REGION_BYTES:
         return np.empty(shape, kind)
@@ -70,7 +70,7 @@ def empty(shape: Sequence[int], kind: np.dtype | type) -> Bits:
 
 
 def contiguous(part: Bits) -> Bits:
-    """The part in row-major order, itself where it lies so already."""
+    """The part in row-major order; no copy if it is in this order already."""
     if part.flags.c_contiguous:
         return part
     copy = empty(part.shape, part.dtype)
@@ -82,7 +82,11 @@ def contiguous(part: Bits) -> Bits:
 
 
 def _transpose(part: Bits, copy: Bits) -> None:
-    """copy = part, which lies column by column; in tiles that stay in a core's cache."""
+    """copy = part, which is in column-major order.
+
+    Tile by tile: NumPy goes row by row, and each element of a row would bring a line of 64 bytes into the cache that is
+    gone before its neighbour is needed.
+    """
     rows, columns = part.shape
     for row in range(0, rows, TILE[0]):
         for column in range(0, columns, TILE[1]):
@@ -91,17 +95,17 @@ def _transpose(part: Bits, copy: Bits) -> None:
 
 
 def address(content: memoryview) -> int:
-    """Where the bytes lie in memory."""
+    """The address in memory of the first byte."""
     return np.frombuffer(content, np.uint8).__array_interface__["data"][0]
 
 
 def data(part: Bits) -> memoryview:
-    """The bytes of a part in row-major order, without a copy where it lies so already."""
+    """The bytes of a part in row-major order; no copy if it is in this order already."""
     return contiguous(part).reshape(-1).view(np.uint8).data
 
 
 def to_bfloat16(values: Bits) -> Bits:
-    """float32 → the bits of bfloat16, rounded to nearest even; every NaN becomes NAN."""
+    """float32 → the bits of bfloat16, rounded to nearest, ties to even; every NaN becomes NAN."""
     found, wide = empty(values.shape, np.uint16), values.view(np.uint32)
     round_to_bfloat16(wide, found, empty(values.shape, np.uint32))
     found[np.isnan(values)] = NAN
@@ -109,11 +113,14 @@ def to_bfloat16(values: Bits) -> Bits:
 
 
 def round_to_bfloat16(wide: Bits, out: Bits, spare: Bits) -> None:
-    """The bits of float32 numbers → those of bfloat16, to nearest even; what NaN becomes is not defined.
+    """The bits of float32 → the bits of bfloat16, rounded to nearest, ties to even; the result for NaN is undefined.
 
     Args:
-        wide, out, spare: uint32, uint16, and uint32 to work in, all of one shape.
+        wide, out: uint32 and uint16 of the same shape.
+        spare: uint32 scratch memory of this shape.
     """
+    # Add just under half of the last kept bit, and one more if that bit is set; then cut off. It works on bits, in
+    # place: five fast passes, where a conversion with a test for NaN would take ten.
     np.right_shift(wide, 16, out=spare)
     np.bitwise_and(spare, 1, out=spare)
     np.add(spare, 0x7FFF, out=spare)
@@ -122,7 +129,7 @@ def round_to_bfloat16(wide: Bits, out: Bits, spare: Bits) -> None:
 
 
 def to_float32(part: Bits, dtype: str) -> Bits:
-    """The values of a floating-point part."""
+    """The values of a floating-point part, as float32 of the same shape."""
     if dtype == "BF16":
         return (part.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F8_E8M0":
@@ -131,7 +138,7 @@ def to_float32(part: Bits, dtype: str) -> Bits:
 
 
 def e8m0() -> Bits:
-    """[256] float32: the value of each scale byte."""
+    """float32 [256]: the value of each scale byte, 2^(byte - 127); 255 is NaN."""
     values = np.ldexp(np.float32(1), np.arange(E8M0_NAN) - E8M0_BIAS)
     return np.append(values, np.float32(np.nan))
 
@@ -145,14 +152,14 @@ def as_dtype(part: Bits, have: str, want: str) -> Bits:
 
 
 def to_torch(part: Bits, dtype: str) -> Tensor:
-    """The same elements as torch's tensor, in the same memory where they lie in order."""
+    """The same elements as a torch tensor; it shares the memory if the part is in row-major order."""
     import torch
 
     return torch.from_numpy(contiguous(part)).view(getattr(torch, TORCH_NAMES[dtype]))
 
 
 def from_torch(tensor: Tensor) -> Bits:
-    """The bits of a tensor of the CPU's."""
+    """The bits of a tensor on the CPU; they share its memory."""
     import torch
 
     kinds = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}

@@ -1,4 +1,4 @@
-"""Names for tensors and parts of tensors: what plans are made of."""
+"""Names for tensors and for parts of tensors, from which plans are made."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A part of tensor `name`: the entry `index` of its leading dimensions, then `rows` [start, stop) of the next.
+    """A part of tensor `name`: the entry `index` of its leading dimensions, then `rows` [start, stop) of the next one.
 
-    Such a part is contiguous in row-major order. `rows` None is all of them.
+    Only such parts are needed, and they are contiguous in row-major order: one offset and one length in a file. `rows`
+    None = all rows.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Ref:
         return rest if self.rows is None else (self.rows[1] - self.rows[0], *rest[1:])
 
     def start(self, whole: tuple[int, ...]) -> int:
-        """Elements before the part in a tensor of shape `whole`."""
+        """Number of elements before the part in a tensor of shape `whole`."""
         at = 0
         for place, size in zip(self.index, whole, strict=False):
             at = at * size + place

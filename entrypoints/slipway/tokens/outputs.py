@@ -56,8 +56,10 @@ class Output:
         self._files = {name: (self.folder / name).open("ab") for name in begun["sizes"]}
         for name, size in begun["sizes"].items():
             self._files[name].truncate(size)  # what was written after the last commit may be incomplete
+            self._files[name].seek(size)  # truncate() leaves the position, from which the journal takes the size
         self.pieces, self.counts = begun["pieces"], begun["counts"]
         self._commit()
+        sync(self.folder.absolute().parent)
         return self
 
     def _read_journal(self) -> dict[str, Any]:

@@ -15,10 +15,10 @@ MXFP4_BYTES = 16
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """gpt-oss: experts' matrices as `_blocks` and `_scales`, [experts, rows, …] where the BF16 form has [.., rows]."""
+    """gpt-oss: `_blocks` and `_scales` of the experts, [experts, rows, …]; the BF16 form is [experts, …, rows]."""
 
     def tensors(self, name: str, info: TensorInfo, generator: Generator) -> dict[str, Tensor]:
-        """Random codes, with scales around the one that gives the matrix its size."""
+        """Random codes, with scales that keep the outputs near 1."""
         import torch
 
         experts, columns, rows = info.shape
@@ -37,7 +37,7 @@ class Mxfp4:
 
 @dataclass(frozen=True)
 class Fp8:
-    """DeepSeek and Qwen: float8_e4m3fn and, as `_scale_inv`, one scale for each block of rows × columns.
+    """DeepSeek and Qwen: float8_e4m3fn, and `_scale_inv` with one scale for each block of rows × columns.
 
     Args:
         block: rows and columns of a block; 128 × 128 in the published models.
@@ -61,10 +61,10 @@ class Fp8:
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """compressed-tensors' FP8: float8_e4m3fn and, as `_scale`, a scale for the tensor, each row or each block.
+    """compressed-tensors: float8_e4m3fn, and `_scale` with one scale for the tensor, each row or each block.
 
     Args:
-        strategy: which of them, as config.json says it.
+        strategy: which of these, in the words of config.json.
         block: rows and columns of a block.
         scale_dtype: bfloat16 or float32.
     """
@@ -96,7 +96,7 @@ class CompressedTensors:
 
 @dataclass(frozen=True)
 class Fbgemm:
-    """fbgemm's FP8, as Llama 3.1 405B is published: float8_e4m3fn and, as `_scale`, a float32 scale for each row."""
+    """fbgemm, the form of Llama 3.1 405B: float8_e4m3fn, and `_scale` with a float32 scale for each row."""
 
     def tensors(self, name: str, info: TensorInfo, generator: Generator) -> dict[str, Tensor]:
         return CompressedTensors("channel", scale_dtype="float32").tensors(name, info, generator)
@@ -117,7 +117,7 @@ def _codes(info: TensorInfo, generator: Generator) -> Tensor:
 
 
 def _scales(grid: tuple[int, ...], fan_in: int, dtype: str, generator: Generator) -> Tensor:
-    """Scales between half and twice the one that gives the matrix its size."""
+    """Random scales between half and twice the scale that keeps the outputs near 1."""
     import torch
 
     values = fan_in**-0.5 * 2 ** (2 * torch.rand(grid, generator=generator) - 1)

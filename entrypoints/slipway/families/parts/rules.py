@@ -1,7 +1,7 @@
-"""The rules that relate Hugging Face tensors to Megatron's, each in both directions.
+"""The rules between Hugging Face's tensors and Megatron's, in both directions.
 
-A family lists cells. A cell joins some parts of Hugging Face tensors to some parts of Megatron tensors by an
-operation that can be undone; import runs it forward, export backward, so there is one table for both.
+A family lists cells. A cell has some parts of Hugging Face tensors, some parts of Megatron tensors, and an operation
+between them that can be undone. Import applies it and export undoes it, so one list serves both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from slipway.errors import DataError
 from slipway.tensors.bits import Bits, contiguous, empty
 from slipway.tensors.refs import Ref, TensorInfo
 
-MAX_CELL_BYTES = 32 << 20
+MAX_CELL_BYTES = 32 << 20  # large enough for fast reads and writes, small enough that every core has its own
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -45,7 +45,7 @@ SAME = _Same()
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
-    """Another operation behind a matrix that Hugging Face stores the other way round."""
+    """Another operation, for a matrix that Hugging Face stores transposed."""
 
     inner: Operation = SAME
 
@@ -57,7 +57,7 @@ class Transposed:
 
 
 class AlternatingRows:
-    """gate_up with the rows of gate and up in turn ↔ gate, up."""
+    """gate_up, in which rows of gate and up alternate ↔ gate, up."""
 
     def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         (both,) = parts
@@ -72,11 +72,11 @@ class AlternatingRows:
 
 @dataclass(frozen=True, slots=True)
 class GroupedQKV:
-    """q, k, v ↔ the rows of each KV group in turn: its queries, its key, its value.
+    """q, k, v ↔ one matrix, KV group by KV group: the rows of its queries, its key, its value.
 
     Args:
         groups: KV groups.
-        queries: query rows of one group (query heads per group × head size).
+        queries: query rows of one group: query heads per group × head size.
         head_dim: rows of one key or value head.
     """
 
@@ -85,6 +85,7 @@ class GroupedQKV:
     head_dim: int
 
     def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
+        # Joined in place, in memory that is used again: np.concatenate alone would allocate the result anew.
         whole = empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
         np.concatenate([_grouped(part, self.groups) for part in parts], axis=1, out=_grouped(whole, self.groups))
         return (whole,)
@@ -97,13 +98,13 @@ class GroupedQKV:
 
 
 def _grouped(part: Bits, groups: int) -> Bits:
-    """[groups, rows of one, …] from [rows, …]."""
+    """[rows, …] → [groups, rows of a group, …]."""
     return part.reshape(groups, -1, *part.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Tensors that Hugging Face stores more than once ↔ one.
+    """Equal tensors in Hugging Face's form ↔ one tensor.
 
     Args:
         names: of the Hugging Face tensors.
@@ -114,7 +115,10 @@ class Copies:
     def to_megatron(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
         for name, part in zip(self.names[1:], parts[1:], strict=True):
             if not (part == parts[0]).all():
-                raise DataError(f"tensor {name} is not the copy of {self.names[0]} that it should be; fetch it again")
+                raise DataError(
+                    f"tensor {name} is not a copy of {self.names[0]}, but Megatron has one tensor for both; "
+                    "download the model again"
+                )
         return parts[:1]
 
     def to_hf(self, parts: tuple[Bits, ...]) -> tuple[Bits, ...]:
@@ -123,7 +127,7 @@ class Copies:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Parts of Hugging Face tensors, the operation, parts of Megatron tensors."""
+    """Parts of Hugging Face tensors, parts of Megatron tensors, and the operation between them: one unit of work."""
 
     hf: tuple[Ref, ...]
     megatron: tuple[Ref, ...]
@@ -131,11 +135,12 @@ class Cell:
 
 
 def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: Operation = SAME) -> Iterator[Cell]:
-    """Cells that carry a tensor (or equal tensors) over unchanged, in row blocks of bounded size.
+    """Cells that copy a tensor (or equal tensors) unchanged, in blocks of rows of limited size.
 
     Args:
-        info: of one Hugging Face tensor, all of which `hf` names.
-        megatron: its rows, if any, are where the tensor's rows go.
+        hf: the whole tensor, or several that are equal.
+        info: of one of them.
+        megatron: where it goes; `rows`, if there are any, has as many rows as the tensor.
     """
     step = max(1, MAX_CELL_BYTES * info.shape[0] // (info.bytes * len(hf)))
     if step >= info.shape[0]:
@@ -149,14 +154,14 @@ def by_rows(hf: tuple[Ref, ...], megatron: Ref, info: TensorInfo, op: Operation 
 
 
 def qkv_by_groups(hf: tuple[Ref, ...], megatron: Ref, op: GroupedQKV, row_bytes: int) -> Iterator[Cell]:
-    """Cells that join whole tensors q, k and v to Megatron's, some KV groups at a time.
+    """Cells that join whole tensors q, k and v to one of Megatron's, some KV groups in each cell.
 
     Args:
         op: for all groups.
-        row_bytes: size of one row.
+        row_bytes: bytes of one row.
     """
     sizes = (op.queries, op.head_dim, op.head_dim)
-    step = max(1, MAX_CELL_BYTES // (2 * sum(sizes) * row_bytes))  # in memory twice: the parts, and joined
+    step = max(1, MAX_CELL_BYTES // (2 * sum(sizes) * row_bytes))  # twice in memory: the parts, and joined
     if step >= op.groups:
         yield Cell(hf, (megatron,), op)
         return
@@ -169,12 +174,12 @@ def qkv_by_groups(hf: tuple[Ref, ...], megatron: Ref, op: GroupedQKV, row_bytes:
 
 @dataclass
 class Rules:
-    """Every tensor of a model on both sides, and the cells that relate them.
+    """Every tensor of a model on both sides, and the cells between them.
 
     Args:
         hf: name → TensorInfo of the BF16 form.
         megatron: key → TensorInfo, without NeMo's prefix `module.`.
-        extra_state: keys for which Transformer Engine expects an entry.
+        extra_state: keys under which Transformer Engine expects an entry.
     """
 
     hf: dict[str, TensorInfo] = field(default_factory=dict)
@@ -185,11 +190,11 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A module on both sides, and the rules that its tensors are added to.
+    """A module on both sides. Its methods add tensors to the rules.
 
     Args:
-        hf, megatron: what its tensors' names begin with.
-        index, stack: its place in a stack of such modules under one key, and that stack's sizes.
+        hf, megatron: the beginning of its tensors' names.
+        index, stack: its place in a stack of such modules under one key, and the sizes of that stack.
     """
 
     rules: Rules
@@ -203,7 +208,7 @@ class Scope:
         return replace(self, hf=self.hf + hf, megatron=self.megatron + megatron)
 
     def stacked(self, hf: str, megatron: str, place: int, count: int) -> Scope:
-        """A module inside that Megatron stacks with its like."""
+        """A module inside, which Megatron stacks with others of its kind: number `place` of `count`."""
         return replace(self.within(hf, megatron), index=(*self.index, place), stack=(*self.stack, count))
 
     def source(self, name: str, *shape: int, dtype: str = "BF16") -> Ref:
@@ -217,18 +222,18 @@ class Scope:
         return Ref(self.megatron + key, self.index)
 
     def same(self, name: str, key: str, *shape: int, dtype: str = "BF16") -> None:
-        """A tensor that goes over unchanged."""
+        """A tensor that is the same on both sides."""
         target = self.target(key, *shape, dtype=dtype)
         self.rules.cells += by_rows((self.source(name, *shape, dtype=dtype),), target, TensorInfo(shape, dtype))
 
     def copied(self, names: Iterable[str], key: str, *shape: int) -> None:
-        """Tensors that are all equal."""
+        """Tensors that are equal in Hugging Face's form and one tensor in Megatron's."""
         parts = tuple(self.source(name, *shape) for name in names)
         op = Copies(tuple(ref.name for ref in parts))
         self.rules.cells += by_rows(parts, self.target(key, *shape), TensorInfo(shape), op)
 
     def joined(self, names: Iterable[str], key: str, rows: int, *width: int) -> None:
-        """Tensors of the same shape that stand one below the other in Megatron's."""
+        """Tensors of the same shape, [rows, *width], that follow each other as rows of one Megatron tensor."""
         names = list(names)
         target = self.target(key, len(names) * rows, *width)
         for number, name in enumerate(names):
@@ -236,37 +241,38 @@ class Scope:
             self.rules.cells += by_rows((self.source(name, rows, *width),), part, TensorInfo((rows, *width)))
 
     def state(self, *modules: str) -> None:
-        """Modules of Transformer Engine's, which asks for an entry of extra state for each."""
+        """Modules of Transformer Engine, which expects an entry of extra state for each."""
         place = ".".join(map(str, self.index or (0,))) + "_" + ".".join(map(str, self.stack or (1,)))
         self.rules.extra_state += [f"{self.megatron}{module}._extra_state/shard_{place}" for module in modules]
 
 
 def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], where: str) -> None:
-    """DataError that names the first tensor of `where` that is missing, surplus or of another shape."""
+    """DataError with the first tensor that is missing, unexpected or of a wrong shape; `where`: its checkpoint."""
     for name in wanted.keys() & found.keys():
         if found[name].dtype not in FLOATS:
             raise DataError(
-                f"{where}: tensor {name} is stored as {found[name].dtype}, which is no known form of weights; "
-                f"known are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
+                f"{where}: tensor {name} is stored as {found[name].dtype}, which is not supported; "
+                f"supported are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
             )
     if missing := sorted(wanted.keys() - found.keys()):
         raise DataError(
-            f"{where}: tensor {missing[0]} is missing{_more(missing)}; "
-            "is the download complete and config.json its own?"
+            f"{where}: tensor {missing[0]} is missing{_more(missing)}; is the download complete, "
+            "and does config.json belong to this model?"
         )
     if surplus := sorted(found.keys() - wanted.keys()):
         raise DataError(
-            f"{where}: tensor {surplus[0]} has no place in the model{_more(surplus)}; is config.json its own?"
+            f"{where}: unexpected tensor {surplus[0]}{_more(surplus)}; does config.json belong to this model?"
         )
     for name, info in wanted.items():
         if found[name].shape != info.shape:
             raise DataError(
-                f"{where}: tensor {name} has shape {list(found[name].shape)}, config.json asks for {list(info.shape)}"
+                f"{where}: tensor {name} has shape {list(found[name].shape)}, but config.json needs "
+                f"{list(info.shape)}; does config.json belong to this model?"
             )
 
 
 def check_coverage(cells: Iterable[Cell], hf: Mapping[str, TensorInfo], megatron: Mapping[str, TensorInfo]) -> None:
-    """AssertionError unless the cells cover every element of every tensor of both sides, counted by bytes."""
+    """AssertionError unless the cells hold every element of every tensor of both sides once, counted in bytes."""
     covered = {("hf", name): 0 for name in hf} | {("megatron", name): 0 for name in megatron}
     for cell in cells:
         for side, refs, infos in (("hf", cell.hf, hf), ("megatron", cell.megatron, megatron)):
