@@ -40,7 +40,7 @@ def test_every_needed_field_is_needed(name):
 
 # (kind, field or section.field, value, what the message says)
 CASES: list[tuple[str, str, Any, str]] = [
-    ("llama31", "num_key_value_heads", 3, "num_attention_heads is no multiple"),
+    ("llama31", "num_key_value_heads", 3, "num_attention_heads is not a multiple"),
     ("llama31", "head_dim", "x", "field head_dim is 'x'"),
     ("llama31", "attention_bias", True, "field attention_bias is True; for llama only False is known"),
     ("llama31", "mlp_bias", True, "field mlp_bias is True"),
@@ -60,8 +60,8 @@ CASES: list[tuple[str, str, Any, str]] = [
     ("deepseek_v3", "first_k_dense_replace", 3, "it must be a whole number from 0 to 2"),
     ("deepseek_v3", "first_k_dense_replace", MISSING, "field first_k_dense_replace is None"),
     ("deepseek_v3", "num_nextn_predict_layers", "1", "field num_nextn_predict_layers is '1'"),
-    ("deepseek_v3", "n_group", 3, "n_routed_experts is no multiple of n_group"),
-    ("deepseek_v3", "num_experts_per_tok", 5, "which the groups cannot give"),
+    ("deepseek_v3", "n_group", 3, "n_routed_experts is not a multiple of n_group"),
+    ("deepseek_v3", "num_experts_per_tok", 5, "the chosen groups have fewer experts"),
     ("deepseek_v3", "num_experts_per_tok", 3, "num_experts_per_tok must be twice topk_group"),
     ("deepseek_v3", "scoring_func", "softmax", "field scoring_func is 'softmax'"),
     ("deepseek_v3", "rms_norm_eps", 1e-5, "field rms_norm_eps is 1e-05"),

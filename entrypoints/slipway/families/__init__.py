@@ -33,10 +33,10 @@ class Family(Protocol):
     FORM: Form  # and how: one of parts/quantized.py
 
     def check(self, c: Config, where: Path) -> None:
-        """DataError for fields that cannot go together, or that Megatron computes in another way."""
+        """DataError for fields that do not fit together, or that Megatron computes in another way."""
 
     def rules(self, c: Config) -> Rules:
-        """Every tensor of both sides and how they relate (parts/rules.py)."""
+        """Every tensor of both sides, and the rules between them (parts/rules.py)."""
 
     def nemo_model(self, c: Config) -> tuple[str, str, dict[str, Any]]:
         """(NeMo's model class, its configuration class, the fields that this config.json sets)."""

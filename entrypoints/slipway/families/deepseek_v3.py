@@ -1,8 +1,8 @@
 """DeepSeek V3 and V3.1: latent attention (MLA), dense layers first, then routed and shared experts, and one layer more
 for multi-token prediction (MTP).
 
-Facts: the router's correction bias is float32 and stays so, for BF16 would make distinct biases equal. The MTP layer is
-numbered after the last; in Hugging Face's form it holds copies of the embedding and of the output layer.
+Facts: the router's correction bias is float32 and stays float32, because BF16 would make different biases equal. The
+MTP layer has the number after the last layer. Hugging Face stores copies of embedding and output layer with it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FORM = Fp8(block=(32, 48))  # small, for tiny models
 
 
 def check(c: Config, where: Path) -> None:
-    """DataError for what the fields cannot be together, or for what Megatron computes in another way."""
+    """DataError for fields that do not fit together, or that Megatron computes in another way."""
     checks.check_only(
         c, where, hidden_act="silu", attention_bias=False, rope_interleave=True, tie_word_embeddings=False,
         moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True,
@@ -56,9 +56,11 @@ def check(c: Config, where: Path) -> None:
 
 def _check_routing(c: Config, where: Path) -> None:
     if c["n_routed_experts"] % c["n_group"]:
-        raise DataError(f"{where}: n_routed_experts is no multiple of n_group")
+        raise DataError(f"{where}: n_routed_experts is not a multiple of n_group")
     if not 1 < c["num_experts_per_tok"] <= c["n_routed_experts"] // c["n_group"] * min(c["topk_group"], c["n_group"]):
-        raise DataError(f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}, which the groups cannot give")
+        raise DataError(
+            f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}; the chosen groups have fewer experts"
+        )
     if _grouped(c) and c["num_experts_per_tok"] // c["topk_group"] != 2:
         raise DataError(
             f"{where}: num_experts_per_tok must be twice topk_group: a group's score is the sum of its best two, "
@@ -67,7 +69,7 @@ def _check_routing(c: Config, where: Path) -> None:
 
 
 def _grouped(c: Config) -> bool:
-    """The router first chooses some of the experts' groups."""
+    """The router first chooses some groups of experts, then experts in them."""
     return c["topk_group"] < c["n_group"]
 
 
@@ -88,7 +90,7 @@ def _check_yarn(c: Config, where: Path) -> None:
 
 
 def rules(c: Config) -> Rules:
-    """How every Hugging Face tensor becomes Megatron's: a key for every layer, as they are not all alike."""
+    """How every Hugging Face tensor becomes Megatron's: a key for every layer, because the layers differ."""
     h, v, layers = c["hidden_size"], c["vocab_size"], c["num_hidden_layers"]
     model, ahead = Scope(Rules()), range(layers, layers + mtp_layers(c))
     embedding = ["model.embed_tokens.weight", *(f"model.layers.{n}.embed_tokens.weight" for n in ahead)]
@@ -109,7 +111,7 @@ def rules(c: Config) -> Rules:
 
 
 def _attention(layer: Scope, c: Config) -> None:
-    """Latent attention: queries, and keys with values, go through a small space with a norm of its own."""
+    """Latent attention: queries, and keys with values, go to a small size, through a norm, and back."""
     h, heads, q, kv = c["hidden_size"], c["num_attention_heads"], c["q_lora_rank"], c["kv_lora_rank"]
     nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
     layer.same("input_layernorm.weight", "input_layernorm.weight", h)
@@ -134,7 +136,7 @@ def _experts(layer: Scope, c: Config) -> None:
 
 
 def _mtp(ahead: Scope, c: Config) -> None:
-    """Multi-token prediction: a layer over the hidden states joined with the next token's embedding."""
+    """Multi-token prediction: a layer whose input is the hidden states joined with the next token's embedding."""
     h = c["hidden_size"]
     ahead.same("eh_proj.weight", "eh_proj.weight", h, 2 * h)
     for name, key in (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head.norm", "final_layernorm")):
@@ -173,7 +175,7 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "moe_router_group_topk": c["topk_group"] if _grouped(c) else None,
             "moe_router_topk_scaling_factor": c["routed_scaling_factor"],
             "max_position_embeddings": c["max_position_embeddings"],
-            "moe_permute_fusion": False,  # a kernel that Triton 3.6 cannot give
+            "moe_permute_fusion": False,  # its kernel needs another Triton than 3.6
             **_rope(c),
             **_prediction(c),
         },
@@ -197,12 +199,12 @@ def _rope(c: Config) -> dict[str, Any]:
 def _prediction(c: Config) -> dict[str, Any]:
     if not mtp_layers(c):
         return {}
-    # NeMo leaves the factor empty, and the loss fails; 0.1 is what the model was trained with at the end.
+    # NeMo leaves the factor empty, and then the loss fails. The model was trained with 0.1 at the end.
     return {"mtp_num_layers": mtp_layers(c), "mtp_loss_scaling_factor": 0.1}
 
 
 def tiny_config() -> dict[str, Any]:
-    """A model of the same make with about 190,000 parameters: one dense layer, two with experts, one for MTP."""
+    """A model of the same kind with about 190,000 parameters: one dense layer, two with experts, one for MTP."""
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

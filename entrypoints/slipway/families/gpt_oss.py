@@ -1,8 +1,8 @@
 """gpt-oss (20b, 120b): mixture of experts with sinks, sliding windows on every other layer, biases everywhere.
 
-Facts: Hugging Face's BF16 form stores the experts' matrices as [experts, in, out], the rows (there: columns) of
-gate and up in turn; Megatron stores [out, in] with gate before up. `down_proj` is square in the real models, so a
-transpose forgotten there shows in no shape, only in a forward pass.
+Facts: Hugging Face's BF16 form stores the experts' matrices as [experts, in, out]. Columns of gate and up alternate in
+it. Megatron stores [out, in], with gate before up. `down_proj` is square in the real models, so no shape shows a
+missing transpose there, only a forward pass does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORM = Mxfp4()
 
 
 def check(c: Config, where: Path) -> None:
-    """DataError for what the fields cannot be together."""
+    """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
     if len(c["layer_types"]) != c["num_hidden_layers"]:
         raise DataError(f"{where}: layer_types has {len(c['layer_types'])} entries for {c['num_hidden_layers']} layers")
@@ -60,7 +60,7 @@ def rules(c: Config) -> Rules:
 
 
 def _experts(module: Scope, h: int, f: int, count: int) -> None:
-    """All experts of a layer, which Hugging Face stacks too."""
+    """All experts of a layer; Hugging Face stacks them too, as Megatron does."""
     gate_up, down = module.source("gate_up_proj", count, h, 2 * f), module.source("down_proj", count, f, h)
     gate_up_bias = module.source("gate_up_proj_bias", count, 2 * f)
     down_bias = module.source("down_proj_bias", count, h)
@@ -99,13 +99,13 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "yarn_original_max_position_embeddings": yarn["original_max_position_embeddings"],
             "yarn_beta_fast": float(yarn["beta_fast"]),
             "yarn_beta_slow": float(yarn["beta_slow"]),
-            # Cosine and sine are multiplied by 0.1·ln(factor) + 1; NeMo's own default cancels that out.
+            # transformers multiplies cosine and sine by 0.1·ln(factor) + 1; NeMo's defaults would not.
             "yarn_mscale": 1.0,
             "yarn_mscale_all_dim": 0.0,
             "yarn_correction_range_round_to_int": bool(yarn.get("truncate", True)),
-            "window_size": (c["sliding_window"] - 1, 0),  # the token itself is one of Hugging Face's
+            "window_size": (c["sliding_window"] - 1, 0),  # Hugging Face counts the token itself, NeMo does not
             "window_attn_skip_freq": sliding,
-            # As shipped, the class asks for kernels that Triton 3.6 or a machine without a GPU cannot give.
+            # The class's own values need kernels that Triton 3.6, or a machine without a GPU, does not have.
             "bias_activation_fusion": False,
             "moe_permute_fusion": False,
         },
@@ -113,7 +113,7 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
 
 
 def tiny_config() -> dict[str, Any]:
-    """A model of the same make with about 130,000 parameters; down_proj is not square."""
+    """A model of the same kind with about 130,000 parameters; down_proj is not square."""
     return {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",

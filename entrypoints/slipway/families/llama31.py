@@ -19,7 +19,7 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def check(c: Config, where: Path) -> None:
-    """DataError for what the fields cannot be together."""
+    """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
     checks.check_only(c, where, hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0)
     if c.get("rope_scaling") is not None:
@@ -51,7 +51,7 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
 
 
 def tiny_config() -> dict[str, Any]:
-    """A model of the same make with about 120,000 parameters."""
+    """A model of the same kind with about 120,000 parameters."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

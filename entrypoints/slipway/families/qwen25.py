@@ -18,7 +18,7 @@ FORM = CompressedTensors()
 
 
 def check(c: Config, where: Path) -> None:
-    """DataError for what the fields cannot be together."""
+    """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
     checks.check_only(c, where, hidden_act="silu", use_sliding_window=False, rope_scaling=None)
 
@@ -35,7 +35,7 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
 
 
 def tiny_config() -> dict[str, Any]:
-    """A tied model of the same make with about 90,000 parameters."""
+    """A tied model of the same kind with about 90,000 parameters."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

@@ -24,7 +24,7 @@ def is_moe(c: Config) -> bool:
 
 
 def check(c: Config, where: Path) -> None:
-    """DataError for what the fields cannot be together."""
+    """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
     checks.check_only(
         c, where, hidden_act="silu", attention_bias=False, use_sliding_window=False, rope_scaling=None,
@@ -33,7 +33,7 @@ def check(c: Config, where: Path) -> None:
     if is_moe(c):
         checks.check_required(c, where, REQUIRED_OF_EXPERTS)
         if c["num_experts_per_tok"] > c["num_experts"]:
-            raise DataError(f"{where}: num_experts_per_tok is more than num_experts")
+            raise DataError(f"{where}: num_experts_per_tok is more than num_experts, which is the most")
 
 
 def rules(c: Config) -> Rules:
@@ -62,16 +62,16 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "moe_ffn_hidden_size": c["moe_intermediate_size"],
             "num_moe_experts": c["num_experts"],
             "moe_router_topk": c["num_experts_per_tok"],
-            # The chosen experts' softmax is over themselves alone if their weights are normalised, else over all.
+            # With normalised weights the softmax is over the chosen experts only, else over all experts.
             "moe_router_pre_softmax": not c.get("norm_topk_prob", False),
             "moe_aux_loss_coeff": c.get("router_aux_loss_coef", 1e-3),
-            "moe_permute_fusion": False,  # a kernel that Triton 3.6 cannot give
+            "moe_permute_fusion": False,  # its kernel needs another Triton than 3.6
         },
     )
 
 
 def tiny_config() -> dict[str, Any]:
-    """A mixture of experts of the same make with about 160,000 parameters."""
+    """A mixture of experts of the same kind with about 160,000 parameters."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

@@ -1,4 +1,4 @@
-"""Checks of a config.json: a DataError names the field, what it is and what it should be."""
+"""Checks of a config.json: a DataError names the field, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def head_dim(c: Config) -> int:
 
 
 def check_required(c: Config, where: Path, required: Kinds) -> None:
-    """DataError for a field that is missing, of another type, or a number that is no size or factor."""
+    """DataError for a field that is missing, of a wrong type, or a number that is out of range."""
     for field, kinds in required.items():
         if field not in c:
-            raise DataError(f"{where}: field {field} is missing; take config.json from the model's own repository")
+            raise DataError(f"{where}: field {field} is missing; download the config.json of this model again")
         if not isinstance(c[field], kinds) or isinstance(c[field], bool):
             wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            raise DataError(f"{where}: field {field} is {c[field]!r}, which is no {wanted}")
+            raise DataError(f"{where}: field {field} is {c[field]!r}; it must be of type {wanted}")
         if isinstance(c[field], (int, float)) and not 0 < c[field] < LARGEST:
             raise DataError(f"{where}: field {field} is {c[field]}, out of range")
 
@@ -61,8 +61,8 @@ def check_only(c: Config, where: Path, **known: Any) -> None:
 
 
 def check_heads(c: Config, where: Path) -> None:
-    """DataError unless every KV group has as many query heads as the others."""
+    """DataError unless all KV groups have the same number of query heads."""
     if c["num_attention_heads"] % c["num_key_value_heads"]:
-        raise DataError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
+        raise DataError(f"{where}: num_attention_heads is not a multiple of num_key_value_heads")
     if type(head_dim(c)) is not int or not 0 < head_dim(c) < LARGEST:
-        raise DataError(f"{where}: field head_dim is {c.get('head_dim')!r}, which is no size of a head")
+        raise DataError(f"{where}: field head_dim is {c.get('head_dim')!r}, which is not the size of a head")

@@ -1,4 +1,4 @@
-"""What the families' decoders have in common: their rules, and the fields of NeMo's configuration.
+"""The common parts of the families' decoders: their rules, and the fields of NeMo's configuration.
 
 Hugging Face's names on the left, Megatron's on the right; h is the hidden size, f the feed-forward size.
 """
@@ -27,12 +27,12 @@ REQUIRED = {
 
 
 def is_tied(c: Config) -> bool:
-    """The output layer is the embedding: no tensor of its own on either side."""
+    """The output layer is the embedding, so neither side has a tensor for it."""
     return bool(c.get("tie_word_embeddings", False))
 
 
 def mtp_layers(c: Config) -> int:
-    """Number of layers for multi-token prediction, after the others."""
+    """Number of layers for multi-token prediction; they come after the others."""
     return c.get(MTP) or 0
 
 
@@ -42,7 +42,7 @@ def without_mtp(c: Config) -> Config:
 
 
 def has_mtp(c: Config, names: Iterable[str]) -> bool:
-    """There is such a layer among the tensors' names."""
+    """The tensors' names show such a layer."""
     return any(name.startswith(f"model.layers.{c['num_hidden_layers']}.") for name in names)
 
 
@@ -50,7 +50,7 @@ def has_mtp(c: Config, names: Iterable[str]) -> bool:
 
 
 def embeddings(model: Scope, c: Config) -> None:
-    """Everything outside the layers."""
+    """The tensors outside the layers."""
     h, v = c["hidden_size"], c["vocab_size"]
     model.same("model.embed_tokens.weight", "embedding.word_embeddings.weight", v, h)
     if not is_tied(c):
@@ -64,7 +64,7 @@ def final_norm(model: Scope, c: Config) -> None:
 
 
 def stacked_layers(model: Scope, c: Config) -> Iterator[Scope]:
-    """The layers of a model whose layers are all alike: Megatron keeps each tensor once, for all layers."""
+    """The layers of a model in which all layers have the same tensors: Megatron stacks each tensor of all layers."""
     layers = c["num_hidden_layers"]
     for layer in range(layers):
         yield model.stacked(f"model.layers.{layer}.", "decoder.layers.", layer, layers)
@@ -114,14 +114,14 @@ def norm_before_experts(layer: Scope, c: Config) -> None:
 
 
 def experts(layer: Scope, h: int, f: int, count: int) -> None:
-    """A router and gated MLPs of which it chooses; Megatron stacks these."""
+    """A router, and the gated MLPs that it chooses from; Megatron stacks the MLPs."""
     layer.same("mlp.gate.weight", "mlp.router.weight", count, h)
     for expert in range(count):
         gated_mlp(layer.stacked(f"mlp.experts.{expert}.", "mlp.experts.experts.", expert, count), h, f)
 
 
 def dense_rules(c: Config, **kinds: bool) -> Rules:
-    """A decoder of attention (of these kinds) and dense MLPs."""
+    """A decoder with attention (`kinds`: options of `attention`) and dense MLPs."""
     model = Scope(Rules())
     embeddings(model, c)
     for layer in stacked_layers(model, c):
@@ -147,6 +147,6 @@ def nemo_fields(c: Config) -> dict[str, Any]:
         "rotary_base": c["rope_theta"],
         "seq_length": c["max_position_embeddings"],
         "share_embeddings_and_output_weights": is_tied(c),
-        # Needs kernels of Apex's, and only where the base itself is trained.
+        # It needs Apex's kernels, and helps only if the base itself is trained.
         "gradient_accumulation_fusion": False,
     }
