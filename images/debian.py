@@ -27,8 +27,8 @@ LOCK = Path(__file__).parent / "debian.lock"
 SUITE = "bookworm"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# What each root file system holds, beside Debian's essential packages and all dependencies. When Triton runs a kernel
-# for the first time it compiles C code that launches it: that needs gcc and the headers of the C library and Python.
+# What each root file system holds, in addition to Debian's essential packages. When Triton runs a kernel for the first
+# time, it compiles C code that launches it: this needs gcc and the headers of the C library and of Python.
 TRITON = ("gcc", "libc6-dev", "libpython3.11-dev")
 BASE = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata", *TRITON)
 BUILD = (*BASE, "ccache", "g++", "make", "python3.11-dev")

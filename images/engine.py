@@ -1,4 +1,4 @@
-"""A Docker engine: the one that answers, else a private one (Debian, as root).
+"""A Docker engine: the running one, or a private one (Debian, as root).
 
 The private engine is docker, containerd and buildx of Debian 13, which apt verifies against Debian's signatures. It is
 unpacked into the store and has its own socket, data and state. An engine that is installed or running is not changed.

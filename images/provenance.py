@@ -1,4 +1,4 @@
-"""What an image was built from and with: pins and builder, as labels of the image and as a SLSA statement beside it."""
+"""What an image was built from and with: pins and builder, as labels of the image and as a SLSA statement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from images.store import sha256_of, store
 
 
 def folder_of(model: str, variant: str) -> Path:
-    """Where the files beside an image lie: provenance.json, sbom.cdx.json."""
+    """The folder in the store for the files about an image: provenance.json, sbom.cdx.json."""
     return store() / "images" / f"{model}-{variant}"
 
 

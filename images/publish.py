@@ -21,7 +21,7 @@ COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compres
 
 
 def archive(model: str, variant: str, out: str, compression: str = "zstd", **given: list[str] | None) -> None:
-    """Write an image as an OCI archive, for example for `podman load`, and beside it OUT.provenance.json.
+    """Write an image as an OCI archive, for example for `podman load`, and OUT.provenance.json next to it.
 
     Args:
         model, variant, given: those of image.image.
@@ -35,15 +35,15 @@ def archive(model: str, variant: str, out: str, compression: str = "zstd", **giv
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as scratch:
         part = Path(scratch) / "image.tar"
         digest = _export(request, request.tag, f"type=oci,dest={part}", compression)
-        beside = Path(scratch) / "provenance.json"
-        provenance.write_statement(beside, request, request.tag, digest)
-        os.replace(beside, f"{target}.provenance.json")
+        statement = Path(scratch) / "provenance.json"
+        provenance.write_statement(statement, request, request.tag, digest)
+        os.replace(statement, f"{target}.provenance.json")
         os.replace(part, target)
     print(f"archive: {target} {digest}, {target.stat().st_size / 1e9:.2f} GB")
 
 
 def push(model: str, variant: str, to: str, compression: str = "zstd", **given: list[str] | None) -> None:
-    """Push an image to a registry that docker is logged in to, and write pushed.json beside the image's provenance.
+    """Push an image to a registry that docker is logged in to, and write pushed.json next to the image's provenance.
 
     Args:
         model, variant, given: those of image.image.

@@ -7,8 +7,8 @@ Three things in the store make one copy:
   lock as a list of requirements, and the store's own path, which is the same for every clone.
 - The unpacked wheels: STORE/uv is uv's cache, and a .venv holds hard links to its files. An installed file must
   therefore never be changed in place: the change would be in every clone.
-- The bytecode: what the first clone compiles is linked into the cache, beside its source, and so comes with the source
-  into the next clone.
+- The bytecode: what the first clone compiles is linked into the cache, next to its source. The next clone gets it with
+  the source.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ LOCKED = (
     ("pulp/solverdir/cbc/linux/arm64/", "a program for another processor"),
     ("pulp/solverdir/cbc/linux/i32/", "a program for another processor"),
 )
-BUILT = (("tests/", "NeMo's own tests, which its wheel installs beside the packages"),)
+BUILT = (("tests/", "NeMo's own tests, which its wheel installs next to the packages"),)
 KEPT = ("pyre_extensions/tests",)  # the package imports it
 # These lose debug information (268 MB); the exported symbols stay.
 STRIPPED = ("triton/_C/libtriton.so",)

@@ -57,7 +57,7 @@ def tree_folder(name: str, state: str) -> Path:
 
 
 def _into_place(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Make `target` unless it exists: it is filled beside its place and renamed when complete."""
+    """Make `target` unless it exists: it is filled in a folder next to it and renamed when complete."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

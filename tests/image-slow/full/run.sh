@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The variant full without a git host. NeMo and Megatron are the real sources; small sources in the folders beside this
-# file take the place of Transformer Engine and Apex. Each is a git clone with a pin in a family's manifest. The CUDA
+# The variant full without a git host. NeMo and Megatron are the real sources; small sources in the folders next to
+# this file take the place of Transformer Engine and Apex. Each is a git clone with a pin in a family's manifest. The CUDA
 # code is compiled for both architectures, twice to the same bytes. A repeated compile uses ccache. Extensions that
 # were silently not compiled stop the build.
 set -euo pipefail

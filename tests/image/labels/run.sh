@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Labels, the files in the image and the files beside it in the store say what the image is made of, and agree.
+# The labels, the files in the image and the files in the store say what the image is made of, and they agree.
 set -euo pipefail
 
 name="${IMAGE#slipway/}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The package index has a module called entrypoints, as our source root is called. Installed beside ours and first on
-# the path of modules, it disturbs no command.
+# The package index has a module called entrypoints, and our source root has the same name. With that module installed,
+# and first on Python's path, every command still works.
 set -euo pipefail
 
 # A stand-in for that package: a module with its metadata, in site-packages as an installer leaves it. It is on

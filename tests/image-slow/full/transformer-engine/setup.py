@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 class BuildCore(build_py):
-    """Build the library beside the package's modules."""
+    """Build the library next to the package's modules."""
 
     def run(self):
         super().run()
