@@ -17,13 +17,15 @@ from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
 
+POLL = 0.02  # seconds between two looks at processes
+LIMIT = 1800.0  # seconds; a safety net, many times what anything here takes on a busy machine
+
 
 def import_nemo() -> None:
     """What a worker imports, without a thread that would not outlive a fork."""
     from slipway.training import cpu
 
     cpu.enable()
-    cpu.enable = lambda: None
     from slipway.training import callbacks, data, modes, repairs  # noqa: F401 (for the forks)
 
     repairs.read_and_write_plain_files()
@@ -50,29 +52,64 @@ def fork(work: Callable[[], int | None], output: Path) -> int:
     os._exit(code)
 
 
-def fork_ranks(ranks: int, port: int, logs: Path, work: Callable[[], None], limit: float = 60) -> bool:
-    """Do `work` as each rank of a world on this machine; True if all ended well in `limit` seconds.
+def fork_ranks(ranks: int, port: int, logs: Path, work: Callable[[], None], may_hang: bool = False) -> str:
+    """Do `work` as each rank of a world on this machine: "done" if all ended well, "failed", or "stuck".
 
     Args:
         logs: folder that gets rankN.log.
+        may_hang: end it when the ranks wait for each other; else after LIMIT seconds, which no run comes near.
     """
-    started, codes = time.monotonic(), {}
-    children = []
+    children, codes = [], {}
     for rank in range(ranks):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
         children.append(fork(work, logs / f"rank{rank}.log"))
-    while len(codes) < ranks and time.monotonic() - started < limit and not any(codes.values()):
+    seen, deadline = Deadlock(children), time.monotonic() + LIMIT
+    while len(codes) < ranks and not any(codes.values()) and time.monotonic() < deadline:
+        if may_hang and seen.look():
+            break
         for child in children:
             pid, status = os.waitpid(child, os.WNOHANG) if child not in codes else (0, 0)
             codes |= {pid: status} if pid else {}
-        time.sleep(0.02)
+        time.sleep(POLL)
     for child in children:
         if child not in codes:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    return len(codes) == ranks and not any(codes.values())
+    if any(codes.values()):
+        return "failed"
+    return "done" if len(codes) == ranks else "stuck"
+
+
+class Deadlock:
+    """Sees that processes wait for each other: their main threads sleep, look after look, and compute nothing.
+
+    No time limit could say so on a busy machine, where a process that could go on has no processor for a while. But
+    such a process is runnable, not asleep.
+    """
+
+    LOOKS = 200
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids, self._before, self._looks = pids, None, 0
+
+    def look(self) -> bool:
+        """Look once more; True when it has looked the same LOOKS times. The caller waits for POLL seconds in between."""
+        now = [_main_thread(pid) for pid in self._pids]
+        asleep = all(state == "S" for state, *_ in now)
+        self._looks = self._looks + 1 if asleep and now == self._before else 0
+        self._before = now
+        return self._looks >= self.LOOKS
+
+
+def _main_thread(pid: int) -> tuple[str, str, str]:
+    """(state, ticks in the program, ticks in the kernel) of a process's main thread, see proc(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "S", "", ""  # it has ended, and nobody waits for it to do more
+    return fields[0], fields[11], fields[12]
 
 
 class Commands:
@@ -88,7 +125,7 @@ class Commands:
 
     def __exit__(self, *_: object) -> None:
         self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.wait(timeout=LIMIT)
 
     def start(self, words: list[str], output: Path) -> Command:
         """Begin a command; what it prints goes to `output`."""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import seconds_of_children
+from printed import not_ours
 from safetensors.torch import load_file, save_file
 from slipway.commands.demo import checks as demo_checks
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[dict, Path]:
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("demo") / "out"
     words = [sys.executable, "-m", "slipway.cli", "demo", "--out", folder, "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    with seconds_of_children() as seconds:
+        done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not not_ours(done.stderr), "no library says anything to the person who reads this"
+    assert seconds[0] < 300, "of a processor, however busy it is with other things"
     return json.loads(done.stdout), folder
 
 
@@ -37,7 +41,6 @@ def test_every_step_ran_and_every_check_passed(finished):
     ):
         assert name in names
     assert len(found["checks"]) == 8 and all(check["passed"] for check in found["checks"])
-    assert sum(step["seconds"] for step in found["steps"]) < 180
     assert (folder / "run" / "loss.png").read_bytes()[1:4] == b"PNG"
 
 

@@ -36,6 +36,7 @@ from slipway.commands import (
 from slipway.commands import inspect as inspect_checkpoint
 from slipway.commands.demo import demo
 from slipway.errors import SlipwayError, UsageError
+from slipway.launch.quiet import quiet
 from slipway.options import Option, Parameter, flag, from_text, given, groups_of, parameters_of, suggestion
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -57,6 +58,7 @@ WIDTH = 100  # of the help's lines
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` is what follows the program's name."""
+    quiet()
     if argv is None:
         program, argv = Path(sys.argv[0]).name, sys.argv[1:]
         argv = [program, *argv] if program in COMMANDS else argv

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from slipway.training.heads import DecodingHeads, distribution_features, heads_loss, token_losses
+from slipway.training.heads import DecodingHeads, distribution_features, token_losses
+from slipway.training.heads_loss import heads_loss
 
 HIDDEN, VOCABULARY, TOKENS = 24, 61, 50
 

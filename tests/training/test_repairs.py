@@ -1,10 +1,28 @@
-"""What megatron-core gets wrong and training mends; what goes wrong in parallel is in test_parallel.py."""
+"""What megatron-core, NeMo and Lightning do wrongly in one process, and how it is repaired.
+
+Each test shows both. If the part about upstream fails, upstream has repaired it: delete the repair. What goes wrong in
+parallel, or ends a run, is in test_parallel.py.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import queue
+import signal
+from multiprocessing.managers import BaseProxy
+
+import pytest
 import torch
 from conftest import make_model
 from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.training import patches
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu() -> None:
+    from slipway.training import cpu
+
+    cpu.enable()
 
 
 def test_routers_keep_their_biases_in_float32(tmp_path):
@@ -13,11 +31,63 @@ def test_routers_keep_their_biases_in_float32(tmp_path):
     from slipway.training.repairs import keep_routers_counts
 
     import_checkpoint(str(make_model(tmp_path / "hf", "deepseek_v3")), str(tmp_path / "nemo"))
-    module = forward.load(tmp_path / "nemo")
+
+    def are_rounded() -> set[bool]:
+        module = forward.load(tmp_path / "nemo")
+        before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("expert_bias")}
+        module.bfloat16()
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+        after = dict(module.named_buffers())
+        return {not torch.equal(after[name].float(), bias) for name, bias in before.items()}
+
+    assert are_rounded() == {True}, "upstream"
     keep_routers_counts()
-    before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("expert_bias")}
-    assert before and all((bias != bias.bfloat16()).any() for bias in before.values())
-    module.bfloat16()
-    found = dict(module.named_buffers())
-    assert all(torch.equal(found[name], bias) for name, bias in before.items())
-    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert are_rounded() == {False}
+
+
+def test_results_of_a_save_need_no_other_process(monkeypatch):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from slipway.training.repairs import read_and_write_plain_files
+
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)  # as it is before the first save
+    before = multiprocessing.active_children()
+    assert isinstance(filesystem_async._get_write_results_queue(), BaseProxy), "upstream"
+    assert len(multiprocessing.active_children()) == len(before) + 1, "upstream"
+    read_and_write_plain_files()
+    assert isinstance(filesystem_async._get_write_results_queue(), queue.SimpleQueue)
+
+
+def test_files_are_opened_without_the_client_for_object_stores():
+    from megatron.core import msc_utils
+    from slipway.training.repairs import read_and_write_plain_files
+
+    assert msc_utils._FeatureFlag(msc_utils._msc_available).is_enabled(), "upstream"
+    read_and_write_plain_files()
+    assert not msc_utils.MultiStorageClientFeature.is_enabled()
+
+
+def test_the_states_of_random_numbers_are_set():
+    """Megatron leaves that to CUDA, which is never initialised here: the state of dropout would never be another."""
+    patch = patches.APPLIED["megatron.core.tensor_parallel.random._set_cuda_rng_state"]
+    state = torch.Generator().manual_seed(5).get_state()
+    before = torch.get_rng_state()
+    patch.before(state)
+    assert torch.equal(torch.get_rng_state(), before), "upstream"
+    patch.after(state)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
+
+
+def test_lightning_leaves_the_signals_alone(tmp_path):
+    import lightning.pytorch as pl
+    from slipway.training.worker import leave_signals_alone
+
+    def handled(trainer: pl.Trainer) -> bool:
+        trainer._signal_connector.register_signal_handlers()
+        found = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return found is not signal.SIG_DFL
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    assert handled(trainer), "upstream"
+    leave_signals_alone(trainer)
+    assert not handled(trainer)

@@ -16,6 +16,7 @@ import slipway
 import torch
 from conftest import free_port, seconds_of_children
 from forked import Cold, Commands
+from printed import not_ours
 from safetensors.torch import load_file
 from slipway.commands.preprocess import preprocess
 from slipway.training.run_folder import RunFolder
@@ -71,11 +72,13 @@ def train(
 def whole(nemo_model, data, tmp_path_factory) -> RunFolder:
     """A run that nothing interrupts, in one process."""
     run = RunFolder(tmp_path_factory.mktemp("whole") / "run")
-    code, output = train(flags(nemo_model, data, run.path, save_every=2))
+    with seconds_of_children() as seconds:
+        code, output = train(flags(nemo_model, data, run.path, save_every=2))
     assert code == 0 and "torch.distributed.run" not in output, output
+    assert seconds[0] < 90, "most of it for the import of NeMo"
     assert re.search(r"worker: NeMo imported in [\d.]+ s", output), output
-    to_first_step = re.search(r"worker: first step done ([\d.]+) s after the start", output)
-    assert to_first_step and float(to_first_step.group(1)) < 45, output
+    assert re.search(r"worker: first step done [\d.]+ s after the start", output), output
+    assert not not_ours(output), "no library says anything to the person who reads this"
     return run
 
 
@@ -262,7 +265,7 @@ def test_a_run_goes_on_only_as_what_it_was(whole, nemo_model, data, slipway):
         ({"data": "none"}, 2, "--data none does not exist"),
         ({"global_batch_size": 3}, 2, "--global-batch-size 3 is not a multiple of"),
         ({"tensor_parallel_size": 2}, 2, "1 processes cannot be split into tensor 2"),
-        ({"steps": 0}, 2, "--steps is 0; it must be at least 1"),
+        ({"steps": 0}, 2, "--steps is 0; it must be 1 or more"),
         ({"nodes": 2}, 2, "2 nodes need --node-rank"),
         ({"data": "FOREIGN"}, 65, "a token id is 100000, the model's vocabulary has 512"),
         ({"data": "GARBLED"}, 65, "garbled.jsonl:1: not a sample"),

@@ -1,12 +1,14 @@
 """Many short training runs by the worker itself, with NeMo imported once: each rank of each run is a fork.
 
-python train_many.py JOBS.json, a list of {"recipe": {...}, "indices": PATH, "ranks": N, "port": N}; what a run leaves
-lies in its recipe's folder.
+python train_many.py JOBS.json, a list of {"recipe": {...}, "indices": PATH, "ranks": N, "port": N}. What a run leaves
+is in the folder of its recipe, and how it ended in the file `end` there. A job can have "without": name of a repair in
+without.py that its ranks do not have, and "continues": the folder of a run, which it goes on with a copy of.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,26 +21,31 @@ from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
 
-def run(job: dict[str, Any]) -> bool:
-    """All ranks of a job ended well."""
-    recipe = Recipe(**job["recipe"])
-    folder = RunFolder.of(recipe)
-    folder.path.mkdir(parents=True)
-    recipe.save(folder.recipe)
-    folder.write_status({"state": "starting", "step": 0, "steps": recipe.steps, "tokens": 0, "why": ""})
+def run(job: dict[str, Any]) -> str:
+    """How the ranks of a job ended: see fork_ranks."""
+    chosen = Recipe(**job["recipe"])
+    folder = RunFolder.of(chosen)
+    if "continues" in job:
+        shutil.copytree(job["continues"], folder.path)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    chosen.save(folder.recipe)
+    folder.write_status({"state": "starting", "step": 0, "steps": chosen.steps, "tokens": 0, "why": ""})
     started = time.monotonic()
-    stop = folder.path / "stop"
-    ok = fork_ranks(
-        job["ranks"],
-        job["port"],
-        folder.path,
-        lambda: worker.run(recipe, Path(job["indices"]), stop, 1, time.time()),
-    )
-    print(f"{folder.path.name}: {'ok' if ok else 'FAILED'} {time.monotonic() - started:.1f} s", flush=True)
-    return ok
+
+    def work() -> None:
+        if "without" in job:
+            from without import take_away
+
+            take_away(job["without"])
+        worker.run(chosen, Path(job["indices"]), folder.path / "stop", 1, time.time())
+
+    end = fork_ranks(job["ranks"], job["port"], folder.path, work, may_hang="without" in job)
+    (folder.path / "end").write_text(end)
+    print(f"{folder.path.name}: {end} {time.monotonic() - started:.1f} s", flush=True)
+    return end
 
 
 if __name__ == "__main__":
     import_nemo()
-    failed = [job for job in json.loads(Path(sys.argv[1]).read_text()) if not run(job)]
+    failed = [job for job in json.loads(Path(sys.argv[1]).read_text()) if run(job) != "done"]
     sys.exit(len(failed))

@@ -1,8 +1,8 @@
 """Real NeMo and Megatron on a machine without a GPU, for tiny models: the demo, the tests and CI.
 
 Megatron-core asks for CUDA devices, streams and random states without looking whether there are any. `enable()`
-answers all of that with the CPU; `configure_model()` and `strategy()` choose the parts of Megatron and NeMo that
-need no kernel of Transformer Engine. Nothing here is used where torch sees a GPU.
+answers all of that with the CPU; `configure_model()` chooses the parts of Megatron that need no kernel of Transformer
+Engine. Nothing here is used where torch sees a GPU.
 """
 
 from __future__ import annotations
@@ -18,17 +18,32 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from slipway.training.patches import MEGATRON, NEMO, TORCH, define, replace, wrap
+
 CPU = torch.device("cpu")
 GPU_ONLY = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+# What torch.cuda is asked for although there is nothing to do, and what has no size here.
+NOTHING_TO_DO = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")
+NO_MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
 
 def enable() -> None:
-    """Make this process run Megatron on the CPU. Call before NeMo or Megatron is imported; says so once."""
+    """Make this process run Megatron on the CPU. Call it before NeMo or Megatron is imported. It may be called again.
+
+    Errors: RuntimeError where Transformer Engine or Apex is imported already, PreflightError from patches.py.
+    """
     _without_kernels()
     _without_compiling()
     _stand_in_for_cuda()
+    _every_call_on_the_cpu()
+    _patch_nemo()
+    _patch_megatron()
+
+
+@functools.cache
+def _every_call_on_the_cpu() -> None:
+    # Modes are stacked: a second one would do the same work again at every call of torch.
     _OnCpu().__enter__()
-    _patch_nemo_and_megatron()
 
 
 class _OnCpu(TorchFunctionMode):
@@ -43,8 +58,9 @@ class _OnCpu(TorchFunctionMode):
         if function is torch.Tensor.to:
             arguments = tuple(CPU if _is_cuda(argument) else argument for argument in arguments)
         if function is torch.Tensor.type and len(arguments) == 1 and not keywords:
-            return function(*arguments).replace("torch.", "torch.cuda.")  # what Megatron's optimizer asserts
-        keywords.pop("pin_memory", None)
+            # Megatron's optimizer refuses parameters whose type is not "torch.cuda.FloatTensor".
+            return function(*arguments).replace("torch.", "torch.cuda.")
+        keywords.pop("pin_memory", None)  # pinning needs the CUDA driver
         return function(*arguments, **keywords)
 
 
@@ -73,7 +89,7 @@ def _without_compiling() -> None:
         raise RuntimeError("no GPU: CUDA extensions are not compiled")
 
     # Megatron compiles a CUDA allocator when it is imported, wherever it finds nvcc.
-    cpp_extension.load_inline = refuse
+    replace(cpp_extension, "load_inline", refuse, TORCH)
 
 
 class _Stream:
@@ -87,72 +103,91 @@ class _Stream:
 
 
 def _stand_in_for_cuda() -> None:
-    cuda = torch.cuda
-    cuda.current_device = lambda: CPU
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_, **__: None
-    cuda.Stream = cuda.Event = _Stream
-    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
-    cuda.stream = lambda _: contextlib.nullcontext()
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.manual_seed = torch.default_generator.manual_seed
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, lambda *_, **__: 0)
+    """Megatron calls torch.cuda without asking whether there is a GPU: each call gets the CPU's answer."""
+    states = {
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+    }
+    answers = {
+        "current_device": lambda: CPU,
+        "stream": lambda _: contextlib.nullcontext(),
+        "manual_seed": torch.default_generator.manual_seed,
+        **dict.fromkeys(("Stream", "Event"), _Stream),
+        **dict.fromkeys(("current_stream", "default_stream"), lambda *_: _Stream()),
+        **dict.fromkeys(NOTHING_TO_DO, lambda *_, **__: None),
+        **dict.fromkeys(NO_MEMORY, lambda *_, **__: 0),
+    }
+    for name, answer in (answers | states).items():
+        replace(torch.cuda, name, answer, TORCH)
+    for name, answer in states.items():
+        replace(torch.cuda.random, name, answer, TORCH)  # torch.random calls them by this name
 
 
-def _patch_nemo_and_megatron() -> None:
-    from megatron.core import tensor_parallel
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.transformer import torch_norm
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+def _patch_nemo() -> None:
     from nemo.collections.llm.peft import lora
     from nemo.collections.llm.peft import utils as peft_utils
     from nemo.lightning.io import pl
     from nemo.lightning.pytorch.strategies import megatron_strategy
 
     # Asserts that CUDA is initialised; there are no devices to choose from here.
-    pl._fix_tensors_device = lambda checkpoint: checkpoint
-    tensor_parallel.random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # Named but not defined where Transformer Engine is absent; no module is of these classes.
-    moe_utils.te_general_gemm = None
-    peft_utils.HAVE_TE = False
-    lora.te = types.SimpleNamespace(Linear=type("Linear", (), {}))
-    # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
-    rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb or NotImplemented
+    replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint, NEMO)
+    # Both say that Transformer Engine is there, because Megatron's module about it can be imported without it.
+    replace(peft_utils, "HAVE_TE", False, NEMO)
+    replace(lora, "te", types.SimpleNamespace(Linear=type("Linear", (), {})), NEMO)
+    wrap(megatron_strategy, "init_model_parallel", _and_seed, NEMO)
 
-    # An expert adds its bias in place, which autograd refuses on what a custom function returned.
-    row_parallel = tensor_parallel.RowParallelLinear.forward
 
-    @functools.wraps(row_parallel)
-    def row_parallel_and_clone(self, input_):
-        output, bias = row_parallel(self, input_)
-        return output.clone() if output.requires_grad else output, bias
-
-    tensor_parallel.RowParallelLinear.forward = row_parallel_and_clone
-    torch_norm.WrappedTorchNorm.__new__ = _norm_under_sequence_parallelism(torch_norm.WrappedTorchNorm.__new__)
-
-    @functools.wraps(moe_utils.maybe_move_tensor_to_cpu)
-    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
-        # The original converts CUDA tensors only, and the all-to-all then refuses its split sizes.
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    init_model_parallel = megatron_strategy.init_model_parallel
+def _and_seed(init_model_parallel: Callable[..., None]) -> Callable[..., None]:
+    """Megatron's random states are set up with the first CUDA device, which never comes."""
+    from megatron.core import tensor_parallel
 
     @functools.wraps(init_model_parallel)
-    def init_model_parallel_and_seed(model=None):
-        # Megatron's random states are set up with the first CUDA device, which never comes.
+    def init_model_parallel_and_seed(model: Any = None) -> None:
         init_model_parallel(model)
         tensor_parallel.model_parallel_cuda_manual_seed(torch.initial_seed() % 2**31)
 
-    megatron_strategy.init_model_parallel = init_model_parallel_and_seed
-    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    return init_model_parallel_and_seed
+
+
+def _patch_megatron() -> None:
+    from megatron.core import tensor_parallel
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    set_state = torch.cuda.set_rng_state  # the CPU's by now
+    replace(tensor_parallel.random, "_set_cuda_rng_state", set_state, MEGATRON)
+    define(moe_utils, "te_general_gemm", None, MEGATRON)  # asked for, but imported with Transformer Engine alone
+    # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
+    wrap(rope_utils, "fused_apply_rotary_pos_emb", lambda kernel: kernel or NotImplemented, MEGATRON)
+    wrap(tensor_parallel.RowParallelLinear, "forward", _and_clone, MEGATRON)
+    wrap(torch_norm.WrappedTorchNorm, "__new__", _norm_under_sequence_parallelism, MEGATRON)
+    # The dispatcher has imported it by name.
+    for module in (moe_utils, token_dispatcher):
+        replace(module, "maybe_move_tensor_to_cpu", _maybe_as_numpy, MEGATRON)
+
+
+def _and_clone(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """An expert adds its bias in place, which autograd refuses on what a custom function returned."""
+
+    @functools.wraps(forward)
+    def forward_and_clone(self: Any, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, bias = forward(self, input_)
+        return output.clone() if output.requires_grad else output, bias
+
+    return forward_and_clone
+
+
+def _maybe_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's function converts CUDA tensors only, and the all-to-all then refuses its split sizes."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _norm_under_sequence_parallelism(make: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    """Megatron refuses torch's norms there, which works on each token alone: its weight's gradient must be summed."""
+    """Megatron refuses torch's norms there. They work on each token alone; only the gradient of the weight, which comes
+    from this rank's tokens, must be summed over the ranks, and Megatron does so for what is marked."""
 
-    def make_and_mark(cls, config, *arguments, **options):
+    def make_and_mark(cls: type, config: Any, *arguments: Any, **options: Any) -> torch.nn.Module:
         plain = copy.copy(config)
         plain.sequence_parallel = False
         norm = make(cls, plain, *arguments, **options)
@@ -163,7 +198,7 @@ def _norm_under_sequence_parallelism(make: Callable[..., torch.nn.Module]) -> Ca
     return make_and_mark
 
 
-# ---------------------------------------------------------------------------- the model and the strategy
+# ---------------------------------------------------------------------------- the model
 
 UNFUSED = {
     "moe_grouped_gemm": False,
@@ -186,8 +221,7 @@ def configure_model(config: Any) -> None:
     All arithmetic is float32: the CPU's bfloat16 is slow and no closer to a GPU's.
     """
     for name, value in UNFUSED.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
+        replace(config, name, value, MEGATRON)
     config.transformer_layer_spec = local_layer_spec
     config.bf16 = config.fp16 = False
     config.params_dtype = config.pipeline_dtype = config.autocast_dtype = torch.float32
@@ -252,17 +286,6 @@ def linear_on_every_rank() -> type:
         def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
             return super().forward(input_), None
 
-    multi_latent_attention.TELinear = Linear  # the class that is asked for when it is given parallel_mode
+    # Megatron passes parallel_mode to this class alone.
+    replace(multi_latent_attention, "TELinear", Linear, MEGATRON)
     return Linear
-
-
-def strategy(**options: Any) -> Any:
-    """NeMo's MegatronStrategy over gloo; `options` are its own.
-
-    Timers stay off: NeMo's progress line makes rank 0 alone read them, and reading is a collective.
-    """
-    import nemo.lightning as nl
-
-    made = nl.MegatronStrategy(process_group_backend="gloo", **options)
-    made.timers = None
-    return made

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from slipway.checkpoint.compare import Different, Model
 from slipway.checkpoint.torch_dist import PREFIX
 from slipway.errors import DataError
+from slipway.launch.quiet import quiet
 from slipway.tensors.bits import to_torch
+from slipway.training.patches import MEGATRON, replace
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -65,7 +67,8 @@ def logits_of_nemo(checkpoint: Path, tokens: Tensor) -> Tensor:
     import torch
 
     module = load(checkpoint)
-    module.mtp_process = False  # what multi-token prediction adds is a loss, for which it wants labels
+    # Multi-token prediction adds a loss only, and needs labels for it.
+    replace(module, "mtp_process", False, MEGATRON)
     tokens = tokens.to(next(module.parameters()).device)
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     with torch.no_grad():
@@ -74,8 +77,6 @@ def logits_of_nemo(checkpoint: Path, tokens: Tensor) -> Tensor:
 
 def load(checkpoint: Path) -> GPTModel:
     """NeMo's model in evaluation mode, its weights loaded by megatron-core's own reader; in float32."""
-    from slipway.training.worker import quiet
-
     quiet()
     import torch
 

@@ -7,6 +7,7 @@ on saves that part alone, under keys with `.adapter.` in them. The forward step 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import Tensor
 from torch.nn import functional
 
-from slipway.training.heads import DecodingHeads, heads_loss
+from slipway.training.heads import DecodingHeads
+from slipway.training.heads_loss import heads_loss
+from slipway.training.patches import NEMO, replace, wrap
 from slipway.training.steps import attention_options, megatron_gpt
 
 
@@ -33,7 +36,7 @@ class FromBase(PEFT):
 
     def apply_transform(self, trainer: Any) -> None:
         super().apply_transform(trainer)
-        self.wrapped_io.model_ckpt_path = Path(self.base)
+        replace(self.wrapped_io, "model_ckpt_path", Path(self.base), NEMO)
 
 
 class HeadsTransform(FromBase):
@@ -92,8 +95,11 @@ def leave_out_backward() -> None:
 
     With a backward half every stage would wait for a gradient of what it sent, which a frozen base never makes.
     """
-    schedule_of = MegatronStep.__dict__["forward_backward_func"].func
-    MegatronStep.forward_backward_func = property(lambda step: _forward_alone(schedule_of(step)))
+    wrap(MegatronStep, "forward_backward_func", _property_of_forward_alone, NEMO)
+
+
+def _property_of_forward_alone(found: functools.cached_property) -> property:
+    return property(lambda step: _forward_alone(found.func(step)))
 
 
 def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable[..., list[dict[str, Tensor]]]:

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slipway.families import by_model_type
-from slipway.families.parts.checks import head_dim
-from slipway.families.parts.decoder import MTP
+from slipway.families.checks import head_dim
+from slipway.families.decoder import MTP
 from slipway.training.recipe import Recipe
 
 BF16, FP32 = 2, 4
 GRADIENT, OPTIMIZER = FP32, 3 * FP32  # of a weight; the optimizer keeps a master copy and two moments
-CHUNK = 1024  # tokens whose logits exist at once under the heads
+CHUNK = 1024  # tokens whose logits exist at once under the heads: heads_loss.CHUNK_TOKENS, which needs torch
 OVERHEAD = 3e9  # CUDA's context, communicators, workspaces, fragments
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 STACKED = ".experts.experts."

@@ -17,7 +17,7 @@ from nemo.lightning.pytorch.callbacks.peft import PEFT
 
 from slipway.training.heads_on_nemo import FromBase, HeadsTransform, heads_step, leave_out_backward
 from slipway.training.recipe import Recipe
-from slipway.training.repairs import mend
+from slipway.training.repairs import mark_experts
 from slipway.training.steps import language_model_step
 
 
@@ -33,7 +33,7 @@ class LoRA(FromBase, NemoLoRA):
         for layer in model.modules():
             if isinstance(layer, TransformerLayer):
                 self._begin(layer)
-        return mend(model)
+        return mark_experts(model)
 
     def _begin(self, layer: TransformerLayer) -> None:
         """Give every adapter of a layer this rank's part of a whole drawn for its place in the whole model.

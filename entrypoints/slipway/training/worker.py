@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipway.errors import SlipwayError
 from slipway.launch.failure import leave_word
+from slipway.launch.quiet import quiet
 from slipway.signals import heed_the_parent_alone
+from slipway.training.patches import LIGHTNING, NEMO, replace, wrap
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.troubles import explained
@@ -104,26 +104,12 @@ def _where(on_gpu: bool) -> str:
     return "no GPU: running on the CPU with gloo, for small models only"
 
 
-def quiet() -> None:
-    """Leave a log that people read to people: errors of the libraries, not their hundreds of notes.
-
-    SLIPWAY_VERBOSE=1 brings everything back.
-    """
-    if os.environ.get("SLIPWAY_VERBOSE") != "1":
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.WARNING)
-        logging.raiseExceptions = False  # NeMo's log files may lie on the disk that is full
-        telemetry = logging.getLogger("nv_one_logger")  # complains of every run that ends by an exception
-        telemetry.propagate = False
-        telemetry.addHandler(logging.NullHandler())
-
-
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     """NeMo's model as the checkpoint's context describes it, set up for the mode and the machine; no weights yet."""
     from nemo.lightning.io import load_context
 
     from slipway.training.modes import MODES
-    from slipway.training.repairs import mend, scale_auxiliary_loss
+    from slipway.training.repairs import mark_experts, scale_auxiliary_loss
     from slipway.training.steps import TokenLoss, data_step
 
     model = load_context(Path(recipe.model) / "context", subpath="model")
@@ -131,15 +117,15 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     config.seq_length = recipe.seq_length
     config.calculate_per_token_loss = True
     scale_auxiliary_loss(config, recipe)
-    build = config.configure_model
-    config.configure_model = lambda *arguments, **options: mend(build(*arguments, **options))
+    wrap(config, "configure_model", lambda build: lambda *args, **kwargs: mark_experts(build(*args, **kwargs)), NEMO)
     if recipe.recompute == "full" and recipe.mode != "heads":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if recipe.is_frozen:
         config.moe_router_bias_update_rate = 0.0
     config.data_step_fn = data_step
     config.forward_step_fn = MODES[recipe.mode].forward_step
-    model._training_loss_reduction = model._validation_loss_reduction = TokenLoss()
+    for name in ("_training_loss_reduction", "_validation_loss_reduction"):
+        replace(model, name, TokenLoss(), NEMO)
     if not on_gpu:
         from slipway.training import cpu
 
@@ -229,18 +215,14 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         "save_ckpt_format": "torch_dist",
         "ckpt_async_save": False,  # a checkpoint that is still being written must not look complete
     }
-    if on_gpu:
-        strategy = nl.MegatronStrategy(**options)
-    else:
-        from slipway.training import cpu
-
-        strategy = cpu.strategy(**options)
+    if not on_gpu:
+        options["process_group_backend"] = "gloo"
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         num_nodes=nodes,
         max_steps=recipe.steps,
-        strategy=strategy,
+        strategy=nl.MegatronStrategy(**options),
         plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
         callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
         **_evaluations(recipe),
@@ -250,9 +232,13 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning would end the run at SIGTERM without a checkpoint; stopping is for the launcher and StopOnRequest.
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    leave_signals_alone(trainer)
     return trainer
+
+
+def leave_signals_alone(trainer: Any) -> None:
+    """Lightning would end the run at SIGTERM without a checkpoint; the launcher and StopOnRequest stop it instead."""
+    replace(trainer._signal_connector, "register_signal_handlers", lambda: None, LIGHTNING)
 
 
 def _evaluations(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""The only way in which Slipway changes NeMo, Megatron, Lightning or torch: by name, and for one version of each.
+
+A patch that is applied to another version than the one it was written for does harm that nobody sees: it undoes what
+upstream has repaired since, or sets an attribute that nothing reads any more. So every change goes through `replace`,
+`wrap` or `define`, which stop where the version or the attribute is not the expected one.
+
+Whoever raises a pin changes the version here and runs tests/training/test_repairs.py and test_parallel.py: they show
+for each patch that upstream is still wrong without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from slipway.errors import PreflightError
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A package, and the version of it that the patches were written for."""
+
+    package: str
+    version: str
+
+
+MEGATRON = Upstream("megatron-core", "0.15.3")
+NEMO = Upstream("nemo_toolkit", "2.7.3")
+LIGHTNING = Upstream("lightning", "2.4.0")
+TORCH = Upstream("torch", "2.11.0")
+
+MISSING = object()
+CURE = "install the locked versions with `make setup`, or use the image"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute that was changed; `before` is MISSING where it did not exist."""
+
+    owner: Any
+    name: str
+    before: Any
+    after: Any
+
+
+# Full name of the attribute → its patch, for modules and classes: an instance lives as long as its run.
+APPLIED: dict[str, Patch] = {}
+
+
+def replace(owner: Any, name: str, new: Any, upstream: Upstream) -> None:
+    """Put `new` in the place of an attribute that upstream defines.
+
+    Args:
+        owner: the module, class or object that has the attribute.
+        upstream: the package that the owner belongs to.
+
+    Errors: PreflightError where the attribute does not exist or the package has another version.
+    """
+    wrap(owner, name, lambda _: new, upstream)
+
+
+def wrap(owner: Any, name: str, make: Callable[[Any], Any], upstream: Upstream) -> None:
+    """Replace an attribute by what `make` makes of it. A second call for the same attribute changes nothing.
+
+    Errors: those of `replace`.
+    """
+    before = _found(owner, name, upstream)
+    if before is MISSING:
+        raise PreflightError(f"{upstream.package} {upstream.version} has no {full_name(owner, name)}; {CURE}")
+    _apply(owner, name, before, make)
+
+
+def define(owner: Any, name: str, value: Any, upstream: Upstream) -> None:
+    """Add an attribute that upstream uses without defining it. A second call changes nothing.
+
+    Errors: PreflightError where upstream defines it after all, or the package has another version.
+    """
+    before = _found(owner, name, upstream)
+    if before is not MISSING and not _is_applied(owner, name, before):
+        raise PreflightError(f"{upstream.package} {upstream.version} has its own {full_name(owner, name)}; {CURE}")
+    _apply(owner, name, before, lambda _: value)
+
+
+def _found(owner: Any, name: str, upstream: Upstream) -> Any:
+    """The attribute, or MISSING; PreflightError where the package has another version than the patch is for."""
+    if installed(upstream.package) != upstream.version:
+        raise PreflightError(
+            f"{upstream.package} is version {installed(upstream.package)}, but Slipway changes "
+            f"{full_name(owner, name)} of version {upstream.version}; {CURE}"
+        )
+    return getattr(owner, name, MISSING)
+
+
+def _apply(owner: Any, name: str, before: Any, make: Callable[[Any], Any]) -> None:
+    if _is_applied(owner, name, before):
+        return
+    setattr(owner, name, make(before))
+    if isinstance(owner, (ModuleType, type)):
+        APPLIED[full_name(owner, name)] = Patch(owner, name, before, getattr(owner, name))
+
+
+def _is_applied(owner: Any, name: str, found: Any) -> bool:
+    patch = APPLIED.get(full_name(owner, name))
+    return patch is not None and patch.owner is owner and patch.after is found
+
+
+def full_name(owner: Any, name: str) -> str:
+    """The attribute as an error names it: module.attribute or module.Class.attribute."""
+    if isinstance(owner, ModuleType):
+        return f"{owner.__name__}.{name}"
+    kind = owner if isinstance(owner, type) else type(owner)
+    return f"{kind.__module__}.{kind.__qualname__}.{name}"
+
+
+@functools.cache
+def installed(package: str) -> str:
+    """The version of a package, without what its builder added to it (2.11.0+cpu is 2.11.0)."""
+    return importlib.metadata.version(package).partition("+")[0]
