@@ -66,4 +66,5 @@ if __name__ == "__main__":
         folder, port = jobs.parent / job.pop("name"), job.pop("port")
         folder.mkdir()
         ranks = max(job["tensor"] * job["pipeline"], job["expert"])
-        fork_ranks(ranks, port, folder, lambda job=job, target=folder / "weights": save(source, target, **job))
+        work = lambda job=job, target=folder / "weights": save(source, target, **job)  # noqa: E731
+        fork_ranks(ranks, port, folder, work, limit=3000)  # a safety net: it takes seconds

@@ -43,7 +43,7 @@ def saved(four_layers, tmp_path_factory) -> Path:
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     words = [sys.executable, "-W", "ignore", SCRIPT, four_layers, root / "jobs.json"]
-    subprocess.run(words, timeout=280, env=environment, check=True)
+    subprocess.run(words, env=environment, check=True)
     return root
 
 

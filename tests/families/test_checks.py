@@ -61,7 +61,7 @@ CASES: list[tuple[str, str, Any, str]] = [
     ("deepseek_v3", "first_k_dense_replace", MISSING, "field first_k_dense_replace is None"),
     ("deepseek_v3", "num_nextn_predict_layers", "1", "field num_nextn_predict_layers is '1'"),
     ("deepseek_v3", "n_group", 3, "n_routed_experts is not a multiple of n_group"),
-    ("deepseek_v3", "num_experts_per_tok", 5, "the chosen groups have fewer experts"),
+    ("deepseek_v3", "num_experts_per_tok", 5, "the groups have fewer experts"),
     ("deepseek_v3", "num_experts_per_tok", 3, "num_experts_per_tok must be twice topk_group"),
     ("deepseek_v3", "scoring_func", "softmax", "field scoring_func is 'softmax'"),
     ("deepseek_v3", "rms_norm_eps", 1e-5, "field rms_norm_eps is 1e-05"),

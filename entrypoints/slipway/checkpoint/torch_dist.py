@@ -96,7 +96,7 @@ class Reader:
                 end = max(self.extents.get(where.relative_path, 0), where.offset + where.length)
                 self.extents[_plain_name(where.relative_path)] = end
             for key, entry in metadata.state_dict_metadata.items():
-                if hasattr(entry, "chunks"):  # else it is an object that is no tensor, such as extra state
+                if hasattr(entry, "chunks"):  # else it is an object that is not a tensor, such as extra state
                     short = key.removeprefix(PREFIX)
                     self.tensors[short] = TensorInfo(tuple(entry.size), _known(entry.properties.dtype))
                     self._chunks[short] = [_chunk(key, tuple(entry.size), chunk, places) for chunk in entry.chunks]

@@ -59,7 +59,7 @@ def _check_routing(c: Config, where: Path) -> None:
         raise DataError(f"{where}: n_routed_experts is not a multiple of n_group")
     if not 1 < c["num_experts_per_tok"] <= c["n_routed_experts"] // c["n_group"] * min(c["topk_group"], c["n_group"]):
         raise DataError(
-            f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}; the chosen groups have fewer experts"
+            f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}; the groups have fewer experts"
         )
     if _grouped(c) and c["num_experts_per_tok"] // c["topk_group"] != 2:
         raise DataError(
