@@ -8,13 +8,16 @@ VARIANT ?= full
 # Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
 
-.PHONY: help setup lock audit demo docs test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
+.PHONY: help setup transformers5 lock audit demo docs test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 setup:  ## install what uv.lock names into .venv (instant when nothing changed)
 	@$(BUILD) setup
+
+transformers5: setup  ## the newest major of transformers, for the tests that compare with it
+	@$(BUILD) transformers5
 
 lock:  ## resolve the dependencies anew and write uv.lock
 	@$(BUILD) lock
@@ -25,7 +28,7 @@ audit: setup  ## known vulnerabilities of what uv.lock names (needs a network; s
 demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 	@.venv/bin/slipway demo --model $(MODEL)
 
-test: setup lint  ## unit and integration tests
+test: setup transformers5 lint  ## unit and integration tests
 	@.venv/bin/pytest tests --ignore tests/image
 
 docs: setup  ## fill the tables of docs/ and the comments of the recipes from the code

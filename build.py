@@ -8,19 +8,21 @@ import signal
 import sys
 from collections.abc import Callable
 
-from images import audit, debian, engine, image, lock, publish, sbom, setup, size, sqsh, verify
+from images import audit, debian, engine, image, lock, publish, sbom, setup, size, sqsh, transformers5, verify
 from images.store import BuildError
 
 
 def lock_all() -> None:
     """Resolve the Python and the Debian packages again."""
     lock.lock()
+    transformers5.lock()
     debian.lock()
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "setup": (setup.setup, "install what uv.lock names into .venv"),
     "lock": (lock_all, "resolve all dependencies again and write uv.lock and images/debian.lock"),
+    "transformers5": (transformers5.setup, "make .venv-transformers5, for the tests that compare with that major"),
     "check": (lock.check, "check that uv.lock fits pyproject.toml"),
     "audit": (audit.audit, "list known vulnerabilities of the packages in uv.lock"),
     "fetch": (image.fetch, "fetch everything that images are made of into the store"),

@@ -17,8 +17,8 @@ import pytest
 import torch
 from forked import Commands
 from slipway import errors
-from slipway.checkpoint.fabricate import fabricate
 from slipway.families import FAMILIES
+from slipway.families.fabricate import fabricate
 
 
 @pytest.fixture
@@ -68,14 +68,27 @@ def texts() -> list[str]:
 
 DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 YARN = {"factor": 8.0, "beta_fast": 2.0, "beta_slow": 0.5, "original_max_position_embeddings": 96, "type": "yarn"}
-# Every kind of model, by a name for it: (family, what its tiny config is changed by).
+QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+KIMI = {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "rope_theta": 50000.0, "num_nextn_predict_layers": 0}
+MOONLIGHT = {**KIMI, "model_type": "deepseek_v3", "q_lora_rank": None, "rms_norm_eps": 1e-5, "rope_scaling": None}
+# Every kind of model, by a name for it: (family, what its tiny config is changed by; ... takes a field out).
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {}),
     "gpt_oss_yarn": ("gpt_oss", {"rope_scaling": {**YARN, "rope_type": "yarn", "truncate": True}}),
     "llama31": ("llama31", {}),
     "llama3": ("llama31", {"rope_scaling": None, "rope_theta": 500000.0}),
     "llama31_tied": ("llama31", {"tie_word_embeddings": True}),
+    "llama2": ("llama31", {"rope_scaling": None, "rope_theta": ..., "num_key_value_heads": ...}),
+    "llama_linear": ("llama31", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "llama_yarn": ("llama31", {"rope_scaling": {**QWEN_YARN, "attention_factor": 1.3}}),
+    "nemotron_nano": ("llama31", {"rope_theta": 3565775107.26, "head_dim": 32}),
     "qwen25_tied": ("qwen25", {}),
+    "qwen25_yarn": ("qwen25", {"rope_scaling": QWEN_YARN}),
+    "qwen3_yarn": ("qwen3", {**DENSE, "rope_scaling": {**QWEN_YARN, "attn_factor": 0.8782488562869419}}),
+    "qwen3_moe_yarn": ("qwen3", {"rope_scaling": {**QWEN_YARN, "beta_fast": 16, "attention_factor": 0.9}}),
+    "kimi_k2": ("deepseek_v3", KIMI),
+    "moonlight": ("deepseek_v3", MOONLIGHT),
+    "gpt_oss_plain_rope": ("gpt_oss", {"rope_scaling": None}),
     "qwen25_untied": ("qwen25", {"tie_word_embeddings": False}),
     "qwen3_moe": ("qwen3", {}),
     "qwen3_moe_not_normalised": ("qwen3", {"norm_topk_prob": False}),
@@ -95,7 +108,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def config_of(kind: str, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny model of a kind."""
     family, own = KINDS[kind]
-    return {**FAMILIES[family].tiny_config(), **own, **changes}
+    config = {**FAMILIES[family].tiny_config(), **own, **changes}
+    return {name: value for name, value in config.items() if value is not ...}
 
 
 def make_model(folder: Path, kind: str = "gpt_oss", changes: dict[str, Any] | None = None, **options) -> Path:

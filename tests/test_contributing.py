@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from slipway.families import llama31
-from slipway.families.parts import checks, decoder
-from slipway.families.parts.checks import Config
-from slipway.families.parts.rules import Rules
+from slipway.families import checks, decoder
+from slipway.families.checks import Config
+from slipway.families.rules import Rules
 
 NAME = "mistral"
 MODEL_TYPES = ("mistral",)

@@ -44,9 +44,13 @@ class Summary:
 
     def __str__(self) -> str:
         rate = f", {human_bytes(self.bytes / self.seconds)}/s" if self.streamed and self.seconds > 0 else ""
-        details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.details.items())
-        return f"{self.command}: wrote {self.wrote}, {human_bytes(self.bytes)} in {self.seconds:.1f} s{rate}" + (
-            f" ({details})" if details else ""
+        notes = "".join(f"\n{self.command}: note: {note}" for note in self.details.get("notes", ()))
+        shown = {name: value for name, value in self.details.items() if name != "notes"}
+        details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+        return (
+            f"{self.command}: wrote {self.wrote}, {human_bytes(self.bytes)} in {self.seconds:.1f} s{rate}"
+            + (f" ({details})" if details else "")
+            + notes
         )
 
     def as_dict(self) -> dict[str, Any]:

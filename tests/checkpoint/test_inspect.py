@@ -195,7 +195,7 @@ INCOMPLETE = {
     "scales": (rename_scales, "missing scales", "_scales"),
     "a layer": (lambda m: edit_json(m / "config.json", one_layer_more), "missing", "model.layers.2."),
     "a place": (
-        lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=1, layer_types=["x"])),
+        lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=1, layer_types=["full_attention"])),
         "unexpected",
         "model.layers.1.",
     ),

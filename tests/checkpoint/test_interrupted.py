@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, texts
-from slipway.checkpoint.fabricate import fabricate
 from slipway.commands.dequant import dequant
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import WriteError
 from slipway.families import FAMILIES
+from slipway.families.fabricate import fabricate
 
 
 def files(folder: Path) -> dict[str, bytes]:

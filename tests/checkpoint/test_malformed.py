@@ -56,7 +56,7 @@ CASES = {
     ),
     "field missing": (lambda m: edit_json(m / "config.json", lambda c: c.pop("head_dim")), "field head_dim is missing"),
     "field a word": (lambda m: edit_json(m / "config.json", lambda c: c.update(head_dim="x")), "field head_dim is 'x'"),
-    "field negative": (lambda m: edit_json(m / "config.json", lambda c: c.update(hidden_size=-1)), "out of range"),
+    "field negative": (lambda m: edit_json(m / "config.json", lambda c: c.update(hidden_size=-1)), "more than 0"),
     "another size": (lambda m: edit_json(m / "config.json", lambda c: c.update(vocab_size=513)), "has shape"),
     "one layer more": (
         lambda m: edit_json(

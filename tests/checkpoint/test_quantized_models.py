@@ -15,9 +15,8 @@ from slipway.commands.demo.checks import by_definition
 from slipway.commands.dequant import dequant
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import DataError
-from slipway.families import FAMILIES
-from slipway.families.parts import rules
-from slipway.families.parts.quantized import CompressedTensors, Fbgemm, Form, Fp8, Mxfp4
+from slipway.families import FAMILIES, rules
+from slipway.families.quantized import CompressedTensors, Fbgemm, Form, Fp8, Mxfp4
 
 # By a name for each: (kind of model, form). No side is a multiple of 128, 48 or 20 in all of them: ragged edges.
 FORMS: dict[str, tuple[str, Form]] = {
@@ -119,10 +118,7 @@ CASES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "scales of another grid": (lambda t: t.update({SCALE: torch.ones(2, 3)}), "needs scales [4, 2], but"),
     "scales that are no numbers": (lambda t: t.update({SCALE: t[SCALE].to(torch.uint8)}), "stored as U8"),
     "int8 is no FP8": (lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)}), f"{WEIGHT} is stored as I8"),
-    "a scale of BF16": (
-        lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}),
-        f"unexpected tensor {SCALE}; does config.json belong to this model?",
-    ),
+    "a scale of BF16": (lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}), f"unexpected tensor {SCALE}; does config.json belong to this model?"),
     "e5m2": (lambda t: t.update({WEIGHT: t[WEIGHT].float().to(torch.float8_e5m2)}), "is stored as F8_E5M2"),
     "vectors": (lambda t: t.update({WEIGHT: t[WEIGHT].flatten().clone()}), "supported only for matrices"),
 }

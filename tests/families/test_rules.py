@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slipway.errors import DataError
-from slipway.families import FAMILIES
-from slipway.families.parts import rules
+from slipway.families import FAMILIES, rules
 from slipway.tensors.refs import Ref, TensorInfo
 
 sizes = st.integers(1, 6)

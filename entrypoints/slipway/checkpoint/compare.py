@@ -16,10 +16,9 @@ import numpy as np
 
 from slipway.checkpoint import convert, huggingface, inspection, stream
 from slipway.errors import SlipwayError
-from slipway.families import Family, family_of, read_config
-from slipway.families.parts import rules
-from slipway.families.parts.checks import Config
-from slipway.families.parts.decoder import has_mtp, mtp_layers, without_mtp
+from slipway.families import Family, read_config, rules, understood
+from slipway.families.checks import Config
+from slipway.families.decoder import has_mtp, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, contiguous, to_float32
 from slipway.tensors.refs import Ref, TensorInfo
 
@@ -80,7 +79,7 @@ def _open_nemo(path: Path) -> Model:
 def _open_merged(path: Path) -> Model:
     where = path / "config.json"
     config = inspection.base_config(read_config(where))
-    family = family_of(config, where)
+    family, config = understood(config, where)
     reader = huggingface.Reader(path, huggingface.read_folder(path), config)
     base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
     known = config if has_mtp(config, base) else without_mtp(config)

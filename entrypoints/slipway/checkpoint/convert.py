@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from slipway import families
 from slipway.checkpoint import archive, huggingface, lora, nemo_context, torch_dist
+from slipway.checkpoint.companions import Companions, companions_of
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError
-from slipway.families import Family, family_of, read_config
-from slipway.families.parts import rules
-from slipway.families.parts.checks import Config
-from slipway.families.parts.decoder import has_mtp, is_tied, mtp_layers, without_mtp
+from slipway.families import Family, read_config, rules, understood
+from slipway.families.checks import Config
+from slipway.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, data
-from slipway.tensors.refs import Ref, TensorInfo
+from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo
 
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BLOCK_BYTES = 32 << 20
+QUANTIZATION = ("quantization_config", "compression_config")  # where config.json says how weights are quantised
 
 
 def bf16_config(config: Config) -> dict[str, Any]:
     """The config.json of the dequantised model."""
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    return {**{key: value for key, value in config.items() if key not in QUANTIZATION}, "torch_dtype": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -34,26 +40,52 @@ class Opened:
         config: config.json of the Hugging Face form.
         model: the family's rules for this config.json.
         reader: reads its tensors: a Reader of huggingface or torch_dist, or lora.Merged.
+        notes: what a person should know of how it was read.
     """
 
     config: Config
     family: Family
     model: rules.Rules
     reader: Any
+    notes: tuple[str, ...] = ()
 
 
 def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
     """Open a Hugging Face folder; DataError if a tensor is missing, unexpected or damaged."""
-    config: Config = read_config(folder / "config.json")
-    family = family_of(config, folder / "config.json")
+    where = folder / "config.json"
+    config: Config
+    family, config = understood(read_config(where), where)
     reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
-    if is_tied(config):
-        reader.tensors.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
+    notes = families.notes(config)
+    if is_tied(config) and HEAD in reader.tensors:
+        if _same_head(reader):  # some checkpoints store the embedding twice
+            del reader.tensors[HEAD]
+        else:
+            config = {**config, "tie_word_embeddings": False}
+            notes.append(
+                f"{HEAD} is not the embedding, although config.json says so: it is kept, as transformers 5 does"
+            )
     if not has_mtp(config, reader.tensors):
         config = without_mtp(config)  # transformers drops the layer for multi-token prediction, but not its field
     model = family.rules(config)
     rules.check_tensors(reader.tensors, model.hf, str(folder))
-    return Opened(config, family, model, reader)
+    return Opened(config, family, model, reader, tuple(notes))
+
+
+def _same_head(reader: huggingface.Reader) -> bool:
+    """The output layer has the embedding's values; compared in blocks of rows up to the first difference."""
+    info, embedding = reader.tensors[HEAD], reader.tensors.get(EMBEDDING)
+    if embedding is None or info.shape != embedding.shape:
+        return False
+    block = max(1, BLOCK_BYTES * info.shape[0] // max(1, info.bytes))
+    ends = range(0, info.shape[0], block)
+    return all(same_values(reader, HEAD, EMBEDDING, (at, min(at + block, info.shape[0]))) for at in ends)
+
+
+def same_values(reader: huggingface.Reader, one: str, other: str, rows: tuple[int, int]) -> bool:
+    """Whether two tensors have the same values in some rows, whatever their dtypes."""
+    parts = [as_dtype(reader.read(Ref(name, (), rows)), reader.tensors[name].dtype, "F32") for name in (one, other)]
+    return np.array_equal(*parts)
 
 
 Details = dict[str, Any]  # what the summary of a command says besides sizes and time
@@ -74,7 +106,8 @@ def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu"
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
     plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, reader.files(), "dequant")
-    return plan, {"files": len(plan.sizes), "decoded_tensors": len(reader.quantized)}
+    details = {"files": len(plan.sizes), "decoded_tensors": len(reader.quantized)}
+    return plan, details | _said(source.notes, companions_of(folder))
 
 
 def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, Details]:
@@ -114,7 +147,9 @@ def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu"
         return [(f"weights/{file}", offset, layout.empty_state) for file, offset, _ in layout.extra.values()]
 
     context = nemo_context.context_files(*source.family.nemo_model(config), bf16_config(config))
-    others = huggingface.other_files(folder)
+    others = companions_of(folder)
+    tokenizer = others.of_tokenizer().under(f"context/{nemo_context.TOKENIZER}")
+    kept = others.under(f"context/{nemo_context.HF_FILES}")
     plan = Plan(
         sizes={f"weights/{file}": size for file, size in layout.sizes.items()},
         pieces=[*map(piece, model.cells), Piece(0, extra_state)],
@@ -123,18 +158,24 @@ def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu"
             "weights/metadata.json": torch_dist.FORMAT.encode(),
             "weights/common.pt": torch_dist.common_state(),
             "weights/.metadata": layout.metadata(),
+            # transformers finds a tokenizer without a class by the model's type.
+            f"context/{nemo_context.TOKENIZER}/config.json": context[nemo_context.SOURCE_CONFIG],
+            **tokenizer.small,
+            **kept.small,
         },
-        copies={
-            **{f"context/{nemo_context.TOKENIZER}/{file.name}": file for file in others if _is_tokenizer(file)},
-            **{f"context/{nemo_context.HF_FILES}/{file.name}": file for file in others},
-        },
+        copies={**tokenizer.copies, **kept.copies},
         identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
     )
-    return plan, {"tensors": len(tensors)}
+    return plan, {"tensors": len(tensors)} | _said(source.notes, others)
 
 
-def _is_tokenizer(file: Path) -> bool:
-    return file.name.startswith(TOKENIZER_FILES) or file.name == "config.json"
+def _said(notes: Iterable[str], others: Companions) -> Details:
+    """What the summary says of how a model was read, and of what stayed behind."""
+    left_out = (
+        f"left out: {', '.join(others.left_out)}, which no tool of transformers writes" if others.left_out else ""
+    )
+    said = [*notes, *filter(None, [left_out])]
+    return {"notes": said} if said else {}
 
 
 def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
@@ -151,8 +192,7 @@ def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
         raise DataError(f"{context} has no {path.name}; this command needs a checkpoint created by `slipway import`")
-    config = read_config(path)
-    family = family_of(config, path)
+    family, config = understood(read_config(path), path)
     model = family.rules(config)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
     if found and all("adapter." in key for key in found):
@@ -236,7 +276,7 @@ def merge_plan(
         "architectures": ["AutoDecoModelForCausalLM"],
     }
     plan = _hf_plan(layout, pieces, merged, base, reader.files(), "merge")
-    return plan, {"files": len(plan.sizes)}
+    return plan, {"files": len(plan.sizes)} | _said(source.notes, companions_of(base))
 
 
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
@@ -258,8 +298,17 @@ def _hf_plan(
     verb: str,
 ) -> Plan:
     headers = [Piece(0, lambda: [(file, 0, header) for file, header in layout.headers.items()])]
-    small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    kept = companions_of(others)
+    config = {**config, "torch_dtype": _main_dtype(layout.tensors.values())}
+    small = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **kept.small}
     if (index := layout.index()) is not None:
         small[huggingface.INDEX] = index
-    copies = {file.name: file for file in huggingface.other_files(others)} if others.is_dir() else {}
-    return Plan(layout.sizes, headers + pieces, small, copies, [verb, identity_of_files(sources)])
+    return Plan(layout.sizes, headers + pieces, small, kept.copies, [verb, identity_of_files(sources)])
+
+
+def _main_dtype(tensors: Iterable[TensorInfo]) -> str:
+    """torch's name of the dtype that most of the bytes have: what transformers and vLLM load the model in."""
+    sizes: Counter[str] = Counter()
+    for info in tensors:
+        sizes[info.dtype] += info.bytes
+    return TORCH_NAMES[sizes.most_common(1)[0][0]]

@@ -22,9 +22,8 @@ import numpy as np
 from slipway.checkpoint.quantization import decode_fp8_block, decode_mxfp4
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, contiguous, empty, from_torch, to_float32, to_torch
-from slipway.tensors.refs import DTYPE_BYTES, TORCH_NAMES, Ref, TensorInfo
+from slipway.tensors.refs import DTYPE_BYTES, INDEX, TORCH_NAMES, Ref, TensorInfo
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 FP8 = ("F8_E4M3",)
@@ -430,13 +429,3 @@ def one_file(parts: Mapping[str, tuple[Bits, str]]) -> bytes:
         for name, (part, dtype) in parts.items()
     }
     return serialize(described, metadata={"format": "pt"})
-
-
-def other_files(folder: Path) -> list[Path]:
-    """The files of a model other than weights and config.json: tokenizer, generation config, templates, code."""
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.name != "config.json" and not file.name.endswith(weights) and file.name[0] != "."
-    ]

@@ -13,18 +13,29 @@ from typing import Any
 
 from slipway.checkpoint import huggingface, nemo_context
 from slipway.checkpoint.contents import Contents
-from slipway.checkpoint.convert import context_folder
+from slipway.checkpoint.convert import EMBEDDING, HEAD, context_folder, same_values
 from slipway.checkpoint.heads import ADAPTER
 from slipway.checkpoint.heads import FILE as HEADS_FILE
 from slipway.checkpoint.heads import NAMES as HEADS
 from slipway.errors import DataError, UsageError
-from slipway.families import by_model_type, family_of, read_config
-from slipway.families.parts.decoder import has_mtp, is_tied, without_mtp
+from slipway.families import by_model_type, read_config, understood
+from slipway.families.decoder import has_mtp, is_tied, without_mtp
 from slipway.tensors.refs import TensorInfo
 
 BASE = "llm."  # before the names of the base model in a model merged with heads
 MERGED_TYPE = "autodeco"
+# The fields of a merged model's config.json that its base does not have.
+OF_MERGED = {
+    "base_model_type",
+    "base_model_name_or_path",
+    "enable_temperature_head",
+    "enable_top_p_head",
+    "use_enhanced_features",
+    "temperature_hidden_size",
+    "top_p_hidden_size",
+}
 OPTIMIZER = "optimizer."
+SAMPLE_ROWS = 64
 MXFP4_BLOCK = [32]
 MXFP4_SCALES = "_scales"
 
@@ -97,6 +108,8 @@ def _of_huggingface(folder: Path) -> Contents:
     wanted, checked = _wanted_of(config, folder / "config.json", reader.tensors)
     if checked:
         problems = _compare_infos(reader.tensors, wanted) | problems
+    if (differs := _untied(config, reader)) and not problems:
+        problems = {"config.json contradicted": [differs]}
     merged = config.get("model_type") == MERGED_TYPE
     base = sum(name.startswith(BASE) for name in reader.tensors)
     return Contents(
@@ -111,6 +124,21 @@ def _of_huggingface(folder: Path) -> Contents:
         checked=checked or ("the index" if (folder / huggingface.INDEX).is_file() else ""),
         problems=problems,
     )
+
+
+def _untied(config: Mapping[str, Any], reader: huggingface.Reader) -> str:
+    """What is wrong where config.json ties the output layer to the embedding and the file has another one.
+
+    A few rows of both are compared: reading all of them would take as long as the file is large.
+    """
+    if not is_tied(config) or not {HEAD, EMBEDDING} <= reader.tensors.keys():
+        return ""
+    rows = reader.tensors[HEAD].shape[0]
+    step = max(1, rows // SAMPLE_ROWS)
+    for row in range(0, rows, step):
+        if not same_values(reader, HEAD, EMBEDDING, (row, row + 1)):
+            return f"tie_word_embeddings is true, but {HEAD} is not the embedding; `import` keeps it, untied"
+    return ""
 
 
 def _stored_in(folder: Path) -> tuple[dict[str, huggingface.Stored], dict[str, list[str]]]:
@@ -181,7 +209,8 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the base inside a merged model; of any other model, its own."""
     if config.get("model_type") != MERGED_TYPE:
         return dict(config)
-    return {**config, "model_type": config.get("base_model_type")}
+    base = {name: value for name, value in config.items() if name not in OF_MERGED}
+    return {**base, "model_type": config.get("base_model_type")}
 
 
 def _wanted_of(
@@ -191,7 +220,7 @@ def _wanted_of(
     base = base_config(config)
     if not _known(base):
         return {}, ""
-    family = family_of(base, where)
+    family, base = understood(base, where)
     prefix = BASE if config.get("model_type") == MERGED_TYPE else ""
     names = [name.removeprefix(prefix) for name in found]
     wanted = family.rules(base if has_mtp(base, names) else without_mtp(base)).hf
@@ -256,7 +285,8 @@ def _wanted_by_nemo(
         return heads, "the heads' names", model
     if not _known(config):
         return {}, "", model
-    wanted: dict[str, TensorInfo | None] = {**family_of(config, path).rules(config).megatron}
+    family, known = understood(config, path)
+    wanted: dict[str, TensorInfo | None] = {**family.rules(known).megatron}
     return wanted | heads, f"context/{path.name}", model
 
 

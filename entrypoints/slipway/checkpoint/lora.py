@@ -20,7 +20,7 @@ import numpy as np
 from slipway.checkpoint import huggingface
 from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError
-from slipway.families.parts import rules
+from slipway.families import rules
 from slipway.tensors.bits import Bits, as_dtype, to_float32
 from slipway.tensors.refs import Ref, TensorInfo
 

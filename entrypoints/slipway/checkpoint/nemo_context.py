@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slipway.families.decoder import Symbol
+
 TOKENIZER = "nemo_tokenizer"
 SOURCE_CONFIG = "hf_config.json"
 HF_FILES = "hf_files"  # the other files of the source, which export restores
@@ -23,13 +25,6 @@ class Call:
 
     target: str
     arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """A Python object by its name, as "module:name"."""
-
-    target: str
 
 
 class _Graph:

@@ -1,7 +1,7 @@
 """One module per model family, all with the same parts (the protocol Family); `family_of` finds a config.json's own.
 
-A file in this folder is a family. What they are made of lies in parts/. No other file of the package names a family:
-commands, recipes, tests and docs derive the list from here.
+A file in this folder is a family, but for the PARTS that families are made of. No other file of the package names a
+family: commands, recipes, tests and docs derive the list from here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from slipway.errors import DataError
-from slipway.families.parts.checks import Config, Kinds, check_required
+from slipway.families.checks import Config, Kinds, check_required
+from slipway.families.config import canonical
+from slipway.families.fields import Fields, check_fields
 from slipway.options import suggestion
 
 if TYPE_CHECKING:
-    from slipway.families.parts.quantized import Form
-    from slipway.families.parts.rules import Rules
+    from slipway.families.quantized import Form
+    from slipway.families.rules import Rules
+
+# Files here that are no family.
+PARTS = {"checks", "config", "decoder", "fabricate", "fields", "quantized", "rope", "rules"}
 
 
 class Family(Protocol):
@@ -29,14 +34,19 @@ class Family(Protocol):
     NAME: str  # what commands call it: the name of its file
     MODEL_TYPES: tuple[str, ...]  # the values of `model_type` in config.json that it serves
     REQUIRED: Kinds  # the fields of config.json that are needed
+    ALIASES: Mapping[str, str]  # other names that transformers has had for fields
+    FIELDS: Fields  # every field that is known, and what becomes of it
     QUANTIZED: tuple[str, ...]  # which tensors its published checkpoints hold quantised, by the ends of their names
-    FORM: Form  # and how: one of parts/quantized.py
+    FORM: Form  # and how: one of quantized.py
+
+    def defaults(self, c: Config) -> Config:
+        """What transformers assumes for fields that the file does not have."""
 
     def check(self, c: Config, where: Path) -> None:
         """DataError for fields that do not fit together, or that Megatron computes in another way."""
 
     def rules(self, c: Config) -> Rules:
-        """Every tensor of both sides, and the rules between them (parts/rules.py)."""
+        """Every tensor of both sides, and the rules between them (rules.py)."""
 
     def nemo_model(self, c: Config) -> tuple[str, str, dict[str, Any]]:
         """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
@@ -49,7 +59,7 @@ class _Families(Mapping[str, Family]):
     """Name → family. The names are known from the files; a family is imported when it is asked for."""
 
     def __init__(self) -> None:
-        self._names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+        self._names = sorted({module.name for module in pkgutil.iter_modules(__path__)} - PARTS)
 
     def __getitem__(self, name: str) -> Family:
         if name not in self._names:
@@ -86,13 +96,37 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def family_of(config: Config, where: Path) -> Family:
-    """The family; DataError for an unknown architecture or a missing field."""
+    """The family that a config.json's model_type is of; DataError for an unknown architecture."""
     kind, known = config.get("model_type"), by_model_type()
     if not isinstance(kind, str) or kind not in known:
         raise DataError(
             f"{where}: unknown model_type {kind!r}{suggestion(str(kind), known)}; known are {', '.join(sorted(known))}"
         )
-    family = known[kind]
-    check_required(config, where, family.REQUIRED)
-    family.check(config, where)
-    return family
+    return known[kind]
+
+
+def understood(config: Config, where: Path) -> tuple[Family, dict[str, Any]]:
+    """(family, config.json in its canonical form): every field is known, needed ones are there and go together.
+
+    Errors: DataError that names the field.
+    """
+    family = family_of(config, where)
+    c = canonical(config, family.ALIASES, family.defaults(config), where)
+    check_fields(c, where, family.FIELDS)
+    check_required(c, where, family.REQUIRED)
+    family.check(c, where)
+    return family, c
+
+
+def notes(c: Config) -> list[str]:
+    """What a person should know of a config.json: fields that other programs read in another way.
+
+    Args:
+        c: in its canonical form.
+    """
+    said = []
+    if c.get("dual_chunk_attention_config"):
+        said.append("dual_chunk_attention_config has no effect here, as in transformers: attention is the usual one")
+    if (c.get("rope_scaling") or {}).get("attn_factor") is not None:
+        said.append("rope_scaling.attn_factor has no effect here, as in transformers; vLLM multiplies by it")
+    return said

@@ -1,5 +1,5 @@
-"""DeepSeek V3 and V3.1: latent attention (MLA), dense layers first, then routed and shared experts, and one layer more
-for multi-token prediction (MTP).
+"""DeepSeek V3, V3.1 and R1, Kimi-K2 and Moonlight: latent attention (MLA), dense layers first, then routed and shared
+experts, and one layer more for multi-token prediction (MTP).
 
 Facts: the router's correction bias is float32 and stays float32, because BF16 would make different biases equal. The
 MTP layer has the number after the last layer. Hugging Face stores copies of embedding and output layer with it.
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from slipway.errors import DataError
-from slipway.families.parts import checks, decoder
-from slipway.families.parts.checks import Config
-from slipway.families.parts.decoder import mtp_layers
-from slipway.families.parts.quantized import Fp8
-from slipway.families.parts.rules import Rules, Scope
+from slipway.families import checks, decoder, rope
+from slipway.families.checks import Config
+from slipway.families.decoder import mtp_layers
+from slipway.families.fields import IN_TRAINING, NO_EFFECT, USED, Field, each, only
+from slipway.families.quantized import Fp8
+from slipway.families.rules import Rules, Scope
 
 NAME = "deepseek_v3"
-MODEL_TYPES = ("deepseek_v3",)
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 REQUIRED = {
     **decoder.REQUIRED,
-    "q_lora_rank": int,
     "kv_lora_rank": int,
     "qk_nope_head_dim": int,
     "qk_rope_head_dim": int,
@@ -34,33 +34,61 @@ REQUIRED = {
     "topk_group": int,
     "routed_scaling_factor": (int, float),
 }
+ALIASES = {"num_mtp_layers": decoder.MTP, "num_local_experts": "n_routed_experts"}  # of transformers 5
+FIELDS = {
+    **decoder.FIELDS,
+    **each(USED, " ".join(REQUIRED)),
+    **each(USED, f"q_lora_rank first_k_dense_replace {decoder.MTP}"),
+    **each(Field(f"used: {decoder.MTP}"), "num_mtp_layers"),
+    **each(Field("used: n_routed_experts"), "num_local_experts"),
+    **each(Field("must be what the other sizes give"), "head_dim qk_head_dim"),
+    **each(IN_TRAINING, "aux_loss_alpha seq_aux router_aux_loss_coef moe_router_bias_update_rate"),
+    **each(NO_EFFECT, "pretraining_tp ep_size output_router_logits"),
+    "attention_bias": only(False),
+    "tie_word_embeddings": only(False),
+    "rope_interleave": only(True),
+    "moe_layer_freq": only(1),
+    "scoring_func": only("sigmoid"),
+    "topk_method": only("noaux_tc"),
+    "norm_topk_prob": only(True),
+}
 QUANTIZED = (*decoder.PROJECTIONS, *(f"{part}.weight" for part in ("q_a_proj", "q_b_proj", "kv_b_proj", "with_mqa")))
 FORM = Fp8(block=(32, 48))  # small, for tiny models
 
 
+def defaults(c: Config) -> Config:
+    """What transformers assumes."""
+    heads = c.get("num_attention_heads")
+    return {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+
+
 def check(c: Config, where: Path) -> None:
     """DataError for fields that do not fit together, or that Megatron computes in another way."""
-    checks.check_only(
-        c, where, hidden_act="silu", attention_bias=False, rope_interleave=True, tie_word_embeddings=False,
-        moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True,
-        rms_norm_eps=1e-6,  # the latent norms' own, whatever config.json says
-        num_key_value_heads=c["num_attention_heads"],
-    )  # fmt: skip
+    rank, rope_dim, nope_dim = c.get("q_lora_rank"), c["qk_rope_head_dim"], c["qk_nope_head_dim"]
+    if rank is not None and (type(rank) is not int or not 0 < rank < checks.LARGEST):
+        raise DataError(f"{where}: field q_lora_rank is {rank!r}; it must be a whole number or null")
+    derived = {
+        "head_dim": rope_dim,
+        "qk_head_dim": rope_dim + nope_dim,
+        "num_key_value_heads": c["num_attention_heads"],
+    }
+    for field, value in derived.items():
+        if c.get(field, value) not in (value, None):
+            raise DataError(f"{where}: field {field} is {c[field]!r}; with the other sizes it must be {value}")
     checks.check_count(c, where, "first_k_dense_replace", c["num_hidden_layers"] - 1)
     if decoder.MTP in c:
         checks.check_count(c, where, decoder.MTP, 64)
     _check_routing(c, where)
-    if c.get("rope_scaling") is not None:
-        _check_yarn(c, where)
+    rope.check(c, where, "yarn")
+    if (yarn := c.get("rope_scaling")) is not None:
+        _check_yarn(yarn, where)
 
 
 def _check_routing(c: Config, where: Path) -> None:
     if c["n_routed_experts"] % c["n_group"]:
         raise DataError(f"{where}: n_routed_experts is not a multiple of n_group")
     if not 1 < c["num_experts_per_tok"] <= c["n_routed_experts"] // c["n_group"] * min(c["topk_group"], c["n_group"]):
-        raise DataError(
-            f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}; the groups have fewer experts"
-        )
+        raise DataError(f"{where}: num_experts_per_tok is {c['num_experts_per_tok']}; the groups have fewer experts")
     if _grouped(c) and c["num_experts_per_tok"] // c["topk_group"] != 2:
         raise DataError(
             f"{where}: num_experts_per_tok must be twice topk_group: a group's score is the sum of its best two, "
@@ -73,17 +101,15 @@ def _grouped(c: Config) -> bool:
     return c["topk_group"] < c["n_group"]
 
 
-def _check_yarn(c: Config, where: Path) -> None:
-    checks.check_rope_type(c, where, "yarn")
-    yarn = c["rope_scaling"]
-    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    checks.check_section(c, where, "rope_scaling", ("factor", "original_max_position_embeddings"))
-    checks.check_section(c, where, "rope_scaling", tuple(field for field in optional if yarn.get(field)))
+def _check_yarn(yarn: Config, where: Path) -> None:
+    """DataError for what latent attention in Megatron has no setting for."""
     if bool(yarn.get("mscale")) != bool(yarn.get("mscale_all_dim")):
-        raise DataError(f"{where}: rope_scaling has one of mscale and mscale_all_dim; both or neither are known")
+        raise DataError(
+            f"{where}: rope_scaling has only one of mscale and mscale_all_dim; both or neither are supported"
+        )
     for field, known in (("attention_factor", None), ("truncate", True)):
-        if yarn.get(field, known) != known:
-            raise DataError(f"{where}: field rope_scaling.{field} is {yarn[field]!r}; only {known!r} is known")
+        if yarn.get(field, known) not in (known, None):
+            raise DataError(f"{where}: rope_scaling.{field} is {yarn[field]!r}; only {known!r} is supported")
 
 
 # ---------------------------------------------------------------------------- rules
@@ -112,19 +138,24 @@ def rules(c: Config) -> Rules:
 
 def _attention(layer: Scope, c: Config) -> None:
     """Latent attention: queries, and keys with values, go to a small size, through a norm, and back."""
-    h, heads, q, kv = c["hidden_size"], c["num_attention_heads"], c["q_lora_rank"], c["kv_lora_rank"]
-    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    h, heads, q, kv = c["hidden_size"], c["num_attention_heads"], c.get("q_lora_rank"), c["kv_lora_rank"]
+    nope, positions, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
     layer.same("input_layernorm.weight", "input_layernorm.weight", h)
     layer.state("input_layernorm")
     module = layer.within("self_attn.", "self_attention.")
-    module.same("q_a_proj.weight", "linear_q_down_proj.weight", q, h)
-    module.same("q_a_layernorm.weight", "linear_q_up_proj.layer_norm_weight", q)
-    module.same("q_b_proj.weight", "linear_q_up_proj.weight", heads * (nope + rope), q)
-    module.same("kv_a_proj_with_mqa.weight", "linear_kv_down_proj.weight", kv + rope, h)
+    if q is None:  # Moonlight: queries are not compressed
+        module.same("q_proj.weight", "linear_q_proj.weight", heads * (nope + positions), h)
+        module.state("linear_q_proj")
+    else:
+        module.same("q_a_proj.weight", "linear_q_down_proj.weight", q, h)
+        module.same("q_a_layernorm.weight", "linear_q_up_proj.layer_norm_weight", q)
+        module.same("q_b_proj.weight", "linear_q_up_proj.weight", heads * (nope + positions), q)
+        module.state("linear_q_down_proj", "linear_q_up_proj")
+    module.same("kv_a_proj_with_mqa.weight", "linear_kv_down_proj.weight", kv + positions, h)
     module.same("kv_a_layernorm.weight", "linear_kv_up_proj.layer_norm_weight", kv)
     module.same("kv_b_proj.weight", "linear_kv_up_proj.weight", heads * (nope + value), kv)
     module.same("o_proj.weight", "linear_proj.weight", h, heads * value)
-    module.state("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+    module.state("linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 
 
 def _experts(layer: Scope, c: Config) -> None:
@@ -161,7 +192,7 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
         {
             **decoder.nemo_fields(c),
             "kv_channels": c["v_head_dim"],
-            "q_lora_rank": c["q_lora_rank"],
+            "q_lora_rank": c.get("q_lora_rank"),
             "kv_lora_rank": c["kv_lora_rank"],
             "qk_head_dim": c["qk_nope_head_dim"],
             "qk_pos_emb_head_dim": c["qk_rope_head_dim"],
@@ -188,7 +219,8 @@ def _rope(c: Config) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(yarn["factor"]),
-        "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+        "original_max_position_embeddings": yarn.get("original_max_position_embeddings")
+        or c["max_position_embeddings"],
         "beta_fast": float(yarn.get("beta_fast") or 32),
         "beta_slow": float(yarn.get("beta_slow") or 1),
         "mscale": float(yarn.get("mscale") or 1),

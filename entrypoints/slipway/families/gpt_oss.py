@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from slipway.errors import DataError
-from slipway.families.parts import checks, decoder
-from slipway.families.parts.checks import Config
-from slipway.families.parts.quantized import Mxfp4
-from slipway.families.parts.rules import AlternatingRows, Cell, Rules, Scope, Transposed
+from slipway.families import checks, decoder, rope
+from slipway.families.checks import Config
+from slipway.families.fields import NO_EFFECT, USED, Field, each, only
+from slipway.families.quantized import Mxfp4
+from slipway.families.rules import AlternatingRows, Cell, Rules, Scope, Transposed
 from slipway.tensors.refs import Ref
 
 NAME = "gpt_oss"
@@ -27,10 +28,29 @@ REQUIRED = {
     "num_experts_per_tok": int,
     "sliding_window": int,
     "layer_types": list,
-    "rope_scaling": dict,
+}
+ALIASES = {"num_experts": "num_local_experts"}
+KINDS_OF_LAYERS = ("sliding_attention", "full_attention")
+FIELDS = {
+    **decoder.FIELDS,
+    **each(USED, "num_local_experts num_experts_per_tok sliding_window layer_types swiglu_limit"),
+    **each(Field("used in training"), "router_aux_loss_coef"),
+    **each(NO_EFFECT, "output_router_logits initial_context_length"),
+    "num_experts": Field("used: num_local_experts"),
+    "experts_per_token": Field("must be num_experts_per_tok"),
+    "attention_bias": only(True),
+    "swiglu_alpha": only(1.702),
 }
 QUANTIZED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 FORM = Mxfp4()
+
+
+def defaults(c: Config) -> Config:
+    """What transformers assumes; the kinds of layers take turns, beginning with a window."""
+    layers = c.get("num_hidden_layers")
+    turns = [KINDS_OF_LAYERS[number % 2] for number in range(layers)] if type(layers) is int and layers < 1000 else None
+    known = {"rope_theta": 150000.0, "rms_norm_eps": 1e-5}
+    return {**known, "layer_types": turns, "swiglu_limit": 7.0, "sliding_window": 128}
 
 
 def check(c: Config, where: Path) -> None:
@@ -38,9 +58,25 @@ def check(c: Config, where: Path) -> None:
     checks.check_heads(c, where)
     if len(c["layer_types"]) != c["num_hidden_layers"]:
         raise DataError(f"{where}: layer_types has {len(c['layer_types'])} entries for {c['num_hidden_layers']} layers")
-    checks.check_rope_type(c, where, "yarn")
-    yarn = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-    checks.check_section(c, where, "rope_scaling", yarn)
+    for kind in c["layer_types"]:
+        if kind not in KINDS_OF_LAYERS:
+            raise DataError(f"{where}: layer_types has {kind!r}; supported are {', '.join(KINDS_OF_LAYERS)}")
+    if c.get("experts_per_token", c["num_experts_per_tok"]) != c["num_experts_per_tok"]:
+        raise DataError(
+            f"{where}: experts_per_token is {c['experts_per_token']}, but num_experts_per_tok is "
+            f"{c['num_experts_per_tok']}; they must be the same: delete the wrong one"
+        )
+    if c["num_experts_per_tok"] > c["num_local_experts"]:
+        raise DataError(f"{where}: num_experts_per_tok is larger than num_local_experts")
+    limit = c["swiglu_limit"]
+    if type(limit) not in (int, float) or not 0 < limit < checks.LARGEST_FACTOR:
+        raise DataError(f"{where}: field swiglu_limit is {limit!r}; it must be a number larger than 0")
+    rope.check(c, where, "yarn", "linear")
+    if (scaling := c.get("rope_scaling")) and scaling.get("attention_factor") is not None:
+        raise DataError(
+            f"{where}: field rope_scaling.attention_factor is {scaling['attention_factor']}; for gpt_oss only the "
+            "value that factor gives is supported, without this field"
+        )
 
 
 def rules(c: Config) -> Rules:
@@ -85,7 +121,6 @@ def _halves(fc1: Ref, f: int) -> tuple[Ref, Ref]:
 def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
     """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
     module = "nemo.collections.llm.gpt.model.gpt_oss"
-    yarn = c["rope_scaling"]
     sliding = [int(kind == "sliding_attention") for kind in c["layer_types"]]
     return (
         f"{module}:GPTOSSModel",
@@ -95,14 +130,8 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "moe_ffn_hidden_size": c["intermediate_size"],
             "num_moe_experts": c["num_local_experts"],
             "moe_router_topk": c["num_experts_per_tok"],
-            "yarn_rotary_scaling_factor": float(yarn["factor"]),
-            "yarn_original_max_position_embeddings": yarn["original_max_position_embeddings"],
-            "yarn_beta_fast": float(yarn["beta_fast"]),
-            "yarn_beta_slow": float(yarn["beta_slow"]),
-            # transformers multiplies cosine and sine by 0.1·ln(factor) + 1; NeMo's defaults would not.
-            "yarn_mscale": 1.0,
-            "yarn_mscale_all_dim": 0.0,
-            "yarn_correction_range_round_to_int": bool(yarn.get("truncate", True)),
+            "activation_func_clamp_value": float(c["swiglu_limit"]),
+            **_positions(c),
             "window_size": (c["sliding_window"] - 1, 0),  # Hugging Face counts the token itself, NeMo does not
             "window_attn_skip_freq": sliding,
             # The class's own values need kernels that Triton 3.6, or a machine without a GPU, does not have.
@@ -110,6 +139,14 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "moe_permute_fusion": False,
         },
     )
+
+
+def _positions(c: Config) -> dict[str, Any]:
+    """Rotary positions: NeMo's class has YaRN, and computes plain ones where it is told to."""
+    scaling = c.get("rope_scaling")
+    if scaling and scaling["rope_type"] == "yarn":
+        return rope.yarn_fields(c)
+    return {"position_embedding_type": "rope", **(rope.linear_fields(c) if scaling else {})}
 
 
 def tiny_config() -> dict[str, Any]:

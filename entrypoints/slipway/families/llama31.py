@@ -1,30 +1,39 @@
-"""Llama 3 and 3.1 (8b, 70b, 405b): dense, with the rope scaling `llama3`."""
+"""Llama 2, 3, 3.1, 3.2 and 3.3, Nemotron-Nano and others of `model_type` llama: dense."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from slipway.families.parts import checks, decoder
-from slipway.families.parts.checks import Config
-from slipway.families.parts.quantized import CompressedTensors
-from slipway.families.parts.rules import Rules
+from slipway.families import checks, decoder, rope
+from slipway.families.checks import Config
+from slipway.families.fields import NO_EFFECT, each, only
+from slipway.families.quantized import CompressedTensors
+from slipway.families.rules import Rules
 
 NAME = "llama31"
 MODEL_TYPES = ("llama",)
 REQUIRED = decoder.REQUIRED
+ALIASES: dict[str, str] = {}
+FIELDS = {
+    **decoder.FIELDS,
+    **each(NO_EFFECT, "pretraining_tp"),
+    **each(only(False), "attention_bias mlp_bias"),
+}
 QUANTIZED = decoder.PROJECTIONS
 FORM = CompressedTensors()
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def defaults(c: Config) -> Config:
+    """What transformers assumes: Llama 2 has neither rope_theta nor, in its small models, num_key_value_heads."""
+    heads = c.get("num_attention_heads")
+    return {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
 
 def check(c: Config, where: Path) -> None:
     """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
-    checks.check_only(c, where, hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0)
-    if c.get("rope_scaling") is not None:
-        checks.check_rope_type(c, where, "llama3")
-        checks.check_section(c, where, "rope_scaling", SCALING)
+    rope.check(c, where, "llama3", "linear", "yarn")
 
 
 def rules(c: Config) -> Rules:
@@ -35,19 +44,16 @@ def rules(c: Config) -> Rules:
 def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
     """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
     module, fields = "nemo.collections.llm.gpt.model.llama", decoder.nemo_fields(c)
-    if (scaling := c.get("rope_scaling")) is None:
-        return f"{module}:LlamaModel", f"{module}:Llama3Config", fields
-    return (
-        f"{module}:LlamaModel",
-        f"{module}:Llama31Config",
-        {
-            **fields,
+    scaling = c.get("rope_scaling")
+    if scaling and scaling["rope_type"] == "llama3":
+        fields |= {
             "scale_factor": scaling["factor"],
             "low_freq_factor": scaling["low_freq_factor"],
             "high_freq_factor": scaling["high_freq_factor"],
             "old_context_len": scaling["original_max_position_embeddings"],
-        },
-    )
+        }
+        return f"{module}:LlamaModel", f"{module}:Llama31Config", fields
+    return f"{module}:LlamaModel", *rope.scaled(c, f"{module}:Llama3Config", fields, plain={})
 
 
 def tiny_config() -> dict[str, Any]:

@@ -1,26 +1,41 @@
-"""Qwen 2.5 (0.5b to 72b): dense, with biases on q, k and v; the small ones tie the output layer to the embedding."""
+"""Qwen 2 and 2.5: dense, with biases on q, k and v; the small ones tie the output layer to the embedding."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from slipway.families.parts import checks, decoder
-from slipway.families.parts.checks import Config
-from slipway.families.parts.quantized import CompressedTensors
-from slipway.families.parts.rules import Rules
+from slipway.families import checks, decoder, rope
+from slipway.families.checks import Config
+from slipway.families.fields import Field, only
+from slipway.families.quantized import CompressedTensors
+from slipway.families.rules import Rules
 
 NAME = "qwen25"
 MODEL_TYPES = ("qwen2",)
 REQUIRED = decoder.REQUIRED
+ALIASES: dict[str, str] = {}
+FIELDS = {
+    **decoder.FIELDS,
+    **decoder.NO_SLIDING,
+    "attention_bias": Field("always there on q, k and v", (True, False)),
+    "use_mrope": only(False),
+    "dual_chunk_attention_config": Field("no effect: transformers ignores it too (Qwen2.5-1M)"),
+}
 QUANTIZED = decoder.PROJECTIONS
 FORM = CompressedTensors()
+
+
+def defaults(c: Config) -> Config:
+    """What transformers assumes."""
+    return {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
 
 def check(c: Config, where: Path) -> None:
     """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
-    checks.check_only(c, where, hidden_act="silu", use_sliding_window=False, rope_scaling=None)
+    decoder.check_no_sliding(c, where)
+    rope.check(c, where, "yarn", "linear")
 
 
 def rules(c: Config) -> Rules:
@@ -30,8 +45,8 @@ def rules(c: Config) -> Rules:
 
 def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
     """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
-    module = "nemo.collections.llm.gpt.model.qwen2"
-    return f"{module}:Qwen2Model", f"{module}:Qwen2Config", decoder.nemo_fields(c)
+    module, fields = "nemo.collections.llm.gpt.model.qwen2", decoder.nemo_fields(c)
+    return f"{module}:Qwen2Model", *rope.scaled(c, f"{module}:Qwen2Config", fields, plain={"add_qkv_bias": True})
 
 
 def tiny_config() -> dict[str, Any]:

@@ -6,34 +6,52 @@ from pathlib import Path
 from typing import Any
 
 from slipway.errors import DataError
-from slipway.families.parts import checks, decoder
-from slipway.families.parts.checks import Config
-from slipway.families.parts.quantized import Fp8
-from slipway.families.parts.rules import Rules, Scope
+from slipway.families import checks, decoder, rope
+from slipway.families.checks import Config, Kinds
+from slipway.families.fields import NO_EFFECT, USED, Field, each, only
+from slipway.families.quantized import Fp8
+from slipway.families.rules import Rules, Scope
 
 NAME = "qwen3"
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 REQUIRED = {**decoder.REQUIRED, "head_dim": int}
+ALIASES = {"num_local_experts": "num_experts"}  # transformers 5 saves it so
+OF_EXPERTS: Kinds = {"num_experts": int, "num_experts_per_tok": int, "moe_intermediate_size": int}
+FIELDS = {
+    **decoder.FIELDS,
+    **decoder.NO_SLIDING,
+    **each(only(False), "attention_bias"),
+    **each(USED, "norm_topk_prob"),
+    **each(Field("used in training"), "router_aux_loss_coef"),
+    **each(NO_EFFECT, "output_router_logits"),
+    **each(USED, " ".join(OF_EXPERTS)),
+    "num_local_experts": Field("used: num_experts"),
+    "decoder_sparse_step": only(1),
+    "mlp_only_layers": only([], None),
+}
 QUANTIZED = decoder.PROJECTIONS
 FORM = Fp8(block=(32, 48))  # small, for tiny models
-REQUIRED_OF_EXPERTS = {"num_experts": int, "num_experts_per_tok": int, "moe_intermediate_size": int}
 
 
 def is_moe(c: Config) -> bool:
     return c["model_type"] == "qwen3_moe"
 
 
+def defaults(c: Config) -> Config:
+    """What transformers assumes."""
+    known = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+    return known if is_moe(c) else {**known, "head_dim": 128}
+
+
 def check(c: Config, where: Path) -> None:
     """DataError for fields that do not fit together."""
     checks.check_heads(c, where)
-    checks.check_only(
-        c, where, hidden_act="silu", attention_bias=False, use_sliding_window=False, rope_scaling=None,
-        decoder_sparse_step=1, mlp_only_layers=[],
-    )  # fmt: skip
+    decoder.check_no_sliding(c, where)
+    rope.check(c, where, "yarn", "linear")
     if is_moe(c):
-        checks.check_required(c, where, REQUIRED_OF_EXPERTS)
+        checks.check_required(c, where, OF_EXPERTS)
         if c["num_experts_per_tok"] > c["num_experts"]:
-            raise DataError(f"{where}: num_experts_per_tok is more than num_experts, which is the most")
+            raise DataError(f"{where}: num_experts_per_tok is larger than num_experts")
 
 
 def rules(c: Config) -> Rules:
@@ -52,13 +70,10 @@ def rules(c: Config) -> Rules:
 def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
     """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
     module, fields = "nemo.collections.llm.gpt.model.qwen3", decoder.nemo_fields(c)
-    if not is_moe(c):
-        return f"{module}:Qwen3Model", f"{module}:Qwen3Config", fields
-    return (
-        f"{module}:Qwen3Model",
-        f"{module}:Qwen3MoEConfig",
-        {
-            **fields,
+    plain: dict[str, Any] = {"qk_layernorm": True}
+    if is_moe(c):
+        plain |= {"moe_router_load_balancing_type": "aux_loss", "moe_grouped_gemm": True}
+        fields |= {
             "moe_ffn_hidden_size": c["moe_intermediate_size"],
             "num_moe_experts": c["num_experts"],
             "moe_router_topk": c["num_experts_per_tok"],
@@ -66,8 +81,9 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
             "moe_router_pre_softmax": not c.get("norm_topk_prob", False),
             "moe_aux_loss_coeff": c.get("router_aux_loss_coef", 1e-3),
             "moe_permute_fusion": False,  # its kernel needs another Triton than 3.6
-        },
-    )
+        }
+    config_class = f"{module}:{'Qwen3MoEConfig' if is_moe(c) else 'Qwen3Config'}"
+    return f"{module}:Qwen3Model", *rope.scaled(c, config_class, fields, plain)
 
 
 def tiny_config() -> dict[str, Any]:

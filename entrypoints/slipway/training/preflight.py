@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG
 from slipway.errors import DataError, UsageError, WriteError
-from slipway.families import family_of
+from slipway.families import read_config, understood
 from slipway.options import flag
 from slipway.tokens.scan import Index, scan
 from slipway.training import recipes
@@ -48,10 +47,12 @@ def check_model(recipe: Recipe, shipped: recipes.Shipped | None) -> dict[str, An
     path = Path(recipe.model) / "context" / SOURCE_CONFIG
     if not path.is_file():
         return None
-    config = json.loads(path.read_text())
-    family = family_of(config, path).NAME
-    if shipped and shipped.family != family:
-        raise UsageError(f"--recipe {shipped.name} is for {shipped.family}, and --model {recipe.model} is {family}")
+    family, config = understood(read_config(path), path)
+    if shipped and shipped.family != family.NAME:
+        raise UsageError(
+            f"--recipe {shipped.name} is for {shipped.family}, but --model {recipe.model} is {family.NAME}; "
+            "choose a recipe of that family"
+        )
     recipe.check_model(config)
     return config
 

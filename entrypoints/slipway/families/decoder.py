@@ -6,24 +6,59 @@ Hugging Face's names on the left, Megatron's on the right; h is the hidden size,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from slipway.families.parts.checks import Config, head_dim
-from slipway.families.parts.rules import GroupedQKV, Rules, Scope, qkv_by_groups
+from slipway.errors import DataError
+from slipway.families.checks import Config, Kinds, head_dim
+from slipway.families.fields import COMMON, USED, Field, Fields, each, only
+from slipway.families.rules import GroupedQKV, Rules, Scope, qkv_by_groups
 
 PROJECTIONS = tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down"))
 MTP = "num_nextn_predict_layers"
-REQUIRED = {
+REQUIRED: Kinds = {
     "num_hidden_layers": int,
     "hidden_size": int,
     "intermediate_size": int,
     "num_attention_heads": int,
     "num_key_value_heads": int,
     "vocab_size": int,
-    "rms_norm_eps": float,
+    "rms_norm_eps": (int, float),
     "rope_theta": (int, float),
     "max_position_embeddings": int,
 }
+
+
+# What is known of the fields that every family's decoder has.
+FIELDS: Fields = {
+    **COMMON,
+    **each(USED, " ".join(REQUIRED)),
+    **each(USED, "head_dim rope_scaling rope_parameters tie_word_embeddings"),
+    "hidden_act": only("silu"),
+    "partial_rotary_factor": only(1.0),
+}
+
+
+# The fields of attention with a sliding window, which is supported only where it is switched off.
+NO_SLIDING: Fields = {
+    **each(Field("no effect while use_sliding_window is false"), "sliding_window max_window_layers"),
+    **each(USED, "use_sliding_window layer_types"),
+}
+
+
+def check_no_sliding(c: Config, where: Path) -> None:
+    """DataError where a layer looks at a window of tokens only: transformers' rule for Qwen."""
+    kinds = c.get("layer_types")
+    if kinds is None and c.get("use_sliding_window"):
+        first = c.get("max_window_layers", 28)  # the layers from this one on have a window
+        kinds = ["sliding_attention"] * (c["num_hidden_layers"] > first)
+    others = [kind for kind in kinds or () if kind != "full_attention"]
+    if others:
+        raise DataError(
+            f"{where}: layer_types or use_sliding_window asks for {others[0]}; for {c['model_type']} only "
+            "full_attention is supported"
+        )
 
 
 def is_tied(c: Config) -> bool:
@@ -131,6 +166,13 @@ def dense_rules(c: Config, **kinds: bool) -> Rules:
 
 
 # ---------------------------------------------------------------------------- NeMo
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A Python object by its name, as "module:name": a value of NeMo's configuration that JSON has no form for."""
+
+    target: str
 
 
 def nemo_fields(c: Config) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from slipway.errors import DataError
 Config = Mapping[str, Any]
 Kinds = Mapping[str, type | tuple[type, ...]]
 
-LARGEST = 1 << 31
+LARGEST = 1 << 31  # of a size: Megatron's are signed 32-bit numbers
+LARGEST_FACTOR = 1e30  # of a number with a fraction: Nemotron-Nano-4B has a rope_theta of 3,565,775,107.26
 
 
 def head_dim(c: Config) -> int:
@@ -24,40 +25,19 @@ def check_required(c: Config, where: Path, required: Kinds) -> None:
     for field, kinds in required.items():
         if field not in c:
             raise DataError(f"{where}: field {field} is missing; download the config.json of this model again")
+        wanted_kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(c[field], kinds) or isinstance(c[field], bool):
-            wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            wanted = " or ".join(kind.__name__ for kind in wanted_kinds)
             raise DataError(f"{where}: field {field} is {c[field]!r}; it must be of type {wanted}")
-        if isinstance(c[field], (int, float)) and not 0 < c[field] < LARGEST:
-            raise DataError(f"{where}: field {field} is {c[field]}, out of range")
+        most = LARGEST_FACTOR if float in wanted_kinds else LARGEST
+        if isinstance(c[field], (int, float)) and not 0 < c[field] < most:
+            raise DataError(f"{where}: field {field} is {c[field]}; it must be more than 0 and less than {most:g}")
 
 
 def check_count(c: Config, where: Path, field: str, most: int) -> None:
     """DataError unless the field is a whole number from 0 to `most`."""
     if type(c.get(field)) is not int or not 0 <= c[field] <= most:
         raise DataError(f"{where}: field {field} is {c.get(field)!r}; it must be a whole number from 0 to {most}")
-
-
-def check_section(c: Config, where: Path, section: str, fields: tuple[str, ...]) -> None:
-    """DataError unless these fields of a section (such as rope_scaling) are positive numbers."""
-    for field in fields:
-        value = c[section].get(field)
-        if type(value) not in (int, float) or not 0 < value < LARGEST:
-            raise DataError(f"{where}: field {section}.{field} is {value!r}, which is no positive number")
-
-
-def check_rope_type(c: Config, where: Path, known: str) -> None:
-    """DataError unless rope_scaling is of the one type known here."""
-    scaling = c["rope_scaling"]
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    if kind != known:
-        raise DataError(f"{where}: field rope_scaling is {scaling!r}; for {c['model_type']} only {known} is known")
-
-
-def check_only(c: Config, where: Path, **known: Any) -> None:
-    """DataError for a field with another value than the only one known here, for which an absent one is taken."""
-    for field, value in known.items():
-        if field in c and c[field] != value:
-            raise DataError(f"{where}: field {field} is {c[field]!r}; for {c['model_type']} only {value!r} is known")
 
 
 def check_heads(c: Config, where: Path) -> None:

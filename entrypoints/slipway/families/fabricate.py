@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from slipway.checkpoint.huggingface import INDEX
-from slipway.families import by_model_type
-from slipway.families.parts.decoder import is_tied
-from slipway.families.parts.quantized import Form
-from slipway.families.parts.rules import Copies
-from slipway.tensors.refs import TORCH_NAMES, TensorInfo
+from slipway.families import family_of
+from slipway.families.config import canonical
+from slipway.families.decoder import is_tied
+from slipway.families.quantized import Form
+from slipway.families.rules import Copies
+from slipway.tensors.refs import INDEX, TORCH_NAMES, TensorInfo
 
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -38,17 +38,19 @@ def fabricate(
         quantized: write the matrices in a quantised form; True = the family's own form.
         shards: number of safetensors files.
     """
-    family = by_model_type()[config["model_type"]]
+    where = folder / "config.json"
+    family = family_of(config, where)
+    known = canonical(config, family.ALIASES, family.defaults(config), where)  # not checked: tests make wrong ones
     folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     form = family.FORM if quantized is True else quantized
-    rules = family.rules(config)
+    rules = family.rules(known)
     for name, info in rules.hf.items():
         if form and name.endswith(family.QUANTIZED):
             tensors |= form.tensors(name, info, generator)
         else:
-            tensors[name] = _random(name, info, generator, is_tied(config))
+            tensors[name] = _random(name, info, generator, is_tied(known))
     for first, *copies in (cell.op.names for cell in rules.cells if isinstance(cell.op, Copies)):
         tensors |= {copy: tensors[first].clone() for copy in copies}
     _save_sharded(folder, tensors, shards)

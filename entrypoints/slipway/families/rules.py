@@ -116,8 +116,7 @@ class Copies:
         for name, part in zip(self.names[1:], parts[1:], strict=True):
             if not (part == parts[0]).all():
                 raise DataError(
-                    f"tensor {name} is not a copy of {self.names[0]}, but Megatron has one tensor for both; "
-                    "download the model again"
+                    f"tensor {name} is not a copy of {self.names[0]}, which Megatron needs; download the model again"
                 )
         return parts[:1]
 

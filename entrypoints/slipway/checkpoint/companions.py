@@ -1,0 +1,86 @@
+"""What goes along with a model's weights: tokenizer, chat templates, generation config, code.
+
+Files are copied as they are, except tokenizer_config.json: transformers 5 writes classes and lists there that the
+pinned transformers 4 does not read. Both read the form of 4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import DataError
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+# The sub-folders that transformers writes. Others hold the same weights in other formats.
+SUBFOLDERS = ("additional_chat_templates", "custom_generate")
+TOKENIZER = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", SUBFOLDERS[0])
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# transformers 5's classes for any tokenizer.json → the class of 4.
+CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files beside the weights, by their path in the model's folder.
+
+    copies: those that stay as they are, with their source; small: those with another content; left_out: sub-folders
+    that stay behind.
+    """
+
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    small: Mapping[str, bytes] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def under(self, folder: str) -> Companions:
+        """The same with paths below a folder."""
+        copies = {f"{folder}/{name}": source for name, source in self.copies.items()}
+        return Companions(copies, {f"{folder}/{name}": content for name, content in self.small.items()})
+
+    def of_tokenizer(self) -> Companions:
+        """What the tokenizer needs."""
+        copies = {name: source for name, source in self.copies.items() if name.startswith(TOKENIZER)}
+        return Companions(copies, {name: text for name, text in self.small.items() if name.startswith(TOKENIZER)})
+
+
+def companions_of(folder: Path) -> Companions:
+    """Everything beside the weights and config.json; nothing where there is no such folder.
+
+    Errors: DataError for a tokenizer_config.json that is not JSON.
+    """
+    if not folder.is_dir():
+        return Companions()
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _goes_along(file)]
+    for name in SUBFOLDERS:
+        files += [file for file in sorted((folder / name).rglob("*")) if file.is_file() and _goes_along(file)]
+    copies = {str(file.relative_to(folder)): file for file in files}
+    small = {}
+    if TOKENIZER_CONFIG in copies and (changed := _readable_by_both(copies[TOKENIZER_CONFIG])):
+        del copies[TOKENIZER_CONFIG]
+        small[TOKENIZER_CONFIG] = changed
+    others = (entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] not in "._")
+    return Companions(copies, small, tuple(f"{name}/" for name in others if name not in SUBFOLDERS))
+
+
+def _goes_along(file: Path) -> bool:
+    return file.name != "config.json" and not file.name.endswith(WEIGHTS) and file.name[0] != "."
+
+
+def _readable_by_both(file: Path) -> bytes | None:
+    """tokenizer_config.json in the form of transformers 4; None where it has that form already."""
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        changed = dict(config)
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"{file} cannot be read as a JSON object; download it again") from None
+    if (name := changed.get("tokenizer_class")) in CLASSES:
+        changed["tokenizer_class"] = CLASSES[name]
+        changed.pop("backend", None)
+    if isinstance(more := changed.get("extra_special_tokens"), list):
+        del changed["extra_special_tokens"]
+        known = changed.get("additional_special_tokens") or []
+        changed["additional_special_tokens"] = [*known, *(token for token in more if token not in known)]
+    return None if changed == config else (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
