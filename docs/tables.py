@@ -7,12 +7,14 @@ same declarations.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from slipway.families import FAMILIES
+from slipway.families import FAMILIES, Family
+from slipway.families.fields import COMMON
 from slipway.launch.placement import Patience, Placement
 from slipway.options import parameters_of, table
 from slipway.training import recipes
@@ -34,12 +36,33 @@ def families() -> str:
     return "\n".join(["| family | `model_type` in config.json | recipes |", "|---|---|---|", *rows]) + "\n"
 
 
+def fields(family: Family) -> str:
+    """What becomes of the fields of a family's config.json, without those that every model has."""
+    groups: dict[str, list[str]] = {}
+    for name, known in family.FIELDS.items():
+        if COMMON.get(name) != known:
+            groups.setdefault(known.what, []).append(f"`{name}`")
+    rows = [f"| {what} | {', '.join(sorted(names))} |" for what, names in groups.items()]
+    return "\n".join(["| what becomes of it | fields |", "|---|---|", *rows]) + "\n"
+
+
+def common_fields() -> str:
+    """What becomes of the fields that transformers writes for every model."""
+    groups: dict[str, list[str]] = {}
+    for name, known in COMMON.items():
+        groups.setdefault(known.what, []).append(f"`{name}`")
+    rows = [f"| {what} | {', '.join(names)} |" for what, names in groups.items()]
+    return "\n".join(["| what becomes of it | fields |", "|---|---|", *rows]) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "recipe keys": lambda: table(Recipe),
     "layout keys": lambda: table(recipes.Layout, flags=False),
     "placement flags": lambda: table(Placement),
     "patience flags": lambda: table(Patience),
+    "common fields": common_fields,
+    **{f"fields of {name}": functools.partial(fields, family) for name, family in FAMILIES.items()},
 }
 
 
