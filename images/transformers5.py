@@ -47,7 +47,7 @@ def setup() -> None:
 
 
 def lock() -> None:
-    """Resolve again and write the lock: what the wanted packages need and .venv does not have in a version that fits."""
+    """Resolve again and write the lock: what is needed and .venv does not have in a version that fits."""
     ours = {package["name"]: package["version"] for package in locked_packages()}
     with tempfile.TemporaryDirectory() as scratch:
         wanted, found = Path(scratch) / "wanted.in", Path(scratch) / "found.txt"

@@ -105,7 +105,7 @@ def _section(c: Config, place: str, where: Path) -> dict[str, Any]:
 
 def _scaling(sections: Mapping[str, dict[str, Any]], where: Path) -> dict[str, Any] | None:
     """The scaling of rotary positions: with rope_type first; None for the type default."""
-    kinds = {}
+    kinds: dict[str, Any] = {}
     for place, section in sections.items():
         kinds |= {f"{place}.{name}": section.get(name) for name in TYPES}
     kind = _agreed(where, kinds)

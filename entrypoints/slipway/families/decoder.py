@@ -16,6 +16,7 @@ from slipway.families.fields import COMMON, USED, Field, Fields, each, only
 from slipway.families.rules import GroupedQKV, Rules, Scope, qkv_by_groups
 
 PROJECTIONS = tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down"))
+LATENT_EPSILON = 1e-6  # of the norms inside latent attention, in DeepSeek's code and in transformers
 MTP = "num_nextn_predict_layers"
 REQUIRED: Kinds = {
     "num_hidden_layers": int,

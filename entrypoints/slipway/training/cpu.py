@@ -75,7 +75,7 @@ def _without_kernels() -> None:
     for name in GPU_ONLY:
         if sys.modules.get(name):
             raise RuntimeError(f"{name} is imported already; call cpu.enable() before NeMo and Megatron")
-        sys.modules[name] = None  # an import of it raises ModuleNotFoundError
+        sys.modules[name] = None  # type: ignore[assignment] # an import of it raises ModuleNotFoundError
 
 
 def _without_compiling() -> None:

@@ -87,7 +87,7 @@ def load(checkpoint: Path) -> GPTModel:
         cpu.enable()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-    from slipway.training.repairs import read_and_write_plain_files
+    from slipway.training.repairs import keep_latent_epsilon, read_and_write_plain_files
 
     read_and_write_plain_files()
     from nemo.lightning.io import load_context
@@ -104,7 +104,7 @@ def load(checkpoint: Path) -> GPTModel:
         model.config.params_dtype = model.config.pipeline_dtype = model.config.autocast_dtype = torch.float32
     else:
         cpu.configure_model(model.config)
-    module = model.config.configure_model(tokenizer=None).eval().cuda()
+    module = keep_latent_epsilon(model.config.configure_model(tokenizer=None)).eval().cuda()
     for parameter in module.parameters():  # and no buffer: a router's expert_bias stays float32
         parameter.data = parameter.data.to(model.config.params_dtype)
     loaded = dist_checkpointing.load(module.sharded_state_dict(prefix=PREFIX), str(checkpoint / "weights"))

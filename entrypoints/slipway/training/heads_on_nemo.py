@@ -25,7 +25,7 @@ from torch.nn import functional
 from slipway.training.heads import DecodingHeads
 from slipway.training.heads_loss import heads_loss
 from slipway.training.patches import NEMO, replace, wrap
-from slipway.training.steps import attention_options, megatron_gpt
+from slipway.training.steps import attention_options, last_stage, megatron_gpt
 
 
 class FromBase(PEFT):
@@ -80,9 +80,9 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
         gpt.adapter,
         hidden.transpose(0, 1).reshape(-1, hidden.size(-1)),
         lambda rows: functional.linear(rows, weight),
-        batch["labels"].reshape(-1),
-        batch["loss_mask"].reshape(-1).bool(),
-        batch["drop_if_easy"].reshape(-1),
+        last_stage(batch, "labels").reshape(-1),
+        last_stage(batch, "loss_mask").reshape(-1).bool(),
+        last_stage(batch, "drop_if_easy").reshape(-1),
         group=parallel_state.get_tensor_model_parallel_group(),
     )
     if torch.is_grad_enabled():  # not while it is evaluated

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slipway.families.decoder import LATENT_EPSILON
 from slipway.training.patches import MEGATRON, replace, wrap
 from slipway.training.recipe import Recipe
 
@@ -67,6 +68,23 @@ def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:
     """
     if getattr(config, "moe_aux_loss_coeff", 0):
         config.moe_aux_loss_coeff *= recipe.tensor_parallel_size * recipe.context_parallel_size
+
+
+def keep_latent_epsilon(module: nn.Module) -> nn.Module:
+    """Give the norms inside latent attention the epsilon that DeepSeek's code has for them, whatever config.json says.
+
+    Megatron has one epsilon for all norms. Moonlight has 1e-5 for those between its layers.
+    """
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    for attention in module.modules():
+        if isinstance(attention, MLASelfAttention):
+            for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+                # Transformer Engine fuses the norm into the projection behind it.
+                norm = getattr(attention, name, None)
+                if hasattr(norm, "eps"):
+                    norm.eps = LATENT_EPSILON
+    return module
 
 
 def mark_experts(module: nn.Module) -> nn.Module:

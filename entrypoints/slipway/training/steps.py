@@ -22,7 +22,7 @@ def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
     """The next micro batch: what this pipeline stage needs, its context-parallel share, on the device; others None."""
     batch = next(iterator)
     batch = batch[0] if isinstance(batch, tuple) else batch
-    wanted = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
+    wanted: tuple[str, ...] = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
     wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
     wanted += EVERY_STAGE_KEYS
     batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
@@ -71,7 +71,15 @@ def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None])
     )
     if batch["labels"] is None:
         return output
-    return (output.float() * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+    counted = last_stage(batch, "loss_mask")
+    return (output.float() * counted).sum(), counted.sum()
+
+
+def last_stage(batch: dict[str, Tensor | None], key: str) -> Tensor:
+    """A part of the batch that only the last pipeline stage has."""
+    part = batch[key]
+    assert part is not None, f"{key} is for the last pipeline stage"
+    return part
 
 
 class TokenLoss(MegatronLossReduction):

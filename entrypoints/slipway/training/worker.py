@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,12 +105,19 @@ def _where(on_gpu: bool) -> str:
     return "no GPU: running on the CPU with gloo, for small models only"
 
 
+def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Mend what NeMo builds, before Megatron wraps it."""
+    from slipway.training.repairs import keep_latent_epsilon, mark_experts
+
+    return lambda *arguments, **options: mark_experts(keep_latent_epsilon(build(*arguments, **options)))
+
+
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     """NeMo's model as the checkpoint's context describes it, set up for the mode and the machine; no weights yet."""
     from nemo.lightning.io import load_context
 
     from slipway.training.modes import MODES
-    from slipway.training.repairs import mark_experts, scale_auxiliary_loss
+    from slipway.training.repairs import scale_auxiliary_loss
     from slipway.training.steps import TokenLoss, data_step
 
     model = load_context(Path(recipe.model) / "context", subpath="model")
@@ -117,7 +125,7 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     config.seq_length = recipe.seq_length
     config.calculate_per_token_loss = True
     scale_auxiliary_loss(config, recipe)
-    wrap(config, "configure_model", lambda build: lambda *args, **kwargs: mark_experts(build(*args, **kwargs)), NEMO)
+    wrap(config, "configure_model", _with_repairs, NEMO)
     if recipe.recompute == "full" and recipe.mode != "heads":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if recipe.is_frozen:

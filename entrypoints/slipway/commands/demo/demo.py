@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from slipway import errors
 from slipway.commands.demo.checks import Check, checks
@@ -126,7 +126,7 @@ def _texts() -> list[Path]:
 
 
 def _make_model(family: str, folder: Path) -> None:
-    from slipway.checkpoint.fabricate import fabricate
+    from slipway.families.fabricate import fabricate
 
     config = FAMILIES[family].tiny_config()
     fabricate(folder, config, [file.read_text() for file in _texts()], quantized=True)
@@ -165,7 +165,7 @@ def _run(
     if watch:
         watch(process)
     lines = []
-    for line in process.stdout:
+    for line in cast(IO[str], process.stdout):
         lines.append(line)
         if not line.startswith("{"):
             print(line, end="", file=sys.stderr, flush=True)
