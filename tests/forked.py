@@ -95,7 +95,7 @@ class Deadlock:
         self._pids, self._before, self._looks = pids, None, 0
 
     def look(self) -> bool:
-        """Look once more; True when it has looked the same LOOKS times. The caller waits for POLL seconds in between."""
+        """Look once more; True when it has looked the same LOOKS times. The caller waits POLL seconds in between."""
         now = [_main_thread(pid) for pid in self._pids]
         asleep = all(state == "S" for state, *_ in now)
         self._looks = self._looks + 1 if asleep and now == self._before else 0

@@ -46,11 +46,11 @@ def test_the_table_is_for_people(slipway):
     "words, what, message",
     [
         (["--out", "/proc/run"], "output", "/proc: "),
-        (["--gpus", "64"], "GPUs", ", of 64 asked for"),
+        (["--gpus", "64"], "GPUs", ", but --gpus is 64"),
         (["--nodes=2", "--node-rank=1", "--master-addr=no.such.host.invalid"], "master's name", "no.such.host.invalid"),
         (["--nproc-per-node=2", "--master-port", "TAKEN"], "master's ports", "cannot be opened on this machine"),
         (["--nodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--timeout=1"], "nodes meet", "does not answer at"),
-        (["--nodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--timeout=1"], "nodes meet", "node 1 did not come"),
+        (["--nodes=2", "--node-rank=0", "--master-addr=127.0.0.1", "--timeout=1"], "nodes meet", "node 1 did not connect"),
     ],
 )
 def test_what_makes_it_unfit(words, what, message):
@@ -70,7 +70,7 @@ def test_too_little_space_is_unfit(tmp_path, nemo_model):
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     assert code == 78 and table["free space"]["state"] == heads.state == "unfit", table
-    assert "102 kB; 3 checkpoints (sft) take up to" in table["free space"]["found"]
+    assert "102 kB; 3 checkpoints (sft) need up to" in table["free space"]["found"]
 
 
 def test_a_small_shared_memory_counts_only_for_several_processes(tmp_path):
@@ -128,7 +128,7 @@ def test_a_folder_that_is_not_shared_is_unfit(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     for rank, (code, table) in enumerate(pair(tmp_path / "a", tmp_path / "b", timeout=10)):
-        assert code == 78 and f"what node {1 - rank} wrote" in table["shared output"]["found"], table
+        assert code == 78 and f"the file that node {1 - rank} wrote" in table["shared output"]["found"], table
 
 
 def test_it_is_a_function_as_well(tmp_path):

@@ -1,9 +1,9 @@
-"""Requests to stop: who hears them, and what they mean.
+"""Requests to stop: which process reacts to them, and how.
 
-The command alone decides. Slurm sends a signal to every process of a step, and torchrun gives its children 30 seconds
-after SIGTERM, too little to save a large model. So torchrun and the workers do not hear such a signal; the command
-makes the stop file, every worker sees it after its step, saves and ends by itself. Only when the grace period is over
-does the command end torchrun, with SIGHUP.
+Only the command reacts. Slurm sends a signal to every process of a step, and torchrun kills its workers 30 seconds
+after SIGTERM, which is too early for a large model to be saved. So torchrun and the workers ignore these signals. The
+command writes the stop file, and every worker looks for it after each step, saves and ends by itself. When the grace
+period is over, the command ends torchrun with SIGHUP.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class StopRequests:
-    """What a request to stop means to the command, which changes as the run goes on; a context manager.
+    """What a request to stop does in the command, which changes as the run goes on; a context manager.
 
-    Before the workers run, it raises Stopped, for there is nothing to save yet. Within `while_saving` it makes the stop
-    file. After that the run has ended already, and it means nothing. A second request adds nothing to the first.
+    Before the workers run, it raises Stopped, because there is nothing to save yet. Within `while_saving` it writes the
+    stop file. After that the run has ended already, and nothing happens. A second request does nothing.
     """
 
     def __init__(self, stop_file: Path, grace: float) -> None:
-        """`stop_file`: gets the signal's name; `grace`: seconds that the workers then have."""
+        """`stop_file`: the name of the signal is written to it; `grace`: seconds that the workers then have."""
         self.stop_file, self.grace = stop_file, grace
         self.asked_by = ""  # the signal's name
         self.grace_is_over = False
@@ -44,13 +44,14 @@ class StopRequests:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # srun --kill-on-bad-exit takes the first 75 for a failure: its SIGTERM must not change the others' exit codes.
+        # srun --kill-on-bad-exit treats the first exit code 75 as a failure and sends SIGTERM to the other commands.
+        # They are ending too, and must not end with another exit code because of it.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.asked_by else handler)
 
     @contextlib.contextmanager
     def while_saving(self, give_up: Callable[[], None]) -> Iterator[None]:
-        """While it lasts, a request lets the workers save; `give_up` is called when the grace period is over."""
+        """In this block a request lets the workers save; `give_up` is called when the grace period is over."""
 
         def end() -> None:
             self.grace_is_over = True
@@ -73,16 +74,17 @@ class StopRequests:
             timer.cancel()
 
     def _handle(self, number: int, _: object) -> None:
+        # A forked child, such as a data loader, has these handlers too, but decides nothing.
         if os.getpid() == self._owner and not self.asked_by:
             self._meaning(signal.Signals(number).name)
 
     def _stop_at_once(self, name: str) -> None:
         self.asked_by = name
-        raise Stopped(f"train: {name} before the first step; run the same again")
+        raise Stopped(f"train: {name} before the first step; run the same command again")
 
 
 def prepare_child() -> None:
-    """In a child, before torchrun starts there: be deaf to requests to stop, and end with the command."""
+    """In a child process, before torchrun starts there: ignore requests to stop, and end when the command ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(END, signal.SIG_DFL)
@@ -90,15 +92,15 @@ def prepare_child() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, so that no worker goes on alone."""
+    """Let the kernel kill this process when its parent ends, so that no worker goes on alone and keeps its GPU."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def heed_the_parent_alone() -> None:
-    """In a worker: SIGTERM ends it when torchrun sends it, and means nothing when anybody else does.
+    """In a worker: SIGTERM from torchrun ends it, SIGTERM from any other process does nothing.
 
-    A thread waits for the signal, so it counts also while the main thread waits inside NCCL or gloo. Call it before any
-    other thread is started, for they all inherit that SIGTERM is blocked.
+    A thread waits for the signal, so that it works while the main thread waits inside NCCL or gloo. Call this before
+    any other thread is started: SIGTERM is blocked here, and new threads inherit that.
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -146,7 +146,7 @@ def test_a_request_to_stop_while_nodes_are_awaited_ends_it_at_once(nemo_model, d
     assert lines[1].startswith("topology: 2 nodes"), lines
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 75 and "SIGUSR1 before the first step; run the same again" in last_line(errors)
+    assert process.returncode == 75 and "SIGUSR1 before the first step; run the same command again" in last_line(errors)
 
 
 def test_a_rank_that_fails_is_shown_with_its_last_lines(nemo_model, data, tmp_path, port):
@@ -187,7 +187,7 @@ def test_a_command_that_vanishes_ends_the_run_and_leaves_no_process(nemo_model, 
     words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
     (code, output), (other, _) = run_all(words, meanwhile=vanish)
     assert other == -signal.SIGKILL and time.monotonic() - marks[0] < 60
-    assert code == 1 and "train: node 1 (" in last_line(output) and "is gone" in last_line(output), output
+    assert code == 1 and "train: node 1 (" in last_line(output) and "was lost: its command or its machine stopped" in last_line(output), output
     assert len(family) == 2 and not [process for process in family if is_alive(process)]
 
 
@@ -234,7 +234,7 @@ def test_a_master_that_is_not_there_is_one_line_in_bounded_time(nemo_model, data
 
 def test_a_node_that_does_not_come_is_named(nemo_model, data, tmp_path, port):
     ((code, output),) = run_all([command(nemo_model, data, tmp_path / "run", port, **node(0), rendezvous_timeout=2)])
-    assert code == 78 and f"node 1 did not come to port {port + 1} of this machine within 2 s" in last_line(output)
+    assert code == 78 and f"node 1 did not connect to port {port + 1} of this machine within 2 s" in last_line(output)
 
 
 def test_a_port_that_is_taken_is_said(nemo_model, data, tmp_path, port):

@@ -1,4 +1,4 @@
-"""One timed all-reduce: what `doctor` starts once per GPU, and what it makes of the answers."""
+"""One timed all-reduce: the program that `doctor` starts once per GPU, and the function that collects its results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from datetime import timedelta
 from slipway.launch.topology import Topology
 from slipway.launch.torchrun import environment, rank_variables
 
-BYTES = {"gloo": 16 << 20, "nccl": 1 << 30}
+BYTES = {"gloo": 16 << 20, "nccl": 1 << 30}  # large enough that the bandwidth decides, not the latency
 ROUNDS = 5
 
 
 def measure(topology: Topology, timeout: float) -> str:
-    """Start this node's processes and return what they found.
+    """Start the processes of this node and return what the first of them printed.
+
+    Args:
+        timeout: seconds that a process waits for the others.
 
     Errors: RuntimeError with the last line of a process that failed, TimeoutExpired.
     """
@@ -32,7 +35,7 @@ def measure(topology: Topology, timeout: float) -> str:
             )
         )
     try:
-        # Twice the time: a process gives up by itself, and says why.
+        # More time than the processes have: they stop by themselves and say why, which is a better message.
         found = [process.communicate(timeout=2 * timeout + 60) for process in processes]
     finally:
         for process in processes:
@@ -44,7 +47,7 @@ def measure(topology: Topology, timeout: float) -> str:
 
 
 def main(timeout: float) -> None:
-    """One rank: say the size, the time and the rate; a wrong sum is an error."""
+    """One rank: print the size, the time and the rate; a wrong sum is an error."""
     import torch
     import torch.distributed as dist
 
@@ -55,9 +58,9 @@ def main(timeout: float) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     count = dist.get_world_size()
     data = torch.ones(BYTES[backend] // 4, device="cuda" if on_gpu else "cpu")
-    dist.all_reduce(data)
+    dist.all_reduce(data)  # the first one also connects the ranks, so it is not timed
     if not torch.all(data == count):
-        raise SystemExit(f"the sum of {count} ones came out as {data.min():g} to {data.max():g}")
+        raise SystemExit(f"the sum of {count} ones is wrong: {data.min():g} to {data.max():g}")
     dist.barrier()
     started = time.monotonic()
     for _ in range(ROUNDS):
@@ -65,7 +68,7 @@ def main(timeout: float) -> None:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = (time.monotonic() - started) / ROUNDS
-    # Bus bandwidth as nccl-tests define it: what each link carried.
+    # The bus bandwidth as nccl-tests define it: what each link carried.
     rate = BYTES[backend] / seconds * 2 * (count - 1) / count / 1e9
     print(f"{backend}, {count} processes, {BYTES[backend] >> 20} MiB in {seconds * 1e3:.1f} ms: {rate:.2f} GB/s")
     dist.destroy_process_group()

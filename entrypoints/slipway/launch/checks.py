@@ -1,6 +1,6 @@
-"""What a machine needs in order to train, one function per check. None of them imports torch.
+"""What a machine needs for training, one function per check. None of them imports torch.
 
-ok = fit; warn = it will run, but slowly or only in part; unfit = a run would fail.
+ok = nothing to do; warn = it will run, but slowly or only in part; unfit = a run would fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slipway.report import human_bytes
 # version compatibility.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
-SHARED_MEMORY = 1 << 30  # of /dev/shm: what NCCL and data loaders of a node can come to
+SHARED_MEMORY = 1 << 30  # bytes of /dev/shm: NCCL and the data loaders of a node take less
 HEADS_CHECKPOINT = 256 << 20  # heads with their optimizer, even for the widest models
 # Share of the weights that is trained; an adapter of rank 32 on every layer is 1 to 2 % of a model.
 TRAINED = {"heads": 0.0, "lora": 0.02, "sft": 1.0, "pretrain": 1.0}
@@ -35,12 +35,15 @@ TRAINED = {"heads": 0.0, "lora": 0.02, "sft": 1.0, "pretrain": 1.0}
 WITH_OPTIMIZER = 7
 
 
+State = Literal["ok", "warn", "unfit"]
+
+
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, what was found, and the cure where it is not ok."""
+    """One row: what was checked, what was found, and what to do if it is not ok."""
 
     what: str
-    state: Literal["ok", "warn", "unfit"]
+    state: State
     found: str
     cure: str = ""
 
@@ -49,27 +52,29 @@ class Check:
 
 
 def gpus(processes: int, asked: int | None = None) -> Check:
-    """The GPUs that processes here can see; `asked`: how many there must be."""
+    """The GPUs that processes here can see; `asked`: how many are required."""
     names = [line.strip() for line in _nvidia_smi("name,memory.total").splitlines()]
     kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
-    pass_in = "docker run --gpus all, srun --gpus-per-node, Kubernetes: the resource nvidia.com/gpu"
+    cure = "request GPUs: docker run --gpus all, srun --gpus-per-node, or nvidia.com/gpu in Kubernetes"
     if asked is not None and len(names) < asked:
-        return Check("GPUs", "unfit", f"{kinds}, of {asked} asked for", pass_in)
+        return Check("GPUs", "unfit", f"{kinds}, but --gpus is {asked}", cure)
     if not names:
-        return Check("GPUs", "warn", kinds, f"CPU only, for tiny models; {pass_in}")
+        return Check("GPUs", "warn", kinds, f"only tiny models can be trained on the CPU; {cure}")
     if processes > len(names):
-        return Check("GPUs", "unfit", f"{kinds}, for {processes} processes", "set --nproc-per-node, or request more")
+        found = f"{kinds}, but {processes} processes"
+        return Check("GPUs", "unfit", found, "lower --nproc-per-node, or request more GPUs")
     return Check("GPUs", "ok", kinds)
 
 
 def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Check:
-    """The driver against the CUDA that the installed torch was built for."""
+    """Whether the driver can run the CUDA version that the installed torch was built for."""
     cuda = _cuda_of_torch()
     if cuda is None:
-        return Check("driver", "warn", "torch is built without CUDA", "install the image's or uv.lock's torch")
+        return Check("driver", "warn", "torch is built without CUDA", "use the image, or install what uv.lock names")
     match = re.search(r"(\d+)\.\d+(\.\d+)?", proc.read_text()) if proc.exists() else None
     if match is None:
-        return Check("driver", "warn", f"none; torch is built for CUDA {cuda}", "CPU only; a GPU needs NVIDIA's driver")
+        found = f"none; torch is built for CUDA {cuda}"
+        return Check("driver", "warn", found, "install NVIDIA's driver on the host, if it has a GPU")
     needed = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     found = f"{match.group()}, torch is built for CUDA {cuda}"
     if needed and int(match.group(1)) < needed:
@@ -80,13 +85,13 @@ def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Check:
 
 
 def shared_memory(processes: int, path: str = "/dev/shm") -> Check:
-    """/dev/shm, through which the processes of a node talk; 64 MB in a container by default."""
+    """/dev/shm, through which the processes of a node exchange data; a container has 64 MB by default."""
     stat = os.statvfs(path)
     size = stat.f_blocks * stat.f_frsize
     if size >= SHARED_MEMORY or processes == 1:
         return Check(path, "ok", human_bytes(size))
-    state = "unfit" if _gpu_files() else "warn"
-    cure = "docker run --shm-size=16g or --ipc=host; Kubernetes: an emptyDir with medium Memory mounted there"
+    state: State = "unfit" if _gpu_files() else "warn"
+    cure = "docker run --shm-size=16g or --ipc=host; Kubernetes: mount an emptyDir with medium Memory there"
     return Check(path, state, f"{human_bytes(size)} for {processes} processes", cure)
 
 
@@ -96,8 +101,11 @@ def locked_memory(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
     if limit == resource.RLIM_INFINITY:
         return Check("locked memory", "ok", "unlimited")
     if not _entries(infiniband):
-        return Check("locked memory", "ok", f"{human_bytes(limit)}, and no RDMA device that would need more")
-    cure = "docker run --ulimit memlock=-1; Kubernetes: the capability IPC_LOCK; Slurm: PropagateResourceLimitsExcept"
+        return Check("locked memory", "ok", f"{human_bytes(limit)}; only RDMA needs more, and there is no device")
+    cure = (
+        "set no limit: docker run --ulimit memlock=-1; Kubernetes: the capability IPC_LOCK; Slurm: "
+        "PropagateResourceLimitsExcept=MEMLOCK"
+    )
     return Check("locked memory", "unfit", human_bytes(limit), cure)
 
 
@@ -108,8 +116,11 @@ def rdma(nodes: int, infiniband: Path = Path("/sys/class/infiniband")) -> Check:
     if active:
         return Check("RDMA", "ok", f"{len(active)} of {len(devices)} devices active: {', '.join(sorted(active))}")
     if nodes == 1:
-        return Check("RDMA", "ok", "none, and one node needs none")
-    cure = "NCCL will use TCP; pass the devices in: docker run --device=/dev/infiniband, Kubernetes: the rdma/ resource"
+        return Check("RDMA", "ok", "none; a single node does not need it")
+    cure = (
+        "NCCL will use TCP, which is slow; give the container the devices: docker run --device=/dev/infiniband, or the "
+        "rdma/ resource in Kubernetes"
+    )
     return Check("RDMA", "warn", f"{len(devices)} devices, none active", cure)
 
 
@@ -141,32 +152,33 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def master_name(topology: Topology) -> Check:
-    """Whether the master's name leads anywhere from here."""
+    """Whether the master's name can be resolved on this machine."""
     try:
         found = socket.getaddrinfo(topology.master_addr, topology.master_port, type=socket.SOCK_STREAM)
     except OSError as error:
-        cure = "check the spelling; Kubernetes: a headless Service and the pod's `subdomain`; or give an IP address"
+        cure = "check the spelling or give an IP address; Kubernetes: add a headless Service, set the pod's `subdomain`"
         return Check("master's name", "unfit", f"{topology.master_addr}: {error.strerror}", cure)
     return Check("master's name", "ok", f"{topology.master_addr} is {found[0][4][0]}")
 
 
 def master_ports(topology: Topology) -> Check:
-    """Whether node 0 can listen on its two ports; other nodes learn it when they meet."""
+    """Whether node 0 can listen on its two ports. Other nodes learn that when they connect."""
     ports = f"{topology.master_port} and {topology.master_port + 1}"
     if topology.world_size == 1:
-        return Check("master's ports", "ok", "one process needs none")
+        return Check("master's ports", "ok", "a single process does not need them")
     if topology.rank != 0:
         return Check("master's ports", "ok", f"{ports}, on node 0")
     try:
         for port in (topology.master_port, topology.master_port + 1):
             check_port(port)
     except PreflightError as error:
-        return Check("master's ports", "unfit", str(error), "end what listens there, or give another --master-port")
+        cure = "stop the program that uses it, or choose another --master-port"
+        return Check("master's ports", "unfit", str(error), cure)
     return Check("master's ports", "ok", f"{ports} are free")
 
 
 def output_folder(folder: Path) -> Check:
-    """Whether OUT, or the folder that it would be made in, can be written."""
+    """Whether OUT, or the folder in which it would be created, is writable."""
     place = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -174,20 +186,21 @@ def output_folder(folder: Path) -> Check:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return Check("output", "unfit", f"{place}: {error.strerror}", "choose another --out, or mount it writable")
+        cure = "choose another --out, or mount this folder read-write"
+        return Check("output", "unfit", f"{place}: {error.strerror}", cure)
     return Check("output", "ok", f"{place} is writable")
 
 
 def free_space(folder: Path, weights: Path | None, mode: str, keep: int) -> Check:
-    """Free space against the checkpoints to come: `keep` of them while the next one is written."""
+    """Whether there is room for the checkpoints of the run: `keep` of them and the one that is being written."""
     free = shutil.disk_usage(_existing(folder)).free
     if TRAINED[mode] and weights is None:
-        return Check("free space", "warn", human_bytes(free), "give --model to compare it with the checkpoints to come")
+        return Check("free space", "warn", human_bytes(free), "give --model to learn how much a checkpoint needs")
     size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) if weights else 0
     needed = (keep + 1) * (HEADS_CHECKPOINT + TRAINED[mode] * WITH_OPTIMIZER * size)
-    found = f"{human_bytes(free)}; {keep + 1} checkpoints ({mode}) take up to {human_bytes(needed)}"
+    found = f"{human_bytes(free)}; {keep + 1} checkpoints ({mode}) need up to {human_bytes(needed)}"
     if free < needed:
-        return Check("free space", "unfit", found, "free some, choose another --out, or --keep fewer")
+        return Check("free space", "unfit", found, "free some space, choose another --out, or lower --keep")
     return Check("free space", "ok", found)
 
 
@@ -199,7 +212,7 @@ def _existing(folder: Path) -> Path:
 
 
 def shared_folder(folder: Path, topology: Topology, link: Link, timeout: float) -> Check:
-    """Whether every node sees what the others write below OUT: each leaves a file and looks for all of them."""
+    """Whether every node sees what the others write in OUT: each writes a file and looks for all of them."""
     place = _existing(folder)
     files = [place / f".slipway-doctor-{topology.master_port}-{node}" for node in range(topology.nodes)]
     mine = files[topology.node_rank]
@@ -207,29 +220,30 @@ def shared_folder(folder: Path, topology: Topology, link: Link, timeout: float) 
     try:
         deadline = time.monotonic() + timeout
         while (missing := [file for file in files if not file.exists()]) and time.monotonic() < deadline:
-            os.listdir(place)  # makes NFS look again
+            os.listdir(place)  # NFS remembers for a while that a file does not exist; this makes it ask the server
             time.sleep(0.2)
-        link.finish()  # nobody removes a file before all have looked
+        link.finish()  # no node removes its file before all have looked
     finally:
         mine.unlink(missing_ok=True)
     if missing:
         unseen = ", ".join(f"node {files.index(file)}" for file in missing)
         cure = "mount the same network folder on all nodes and give it as --out"
-        return Check("shared output", "unfit", f"what {unseen} wrote to {place} is not seen here", cure)
+        return Check("shared output", "unfit", f"the file that {unseen} wrote to {place} is not visible here", cure)
     return Check("shared output", "ok", f"{topology.nodes} nodes see each other's files in {place}")
 
 
 def all_reduce(topology: Topology, timeout: float) -> Check:
-    """One timed all-reduce over every process of the run to come."""
+    """One timed all-reduce over all processes that the run would have."""
     from slipway.launch import all_reduce as timed
 
     if topology.world_size == 1:
-        return Check("all-reduce", "ok", "one process adds nothing up")
+        return Check("all-reduce", "ok", "a single process does not need it")
     try:
         found = timed.measure(topology, timeout)
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         cure = (
-            "look at NCCL_DEBUG=INFO; name the network with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; open the firewall"
+            "open the firewall between the nodes; choose the network with NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; "
+            "NCCL_DEBUG=INFO shows more"
         )
         return Check("all-reduce", "unfit", " ".join(str(error).split())[:300], cure)
     return Check("all-reduce", "ok", found)

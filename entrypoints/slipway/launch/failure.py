@@ -15,22 +15,22 @@ from slipway.launch.topology import Topology
 
 LAST_LINES = 20
 
-# In the order of blame: who was killed or vanished took the others down, not the other way round.
+# From the most to the least likely cause: a rank that was killed or lost makes the others fail, not the reverse.
 KILLED, GONE, FAILED, LOST_A_PEER = range(4)
 
-# What gloo, NCCL and torch's store say in the ranks that are left.
+# What gloo, NCCL and torch's store say in the ranks that lost a peer.
 PEER_IS_LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|Timed out waiting|"
     r"Connection was likely closed|collective operation timeout|failed to recv, got 0 bytes"
 )
 
-# A row of the table that torchrun prints at its end.
+# A row of the table that torchrun prints at its end. There is no other way to learn which rank had which exit code.
 TORCHRUN_ROW = re.compile(r"rank\s+: (\d+) \(local_rank: (\d+)\)\s+exitcode\s+: (-?\d+)")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One line for people (`str()`), what decides between several, and the log's last lines."""
+    """One line for people (`str()`), its place in the order of causes (`blame`), and the last lines of the log."""
 
     who: str
     how: str
@@ -38,7 +38,7 @@ class Failure:
     code: int = 1
     log: str = ""
     lines: list[str] = field(default_factory=list)
-    said: str = ""  # by the worker itself, which knew what was wrong
+    said: str = ""  # the worker's own message, if it knew what was wrong
 
     def __str__(self) -> str:
         return f"{self.who} {self.how}" + (f"; its log: {self.log}" if self.log else "")
@@ -48,7 +48,7 @@ class Failure:
 
 
 def first_to_blame(failures: list[Failure]) -> Failure:
-    """The one that most likely took the others with it."""
+    """The failure that most likely caused the others."""
     return min(failures, key=lambda failure: failure.blame)
 
 
@@ -56,16 +56,17 @@ def failures_of_node(topology: Topology, logs: Path, scratch: Path, code: int) -
     """What happened to the ranks of this node.
 
     Args:
-        topology: where this node stands.
-        logs: the folder that the processes of this start log to.
-        scratch: where workers leave what they know, which may be on another disk than their logs.
-        code: exit code of torchrun, or of the worker where there is no torchrun.
+        topology: the place of this node in the run.
+        logs: the folder with the logs of this start.
+        scratch: the folder where workers leave their messages. It is not beside the logs, whose disk may be full.
+        code: exit code of torchrun, or of the worker if there is no torchrun.
     """
     if topology.local_rank is not None:
         codes = {topology.local_rank: code}
     else:
         table = TORCHRUN_ROW.findall(_read(logs / "torchrun.log"))
         codes = {int(local_rank): int(code) for _, local_rank, code in table}
+    # A worker that knew its error left a message, even where torchrun was ended before it could print its table.
     said = {int(file.suffix[1:]): json.loads(file.read_text()) for file in scratch.glob("error.*")}
     codes |= {local_rank: error["code"] for local_rank, error in said.items()}
     if not codes:
@@ -78,7 +79,7 @@ def failures_of_node(topology: Topology, logs: Path, scratch: Path, code: int) -
 
 
 def leave_word(scratch: Path, local_rank: int, error: SlipwayError) -> None:
-    """In a worker: keep an error that it can explain for the command that started it."""
+    """In a worker: leave the message of an error that it understands for the command that started it."""
     word = {"message": str(error), "code": error.exit_code}
     (scratch / f"error.{local_rank}").write_text(json.dumps(word))
 
@@ -91,6 +92,7 @@ def rank_logs(logs: Path, local_rank: int) -> list[Path]:
 def _failure(local_rank: int, topology: Topology, logs: Path, code: int, said: str) -> Failure:
     files = rank_logs(logs, local_rank)
     lines = [] if said else _last_lines(files)
+    # Torchrun ends the other ranks by SIGTERM once one has failed, so that signal is no cause.
     blame = KILLED if code < 0 and -code != signal.SIGTERM else FAILED
     if blame == FAILED and (code == -signal.SIGTERM or PEER_IS_LOST.search("\n".join(lines))):
         blame = LOST_A_PEER

@@ -1,7 +1,7 @@
-"""What each launcher says about the cluster: one small function per launcher, environment in, hints out.
+"""What each launcher tells about the cluster: one small function per launcher, from its variables to hints.
 
-WORLD_SIZE and RANK count processes with one launcher and pods with the next, so they are read for Volcano alone, which
-is known by its other variables.
+WORLD_SIZE and RANK count processes under one launcher and pods under another. So they are read for Volcano only, which
+can be recognised by its other variables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Environment = Mapping[str, str]
 
 
 class Said(NamedTuple):
-    """A value, and the flag or the variable that it stands in."""
+    """A value, and the flag or the variable that gave it."""
 
     value: Any
     by: str
@@ -26,7 +26,7 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Hints:
-    """What one launcher, or the flags, say; None where they say nothing."""
+    """What one launcher, or the flags, tell; None is unknown."""
 
     source: str
     nodes: Said | None = None
@@ -34,7 +34,7 @@ class Hints:
     master_addr: Said | None = None
     master_port: Said | None = None
     processes_per_node: Said | None = None
-    gpus: Said | None = None  # on this node: as many processes, where nobody says how many
+    gpus: Said | None = None  # of this node: one process for each, if no number of processes is given
     local_rank: Said | None = None  # the launcher has started one process per GPU, and this is one of them
 
 
@@ -44,7 +44,7 @@ def kubeflow_trainer(env: Environment) -> Hints | None:
 
 
 def pytorch_job(env: Environment) -> Hints | None:
-    """PyTorchJob v1: torchrun's variables, but the master in MASTER_*. Its RANK is the pod's."""
+    """PyTorchJob v1: torchrun's variables, but the master in MASTER_*. Its RANK is the number of the pod."""
     return _torchrun("pytorchjob", env) if "PET_NNODES" in env and "PET_MASTER_ADDR" not in env else None
 
 
@@ -60,7 +60,7 @@ def _torchrun(source: str, env: Environment) -> Hints:
 
 
 def skypilot(env: Environment) -> Hints | None:
-    """SkyPilot: the addresses of all nodes, one a line."""
+    """SkyPilot. It gives the addresses of all nodes, one per line."""
     if "SKYPILOT_NUM_NODES" not in env:
         return None
     addresses = env.get("SKYPILOT_NODE_IPS", "").split()
@@ -74,7 +74,7 @@ def skypilot(env: Environment) -> Hints | None:
 
 
 def dstack(env: Environment) -> Hints | None:
-    """dstack's tasks of several nodes."""
+    """dstack, for tasks of several nodes."""
     if "DSTACK_NODES_NUM" not in env:
         return None
     return Hints(
@@ -107,21 +107,22 @@ def _tasks_per_node(env: Environment) -> Said:
     name = "SLURM_STEP_TASKS_PER_NODE"
     text = env.get(name, "1")
     if not (match := re.fullmatch(r"(\d+)(\(x\d+\))?", text)):
-        raise UsageError(f"{name} is {text!r}; the nodes must have equally many tasks: set srun --ntasks-per-node")
+        raise UsageError(f"{name} is {text!r}; every node needs the same number of tasks: set srun --ntasks-per-node")
     return Said(int(match.group(1)), name)
 
 
 def _check_tasks_per_gpu(env: Environment, tasks: Said, gpus: Said | None) -> None:
     if gpus and gpus.value != tasks.value:
         raise UsageError(
-            f"{tasks.by} says {tasks.value}, {gpus.by} says {gpus.value}; "
-            "start one task per node (srun --ntasks-per-node=1) or one per GPU"
+            f"{tasks.by} is {tasks.value}, but {gpus.by} is {gpus.value}; start one task per node (srun "
+            "--ntasks-per-node=1) or one per GPU"
         )
+    # The worker takes the GPU with its own local rank, and NCCL needs to see the others of the node.
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and len(visible.split(",")) != tasks.value:
         raise UsageError(
-            f"{tasks.by} says {tasks.value}, but this task sees CUDA_VISIBLE_DEVICES={visible} only; every task must "
-            "see all GPUs of its node: use srun --gpus-per-node, not --gpus-per-task"
+            f"{tasks.by} is {tasks.value}, but this task sees only CUDA_VISIBLE_DEVICES={visible}; every task must see "
+            "all GPUs of its node: use srun --gpus-per-node, not --gpus-per-task"
         )
 
 
@@ -146,7 +147,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def open_mpi(env: Environment) -> Hints | None:
-    """A process of Open MPI's mpirun, Kubeflow's MPIJob among them. It names no master that others could reach."""
+    """A process of Open MPI's mpirun, which Kubeflow's MPIJob uses too. It gives no address of a master."""
     names = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
     return _mpi("open-mpi", env, *(f"OMPI_COMM_WORLD_{name}" for name in names))
 
@@ -160,7 +161,10 @@ def _mpi(source: str, env: Environment, *names: str) -> Hints | None:
     """One process per node, or one per GPU with the ranks of a node in a row."""
     if not all(name in env for name in names):
         return None
-    size, rank, local_size, local_rank = (_number(env, name) for name in names)
+    size, rank, local_size, local_rank = (_number(env, name) or Said(0, name) for name in names)
+    if local_size.value < 1 or size.value < 1:
+        none = local_size if local_size.value < 1 else size
+        raise UsageError(f"{none.by} is {env[none.by]!r}; it must be 1 or more: start the command with mpirun again")
     node_rank, place = divmod(rank.value, local_size.value)
     if size.value % local_size.value or place != local_rank.value:
         raise UsageError(
@@ -174,7 +178,7 @@ def _mpi(source: str, env: Environment, *names: str) -> Hints | None:
 
 
 def leader_worker_set(env: Environment) -> Hints | None:
-    """LeaderWorkerSet: a group's leader and its workers. It gives no port."""
+    """LeaderWorkerSet: the leader and the workers of a group. It gives no port."""
     if "LWS_GROUP_SIZE" not in env:
         return None
     return Hints(
@@ -186,7 +190,7 @@ def leader_worker_set(env: Environment) -> Hints | None:
 
 
 def volcano(env: Environment) -> Hints | None:
-    """Volcano's pytorch plugin, known by the svc plugin's VC_<TASK>_HOSTS. WORLD_SIZE and RANK count pods here."""
+    """Volcano's pytorch plugin, where WORLD_SIZE and RANK count pods. VC_<TASK>_HOSTS show that it is Volcano."""
     if "MASTER_ADDR" not in env or not any(re.fullmatch(r"VC_\w+_HOSTS", name) for name in env):
         return None
     return Hints(
@@ -199,10 +203,11 @@ def volcano(env: Environment) -> Hints | None:
 
 
 def kubernetes_job(env: Environment) -> Hints | None:
-    """A pod of an Indexed Job or a JobSet. NNODES is what the manifest must add: Kubernetes gives no count."""
+    """A pod of an Indexed Job or a JobSet. Kubernetes gives no number of pods, so the manifest must set NNODES."""
     index = _number(env, "JOB_COMPLETION_INDEX")
     if index is None:
         return None
+    # The name of pod 0 can be resolved only with its domain, which HOSTNAME lacks unless setHostnameAsFQDN is set.
     hostname = env.get("HOSTNAME", "")
     first = first_pod(hostname if "." in hostname else socket.getfqdn(hostname), index.value)
     return Hints(
@@ -214,17 +219,18 @@ def kubernetes_job(env: Environment) -> Hints | None:
 
 
 def first_pod(hostname: str, index: int) -> str | None:
-    """The name of pod 0 from that of pod `index`: train-3.svc.team → train-0.svc.team; None if it is no pod's name."""
+    """The name of pod 0 from the name of pod `index`: train-3.svc.team → train-0.svc.team; None for other names."""
     match = re.fullmatch(rf"(.+)-{index}(\..*)?", hostname)
     return f"{match.group(1)}-0{match.group(2) or ''}" if match else None
 
 
 def master_variables(env: Environment) -> Hints | None:
-    """MASTER_ADDR and MASTER_PORT, whoever set them: for what the others leave open."""
+    """MASTER_ADDR and MASTER_PORT, whoever set them. They are used if no launcher gives an address or a port."""
     return Hints("MASTER_ADDR", master_addr=_text(env, "MASTER_ADDR"), master_port=_number(env, "MASTER_PORT"))
 
 
-# In the order in which they are believed.
+# The first one that gives a value decides. A launcher that runs inside another one comes first: mpirun inside a Slurm
+# step, Kubeflow on an Indexed Job.
 LAUNCHERS: tuple[Callable[[Environment], Hints | None], ...] = (
     kubeflow_trainer,
     pytorch_job,
@@ -246,11 +252,11 @@ def _text(env: Environment, *names: str) -> Said | None:
 
 
 def _number(env: Environment, *names: str, besides: tuple[str, ...] = ()) -> Said | None:
-    """The same as a number; None for a word of `besides`. A range counts where both ends are one number ("4:4")."""
+    """The same as a number; None for a word in `besides`. A range is a number if both ends are equal ("4:4")."""
     said = _text(env, *names)
     if said is None or said.value in besides:
         return None
     low, colon, high = said.value.partition(":")
     if not low.isdigit() or (colon and high != low):
-        raise UsageError(f"{said.by} is {said.value!r}; only a fixed number works here: set one, or unset it")
+        raise UsageError(f"{said.by} is {said.value!r}; it must be one whole number: set one, or unset it")
     return Said(int(low), said.by)

@@ -1,4 +1,4 @@
-"""The flags that say where in the cluster a command runs; what they leave open, the launcher says (topology.py)."""
+"""The flags for the place of a command in the cluster. What is not given comes from the launcher (topology.py)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ LAST_PORT = 65534  # the port after the master's is used too
 
 @dataclass(frozen=True)
 class Placement:
-    """Nodes, processes and the master's address, as far as they are given."""
+    """Nodes, processes and the master's address; None is not given."""
 
-    nodes: int | None = option(None, "number of nodes", low=1, high=MOST, otherwise="what the launcher says, else 1")
-    node_rank: int | None = option(None, "number of this node, from 0", low=0, high=MOST, otherwise="the launcher's")
+    nodes: int | None = option(None, "number of nodes", low=1, high=MOST, otherwise="from the launcher, else 1")
+    node_rank: int | None = option(None, "number of this node, from 0", low=0, high=MOST, otherwise="from the launcher")
     master_addr: str | None = option(
-        None, "host name or IP address of node 0, without a port", otherwise="the launcher's"
+        None, "host name or IP address of node 0, without a port", otherwise="from the launcher"
     )
     master_port: int | None = option(
         None, "port on node 0; the next one is used too", low=1, high=LAST_PORT, otherwise="29500"
     )
-    nproc_per_node: int | None = option(None, "processes per node", low=1, high=MOST, otherwise="one for each GPU")
+    nproc_per_node: int | None = option(None, "processes per node", low=1, high=MOST, otherwise="one per GPU")
 
     def check(self) -> None:
-        """UsageError for what cannot be, whatever the launcher says."""
+        """UsageError for values that are wrong under any launcher."""
         check_group(self)
         address = self.master_addr
         if address is not None and (not address or re.fullmatch(r"[^:]*:\d+|\[.*\]:\d+|.*[\s/].*", address)):
@@ -39,13 +39,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a run waits for its nodes at the start and for its workers at the end."""
+    """How long a run waits: for its nodes at the start, for its workers at the end."""
 
-    grace: float = option(600.0, "time to save in after a request to stop", unit="seconds", low=0, high=10**7)
+    grace: float = option(600.0, "time for saving after a request to stop", unit="seconds", low=0, high=10**7)
     rendezvous_timeout: float = option(
         300.0, "time to wait for all nodes at the start", unit="seconds", above=0, high=10**7
     )
 
     def check(self) -> None:
-        """UsageError for what is out of range."""
+        """UsageError for values out of range."""
         check_group(self)

@@ -1,7 +1,7 @@
-"""How many nodes, how many processes on each, which node is this, and where is the first one?
+"""How many nodes there are, how many processes each has, which node this is, and where the first one is.
 
-Flags go first, then what the launcher that started this process says (launchers.py). Hints that disagree stop the run,
-because a job whose nodes each believe they are alone trains the same model many times over and nobody notices.
+Flags come first, then the variables of the launcher that started this process (launchers.py). Hints that disagree stop
+the run: if each node of a job believes that it is alone, all of them train the same model and nobody notices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from slipway.launch.placement import Placement
 DEFAULT_PORT = 29500
 ALONE = "(single machine, no launcher found)"  # the source of a topology that nobody gave
 
-# What must be the same whoever says it. An address or a port may be written in several ways: the first one counts.
+# What all sources must agree on. An address can be written in several ways and a port can have a default, so for these
+# the first source decides.
 MUST_AGREE = {
     "nodes": "the number of nodes",
     "node_rank": "the number of this node",
@@ -29,10 +30,10 @@ MUST_AGREE = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands. `source` names the flags or the launcher that it was read from.
+    """The place of this command in the run. `source`: the flags or the launcher that told it.
 
-    `local_rank` is None where one process stands for the node and starts the others, and a number where the launcher
-    has started every one of them.
+    `local_rank` is None if this command starts all processes of its node. It is a number if the launcher has started
+    one command for every process.
     """
 
     nodes: int
@@ -49,7 +50,7 @@ class Topology:
 
     @property
     def rank(self) -> int:
-        """The first rank that this command stands for."""
+        """The first rank that this command starts."""
         return self.node_rank * self.processes_per_node + (self.local_rank or 0)
 
     @property
@@ -69,7 +70,7 @@ class Topology:
 def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> Topology:
     """The topology from flags, else from the launcher's variables, else one node.
 
-    Errors: UsageError where something needed is missing, out of range, or two sources disagree.
+    Errors: UsageError if something is missing or out of range, or if two sources disagree.
     """
     placement.check()
     given = {
@@ -93,8 +94,8 @@ def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> 
     rank, ranked_by = _pick("node_rank", sources)
     address, addressed_by = _pick("master_addr", sources)
     if rank is None or address is None:
-        missing = "--node-rank" if rank is None else "--master-addr"
-        raise UsageError(f"{count} nodes need {missing}: the same command with it on each node")
+        missing = f"--node-rank, 0 to {count - 1}" if rank is None else "--master-addr, the address of node 0"
+        raise UsageError(f"{count} nodes need {missing}; give it on every node")
     _check_rank(rank, count)
     return Topology(
         count,
@@ -102,13 +103,14 @@ def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> 
         rank,
         address,
         _pick("master_port", sources, DEFAULT_PORT)[0],
-        " and ".join(dict.fromkeys([counted_by, ranked_by, addressed_by])),
+        " and ".join(dict.fromkeys(by for by in (counted_by, ranked_by, addressed_by) if by)),
         _pick("local_rank", sources)[0],
     )
 
 
 def _one_node(flags: Hints, sources: list[Hints], source: str, env: Mapping[str, str]) -> Topology:
-    """A node on its own needs no name from anybody; pods of an Indexed Job have numbers even so."""
+    """A single node is node 0 at 127.0.0.1, whatever number a launcher gave it: the pods of an Indexed Job have numbers
+    even if each of them is a run of its own."""
     rank, address = _pick("node_rank", [flags], 0)[0], _pick("master_addr", [flags], "127.0.0.1")[0]
     _check_rank(rank, 1)
     port, local_rank = _pick("master_port", sources, DEFAULT_PORT)[0], _pick("local_rank", sources)[0]
@@ -121,7 +123,7 @@ def _flag(name: str, value: Any) -> Said | None:
 
 
 def _pick(name: str, sources: list[Hints], default: Any = None) -> tuple[Any, str | None]:
-    """The first value that anybody says, and who; else the default and None."""
+    """The first value that a source gives, and the source; else the default and None."""
     for hints in sources:
         if (said := getattr(hints, name)) is not None:
             return said.value, hints.source
@@ -133,41 +135,41 @@ def _refuse_disagreement(name: str, sources: list[Hints]) -> None:
     for one, other in pairwise(said):
         if one.value != other.value:
             raise UsageError(
-                f"{one.by} says {one.value}, {other.by} says {other.value} for {MUST_AGREE[name]}; "
-                "drop one of the two or make them agree"
+                f"{one.by} is {one.value} and {other.by} is {other.value}, but both are {MUST_AGREE[name]}; remove one "
+                "of them or make them equal"
             )
 
 
 def _refuse_to_be_a_worker(env: Mapping[str, str]) -> None:
     if "TORCHELASTIC_RUN_ID" in env:
         raise UsageError(
-            "TORCHELASTIC_RUN_ID is set: torchrun started this command, which starts torchrun itself; "
-            "run `slipway` once per node without torchrun around it"
+            "TORCHELASTIC_RUN_ID is set: torchrun started this command, but the command starts torchrun itself; run "
+            "`slipway` once per node, without torchrun"
         )
 
 
 def _refuse_to_be_alone(env: Mapping[str, str]) -> None:
-    """Nobody says how many nodes there are, and yet something says that there are more than one."""
+    """UsageError if no source gives the number of nodes, but a variable shows that there is more than one."""
     if "JOB_COMPLETION_INDEX" in env:
         raise UsageError(
-            "JOB_COMPLETION_INDEX is set, but nothing says how many pods there are: give --nodes, or set NNODES in the "
-            "pod's environment to the Job's `completions`"
+            "JOB_COMPLETION_INDEX is set, but the number of pods is unknown; give --nodes, or set NNODES in the pod's "
+            "environment to the Job's `completions`"
         )
     if (nodes := env.get("SLURM_JOB_NUM_NODES", "1")) != "1":
         raise UsageError(
-            f"SLURM_JOB_NUM_NODES is {nodes}, but this is no step of that job: start it with srun "
-            "--ntasks-per-node=1, or say --nodes 1 to use this node alone"
+            f"SLURM_JOB_NUM_NODES is {nodes}, but this command is not a step of that job; start it with srun "
+            "--ntasks-per-node=1, or give --nodes 1 to use this node only"
         )
     if (world := env.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(
-            f"WORLD_SIZE is {world}, and it may count processes or nodes: give --nodes, --node-rank and --master-addr, "
-            "or unset it"
+            f"WORLD_SIZE is {world}, but it can be a number of processes or of nodes; give --nodes, --node-rank and "
+            "--master-addr, or unset it"
         )
 
 
 def _check_rank(rank: int, count: int) -> None:
     if not 0 <= rank < count:
-        raise UsageError(f"--node-rank is {rank}; with {count} nodes it goes from 0 to {count - 1}")
+        raise UsageError(f"--node-rank is {rank}; with {count} nodes it must be 0 to {count - 1}")
 
 
 def _processes(sources: list[Hints], env: Mapping[str, str]) -> int:
@@ -175,7 +177,7 @@ def _processes(sources: list[Hints], env: Mapping[str, str]) -> int:
 
 
 def count_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine, or 1: counted by the driver's device files, without torch."""
+    """GPUs of this machine, at least 1. It counts the driver's device files, because importing torch takes seconds."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([device for device in visible.split(",") if device.strip()]))

@@ -1,9 +1,9 @@
-"""Starting the workers of this node, showing what they print, and passing on the request to stop.
+"""Starts the workers of this node, shows what they print, and passes on a request to stop.
 
 A request to stop reaches the workers as a file (signals.py).
 
-Workers and torchrun write to files, and this process repeats what the workers write. So a run's output is kept rank by
-rank, and what torchrun's agent says about a failure does not bury the failure.
+Workers and torchrun write to files, and this process repeats what the workers write. So the output of every rank is
+kept in its own file, and the long message of torchrun does not hide the message of the rank that failed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from slipway.signals import END, StopRequests, prepare_child
 WORKER = "slipway.training.worker"
 POLL = 0.1  # seconds between looks at the processes and their logs
 
-# Set unless the user has set them; what each is for: docs/training.md.
+# Set unless the user has set them. docs/training.md says what each is for.
 ENVIRONMENT_DEFAULTS = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "NCCL_NVLS_ENABLE": "0",
@@ -51,7 +51,7 @@ ENVIRONMENT_DEFAULTS = {
 
 
 def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> list[str]:
-    """The exact torchrun command of this node; the worker's own where the launcher started one process per GPU."""
+    """The exact torchrun command of this node, or the worker itself if the launcher has started one command per GPU."""
     worker = ["-m", WORKER, *worker_arguments]
     if topology.local_rank is not None:
         return [sys.executable, *worker]
@@ -76,7 +76,7 @@ TOLD = re.compile(r"^(NCCL|NVTE|TORCH|WANDB|HF|CUDA|PYTORCH|SLIPWAY)_")
 
 
 def shown_environment() -> dict[str, str]:
-    """What of the workers' environment decides how they run, secrets masked."""
+    """The variables of the workers that decide how they run, with secrets masked."""
     found = {key: value for key, value in environment().items() if key in ENVIRONMENT_DEFAULTS or TOLD.match(key)}
     return {key: "***" if SECRET.search(key) else value for key, value in sorted(found.items())}
 
@@ -87,7 +87,7 @@ def environment() -> dict[str, str]:
 
 
 def rank_variables(topology: Topology) -> dict[str, str]:
-    """What torchrun would tell the first process of this command."""
+    """The variables that torchrun would set for the first process of this command."""
     return {
         "RANK": str(topology.rank),
         "LOCAL_RANK": str(topology.local_rank or 0),
@@ -102,13 +102,13 @@ def rank_variables(topology: Topology) -> dict[str, str]:
 def launch(
     topology: Topology, worker_arguments: Sequence[str], stop: StopRequests, logs: Path, link: Link
 ) -> Failure | None:
-    """Run the workers of this command to their end; returns why the run failed, here or on another node.
+    """Run the workers of this command to their end. Returns why the run failed, here or on another node, or None.
 
     Args:
-        topology: where this command stands.
-        worker_arguments: the worker's command line.
-        stop: what this process is asked for by signals.
-        logs: new folder for what they print.
+        topology: the place of this command in the run.
+        worker_arguments: the command line of a worker.
+        stop: the requests to stop that this process gets as signals.
+        logs: new folder for what the workers print.
         link: to the commands on the other nodes.
     """
     words = command(topology, worker_arguments, logs)
@@ -121,7 +121,7 @@ def launch(
             time.sleep(POLL)
         if process.poll() is None:
             _end(process)
-    screen.show()
+    screen.show()  # what was written between the last look and the end
     if process.returncode == 0 and not link.verdict:
         link.finish()
     elif not link.verdict:
@@ -130,7 +130,7 @@ def launch(
 
 
 def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen:
-    """Start torchrun, or the worker itself with its logs where torchrun would put them."""
+    """Start torchrun, or the worker itself, which then has its logs where torchrun would put them."""
     env = environment()
     if topology.local_rank is None:
         with (logs / "torchrun.log").open("w") as log:
@@ -142,13 +142,15 @@ def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen
 
 
 def _popen(words: list[str], env: dict[str, str], out: TextIO, err: TextIO) -> subprocess.Popen:
+    # In a session of its own: Ctrl-C in a terminal goes to this command only, which then lets the workers save.
     return subprocess.Popen(
         words, env=env, start_new_session=True, stdout=out, stderr=err, preexec_fn=prepare_child
     )  # fmt: skip
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the workers at once, for a rank elsewhere is lost and they wait for it, and then torchrun."""
+    """End the workers at once, because they wait for a rank on another node that is lost; then end torchrun."""
+    # By SIGKILL: torchrun would give them 30 s after a SIGTERM, and they cannot save without the lost rank anyway.
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(child), signal.SIGKILL)
@@ -161,9 +163,9 @@ def _end(process: subprocess.Popen) -> None:
 
 
 class Screen:
-    """Repeats what the workers of this command write, line by line as it comes, up to a traceback.
+    """Repeats what the workers of this command write, line by line, up to a traceback.
 
-    A traceback is held back, for most ranks have one only because another rank is gone; the end shows the right one.
+    Tracebacks are not shown. Most ranks have one only because they lost another rank; the end shows the right one.
     """
 
     def __init__(self, topology: Topology, logs: Path) -> None:
@@ -186,7 +188,7 @@ class Screen:
             at = file.tell()
             line = file.readline()
             if not line.endswith("\n"):
-                file.seek(at)
+                file.seek(at)  # half a line: the worker is writing it
                 return
             if "Traceback (most recent call last)" in line:
                 file.close()
@@ -200,19 +202,22 @@ def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) ->
     Args:
         topology: one node with one process.
         run: the worker.
-        stop: what this process is asked for by signals; at the end of the grace period the worker is interrupted.
+        stop: the requests to stop that this process gets as signals. At the end of the grace period the worker is
+            interrupted.
 
     Errors: GraceIsOver.
     """
-    # Port 0: nobody else has to find the store of a run of one process.
+    # Port 0 is any free port: no other process has to find the store of this run.
     os.environ.update(environment() | rank_variables(topology) | {"MASTER_PORT": "0"})
 
     def interrupt(*_: object) -> None:
         raise _Interruption
 
+    main = threading.main_thread().ident or 0  # never 0: the thread has been started
+    # Only a signal can interrupt the main thread while it computes; the timer of the grace period is another thread.
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with stop.while_saving(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)):
+        with stop.while_saving(lambda: signal.pthread_kill(main, signal.SIGALRM)):
             run()
     except _Interruption:
         raise GraceIsOver("did not save in time") from None
@@ -221,7 +226,7 @@ def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) ->
 
 
 class _Interruption(BaseException):
-    """What no `except Exception` of a library keeps for itself."""
+    """An exception that no `except Exception` of a library catches."""
 
 
 class GraceIsOver(SlipwayError):
