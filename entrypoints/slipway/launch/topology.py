@@ -176,9 +176,14 @@ def _processes(sources: list[Hints], env: Mapping[str, str]) -> int:
     return _pick("processes_per_node", sources)[0] or _pick("gpus", sources)[0] or count_gpus(env)
 
 
-def count_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine, at least 1. It counts the driver's device files, because importing torch takes seconds."""
+def gpus_here(env: Mapping[str, str] = os.environ) -> int:
+    """GPUs that a process here may use, counted by the driver's device files, without torch."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([device for device in visible.split(",") if device.strip()]))
-    return max(1, len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()]))
+        return len([device for device in visible.split(",") if device.strip()])
+    return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
+
+
+def count_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """GPUs of this machine, or 1."""
+    return max(1, gpus_here(env))

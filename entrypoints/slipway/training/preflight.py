@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG
-from slipway.errors import DataError, UsageError, WriteError
+from slipway.errors import DataError, PreflightError, UsageError, WriteError
 from slipway.families import read_config, understood
+from slipway.launch.topology import gpus_here
 from slipway.options import flag
 from slipway.tokens.scan import Index, scan
-from slipway.training import recipes
+from slipway.training import memory
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
+LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 # What may change between two starts of one run.
 MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
 
 
-def check_paths(recipe: Recipe) -> None:
-    """UsageError or DataError for paths that cannot be what they are given as."""
-    model = Path(recipe.model)
+def check_checkpoint(model: Path) -> None:
+    """UsageError or DataError unless this is a NeMo checkpoint."""
     if not model.is_dir():
         raise UsageError(f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
+
+
+def check_data(recipe: Recipe) -> None:
+    """UsageError for a file of data that is not there."""
     for name in ("data", "eval_data"):
         path = getattr(recipe, name)
         if path and not Path(path).is_file():
@@ -42,19 +48,23 @@ def vocab_size(model: Path) -> int:
     raise DataError(f"{model / 'context' / 'model.yaml'} has no vocab_size; import the model again")
 
 
-def check_model(recipe: Recipe, shipped: recipes.Shipped | None) -> dict[str, Any] | None:
-    """The model's config.json, where its checkpoint has one; UsageError for sizes or a recipe that do not fit it."""
-    path = Path(recipe.model) / "context" / SOURCE_CONFIG
+def model_of(checkpoint: Path) -> tuple[str, dict[str, Any]] | None:
+    """(family, config.json in its canonical form) of a NeMo checkpoint; None where it has no such file."""
+    path = checkpoint / "context" / SOURCE_CONFIG
     if not path.is_file():
         return None
     family, config = understood(read_config(path), path)
-    if shipped and shipped.family != family.NAME:
-        raise UsageError(
-            f"--recipe {shipped.name} is for {shipped.family}, but --model {recipe.model} is {family.NAME}; "
-            "choose a recipe of that family"
+    return family.NAME, config
+
+
+def check_gpus(config: Mapping[str, Any]) -> None:
+    """PreflightError where there is no GPU and the model is too large for the CPU."""
+    parameters = memory.parts_of(config).total
+    if parameters > LARGEST_ON_CPU and not gpus_here():
+        raise PreflightError(
+            f"this machine shows no GPU, and the model has {parameters / 1e9:.1f} billion weights, too many for the "
+            "CPU; start on a machine with GPUs: docker run --gpus all, srun --gpus-per-node, Kubernetes nvidia.com/gpu"
         )
-    recipe.check_model(config)
-    return config
 
 
 def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> int:

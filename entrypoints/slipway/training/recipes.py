@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from slipway.errors import DataError, UsageError
-from slipway.options import Parameter, check, from_text, option, parameters_of, suggestion
+from slipway.options import NAMES, Parameter, check, from_text, option, parameters_of, suggestion
 from slipway.training.recipe import MODES, Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 GPUS = (80, 141)  # GB of memory
-ABOUT = ("family", "base")  # what a file says beside its modes
+ABOUT = {"family": str, "base": str, "parameters": float}  # what a file says beside its modes
 OF_A_RUN = ("model", "data", "out", "mode")  # not for a file to say
 
 
@@ -71,6 +71,11 @@ def family_of(name: str) -> str:
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())["family"]
 
 
+def parameters_of_model(name: str) -> float:
+    """The number of weights of the model that a shipped recipe is for."""
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text())["parameters"]
+
+
 def load(name: str, mode: str, gpu: int) -> Shipped:
     """The recipe of this name, or in this file; UsageError or DataError for what it cannot be.
 
@@ -103,8 +108,9 @@ def _check_tables(file: Path, tables: Mapping[str, Any]) -> None:
     for key, value in tables.items():
         if key not in known:
             raise UsageError(f"{file}: unknown key {key}{suggestion(key, known)}; it takes {', '.join(known)}")
-        if not isinstance(value, dict if key in MODES else str):
-            raise UsageError(f"{file}: {key} must be {'a table' if key in MODES else 'a text'}")
+        kind = ABOUT.get(key, dict)
+        if not isinstance(value, kind):
+            raise UsageError(f"{file}: {key} must be {NAMES.get(kind, 'a table')}")
     layouts = [f"{size}GB" for size in GPUS]
     for mode in MODES:
         for key, value in tables.get(mode, {}).items():

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import locate
-from slipway.errors import Stopped
+from slipway.errors import Stopped, UsageError
 from slipway.launch import torchrun
 from slipway.launch.failure import FAILED, Failure
 from slipway.launch.link import Link, meet
 from slipway.launch.placement import Patience, Placement
-from slipway.launch.topology import ALONE, Topology, find_topology
+from slipway.launch.topology import ALONE, Topology, find_topology, gpus_here
 from slipway.options import flag
 from slipway.report import Summary
 from slipway.signals import StopRequests
-from slipway.training import memory, preflight, recipes
+from slipway.training import layout, memory, preflight, recipes
 from slipway.training.agreement import claims
 from slipway.training.outcome import Run, claim_folder, note, result_of
 from slipway.training.recipe import Recipe
@@ -97,24 +97,60 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     started = time.time()
     request.patience.check()
     chosen = request.given | recipes.parse_settings(request.choice.set or [])
-    shipped = None
-    if request.choice.recipe:
-        mode = request.given.get("mode", Recipe.mode)
-        shipped = recipes.load(request.choice.recipe, mode, request.choice.gpu_memory or recipes.gpu_memory())
-    values = (shipped.values if shipped else {}) | chosen
-    values |= _fitting_schedule(values, chosen)
     topology = find_topology(request.placement)
+    model = locate.nemo_path(chosen["model"])
+    preflight.check_checkpoint(model)
+    family, config = preflight.model_of(model) or ("", None)
+    shipped, said = _recipe(request, family, config)
     if dry_run and shipped and topology.source == ALONE and request.placement.nproc_per_node is None:
         topology = _of_recipe(shipped, topology.master_port)
-    recipe = Recipe(**values | {"model": str(locate.nemo_path(values["model"]))})
+    values = (shipped.values if shipped else {}) | chosen | {"model": str(model)}
+    shorter = _fitting_schedule(values, chosen)
+    said += [
+        f"{flag(name)} → {now}, since --steps is {values.get('steps', Recipe.steps)}" for name, now in shorter.items()
+    ]
+    values |= shorter
+    if config:
+        known = request.choice.gpu_memory or (recipes.gpu_memory() if dry_run or gpus_here() else None)
+        found = layout.fitted(values, chosen, config, topology.world_size, known)
+        values = found.values
+        said += [f"for {topology.world_size} processes: {', '.join(found.changes)}"] if found.changes else []
+    recipe = Recipe(**values)
     recipe.check(topology.world_size, shipped.name if shipped else "")
-    preflight.check_paths(recipe)
-    config = preflight.check_model(recipe, shipped)
+    preflight.check_data(recipe)
+    if config and not dry_run:
+        preflight.check_gpus(config)
     for name in PATHS:
         if path := getattr(recipe, name):
             setattr(recipe, name, str(Path(path).absolute()))
     folder = RunFolder.of(recipe)
+    for line in said:
+        print(f"train: {line}", file=sys.stderr)
     return Run(recipe, topology, folder, preflight.first_step(recipe, folder, request.resume), started), config
+
+
+def _recipe(
+    request: Request, family: str, config: Mapping[str, Any] | None
+) -> tuple[recipes.Shipped | None, list[str]]:
+    """(the recipe that was asked for, else the shipped one that fits the checkpoint; what is to be said of it)."""
+    mode, gpu_gb = request.given.get("mode", Recipe.mode), request.choice.gpu_memory or recipes.gpu_memory()
+    if name := request.choice.recipe:
+        shipped = recipes.load(name, mode, gpu_gb)
+        if family and shipped.family != family:
+            raise UsageError(
+                f"--recipe {shipped.name} is for {shipped.family}, but --model {request.given['model']} is {family}; "
+                "choose a recipe of that family"
+            )
+        return shipped, []
+    if config is None:
+        return None, []
+    parameters = memory.parts_of(config).total
+    size = f"{family} with {parameters / 1e9:.3g} billion weights"
+    if (name := layout.recipe_for(family, parameters)) is None:
+        there = ", ".join(f"{one} {of / 1e9:.3g}" for one, of in layout.sizes_of(family).items())
+        return None, [f"no shipped recipe is for {size} (there are: {there}); the defaults are used"]
+    said = [f"recipe {name}, since the model is {size}; --recipe chooses another"]
+    return recipes.load(name, mode, max(gpu_gb, min(recipes.GPUS))), said
 
 
 def _fitting_schedule(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, int]:
@@ -129,8 +165,6 @@ def _fitting_schedule(values: Mapping[str, Any], chosen: Collection[str]) -> dic
     if sum(schedule.values()) <= steps:
         return {}
     fitting = {name: min(schedule[name], steps // share) for name, share in SHARES.items() if name not in chosen}
-    for name, now in fitting.items():
-        print(f"train: {flag(name)} {schedule[name]} → {now}, since --steps is {steps}", file=sys.stderr)
     return fitting
 
 

@@ -1,0 +1,129 @@
+"""Which recipe a checkpoint gets when none is named, and how it fits the GPUs that are there.
+
+What a person asked for by a flag or --set stays as it is. Everything else may change: the parallel sizes, recomputation
+and the global batch, by the memory estimate (memory.py). Each change is said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slipway.errors import PreflightError, UsageError
+from slipway.options import flag
+from slipway.training import memory, recipes
+from slipway.training.recipe import Recipe
+
+SHARE = 0.92  # of a GPU's memory that the estimate may take; estimates were within 5 % of what was measured
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size", "context_parallel_size")
+LAYOUT = (*SIZES, "first_stage_layers", "last_stage_layers", "recompute", "micro_batch_size")
+SAME_SIZE = 0.2  # of a model's parameters: a recipe for a model so much larger or smaller still fits
+
+
+def sizes_of(family: str) -> dict[str, float]:
+    """Shipped recipe → number of weights of its model, for the recipes of a family."""
+    return {name: recipes.parameters_of_model(name) for name in recipes.names() if recipes.family_of(name) == family}
+
+
+def recipe_for(family: str, parameters: float) -> str | None:
+    """The shipped recipe for a model of this family whose size is nearest; None if none is near.
+
+    Args:
+        parameters: number of the model's weights.
+    """
+    sizes = sizes_of(family)
+    name = min(sizes, key=lambda one: abs(math.log(sizes[one] / parameters)), default=None)
+    return name if name and abs(sizes[name] / parameters - 1) <= SAME_SIZE else None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A recipe's values for the GPUs at hand, and what was changed, in words."""
+
+    values: dict[str, Any]
+    changes: list[str]
+
+
+def fitted(
+    values: Mapping[str, Any], chosen: Collection[str], c: Mapping[str, Any], world_size: int, gpu_gb: int | None
+) -> Fitted:
+    """The first layout that divides the model and the GPUs, and that fits their memory; the recipe's own comes first.
+
+    Args:
+        values: fields of Recipe, model, data and out among them.
+        chosen: the fields that a person asked for.
+        c: config.json of the model, in its canonical form.
+        world_size: number of GPUs of the run.
+        gpu_gb: memory of each in GB; None where there is no GPU, and memory is no matter.
+
+    Errors: UsageError where no layout divides both, PreflightError where none fits the memory.
+    """
+    smallest, problem = math.inf, ""
+    for layout in _layouts(values, chosen, c, world_size):
+        candidate = {**values, **layout}
+        candidate |= _batch(candidate, chosen, world_size)
+        try:
+            recipe = Recipe(**candidate)
+            recipe.check(world_size)
+            recipe.check_model(c)
+        except UsageError as error:
+            problem = problem or str(error)
+            continue
+        needed = memory.estimate(recipe, c, world_size).total / 1e9
+        if gpu_gb is None or needed <= SHARE * gpu_gb:
+            return Fitted(candidate, _changes(values, candidate))
+        smallest = min(smallest, needed)
+    if smallest < math.inf:
+        raise PreflightError(
+            f"no layout of {world_size} GPUs with {gpu_gb} GB fits: the smallest needs about {smallest:.0f} GB per "
+            "GPU; use more GPUs, --mode lora, or a lower --seq-length"
+        )
+    raise UsageError(problem)
+
+
+def _layouts(
+    values: Mapping[str, Any], chosen: Collection[str], c: Mapping[str, Any], world_size: int
+) -> Iterator[dict[str, Any]]:
+    """The recipe's own layout, then others: those that share least among GPUs come first."""
+    yield {}
+    experts = next((c[key] for key in memory.EXPERTS if key in c), 0)
+    options: dict[str, list[Any]] = {
+        "tensor_parallel_size": [1, 2, 4, 8],
+        "pipeline_parallel_size": [1, 2, 4, 8, 16],
+        "expert_parallel_size": [1, 2, 4, 8, 16, 32, 64] if experts else [1],
+        "recompute": ["none", "full"],
+    }
+    for name in options:
+        if name in chosen:
+            options[name] = [values[name]]
+    found = [dict(zip(options, sizes, strict=True)) for sizes in itertools.product(*options.values())]
+    found = [layout for layout in found if _ranks(layout) <= world_size]
+    # Recomputing costs a third of the time, sharing a layer costs communication in each, stages cost idle time.
+    found.sort(key=lambda one: (_ranks(one), one["expert_parallel_size"], one["recompute"] == "full"))
+    plain = {name: 0 for name in ("first_stage_layers", "last_stage_layers") if name not in chosen}
+    for layout in found:
+        yield {**layout, **plain}
+
+
+def _ranks(layout: Mapping[str, Any]) -> int:
+    return layout["tensor_parallel_size"] * layout["pipeline_parallel_size"]
+
+
+def _batch(values: Mapping[str, Any], chosen: Collection[str], world_size: int) -> dict[str, int]:
+    """The global batch as the next multiple of what all GPUs take at once."""
+    if "global_batch_size" in chosen:
+        return {}
+    of = {name: values.get(name, getattr(Recipe, name)) for name in (*SIZES, "micro_batch_size", "global_batch_size")}
+    shared = of["tensor_parallel_size"] * of["pipeline_parallel_size"] * of["context_parallel_size"]
+    at_once = of["micro_batch_size"] * max(1, world_size // shared)
+    return {"global_batch_size": -(-of["global_batch_size"] // at_once) * at_once}
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What is different, as flags."""
+    names = (*LAYOUT, "global_batch_size")
+    values = [(name, before.get(name, getattr(Recipe, name)), after.get(name, getattr(Recipe, name))) for name in names]
+    return [f"{flag(name)} {old} → {new}" for name, old, new in values if old != new]
