@@ -101,7 +101,7 @@ def _layouts(
             options[name] = [values[name]]
     found = [dict(zip(options, sizes, strict=True)) for sizes in itertools.product(*options.values())]
     found = [layout for layout in found if _ranks(layout) <= world_size]
-    # Of equally many ranks those with stages come last: they idle at both ends of a step. Recomputing takes a third more.
+    # Of equally many ranks stages come last: they idle at both ends of a step. Recomputing takes a third more time.
     found.sort(key=_cost)
     plain = {name: 0 for name in ("first_stage_layers", "last_stage_layers") if name not in chosen}
     for layout in found:
