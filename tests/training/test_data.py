@@ -111,10 +111,10 @@ def test_damaged_texts_are_named(tmp_path):
             scan(path, seq_length, vocab_size)
     whole = index.read_bytes()
     for content, message in (
-        (b"", "no index of Megatron's"),
-        (b"X" + whole[1:], "no index of Megatron's"),
+        (b"", "not an index of Megatron's"),
+        (b"X" + whole[1:], "not an index of Megatron's"),
         (whole[:-9], "damaged"),
-        (whole[:9] + b"\x02" + whole[10:], "another version"),
+        (whole[:9] + b"\x02" + whole[10:], "its version is not 1"),
         (whole[:34] + b"\x07" + whole[35:], "has 12 bytes"),
     ):
         index.write_bytes(content)
@@ -135,7 +135,7 @@ def test_damaged_texts_are_named(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line):
     path = write(tmp_path / "x", [([1], [2])])
     path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
-    with pytest.raises(DataError, match=r"x:2: not a sample .*preprocess"):
+    with pytest.raises(DataError, match=r"x:2: not a sample.*preprocess"):
         index_lines(path, 8, 100)
 
 
