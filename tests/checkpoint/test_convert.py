@@ -70,7 +70,10 @@ def test_dequantised_experts_are_what_transformers_makes_of_them(mxfp4_model, bf
 def test_import_from_mxfp4_is_import_from_bf16(mxfp4_model, bf16_model, tmp_path):
     import_checkpoint(str(mxfp4_model), str(tmp_path / "a"))
     import_checkpoint(str(bf16_model), str(tmp_path / "b"))
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    found = [files(tmp_path / name) for name in "ab"]
+    configs = [json.loads(content.pop("context/hf_config.json")) for content in found]
+    assert [config.pop("_name_or_path") for config in configs] == [str(mxfp4_model), str(bf16_model)]
+    assert configs[0] == configs[1] and found[0] == found[1]
 
 
 def test_export_gives_back_what_was_imported(bf16_model, tmp_path):

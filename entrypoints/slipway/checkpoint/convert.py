@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from slipway import families
-from slipway.checkpoint import archive, huggingface, lora, nemo_context, torch_dist
+from slipway.checkpoint import archive, huggingface, lora, nemo_context, peft, torch_dist
 from slipway.checkpoint.companions import Companions, companions_of
+from slipway.checkpoint.heads import merged_config
+from slipway.checkpoint.source import NAME, source_of
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError
 from slipway.families import Family, read_config, rules, understood
@@ -85,7 +87,7 @@ def _same_head(reader: huggingface.Reader) -> bool:
 def same_values(reader: huggingface.Reader, one: str, other: str, rows: tuple[int, int]) -> bool:
     """Whether two tensors have the same values in some rows, whatever their dtypes."""
     parts = [as_dtype(reader.read(Ref(name, (), rows)), reader.tensors[name].dtype, "F32") for name in (one, other)]
-    return np.array_equal(*parts)
+    return np.array_equal(parts[0], parts[1])
 
 
 Details = dict[str, Any]  # what the summary of a command says besides sizes and time
@@ -110,20 +112,29 @@ def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu"
     return plan, details | _said(source.notes, companions_of(folder))
 
 
-def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, Details]:
+def to_import(folder: Path, mtp: bool, devices: Sequence[str]) -> Opened:
+    """A Hugging Face folder as it will be imported: without the layers for multi-token prediction unless `mtp`."""
+    opened = open_model(folder, devices)
+    if mtp and not mtp_layers(opened.config):
+        raise DataError(f"{folder} has no layer for multi-token prediction; leave out --mtp")
+    if mtp or not mtp_layers(opened.config):
+        return opened
+    config = without_mtp(opened.config)
+    return replace(opened, config=config, model=opened.family.rules(config))
+
+
+def import_plan(
+    folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",), name: str = ""
+) -> tuple[Plan, Details]:
     """Plan of the NeMo checkpoint of a Hugging Face model.
 
     Args:
         mtp: keep the layers for multi-token prediction.
         devices: what decodes quantised tensors.
+        name: what other programs load the model by, to be noted in the context.
     """
-    source = open_model(folder, devices)
-    config, model, reader = source.config, source.model, source.reader
-    if mtp and not mtp_layers(config):
-        raise DataError(f"{folder} has no layer for multi-token prediction; leave out --mtp")
-    if not mtp and mtp_layers(config):
-        config = without_mtp(config)
-        model = source.family.rules(config)
+    opened = to_import(folder, mtp, devices)
+    config, model, reader = opened.config, opened.model, opened.reader
     tensors = model.megatron
     layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
 
@@ -146,7 +157,9 @@ def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu"
     def extra_state() -> Iterable[Write]:
         return [(f"weights/{file}", offset, layout.empty_state) for file, offset, _ in layout.extra.values()]
 
-    context = nemo_context.context_files(*source.family.nemo_model(config), bf16_config(config))
+    described = bf16_config(config)
+    noted = {**described, NAME: name} if name else described
+    context = nemo_context.context_files(*opened.family.nemo_model(config), noted)
     others = companions_of(folder)
     tokenizer = others.of_tokenizer().under(f"context/{nemo_context.TOKENIZER}")
     kept = others.under(f"context/{nemo_context.HF_FILES}")
@@ -159,14 +172,14 @@ def import_plan(folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu"
             "weights/common.pt": torch_dist.common_state(),
             "weights/.metadata": layout.metadata(),
             # transformers finds a tokenizer without a class by the model's type.
-            f"context/{nemo_context.TOKENIZER}/config.json": context[nemo_context.SOURCE_CONFIG],
+            f"context/{nemo_context.TOKENIZER}/config.json": (json.dumps(described, indent=2) + "\n").encode(),
             **tokenizer.small,
             **kept.small,
         },
         copies={**tokenizer.copies, **kept.copies},
         identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
     )
-    return plan, {"tensors": len(tensors)} | _said(source.notes, others)
+    return plan, {"tensors": len(tensors)} | _said(opened.notes, others)
 
 
 def _said(notes: Iterable[str], others: Companions) -> Details:
@@ -186,19 +199,27 @@ def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
     """
     reader = torch_dist.Reader(checkpoint)
     if lora.has_adapters(reader):
-        opened = open_nemo(lora.base_of(reader, base))
-        return replace(opened, reader=lora.Merged(opened.reader, reader))
+        opened, adapters = _with_adapters(reader, base)
+        return replace(opened, reader=lora.Merged(opened.reader, adapters), notes=adapters.notes)
     context = context_folder(reader.folder)
     path = context / nemo_context.SOURCE_CONFIG
     if not path.is_file():
         raise DataError(f"{context} has no {path.name}; this command needs a checkpoint created by `slipway import`")
     family, config = understood(read_config(path), path)
+    config.pop(NAME, None)  # `import` noted it; what is exported need not be that any more
     model = family.rules(config)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
     if found and all("adapter." in key for key in found):
         raise DataError(f"{checkpoint} holds only trained heads; use `slipway extract-heads`")
     rules.check_tensors(found, model.megatron, str(reader.folder))
     return Opened(config, family, model, reader)
+
+
+def _with_adapters(reader: torch_dist.Reader, base: Path | None) -> tuple[Opened, lora.Adapters]:
+    """(their base, the adapters of a checkpoint); DataError where they do not fit each other."""
+    folder = lora.base_of(reader, base)
+    opened = open_nemo(folder)
+    return opened, lora.Adapters(reader, opened.model.megatron, folder)
 
 
 def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
@@ -225,7 +246,7 @@ def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) ->
 
     others = context_folder(reader.folder) / nemo_context.HF_FILES
     plan = _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
-    return plan, {"files": len(plan.sizes)}
+    return plan, {"files": len(plan.sizes)} | _said(source.notes, Companions())
 
 
 def adapter_plan(checkpoint: Path, base: Path | None = None) -> tuple[Plan, Details]:
@@ -233,9 +254,11 @@ def adapter_plan(checkpoint: Path, base: Path | None = None) -> tuple[Plan, Deta
     reader = torch_dist.Reader(checkpoint)
     if not lora.has_adapters(reader):
         raise DataError(f"{checkpoint} has no low-rank adapters; leave out --adapter")
-    folder = lora.base_of(reader, base)
-    files = lora.peft_adapter(reader, open_nemo(folder).model, folder.name)
-    return Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())]), {"files": len(files)}
+    opened, adapters = _with_adapters(reader, base)
+    name = source_of(context_folder(opened.reader.folder)) or lora.base_of(reader, base).name
+    files = peft.peft_adapter(adapters, opened.model, name)
+    plan = Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())])
+    return plan, {"files": len(files)} | _said(adapters.notes, Companions())
 
 
 def context_folder(weights: Path) -> Path:
@@ -244,7 +267,7 @@ def context_folder(weights: Path) -> Path:
 
 
 def merge_plan(
-    heads: Mapping[str, Bits], heads_config: Mapping[str, Any], base: Path, shard_bytes: int
+    heads: Mapping[str, Bits], heads_config: Mapping[str, Any], base: Path, shard_bytes: int, name: str = ""
 ) -> tuple[Plan, Details]:
     """Plan of one model of base and heads, in AutoDeco's form: the base's names begin with `llm.`.
 
@@ -252,6 +275,7 @@ def merge_plan(
         heads: name → tensor in BF16.
         heads_config: the fields of config.json that the heads decide.
         base: folder of a Hugging Face model in BF16.
+        name: what AutoDeco's class loads the base by; its path if there is none.
     """
     source = open_model(base)
     config, model, reader = source.config, source.model, source.reader
@@ -268,13 +292,7 @@ def merge_plan(
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, Ref(f"llm.{ref.name}", ref.index, ref.rows)) for ref in refs]
     pieces += [_tensor_piece(layout, name, part) for name, part in heads.items()]
-    merged = {
-        **config,
-        **heads_config,
-        "base_model_type": config["model_type"],
-        "model_type": "autodeco",
-        "architectures": ["AutoDecoModelForCausalLM"],
-    }
+    merged = merged_config(config, {**heads_config, "base_model_name_or_path": name or str(base.absolute())})
     plan = _hf_plan(layout, pieces, merged, base, reader.files(), "merge")
     return plan, {"files": len(plan.sizes)} | _said(source.notes, companions_of(base))
 

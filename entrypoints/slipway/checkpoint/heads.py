@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import huggingface, stream, torch_dist
+from slipway.checkpoint.nemo_context import SOURCE_CONFIG
+from slipway.checkpoint.source import NAME, source_of
 from slipway.errors import DataError
 from slipway.families import read_config
 from slipway.tensors.bits import as_dtype
@@ -20,6 +23,7 @@ NAMES = [
     for kind in ("weight", "bias")
 ]
 ADAPTER = "adapter."  # before their names in a checkpoint
+MODEL_TYPE, ARCHITECTURE = "autodeco", "AutoDecoModelForCausalLM"
 FEATURES = 4  # of the distribution, which the top-p head may take besides hidden state and temperature
 
 
@@ -36,13 +40,19 @@ def extract_plan(checkpoint: Path) -> tuple[stream.Plan, dict[str, Any]]:
         )
     heads = {name: reader.read(Ref(ADAPTER + name)) for name in NAMES}
     content = huggingface.one_file({n: (part, reader.tensors[ADAPTER + n].dtype) for n, part in heads.items()})
-    config = (json.dumps(config_of(heads, _base_of(reader.folder)), indent=2) + "\n").encode()
-    plan = stream.Plan({}, [], {FILE: content, "config.json": config}, {}, ["extract-heads", str(reader.folder)])
+    base, name = _base_of(reader.folder)
+    config = merged_config(base, config_of(heads, name)) if base else config_of(heads, name)
+    files = {FILE: content, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    plan = stream.Plan({}, [], files, {}, ["extract-heads", str(reader.folder)])
     return plan, {"tensors": len(heads), "parameters": sum(part.size for part in heads.values())}
 
 
 def config_of(heads: dict[str, Any], base: str) -> dict[str, Any]:
-    """The fields of an AutoDeco config.json that the heads decide."""
+    """The fields of an AutoDeco config.json that the heads decide.
+
+    Args:
+        base: what AutoDeco's class loads the base by.
+    """
     hidden_size = heads["temp_head.mlp.0.weight"].shape[1]
     extra = heads["top_p_head.mlp.0.weight"].shape[1] - hidden_size - 1
     if extra not in (0, FEATURES):
@@ -55,15 +65,36 @@ def config_of(heads: dict[str, Any], base: str) -> dict[str, Any]:
         "enable_top_p_head": True,
         "use_enhanced_features": extra == FEATURES,
         "base_model_name_or_path": base,
+        "hidden_size": hidden_size,
         "temperature_hidden_size": hidden_size,
         "top_p_hidden_size": hidden_size,
     }
 
 
-def _base_of(weights: Path) -> str:
-    """The name of the base model, from the path that NeMo noted beside the heads; "" if it noted none."""
+def merged_config(base: Mapping[str, Any], heads: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model with heads, in AutoDeco's form: its class and its merge script want the base's fields too.
+
+    Args:
+        base: config.json of the base.
+        heads: the fields that the heads decide.
+    """
+    about = {"base_model_type": base["model_type"], "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+    return {**base, **heads, **about}
+
+
+def _base_of(weights: Path) -> tuple[dict[str, Any], str]:
+    """(config.json of the base, what AutoDeco's class loads the base by) of a checkpoint of heads.
+
+    The config is {} if the base was not made by `import`; its checkpoint is the name then, or "".
+    """
     note = weights / "adapter_metadata.json"
-    return Path(json.loads(note.read_text())["model_ckpt_path"]).name if note.is_file() else ""
+    checkpoint = json.loads(note.read_text())["model_ckpt_path"] if note.is_file() else ""
+    # Training carries hf_config.json over to its own checkpoints. Older ones have it, but not the name in it.
+    contexts = [weights.parent / "context", *([Path(checkpoint) / "context"] if checkpoint else [])]
+    files = [file for context in contexts if (file := context / SOURCE_CONFIG).is_file()]
+    config = read_config(files[0]) if files else {}
+    config.pop(NAME, None)
+    return config, next(filter(None, map(source_of, contexts)), checkpoint)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

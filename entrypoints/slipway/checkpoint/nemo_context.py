@@ -93,13 +93,20 @@ def _node(kind: str, items: list, metadata: Any = None, paths: list[str] | None 
     return node if paths is None else {**node, "paths": paths}
 
 
-def context_files(model: str, config: str, fields: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, bytes]:
+def context_files(
+    model: str,
+    config: str,
+    fields: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
+    transform: Call | None = None,
+) -> dict[str, bytes]:
     """io.json, model.yaml and the source's config.json.
 
     Args:
         model, config: NeMo's classes, as "module:name".
         fields: the arguments of the configuration class.
         hf_config: config.json of the BF16 form.
+        transform: what NeMo attaches to the model, if this is a checkpoint of adapters.
     """
     # The defaults of NeMo's classes are float32, whatever the checkpoint holds.
     bf16 = Symbol("torch:bfloat16")
@@ -108,17 +115,20 @@ def context_files(model: str, config: str, fields: Mapping[str, Any], hf_config:
         "nemo.collections.common.tokenizers.huggingface.auto_tokenizer:AutoTokenizer",
         {"pretrained_model_name": TOKENIZER},
     )
+    arguments = {"config": Call(config, fields), "tokenizer": tokenizer}
+    if transform:
+        arguments["model_transform"] = transform
     graph = _Graph()
     root = graph.call(
         Call(
             "nemo.lightning.io.pl:TrainerContext",
-            {"model": Call(model, {"config": Call(config, fields), "tokenizer": tokenizer})},
+            {"model": Call(model, arguments)},
         ),
         "<root>",
     )
     return {
         "io.json": graph.json(root),
-        "model.yaml": _yaml(model, config, fields),
+        "model.yaml": _yaml(model, config, fields) + (_yaml_of(transform) if transform else b""),
         SOURCE_CONFIG: (json.dumps(hf_config, indent=2) + "\n").encode(),
     }
 
@@ -127,6 +137,14 @@ def _yaml(model: str, config: str, fields: Mapping[str, Any]) -> bytes:
     lines = [f"_target_: {_dotted(model)}", "config:", f"  _target_: {_dotted(config)}"]
     for name, value in sorted(fields.items()):
         lines.append(f"  {name}: {_dotted(value.target) if isinstance(value, Symbol) else json.dumps(value)}")
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _yaml_of(transform: Call) -> bytes:
+    lines = ["model_transform:", f"  _target_: {_dotted(transform.target)}"]
+    for name, value in transform.arguments.items():
+        items = [f"  - {json.dumps(item)}" for item in value] if isinstance(value, list) else []
+        lines += [f"  {name}:" + ("" if items else f" {json.dumps(value)}"), *items]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -137,6 +137,10 @@ class Reader:
             )
         return out.reshape(shape)
 
+    def cuts(self, key: str, axis: int) -> int:
+        """How many parts the chunks of a tensor cut one of its axes into: its shards, if ranks have saved it."""
+        return len({chunk.offsets[axis] for chunk in self._chunks[key]})
+
     def _load(self, name: str, chunk: _Chunk) -> Bits:
         where = self.folder / chunk.file
         # Two threads may open the same file at the same time: the second descriptor is a waste, but no fault.

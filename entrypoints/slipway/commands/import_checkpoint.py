@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from slipway.checkpoint.forecast import Forecast
 from slipway.report import Summary
@@ -12,6 +12,7 @@ def import_checkpoint(
     src: str,
     dst: str,
     *,
+    adapter: str | None = None,
     mtp: bool = False,
     memory: str = "1GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -22,22 +23,30 @@ def import_checkpoint(
     MXFP4 and FP8 are read directly, without a BF16 copy on disk. The checkpoint is not split for any number of GPUs:
     NeMo loads it with any parallel sizes. If the command is interrupted, run it again: it continues.
 
+    With --adapter the result is a checkpoint of low-rank adapters that compute what a `peft` adapter does; the
+    checkpoint of their base is written to DST/base, unless SRC is one.
+
     Args:
-        src: folder of the model, BF16, FP8 or MXFP4, or hf://org/name[@revision].
+        src: folder of the model, BF16, FP8 or MXFP4, or hf://org/name[@revision]; with --adapter also its NeMo
+            checkpoint, a folder or nemo://name.
         dst: NeMo checkpoint to write, a folder or nemo://name.
+        adapter: folder of a LoRA or DoRA adapter of `peft` for this model, or hf://org/name[@revision].
         mtp: keep the layers for multi-token prediction (DeepSeek V3 has one); without this flag they are left out.
         memory: memory for the tensors in work.
         device: what decodes; auto = every GPU there is, else the CPU.
         dry_run: plan, measure on a small sample, and print bytes, files and time; nothing is written.
     """
-    from slipway.checkpoint import convert, locate
+    from slipway.checkpoint import convert, locate, peft_import
     from slipway.checkpoint.job import carry_out
     from slipway.checkpoint.quantization import devices
+    from slipway.checkpoint.source import name_of
+    from slipway.checkpoint.stream import Plan
 
-    return carry_out(
-        "import",
-        dst,
-        memory,
-        lambda: convert.import_plan(locate.folder(src), mtp, devices(device)),
-        dry_run=dry_run,
-    )
+    def plan() -> tuple[Plan, dict[str, Any]]:
+        source = locate.folder(src)
+        if adapter is None:
+            return convert.import_plan(source, mtp, devices(device), name_of(src))
+        given = locate.folder(adapter)
+        return peft_import.plan(source, given, locate.output(dst), name_of(src), mtp, devices(device))
+
+    return carry_out("import", dst, memory, plan, dry_run=dry_run)

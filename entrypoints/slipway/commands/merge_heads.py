@@ -18,6 +18,7 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
     from slipway.checkpoint import convert, locate
     from slipway.checkpoint.heads import read
     from slipway.checkpoint.job import carry_out
+    from slipway.checkpoint.source import name_of
     from slipway.checkpoint.stream import existing_folder, parse_size
 
     limit = parse_size(shard_size, "--shard-size")
@@ -25,5 +26,5 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
         "merge-heads",
         out,
         memory,
-        lambda: convert.merge_plan(*read(existing_folder(heads)), locate.folder(base), limit),
+        lambda: convert.merge_plan(*read(existing_folder(heads)), locate.folder(base), limit, name_of(base)),
     )
