@@ -191,7 +191,7 @@ INCOMPLETE = {
     "shard": (lambda m: (m / SHARD).unlink(), "missing files", SHARD),
     "tensors of a shard": (lambda m: (m / SHARD).unlink(), "not in the files", "model.layers."),
     "config": (lambda m: (m / "config.json").unlink(), "missing files", "config.json"),
-    "index": (lambda m: (m / INDEX).unlink(), "missing files", INDEX),
+    "shard without an index": (lambda m: ((m / INDEX).unlink(), (m / SHARD).unlink()), "missing files", SHARD),
     "scales": (rename_scales, "missing scales", "_scales"),
     "a layer": (lambda m: edit_json(m / "config.json", one_layer_more), "missing", "model.layers.2."),
     "a place": (
@@ -209,9 +209,9 @@ INCOMPLETE = {
         "not in the index",
         "lm_head.weight",
     ),
-    "one place of two": (
+    "one shard of two": (
         lambda m: shutil.copyfile(m / "model-00002-of-00002.safetensors", m / SHARD),
-        "tensors twice",
+        "not in the files",
         "",
     ),
 }

@@ -16,7 +16,7 @@ from slipway.commands.dequant import dequant
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import DataError
 from slipway.families import FAMILIES, rules
-from slipway.families.quantized import CompressedTensors, Fbgemm, Form, Fp8, Mxfp4
+from slipway.families.quantized import CompressedTensors, Fbgemm, Form, Fp8, Microscaling, Modelopt, Mxfp4, Nvfp4
 
 # By a name for each: (kind of model, form). No side is a multiple of 128, 48 or 20 in all of them: ragged edges.
 FORMS: dict[str, tuple[str, Form]] = {
@@ -31,6 +31,14 @@ FORMS: dict[str, tuple[str, Form]] = {
     "compressed, one scale": ("llama31", CompressedTensors("tensor")),
     "fbgemm": ("llama31", Fbgemm()),
     "compressed, blocks": ("qwen3_moe", CompressedTensors("block", (20, 48), "float32")),
+    "modelopt": ("llama31", Modelopt()),
+    "nvfp4": ("qwen3_dense_tied", Nvfp4()),
+    "nvfp4 of modelopt": ("deepseek_v3", Nvfp4("modelopt")),
+    "mxfp8": ("deepseek_v3", Microscaling(8)),
+    "mxfp8, whole groups": ("qwen3_dense", Microscaling(8)),
+    "mxfp4 of compressed": ("llama31", Microscaling(4)),
+    "deepseek of 1 x 32 in e8m0": ("qwen3_moe", Fp8((1, 32), "float8_e8m0fnu")),
+    "deepseek of 1 x 32": ("qwen3_moe", Fp8((1, 32))),
 }
 
 
@@ -39,7 +47,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """Path → content of every file, without the name of what was imported."""
+    found = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    if context := found.get("context/hf_config.json"):
+        config = {name: value for name, value in json.loads(context).items() if name != "_name_or_path"}
+        found["context/hf_config.json"] = json.dumps(config).encode()
+    return found
 
 
 def same_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -70,7 +83,8 @@ def test_decoded_by_definition_and_imported_as_its_copy(name, tmp_path, monkeypa
     kind, form = FORMS[name]
     source = make_model(tmp_path / "source", kind, quantized=form, shards=3)
     where = json.loads((source / huggingface.INDEX).read_text())["weight_map"]
-    pairs = [(where[n], where[n + s]) for n in where for s in huggingface.FP8_SCALES if n + s in where]
+    stems = {n: n.removesuffix("_packed") for n in where}
+    pairs = [(where[n], where[stems[n] + s]) for n in where for s in huggingface.FP8_SCALES if stems[n] + s in where]
     assert isinstance(form, Mxfp4) or any(weight != scale for weight, scale in pairs), "no scale in another shard"
 
     dequant(str(source), str(tmp_path / "bf16"))
@@ -117,8 +131,14 @@ CASES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "no weight": (lambda t: t.pop(WEIGHT), f"{WEIGHT} is missing"),
     "scales of another grid": (lambda t: t.update({SCALE: torch.ones(2, 3)}), "needs scales [4, 2], but"),
     "scales that are no numbers": (lambda t: t.update({SCALE: t[SCALE].to(torch.uint8)}), "stored as U8"),
-    "int8 is no FP8": (lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)}), f"{WEIGHT} is stored as I8"),
-    "a scale of BF16": (lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}), f"unexpected tensor {SCALE}; does config.json belong to this model?"),
+    "int8 is no FP8": (
+        lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)}),
+        f"the form INT8 (tensor {WEIGHT})",
+    ),
+    "a scale of BF16": (
+        lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}),
+        f"unexpected tensor {SCALE}; does",
+    ),
     "e5m2": (lambda t: t.update({WEIGHT: t[WEIGHT].float().to(torch.float8_e5m2)}), "is stored as F8_E5M2"),
     "vectors": (lambda t: t.update({WEIGHT: t[WEIGHT].flatten().clone()}), "supported only for matrices"),
 }
@@ -138,7 +158,7 @@ def test_each_defect_is_named(case, tmp_path):
 @pytest.mark.parametrize(
     "about, message",
     [
-        ({"quant_method": "gptq"}, "quant_method is 'gptq', which is not supported; supported are fp8, mxfp4"),
+        ({"quant_method": "gptq"}, "in the form GPTQ (config.json: quantization_config), which is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size is [128]"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size is [128, 0]"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}, "quantization_config is damaged"),

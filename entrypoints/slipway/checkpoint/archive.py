@@ -145,7 +145,7 @@ def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tupl
         stored = zipped.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
     if stored.compress_type != zipfile.ZIP_STORED or tuple(shape) != tuple(wanted):
         raise ValueError("not the tensor that was expected")
-    begin = _content_of(stored, descriptor, start)
+    begin = content_of(stored, descriptor, start)
     size = bits_type(dtype).itemsize
     # A tensor may be a view into a larger storage: only from its first to its last element is read.
     reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
@@ -157,7 +157,7 @@ def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tupl
     return np.lib.stride_tricks.as_strided(elements, shape, [stride * size for stride in strides]), dtype
 
 
-def _content_of(entry: zipfile.ZipInfo, descriptor: int, start: int) -> int:
+def content_of(entry: zipfile.ZipInfo, descriptor: int, start: int) -> int:
     """Offset in the archive of an entry's content, which follows its header, name and padding.
 
     The padding is read from the entry itself: the directory does not tell it, and zipfile hides it.

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slipway.checkpoint.formats import MODELOPT_FILE
 from slipway.errors import DataError
 
+# What says in which form the weights were quantised: they are written in BF16.
+OF_QUANTIZATION = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 # The sub-folders that transformers writes. Others hold the same weights in other formats.
 SUBFOLDERS = ("additional_chat_templates", "custom_generate")
@@ -66,7 +69,9 @@ def companions_of(folder: Path) -> Companions:
 
 
 def _goes_along(file: Path) -> bool:
-    return file.name != "config.json" and not file.name.endswith(WEIGHTS) and file.name[0] != "."
+    return (
+        file.name not in ("config.json", *OF_QUANTIZATION) and not file.name.endswith(WEIGHTS) and file.name[0] != "."
+    )
 
 
 def _readable_by_both(file: Path) -> bytes | None:

@@ -27,6 +27,7 @@ class Contents:
         quantization: method, block size and number of tensors; None if it is not quantised.
         checked: what the tensors were compared with; "" if nothing says which tensors there must be.
         problems: kind of problem → names.
+        notes: what a person should know of how it is read.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Contents:
     quantization: dict[str, Any] | None = None
     checked: str = ""
     problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -62,6 +64,7 @@ class Contents:
         if self.quantization:
             rows.append(("quantised", _quantization_words(self.quantization)))
         rows += [(kind, _shortened(names)) for kind, names in self.problems.items()]
+        rows += [("note", note) for note in self.notes]
         rows.append(("complete", self._verdict()))
         return "\n".join([self.path, *(f"{label:17}{text}" for label, text in rows)])
 
@@ -98,6 +101,7 @@ class Contents:
             "quantization": self.quantization,
             "checked": self.checked,
             "problems": self.problems,
+            "notes": self.notes,
             "whole": self.whole,
         }
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from slipway import families
-from slipway.checkpoint import archive, huggingface, lora, nemo_context, peft, torch_dist
+from slipway.checkpoint import archive, huggingface, lora, nemo_context, peft, surplus, torch_dist
 from slipway.checkpoint.companions import Companions, companions_of
+from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.heads import merged_config
 from slipway.checkpoint.source import NAME, source_of
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
@@ -26,7 +27,6 @@ from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BLOCK_BYTES = 32 << 20
-QUANTIZATION = ("quantization_config", "compression_config")  # where config.json says how weights are quantised
 
 
 def bf16_config(config: Config) -> dict[str, Any]:
@@ -57,8 +57,11 @@ def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
     where = folder / "config.json"
     config: Config
     family, config = understood(read_config(where), where)
-    reader = huggingface.Reader(folder, huggingface.read_folder(folder), config, devices)
     notes = families.notes(config)
+    reader = huggingface.Reader(folder, huggingface.read_folder(folder, notes), config, devices)
+    notes += surplus.settle(reader, config)
+    if not reader.quantized:  # a model that was merged in BF16 often keeps the quantization_config of its base
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION}
     if is_tied(config) and HEAD in reader.tensors:
         if _same_head(reader):  # some checkpoints store the embedding twice
             del reader.tensors[HEAD]
@@ -70,6 +73,7 @@ def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
     if not has_mtp(config, reader.tensors):
         config = without_mtp(config)  # transformers drops the layer for multi-token prediction, but not its field
     model = family.rules(config)
+    surplus.unstack(reader, model.hf)
     rules.check_tensors(reader.tensors, model.hf, str(folder))
     return Opened(config, family, model, reader, tuple(notes))
 

@@ -76,3 +76,28 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor, *, words: int = 128, warps: int
                 packed, scales.contiguous(), out, packed.numel(), words, num_warps=warps
             )
     return out
+
+
+@triton.jit
+def _nvfp4_kernel(words, codes, values, out, count, WORDS: tl.constexpr):
+    """As _mxfp4_kernel, but two words share a scale, whose float32 value is looked up by its code."""
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    element = tl.arange(0, 8)
+    inside = word < count
+    nibbles = tl.load(words + word, mask=inside)[:, None] >> (4 * element)[None, :]
+    tiny = ((nibbles & 7) << 22) | ((nibbles & 8) << 28)
+    scale = tl.load(values + tl.load(codes + word // 2, mask=inside, other=0).to(tl.int32))
+    found = tiny.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale[:, None]
+    tl.store(out + word[:, None] * 8 + element[None, :], found.to(tl.bfloat16), mask=inside[:, None])
+
+
+def decode_nvfp4(packed: Tensor, scales: Tensor, values: Tensor, *, words: int = 128, warps: int = 2) -> Tensor:
+    """quantization.decode_nvfp4 for CUDA tensors."""
+    words_of = packed.contiguous().view(-1).view(torch.int32)
+    out = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.bfloat16, device=packed.device)
+    if words_of.numel():
+        with torch.cuda.device(packed.device):
+            _nvfp4_kernel[(triton.cdiv(words_of.numel(), words),)](
+                words_of, scales.contiguous(), values, out, words_of.numel(), words, num_warps=warps
+            )
+    return out

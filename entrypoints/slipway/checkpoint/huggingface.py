@@ -1,8 +1,7 @@
-"""Hugging Face folders of safetensors: read by offset, decode while reading, write at final offsets.
+"""Hugging Face folders: read by offset, decode while reading, write at final offsets.
 
-A file has 8 bytes with the length of the header (little endian), the header (JSON: name → dtype, shape, data_offsets)
-and the data. Everything in a file is checked before it is used: the length of the header before it is read; of every
-tensor, that it lies inside the file, has as many bytes as its shape and dtype need, and overlaps no other.
+The tensors lie in safetensors (shards.py) or, in old models, in pytorch_model.bin (pytorch_bin.py). codecs.py decodes
+the quantised ones.
 """
 
 from __future__ import annotations
@@ -11,7 +10,10 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,103 +21,158 @@ from typing import Any
 
 import numpy as np
 
-from slipway.checkpoint.quantization import decode_fp8_block, decode_mxfp4
+from slipway.checkpoint import formats, pytorch_bin
+from slipway.checkpoint.codecs import FP8, FP8_SCALES, Codec, Plain, Rows, codec_of
+from slipway.checkpoint.shards import AGAIN, Stored, read_header
 from slipway.errors import DataError
-from slipway.tensors.bits import Bits, bits_type, contiguous, empty, from_torch, to_float32, to_torch
+from slipway.tensors.bits import Bits, bits_type, contiguous, empty
 from slipway.tensors.refs import DTYPE_BYTES, INDEX, TORCH_NAMES, Ref, TensorInfo
 
+__all__ = ["FP8", "FP8_SCALES", "INDEX", "SINGLE", "Layout", "Reader", "Stored", "one_file", "read_header"]
 SINGLE = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
-FP8 = ("F8_E4M3",)
-# DeepSeek and Qwen; compressed-tensors and fbgemm. The weight is multiplied by both: "inv" is not 1 / scale.
-FP8_SCALES = ("_scale_inv", "_scale")
-FP8_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-QUANT_METHODS = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")
-AGAIN = "download it again"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+KINDS = ((SINGLE, INDEX), (BIN, BIN_INDEX))
+MAX_SHARDS = 100_000
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
+HEAD = "lm_head.weight"
+# Other forms of the weights, which transformers does not read as a model's own.
+OTHERS = {
+    ".gguf": "GGUF", ".pth": "Meta's original form (*.pth)", ".ckpt": "TensorFlow's form", ".h5": "TensorFlow's form",
+    ".msgpack": "Flax's form", ".onnx": "ONNX", ".nemo": "NeMo 1's form",
+}  # fmt: skip
+# The last part of a name → what such tensors are. They scale what is quantised at inference, not the weights.
+CACHE, ACTIVATIONS = "the KV cache", "activations"
+LEFT_OUT = {
+    **dict.fromkeys(("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "prob_output_scale"), CACHE),
+    **dict.fromkeys(("k_zero_point", "v_zero_point", "q_zero_point", "kv_zero_point"), CACHE),
+    **dict.fromkeys(("k_global_scale", "v_global_scale", "q_global_scale", "kv_cache_scale"), CACHE),
+    **dict.fromkeys(("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub"), ACTIVATIONS),
+    **dict.fromkeys(("output_scale", "output_zero_point", "output_global_scale", "activation_scale"), ACTIVATIONS),
+}
+BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")  # of rotary_emb, computed from config.json
+OF_CACHE = ("q_proj", "k_proj", "v_proj", "qkv_proj")  # whose outputs are what is cached
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file: `offset` is that of its first byte, from the start of the file."""
+@dataclass(frozen=True)
+class Files:
+    """The files with a folder's weights, in the order in which transformers reads them.
 
-    file: Path
-    offset: int
-    info: TensorInfo
+    Args:
+        names: those that are there.
+        missing: those that should be.
+        where: tensor → file, as the index has it; None without an index.
+        index: the name of the index.
+        note: what a person should know of the choice.
+    """
+
+    names: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    where: Mapping[str, str] | None = None
+    index: str = ""
+    note: str = ""
 
 
-def read_header(file: Path) -> dict[str, Stored]:
-    """Name → place of every tensor of one file; DataError for a file that is damaged."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)  # fewer bytes if the file is that short
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise DataError(
-                    f"{file}: not a safetensors file, or incomplete (header of {length} bytes in {size}); {AGAIN}"
-                )
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise DataError(f"{file}: cannot read it ({error.strerror}); {AGAIN}") from None
-    except ValueError:
-        raise DataError(f"{file}: the header is not JSON; {AGAIN}") from None
-    if not isinstance(header, dict):
-        raise DataError(f"{file}: the header is not a JSON object; {AGAIN}")
-    header.pop("__metadata__", None)
-    stored = {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
-    _check_overlap(file, stored)
+def weight_files(folder: Path) -> Files | None:
+    """The files with the weights; None where there are none.
+
+    transformers takes one file before an index, and safetensors before pytorch_model.bin. It reads no shards without
+    an index; here they are read if all are there, because their names tell how many there must be.
+    """
+    for single, index in KINDS:
+        if (folder / single).exists():
+            both = f"{single} is read, and not the files of {index}, as transformers does"
+            return Files((single,), note=both if (folder / index).exists() else "")
+        if (folder / index).exists():
+            return _of_index(folder, index)
+    return next(filter(None, (_shards(folder, single) for single, _ in KINDS)), None)
+
+
+def _of_index(folder: Path, index: str) -> Files:
+    where = read_index(folder / index)
+    named = sorted(set(where.values()))
+    there = tuple(file for file in named if (folder / file).exists())
+    return Files(there, tuple(file for file in named if file not in there), where, index)
+
+
+def _shards(folder: Path, single: str) -> Files | None:
+    """Shards without an index; the others of a set are missing."""
+    stem, _, ending = single.rpartition(".")
+    matches = [SHARD.fullmatch(file.name) for file in folder.glob(f"{stem}-*-of-*.{ending}")]
+    found = {int(match[2]): match for match in matches if match}
+    if not found:
+        return None
+    match = found[min(found)]
+    if int(match[3]) > MAX_SHARDS:
+        raise DataError(f"{folder / match[0]}: a model has at most {MAX_SHARDS:,} files; {AGAIN}")
+    names = [f"{match[1]}-{number:0{len(match[2])}}-of-{match[3]}.{ending}" for number in range(1, int(match[3]) + 1)]
+    there = tuple(name for name in names if (folder / name).exists())
+    return Files(there, tuple(name for name in names if name not in there))
+
+
+def read_file(file: Path) -> dict[str, Stored]:
+    """Name → place of every tensor of one file of weights; DataError for a file that is damaged."""
+    return pytorch_bin.read_header(file) if file.suffix == ".bin" else read_header(file)
+
+
+def read_folder(folder: Path, notes: list[str] | None = None) -> dict[str, Stored]:
+    """Name → place of every tensor of a model folder; DataError if the index and the files disagree.
+
+    Args:
+        notes: gets what a person should know of how it was read.
+    """
+    files = weight_files(folder)
+    if files is None:
+        raise DataError(f"{folder} has neither {INDEX} nor {SINGLE}{_other_form(folder)}")
+    if files.missing:
+        who = (
+            f"{folder / files.index} names" if files.index else f"{folder} has no index, and by the others' names lacks"
+        )
+        raise DataError(f"{who} {files.missing[0]}{', which is missing' if files.index else ''}; download this file")
+    stored, found = places_in(folder, files)
+    _check_index(folder / files.index, files.where or {}, stored)
+    if notes is not None:
+        notes += found
+    if any(name.endswith(".bin") for name in files.names):
+        # Said before the work and not only in the summary: such files are programs, and people are right to ask.
+        print(f"{folder / files.names[0]}: only its tensors are read; no code in it is run", file=sys.stderr)
     return stored
 
 
-def _stored(file: Path, name: str, entry: Any, data_start: int, size: int) -> Stored:
-    """The place of a tensor from its header entry, checked; `size`: bytes of the file."""
-    try:
-        begin, end = entry["data_offsets"]
-        info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
-        numbers = [begin, end, *info.shape]
-        # Not isinstance: True is an int. JSON has numbers of any length, and what follows multiplies them.
-        if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
-            raise ValueError
-    except (TypeError, KeyError, ValueError):
-        raise DataError(f"{file}: the header entry of tensor {name} is damaged; {AGAIN}") from None
-    if info.dtype not in DTYPE_BYTES:
-        raise DataError(f"{file}: tensor {name} has the unknown dtype {info.dtype!r}; {AGAIN}")
-    if begin + info.bytes != end:
-        raise DataError(f"{file}: tensor {name} has {end - begin} bytes, but its shape needs {info.bytes}; {AGAIN}")
-    if data_start + end > size:
-        raise DataError(f"{file}: the file ends inside tensor {name} ({size} bytes of {data_start + end}); {AGAIN}")
-    return Stored(file, data_start + begin, info)
-
-
-def _check_overlap(file: Path, stored: Mapping[str, Stored]) -> None:
-    at, before = 0, ""
-    # Of two at the same place an empty one comes first, else it would seem to lie inside the other.
-    for name, place in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].info.bytes)):
-        if place.offset < at:
-            raise DataError(f"{file}: tensors {before} and {name} overlap; {AGAIN}")
-        at, before = place.offset + place.info.bytes, name
-
-
-def read_folder(folder: Path) -> dict[str, Stored]:
-    """Name → place of every tensor of a model folder; DataError if the index and the files disagree."""
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return read_header(folder / SINGLE)
-        raise DataError(f"{folder} has neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face model")
-    where = read_index(index)
+def places_in(folder: Path, files: Files) -> tuple[dict[str, Stored], list[str]]:
+    """(name → place of every tensor of the files that are there, what a person should know of the choice)."""
     stored: dict[str, Stored] = {}
-    for file in sorted(set(where.values())):
-        if not (folder / file).exists():
-            raise DataError(f"{index} names {file}, which is missing; download this file")
-        for name, place in read_header(folder / file).items():
+    twice: dict[str, str] = {}
+    for file in files.names:
+        for name, place in read_file(folder / file).items():
             if name in stored:
-                raise DataError(f"{folder}: tensor {name} is in {stored[name].file.name} and in {file}; {AGAIN}")
-            stored[name] = place
+                twice[name] = file
+            stored[name] = place  # of two copies transformers takes the last file's, whatever the index says
+    return stored, [note for note in (files.note, _of_copies(twice)) if note]
+
+
+def _check_index(index: Path, where: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
+    """DataError for a tensor that the index promises. A tied model's index may list the head that is not stored."""
     for name, file in where.items():
-        if name not in stored or stored[name].file.name != file:
+        if name not in stored and name != HEAD:
             raise DataError(f"{index}: tensor {name} is not in {file}; {AGAIN}")
-    return stored
+
+
+def _of_copies(twice: Mapping[str, str]) -> str:
+    if not twice:
+        return ""
+    name, file = next(iter(twice.items()))
+    more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+    return f"{name}{more} is in several files: the last one's ({file}) is taken, as transformers does"
+
+
+def _other_form(folder: Path) -> str:
+    """What else is there: in which form the weights are."""
+    found = Counter(file.suffix for file in folder.iterdir() if file.suffix in (*OTHERS, ".safetensors"))
+    if not found:
+        return "; give the folder of a Hugging Face model"
+    ending = found.most_common(1)[0][0]
+    form = OTHERS.get(ending, "safetensors of other names")
+    return f": its weights are in {form}, which is not supported; get the model in Hugging Face's form"
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -137,6 +194,7 @@ class Reader:
     """The tensors of a Hugging Face folder in their BF16 form, whatever form they are stored in.
 
     `tensors` maps each name to its decoded shape and dtype; `read` returns any part of one. Threads may share it.
+    `notes` says what is left out.
 
     Args:
         folder: the model.
@@ -154,19 +212,57 @@ class Reader:
     ) -> None:
         self.folder, self.stored = folder, stored
         self._devices, self._turns = devices, itertools.cycle(devices)
-        self.block = _block_size(config, folder)
-        self.tensors: dict[str, TensorInfo] = {}
-        self._codecs: dict[str, _Codec] = {}
+        self.declared = formats.declared(config, folder)
         self._descriptors: dict[Path, int] = {}
-        for name in self.stored:
-            if codec := self._codec_of(name):
-                self.tensors[codec.name] = codec.info
-                self._codecs[codec.name] = codec
+        kinds = {name: kind for name in stored if (kind := left_out(name))}
+        infos = {name: place.info for name, place in stored.items() if name not in kinds}
+        formats.refuse_unread(infos, self.declared, folder)
+        self._codecs = self._codecs_of(infos)
+        self.tensors = {name: codec.info for name, codec in self._codecs.items()}
+        self.notes = [_left_out_words(kind, count) for kind, count in sorted(Counter(kinds.values()).items())]
+
+    def _codecs_of(self, infos: Mapping[str, TensorInfo]) -> dict[str, Codec]:
+        """Decoded name → codec of every tensor."""
+        quantized = {name: codec_of(name, infos, self.declared.blocks, self.folder) for name in infos}
+        used = {part for codec in quantized.values() if codec for part in codec.parts}
+        used |= {zero for codec in quantized.values() if codec for zero in self._zero_point(codec)}
+        codecs: dict[str, Codec] = {}
+        for name, info in infos.items():
+            if codec := quantized[name]:
+                codecs[codec.name] = codec
+            elif name not in used:
+                codecs[name] = Plain(name, info)
+        return codecs
+
+    def _zero_point(self, codec: Codec) -> list[str]:
+        """The name of a quantised tensor's zero point, if it is stored; DataError if it is not zero everywhere."""
+        name = f"{codec.name}_zero_point"
+        if name not in self.stored:
+            return []
+        bits = self.read_stored(name, Ref(name))
+        if (bits & 0x7F if self.stored[name].info.dtype in FP8 else bits).any():  # float8 has a negative zero
+            raise DataError(f"{self.folder}: {name} is not zero; only symmetric quantisation is supported")
+        return [name]
 
     @property
     def quantized(self) -> list[str]:
         """The names of the tensors that `read` decodes."""
-        return [name for name, codec in self._codecs.items() if not isinstance(codec, _Plain)]
+        return [name for name, codec in self._codecs.items() if codec.form]
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms that they are stored in: fp8, mxfp8, mxfp4, nvfp4."""
+        return sorted({codec.form for codec in self._codecs.values() if codec.form})
+
+    def split(self, name: str, views: Mapping[str, Ref]) -> None:
+        """Replace a stack of matrices by some of their rows, under names of their own."""
+        if (form := self._codecs[name].form) or len(self._codecs[name].info.shape) != 3:
+            raise DataError(f"{self.folder}: {name} holds all experts in one tensor in {form}, which is not supported")
+        stack = self.tensors.pop(name)
+        del self._codecs[name]
+        for view, of in views.items():
+            codec = Rows(view, of, stack)
+            self._codecs[view], self.tensors[view] = codec, codec.info
 
     def read(self, ref: Ref) -> Bits:
         """A part of a tensor, in its decoded dtype."""
@@ -188,16 +284,31 @@ class Reader:
         return part * codec.stored_bytes // max(1, codec.info.bytes)
 
     def files(self) -> list[Path]:
-        """Every safetensors file of the folder."""
+        """Every file of the folder with weights."""
         return sorted({place.file for place in self.stored.values()})
 
     def read_stored(self, name: str, ref: Ref) -> Bits:
         """A part of a tensor, as it is stored."""
         place = self.stored[name]
+        if place.strides is not None:
+            return self._read_strided(name, place, ref)
         part = empty(ref.shape(place.info.shape), bits_type(place.info.dtype))
         offset = place.offset + ref.start(place.info.shape) * DTYPE_BYTES[place.info.dtype]
         self._fill(part.reshape(-1).view(np.uint8).data, place.file, offset, name)
         return part
+
+    def _read_strided(self, name: str, place: Stored, ref: Ref) -> Bits:
+        """A part of a view, such as a transposed matrix: all from its first to its last element is read."""
+        assert place.strides is not None
+        shape, strides = ref.shape(place.info.shape), place.strides[len(ref.index) :]
+        first = sum(number * stride for number, stride in zip(ref.index, place.strides, strict=False))
+        first += ref.rows[0] * strides[0] if ref.rows else 0
+        reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+        kind = bits_type(place.info.dtype)
+        elements = empty((reach if math.prod(shape) else 0,), kind)
+        self._fill(elements.view(np.uint8).data, place.file, place.offset + first * kind.itemsize, name)
+        steps = [stride * kind.itemsize for stride in strides]
+        return contiguous(np.lib.stride_tricks.as_strided(elements, shape, steps))
 
     def _fill(self, view: memoryview, file: Path, offset: int, name: str) -> None:
         # Two threads may open the same file at the same time: the second descriptor is a waste, but no fault.
@@ -211,143 +322,20 @@ class Reader:
                 raise DataError(f"{file}: the file ends inside tensor {name}; {AGAIN}")
             done += count
 
-    def _codec_of(self, name: str) -> _Codec | None:
-        """The codec of the tensor whose weights are stored under `name`; None for scales, which another tensor has."""
-        info = self.stored[name].info
-        if name.endswith("_blocks") and (scales := name.removesuffix("_blocks") + "_scales") in self.stored:
-            return _Mxfp4(name.removesuffix("_blocks"), info, self.stored[scales].info, self.folder)
-        if name.endswith("_blocks") and info.dtype == "U8":
-            raise DataError(
-                f"{self.folder}: {name} has no scales; download the file with {name.removesuffix('_blocks')}_scales"
-            )
-        if name.endswith("_scales") and name.removesuffix("_scales") + "_blocks" in self.stored:
-            return None
-        if self._is_fp8(_scaled(name)):
-            return None
-        if info.dtype in FP8:
-            return self._fp8_codec(name, info)
-        return _Plain(name, info)
 
-    def _is_fp8(self, name: str) -> bool:
-        return name in self.stored and self.stored[name].info.dtype in FP8
-
-    def _fp8_codec(self, name: str, info: TensorInfo) -> _Fp8:
-        for scale in (f"{name}{suffix}" for suffix in FP8_SCALES):
-            if scale in self.stored:
-                return _Fp8(name, info, scale, self.stored[scale].info, self.block, self.folder)
-        raise DataError(f"{self.folder}: FP8 tensor {name} has no scale; download the file with {name}_scale_inv")
+def left_out(name: str) -> str:
+    """What a tensor of this name is, if it is one that weights do not need; "" for all others."""
+    module, _, last = name.rpartition(".")
+    if last in BUFFERS and module.endswith("rotary_emb"):
+        return "rotary_emb"
+    kind = LEFT_OUT.get(last, "")
+    return CACHE if kind and module.endswith(OF_CACHE) and last.startswith("output_") else kind
 
 
-def _scaled(name: str) -> str:
-    """The FP8 weight that a scale of this name belongs to, also a scale of its activations; "" for other names."""
-    if name.endswith(".input_scale"):
-        return name.removesuffix("input_scale") + "weight"
-    return next((name.removesuffix(suffix) for suffix in FP8_SCALES if name.endswith(suffix)), "")
-
-
-def _block_size(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
-    """Rows and columns of an FP8 block; DataError for a `quantization_config` of an unknown kind."""
-    where = folder / "config.json"
-    about = config.get("quantization_config") or {}
-    try:
-        method, block = about.get("quant_method"), about.get("weight_block_size")
-        for group in (about.get("config_groups") or {}).values():
-            block = block or group["weights"].get("block_structure")
-    except (AttributeError, KeyError, TypeError):
-        raise DataError(
-            f"{where}: quantization_config is damaged; download the config.json of this model again"
-        ) from None
-    if method not in (None, *QUANT_METHODS):
-        raise DataError(
-            f"{where}: quant_method is {method!r}, which is not supported; supported are {', '.join(QUANT_METHODS)}"
-        )
-    block = block or [128, 128]  # DeepSeek's; of no importance where scales are not for blocks
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise DataError(f"{where}: weight_block_size is {block!r}; it must be two positive numbers")
-    return block[0], block[1]
-
-
-class _Plain:
-    """A tensor that is not quantised."""
-
-    def __init__(self, name: str, info: TensorInfo) -> None:
-        self.name, self.info, self.stored_bytes = name, info, info.bytes
-
-    def read(self, reader: Reader, ref: Ref) -> Bits:
-        return reader.read_stored(self.name, ref)
-
-
-class _Mxfp4:
-    """MXFP4 blocks [E, rows, G, 16] and scales [E, rows, G] → BF16 [E, 32·G, rows], Hugging Face's orientation."""
-
-    def __init__(self, name: str, blocks: TensorInfo, scales: TensorInfo, folder: Path) -> None:
-        if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != 16:
-            raise DataError(
-                f"{folder}: the shapes of {name}_blocks {list(blocks.shape)} and "
-                f"{name}_scales {list(scales.shape)} do not match; {AGAIN}"
-            )
-        experts, rows, groups, _ = blocks.shape
-        self.name, self.info = name, TensorInfo((experts, 32 * groups, rows))
-        self.stored_bytes = blocks.bytes + scales.bytes
-
-    def read(self, reader: Reader, ref: Ref) -> Bits:
-        # The rows of the BF16 form are the columns of the stored one, so some rows are not one stretch of bytes.
-        assert ref.rows is None and len(ref.index) <= 1, "MXFP4 is read by whole experts"
-        blocks = reader.read_stored(f"{self.name}_blocks", ref)
-        scales = reader.read_stored(f"{self.name}_scales", ref)
-        if reader.on_gpu:
-            from slipway.checkpoint import gpu
-
-            device = reader.next_device()
-            found = gpu.decode_mxfp4(*(to_torch(part, "U8").to(device) for part in (blocks, scales)))
-            return from_torch(found.cpu()).swapaxes(-1, -2)
-        return decode_mxfp4(blocks, scales).swapaxes(-1, -2)
-
-
-class _Fp8:
-    """float8_e4m3fn [rows, columns] with a scale for the tensor, for each row or for each block → BF16."""
-
-    def __init__(
-        self, name: str, weight: TensorInfo, scale: str, scales: TensorInfo, block: tuple[int, int], folder: Path
-    ) -> None:
-        if scales.dtype not in FP8_SCALE_DTYPES:
-            raise DataError(
-                f"{folder}: {scale} is stored as {scales.dtype}; supported are {', '.join(FP8_SCALE_DTYPES)}"
-            )
-        if len(weight.shape) != 2 or name.endswith("bias"):  # the biases of experts are a matrix, read row by row
-            shape = list(weight.shape)
-            raise DataError(
-                f"{folder}: FP8 tensor {name} has shape {shape}; FP8 is supported only for matrices of weights"
-            )
-        rows, columns = weight.shape
-        # The shape of the scales tells what each is for; config.json only tells the size of blocks.
-        grid = (-(-rows // block[0]), -(-columns // block[1]))
-        if scales.shape in ((), (1,), (1, 1)):
-            block, grid = (rows, columns), (1, 1)
-        elif scales.shape in ((rows,), (rows, 1)):
-            block, grid = (1, columns), (rows, 1)
-        elif scales.shape != grid:
-            raise DataError(
-                f"{folder}: {name} {list(weight.shape)} in blocks of {list(block)} needs scales {list(grid)}, "
-                f"but {scale} has {list(scales.shape)}; check weight_block_size in config.json"
-            )
-        self.name, self.info, self.scale, self.block, self.grid = name, TensorInfo(weight.shape), scale, block, grid
-        self.scale_dtype, self.stored_bytes = scales.dtype, weight.bytes + scales.bytes
-
-    def read(self, reader: Reader, ref: Ref) -> Bits:
-        weight = reader.read_stored(self.name, ref)
-        scales = to_float32(reader.read_stored(self.scale, Ref(self.scale)), self.scale_dtype).reshape(self.grid)
-        first_row = ref.rows[0] if ref.rows else 0  # rows need not begin where a block does
-        if reader.on_gpu:
-            from slipway.checkpoint import gpu
-
-            device = reader.next_device()
-            on_gpu = to_torch(weight, "F8_E4M3").to(device), to_torch(scales, "F32").to(device)
-            return from_torch(gpu.decode_fp8_block(*on_gpu, self.block, first_row).cpu())
-        return decode_fp8_block(weight, scales, self.block, first_row)
-
-
-_Codec = _Plain | _Mxfp4 | _Fp8
+def _left_out_words(kind: str, count: int) -> str:
+    if kind == "rotary_emb":
+        return f"left out {count} buffers of rotary_emb, which are computed from config.json"
+    return f"left out {count} scales of {kind}, which weights do not need"
 
 
 # ---------------------------------------------------------------------------- writing

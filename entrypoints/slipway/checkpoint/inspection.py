@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint import huggingface, nemo_context
+from slipway.checkpoint import codecs, huggingface, nemo_context, surplus
 from slipway.checkpoint.contents import Contents
 from slipway.checkpoint.convert import EMBEDDING, HEAD, context_folder, same_values
 from slipway.checkpoint.heads import ADAPTER
@@ -36,8 +36,8 @@ OF_MERGED = {
 }
 OPTIMIZER = "optimizer."
 SAMPLE_ROWS = 64
-MXFP4_BLOCK = [32]
-MXFP4_SCALES = "_scales"
+# Elements with a scale, where config.json need not say it.
+GROUPS = {"mxfp4": [codecs.MX_GROUP], "mxfp8": [codecs.MX_GROUP], "nvfp4": [codecs.NV_GROUP]}
 
 
 def contents_of(path: Path) -> Contents:
@@ -50,8 +50,10 @@ def contents_of(path: Path) -> Contents:
         return _of_torch_dist(path)
     if (path / HEADS_FILE).is_file():
         return _of_heads(path)
-    if (path / huggingface.INDEX).is_file() or any(path.glob("*.safetensors")):
+    if huggingface.weight_files(path) or any(path.glob("*.safetensors")):
         return _of_huggingface(path)
+    if (path / "config.json").is_file():
+        huggingface.read_folder(path)  # it says in which form the weights are
     raise DataError(
         f"{path} is not a checkpoint of a known kind: it has no *.safetensors and no weights/.metadata; "
         "check the path, or copy the checkpoint again"
@@ -63,20 +65,22 @@ def contents_of(path: Path) -> Contents:
 
 def _of_file(file: Path) -> Contents:
     """One file; the scales or blocks of its tensors may be in another file."""
-    stored = huggingface.read_header(file)
-    scales = (MXFP4_SCALES, *huggingface.FP8_SCALES)
-    tensors = {name: place.info for name, place in stored.items() if not name.endswith(scales)}
-    quantized = [name for name, info in tensors.items() if _scales(name, info)]
-    packed = sum(math.prod(tensors[name].shape) for name in quantized if name.endswith("_blocks"))
-    method, block = ("mxfp4", MXFP4_BLOCK) if packed else ("fp8", [])
+    stored = huggingface.read_file(file)
+    tensors = {name: place.info for name, place in stored.items() if not codecs.is_scale(name)}
+    packed = [name for name, info in tensors.items() if info.dtype == "U8"]
+    quantized = packed or [name for name, info in tensors.items() if info.dtype in codecs.FP8]
+    method = ("mxfp4" if packed[0].endswith("_blocks") else "fp4") if packed else "fp8"
     return Contents(
         path=str(file),
-        format="one safetensors file",
+        format="one file of torch" if file.suffix == ".bin" else "one safetensors file",
         model="",
-        parameters=_parameters(tensors.values()) + packed,  # two elements per byte: once more than it has bytes
+        # Two elements in each byte: once more than there are bytes.
+        parameters=_parameters(tensors.values()) + _parameters(tensors[name] for name in packed),
         dtypes=_dtypes(place.info for place in stored.values()),
         files={file.name: file.stat().st_size},
-        quantization={"method": method, "block": block, "tensors": len(quantized)} if quantized else None,
+        quantization={"method": method, "block": GROUPS.get(method, []), "tensors": len(quantized)}
+        if quantized
+        else None,
     )
 
 
@@ -97,7 +101,8 @@ def _of_heads(folder: Path) -> Contents:
 
 
 def _of_huggingface(folder: Path) -> Contents:
-    stored, problems = _stored_in(folder)
+    notes: list[str] = []
+    stored, problems = _stored_in(folder, notes)
     config: dict[str, Any] = {}
     if (folder / "config.json").is_file():
         config = read_config(folder / "config.json")
@@ -105,7 +110,7 @@ def _of_huggingface(folder: Path) -> Contents:
         problems["missing files"] = [*problems.get("missing files", []), "config.json"]
     reader, unscaled = _reader(folder, stored, config)
     problems |= unscaled
-    wanted, checked = _wanted_of(config, folder / "config.json", reader.tensors)
+    wanted, checked = _wanted_of(config, folder / "config.json", reader, notes)
     if checked:
         problems = _compare_infos(reader.tensors, wanted) | problems
     if (differs := _untied(config, reader)) and not problems:
@@ -123,6 +128,7 @@ def _of_huggingface(folder: Path) -> Contents:
         quantization=_quantization(reader, config),
         checked=checked or ("the index" if (folder / huggingface.INDEX).is_file() else ""),
         problems=problems,
+        notes=notes,
     )
 
 
@@ -141,29 +147,18 @@ def _untied(config: Mapping[str, Any], reader: huggingface.Reader) -> str:
     return ""
 
 
-def _stored_in(folder: Path) -> tuple[dict[str, huggingface.Stored], dict[str, list[str]]]:
+def _stored_in(folder: Path, notes: list[str]) -> tuple[dict[str, huggingface.Stored], dict[str, list[str]]]:
     """(name → place of all tensors in the files, problems where files and index disagree)."""
-    index = folder / huggingface.INDEX
-    if not index.is_file():
-        files = sorted(file.name for file in folder.glob("*.safetensors"))
-        where, missing = None, [huggingface.INDEX] if any("-of-" in file for file in files) else []
-    else:
-        where = huggingface.read_index(index)
-        named = sorted(set(where.values()))
-        files = [file for file in named if (folder / file).is_file()]
-        missing = [file for file in named if file not in files]
-    stored: dict[str, huggingface.Stored] = {}
-    twice = []
-    for file in files:
-        header = huggingface.read_header(folder / file)
-        twice += sorted(header.keys() & stored.keys())
-        stored = header | stored
-    problems = {"missing files": missing, "tensors twice": twice}
-    if where is not None:
-        problems["not in the files"] = [name for name in where if name not in stored]
-        problems["not in the index"] = sorted(
-            name for name, place in stored.items() if where.get(name) != place.file.name
-        )
+    files = huggingface.weight_files(folder)
+    if files is None:
+        files = huggingface.Files(tuple(sorted(file.name for file in folder.glob("*.safetensors"))))
+    stored, found = huggingface.places_in(folder, files)
+    notes += found
+    problems = {"missing files": list(files.missing)}
+    if files.where is not None:
+        promised = (name for name in files.where if name != HEAD)  # a tied model's index may list it
+        problems["not in the files"] = [name for name in promised if name not in stored]
+        problems["not in the index"] = sorted(name for name in stored if name not in files.where)
     return stored, _only_filled(problems)
 
 
@@ -171,20 +166,12 @@ def _reader(
     folder: Path, stored: Mapping[str, huggingface.Stored], config: Mapping[str, Any]
 ) -> tuple[huggingface.Reader, dict[str, list[str]]]:
     """(reader of all tensors that can be decoded, problems with the scales of the others)."""
-    missing = {
-        name: scales[0]
-        for name, place in stored.items()
-        if (scales := _scales(name, place.info)) and not any(scale in stored for scale in scales)
-    }
-    reader = huggingface.Reader(folder, {n: place for n, place in stored.items() if n not in missing}, config)
+    infos = {name: place.info for name, place in stored.items()}
+    missing = {name: scale for name in infos if (scale := codecs.missing_scale(name, infos))}
+    bases = [name.removesuffix("_packed").removesuffix("_blocks") for name in missing]
+    without = {*missing, *(f"{base}{scale}" for base in bases for scale in codecs.SCALES)}
+    reader = huggingface.Reader(folder, {n: place for n, place in stored.items() if n not in without}, config)
     return reader, _only_filled({"missing scales": sorted(missing.values())})
-
-
-def _scales(name: str, info: TensorInfo) -> list[str]:
-    """The names that the scales of this tensor may have; empty if it needs none."""
-    if name.endswith("_blocks") and info.dtype == "U8":
-        return [name.removesuffix("_blocks") + MXFP4_SCALES]
-    return [name + suffix for suffix in huggingface.FP8_SCALES] if info.dtype in huggingface.FP8 else []
 
 
 def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -194,10 +181,12 @@ def _quantization(reader: huggingface.Reader, config: Mapping[str, Any]) -> dict
     names = reader.quantized
     if not names and not about:
         return None
-    mxfp4 = any(f"{name}_blocks" in reader.stored for name in names)
-    block = MXFP4_BLOCK if mxfp4 else about.get("weight_block_size") or []
-    method = about.get("quant_method") or ("mxfp4" if mxfp4 else "fp8")
-    return {"method": str(method), "block": block, "tensors": len(names)}
+    # What is stored tells more than config.json: a file of NVFP4 may still have the fp8 of its source.
+    told = [form for form in reader.forms if form in GROUPS]
+    if told:
+        return {"method": " and ".join(reader.forms), "block": GROUPS[told[0]], "tensors": len(names)}
+    method = reader.declared.method or "fp8"
+    return {"method": method, "block": about.get("weight_block_size") or [], "tensors": len(names)}
 
 
 def _model_name(config: Mapping[str, Any]) -> str:
@@ -214,16 +203,22 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wanted_of(
-    config: Mapping[str, Any], where: Path, found: Mapping[str, TensorInfo]
+    config: Mapping[str, Any], where: Path, reader: huggingface.Reader, notes: list[str]
 ) -> tuple[dict[str, TensorInfo | None], str]:
-    """(name → what a config.json asks for, None = any shape; what says so). Both empty for an unknown model_type."""
+    """(name → what a config.json asks for, None = any shape; what says so). Both empty for an unknown model_type.
+
+    What import leaves out is taken away from the reader's tensors, and noted.
+    """
     base = base_config(config)
     if not _known(base):
+        notes += reader.notes
         return {}, ""
     family, base = understood(base, where)
     prefix = BASE if config.get("model_type") == MERGED_TYPE else ""
-    names = [name.removeprefix(prefix) for name in found]
+    notes += surplus.settle(reader, base)
+    names = [name.removeprefix(prefix) for name in reader.tensors]
     wanted = family.rules(base if has_mtp(base, names) else without_mtp(base)).hf
+    surplus.unstack(reader, wanted)
     if is_tied(base) and "lm_head.weight" in names:  # some checkpoints store the embedding twice
         wanted = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}
     return {prefix + name: info for name, info in wanted.items()} | dict.fromkeys(

@@ -24,6 +24,7 @@ from slipway.report import LOG_INTERVAL_SECONDS
 HUB, NEMO = "hf://", "nemo://"
 TOKENIZER = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 MODEL = ["*.safetensors", "*.py", *TOKENIZER]
+OLD = ["pytorch_model*.bin", *TOKENIZER]  # where there are no safetensors
 SUBFOLDERS = "*/*"  # the same weights in other formats
 ATTEMPTS = 5
 
@@ -44,7 +45,10 @@ def locate(path: str, *, files: list[str] = MODEL) -> Path:
     if name.startswith("/"):
         return Path(name)
     repository, _, revision = name.partition("@")
-    return _fetch(repository, revision or "main", files)
+    found = _fetch(repository, revision or "main", files)
+    if files is MODEL and not any(found.glob("*.safetensors")):
+        return _fetch(repository, revision or "main", OLD)
+    return found
 
 
 def folder(path: str) -> Path:

@@ -53,33 +53,78 @@ def by_definition(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
     Args:
         config: config.json of the quantised form.
     """
-    about, tensors = config["quantization_config"], {}
+    tensors = {}
     for name, tensor in stored.items():
+        base = name.removesuffix("_blocks").removesuffix("_packed")
         if name.endswith("_blocks"):
-            name = name.removesuffix("_blocks")
-            tensors[name] = _mxfp4(tensor, stored[f"{name}_scales"])
-        elif f"{name}_scale_inv" in stored:
-            tensors[name] = _fp8(tensor, stored[f"{name}_scale_inv"], about["weight_block_size"])
-        elif f"{name}_scale" in stored:
-            groups = about.get("config_groups", {})  # fbgemm has a scale for each row and no need to say so
-            weights = groups["group_0"]["weights"] if groups else {"strategy": "channel"}
-            block = {"tensor": tensor.shape, "channel": (1, tensor.shape[1])}
-            size = block.get(weights["strategy"]) or weights["block_structure"]
-            tensors[name] = _fp8(tensor, stored[f"{name}_scale"], size)
-        elif not name.endswith(("_scales", "_scale_inv", "_scale")):
+            tensors[base] = _mxfp4(tensor, stored[f"{base}_scales"]).transpose(-1, -2)
+        elif f"{base}_global_scale" in stored or f"{base}_scale_2" in stored:
+            tensors[base] = _nvfp4(tensor, base, stored)
+        elif name.endswith("_packed"):
+            tensors[base] = _mxfp4(tensor.unflatten(-1, (-1, 16)), stored[f"{base}_scale"])
+        elif scale := next((s for s in ("_scale_inv", "_scale") if f"{name}{s}" in stored), ""):
+            scales = stored[f"{name}{scale}"]
+            tensors[name] = _fp8(tensor, scales, _block(tensor, scales, config["quantization_config"]))
+        elif not name.endswith(("_scales", "_scale_inv", "_scale", "_scale_2")):
             tensors[name] = tensor
     return tensors
 
 
-def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """BF16 [experts, 32·groups, rows] from e2m1 blocks [experts, rows, groups, 16], low nibble first, and scales."""
+def _block(weight: Tensor, scales: Tensor, about: Mapping[str, Any]) -> Sequence[int]:
+    """Rows and columns that share an FP8 scale, as quantization_config has it."""
+    groups = about.get("config_groups", {})
+    weights = groups["group_0"]["weights"] if groups else {}
+    if block := about.get("weight_block_size") or weights.get("block_structure"):
+        return block
+    if size := weights.get("group_size"):
+        return (1, size)
+    return tuple(weight.shape) if scales.numel() == 1 else (1, weight.shape[1])
+
+
+def _e2m1(packed: Tensor) -> Tensor:
+    """float64 [..., 2·n] from bytes [..., n], the low nibble first."""
     import torch
 
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
-    values = torch.cat([values, -values])
-    nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
-    scaled = values[nibbles] * (2.0 ** (scales.double() - 127)).unsqueeze(-1)
-    return scaled.flatten(-2).transpose(-1, -2).bfloat16()
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
+    return torch.cat([values, -values])[nibbles]
+
+
+def _e8m0(scales: Tensor) -> Tensor:
+    """float64 of exponents with the bias 127; 255 is NaN."""
+    import torch
+
+    codes = scales.view(torch.uint8)
+    return (2.0 ** (codes.double() - 127)).masked_fill(codes == 255, float("nan"))
+
+
+def _nvfp4(packed: Tensor, name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """BF16 [rows, columns]: e2m1 times the float32 that the scales of 16 elements and of the tensor make together.
+
+    Both steps round to float32, as in ModelOpt (NVFP4QTensor.dequantize), compressed-tensors and vLLM.
+    """
+    scales = _e4m3(stored[f"{name}_scale"])
+    if f"{name}_global_scale" in stored:
+        scales = scales / stored[f"{name}_global_scale"].double()
+    else:
+        scales = scales * stored[f"{name}_scale_2"].double()
+    scales = scales.float().double().repeat_interleave(16, dim=-1)
+    return (_e2m1(packed) * scales).float().bfloat16()
+
+
+def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """BF16 [..., 32·groups] from e2m1 blocks [..., groups, 16] and scales [..., groups]."""
+    return (_e2m1(blocks) * _e8m0(scales).unsqueeze(-1)).flatten(-2).bfloat16()
+
+
+def _e4m3(codes: Tensor) -> Tensor:
+    """float64 of float8_e4m3fn."""
+    import torch
+
+    code = codes.view(torch.uint8).long()
+    sign, exponent, fraction = 1.0 - 2.0 * (code >> 7), (code >> 3) & 15, (code & 7).double() / 8
+    values = sign * torch.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent.double() - 7))
+    return values.masked_fill((code & 127) == 127, float("nan"))
 
 
 def _fp8(weight: Tensor, scales: Tensor, block: Sequence[int]) -> Tensor:
@@ -87,13 +132,10 @@ def _fp8(weight: Tensor, scales: Tensor, block: Sequence[int]) -> Tensor:
     import torch
 
     rows, columns = weight.shape
-    code = weight.view(torch.uint8).long()
-    sign, exponent, fraction = 1.0 - 2.0 * (code >> 7), (code >> 3) & 15, (code & 7).double() / 8
-    values = sign * torch.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent.double() - 7))
-    values[(code & 127) == 127] = float("nan")
-    scales = scales.double().reshape(-1, -(-columns // block[1]))
+    scales = _e8m0(scales) if scales.dtype == torch.uint8 else scales.double()
+    scales = scales.reshape(-1, -(-columns // block[1]))
     row, column = torch.arange(rows) // block[0], torch.arange(columns) // block[1]
-    return (values * scales[row][:, column]).float().bfloat16()
+    return (_e4m3(weight) * scales[row][:, column]).float().bfloat16()
 
 
 def _dequantised_is_exact(folder: Path) -> Check:

@@ -1,0 +1,205 @@
+"""Where every tensor of a pytorch_model.bin is, without torch and without running what the file says.
+
+Such a file is a zip archive of torch.save: `data.pkl`, a pickle that rebuilds the state dict, and an entry `data/KEY`
+for each storage, not compressed. A pickle is a program. This one may only name tensors: every instruction and every
+function beyond those that torch writes for a state dict is refused. The elements are then read by offset, as those of
+safetensors are.
+
+Source: torch 2 (torch/serialization.py, torch/_utils.py).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from slipway.checkpoint.archive import STORAGE_DTYPES, content_of
+from slipway.checkpoint.dcp import DTYPES, SafeUnpickler
+from slipway.checkpoint.shards import AGAIN, MAX_HEADER_BYTES, Stored
+from slipway.checkpoint.torch_dist import UNREADABLE
+from slipway.errors import DataError
+from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
+
+# What a file of torch before 1.6 begins with: a pickle of its magic number 0x1950A86A20F9469CFC6C.
+OLD_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+# The instructions that torch's pickles of state dicts have. None calls anything but what find_class gave.
+INSTRUCTIONS = (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE,
+    pickle.BUILD, pickle.BINPERSID, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
+    pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.EMPTY_DICT,
+    pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_TUPLE,
+    pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT,
+    pickle.LONG_BINPUT, pickle.MEMOIZE,
+)  # fmt: skip
+
+
+PARENT: dict[int, Callable[..., Any]] = dict(SafeUnpickler.dispatch)
+
+
+class _Refused(Exception):
+    """The pickle asks for something that a state dict does not need."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """`offset` and `strides` are counted in elements."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+class _Dict(dict):
+    """A state dict; torch keeps the versions of its modules as an attribute, which is not needed."""
+
+
+def _dict() -> _Dict:
+    """For collections.OrderedDict, whose items follow one by one: given all at once their keys would not be checked."""
+    return _Dict()
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Name → place of every tensor; DataError for a file that is damaged, or asks for anything else than tensors."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{file}: cannot read it ({error.strerror}); {AGAIN}") from None
+    try:
+        _refuse_old(file, os.pread(descriptor, len(OLD_MAGIC), 0))
+        with zipfile.ZipFile(file) as zipped:
+            return _places(file, zipped, descriptor)
+    except _Refused as error:
+        raise DataError(
+            f"{file}: loading it would call {error}; only tensors are read and nothing in the file is run: "
+            "get the model in safetensors, from people whom you trust"
+        ) from None
+    except UNREADABLE as error:
+        raise DataError(f"{file}: not a state dict of torch, or damaged ({type(error).__name__}); {AGAIN}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_old(file: Path, first: bytes) -> None:
+    if first == OLD_MAGIC:
+        convert = f"import torch; torch.save(torch.load('{file}', weights_only=True), '{file}')"
+        raise DataError(f'{file}: written by torch before 1.6; convert it with: python -c "{convert}"')
+
+
+def _places(file: Path, zipped: zipfile.ZipFile, descriptor: int) -> dict[str, Stored]:
+    entries = {entry.filename: entry for entry in zipped.infolist()}
+    pickled = next(name for name in entries if name.rpartition("/")[2] == "data.pkl")
+    folder = pickled.removesuffix("data.pkl")
+    if entries[pickled].file_size > MAX_HEADER_BYTES:
+        raise ValueError("too large")
+    order = entries.get(f"{folder}byteorder")
+    if order and zipped.read(order)[:4] == b"big":
+        raise _Refused("a reader of big-endian numbers")
+    saved = _Unpickler(io.BytesIO(zipped.read(pickled))).load()
+    if not isinstance(saved, dict):
+        raise ValueError("not a state dict")
+    places: dict[str, Stored] = {}
+    for name, tensor in saved.items():
+        if not isinstance(tensor, _Tensor):
+            raise DataError(f"{file}: {name!r} in it is not a tensor; a state dict of a model alone is supported")
+        places[name] = _place(file, tensor, entries[f"{folder}data/{tensor.storage.key}"], descriptor)
+    return places
+
+
+def _place(file: Path, tensor: _Tensor, entry: zipfile.ZipInfo, descriptor: int) -> Stored:
+    """The tensor's place in the file, checked: it lies inside its storage, which lies inside the file."""
+    info, size = TensorInfo(tensor.shape, tensor.dtype), DTYPE_BYTES[tensor.dtype]
+    begin = content_of(entry, descriptor, 0)
+    inside = begin + entry.file_size <= os.fstat(descriptor).st_size and entry.compress_type == zipfile.ZIP_STORED
+    reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.strides, strict=True))
+    # The second: a stride of 0 repeats elements without end.
+    fits = (tensor.offset + reach) * size <= entry.file_size and info.bytes <= entry.file_size
+    if not inside or (info.bytes and not fits):
+        raise ValueError("outside the archive")
+    plain = tensor.strides == _row_major(tensor.shape) or not info.bytes
+    return Stored(file, begin + tensor.offset * size, info, None if plain else tensor.strides)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+# ---------------------------------------------------------------------------- the pickle
+
+
+def _tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    """For torch._utils._rebuild_tensor_v2 and v3; v3 has the dtype after the hooks."""
+    dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else storage.dtype
+    numbers = [offset, *shape, *strides]
+    if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers) or dtype not in DTYPE_BYTES:
+        raise ValueError("not a tensor")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
+
+
+def _parameter(tensor: _Tensor, *_: Any) -> _Tensor:
+    return tensor
+
+
+KNOWN: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch.storage", "UntypedStorage"): "U8",
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): _dict,
+    **{("torch", name): dtype for name, dtype in (STORAGE_DTYPES | DTYPES).items()},
+}
+
+
+class _Unpickler(SafeUnpickler):
+    """Gives a state dict of _Tensor, and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in KNOWN:
+            raise _Refused(f"{module}.{name}"[:200])
+        return KNOWN[module, name]
+
+    def persistent_load(self, saved: Any) -> _Storage:
+        kind, dtype, key, *_ = saved
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
+            raise ValueError("not a storage")
+        return _Storage(dtype, key)
+
+    def build(self) -> None:
+        """BUILD sets attributes: those of a state dict are not needed, and nothing else may have any."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _Dict):
+            raise _Refused("the setting of attributes")
+
+    def set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        PARENT[pickle.SETITEM[0]](self)
+
+    def set_items(self) -> None:
+        _check_keys(self.stack[::2])  # all since the mark
+        PARENT[pickle.SETITEMS[0]](self)
+
+    stack: list[Any]  # of Python's own implementation
+    dispatch: ClassVar[dict[int, Callable[..., Any]]] = {code[0]: PARENT[code[0]] for code in INSTRUCTIONS}
+    dispatch |= {pickle.BUILD[0]: build, pickle.SETITEM[0]: set_item, pickle.SETITEMS[0]: set_items}
+
+
+def _check_keys(keys: list[Any]) -> None:
+    """Only names: hashing tuples of tuples of one another could take for ever."""
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError("keys that are no names")
