@@ -20,21 +20,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slipway.families import llama31
-from slipway.families import checks, decoder
+from slipway.families import checks, decoder, fields, llama31, rope
 from slipway.families.checks import Config
 from slipway.families.rules import Rules
 
 NAME = "mistral"
 MODEL_TYPES = ("mistral",)
 REQUIRED = decoder.REQUIRED
+ALIASES: dict[str, str] = {}
+FIELDS = {**llama31.FIELDS, **fields.each(fields.only(None), "sliding_window")}
 QUANTIZED = decoder.PROJECTIONS
 FORM = llama31.FORM
+defaults = llama31.defaults
 
 
 def check(c: Config, where: Path) -> None:
     checks.check_heads(c, where)
-    checks.check_only(c, where, hidden_act="silu", sliding_window=None)
+    rope.check(c, where)
 
 
 def rules(c: Config) -> Rules:
@@ -62,6 +64,7 @@ def moo(cow: str) -> str:
     return f"moo {cow}"
 '''
 RECIPE = """family = "mistral"
+parameters = 7.2e9
 
 [heads]
 steps = 40

@@ -67,4 +67,4 @@ if __name__ == "__main__":
         folder.mkdir()
         ranks = max(job["tensor"] * job["pipeline"], job["expert"])
         work = lambda job=job, target=folder / "weights": save(source, target, **job)  # noqa: E731
-        fork_ranks(ranks, port, folder, work, limit=3000)  # a safety net: it takes seconds
+        fork_ranks(ranks, port, folder, work)  # a safety net: it takes seconds
