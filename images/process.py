@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 STOPS = {signal.SIGINT, signal.SIGTERM}
-STOP_SECONDS = 60
+STOP_SECONDS = 600  # mmdebstrap, killed, leaves mounts; on a busy machine it needs more than a minute to undo them
 
 
 def run(command: list[str], capture_output: bool = False, **options: Any) -> subprocess.CompletedProcess:

@@ -22,7 +22,8 @@ run+=("$IMAGE")
 "${run[@]}" bash -c '
     for command in "$@"; do
         slipway "$command" --help | grep -q "Usage: slipway $command" || { echo "slipway $command"; exit 1; }
-        "$command" --help | grep -q "Usage: slipway $command" || { echo "$command"; exit 1; }
+        # type -P: a command of the shell itself is called export too.
+        "$(type -P "$command")" --help | grep -q "Usage: slipway $command" || { echo "$command"; exit 1; }
     done' - $(cat "$WORK/commands")
 "${run[@]}" version --json | python3 -c 'import json, sys; assert json.load(sys.stdin)["nemo"]["commit"]'
 
@@ -40,7 +41,7 @@ fabricate(Path("/work/hf"), gpt_oss.tiny_config(), texts, quantized=True)'
 "${run[@]}" preprocess /opt/slipway/entrypoints /work/data.jsonl --tokenizer /work/nemo --seq-length 128
 "${run[@]}" train --model /work/nemo --data /work/data.jsonl --out /work/run --steps 1 --seq-length 128 \
     --micro-batch-size 2 --global-batch-size 4 --nproc-per-node 1
-"${run[@]}" extract-heads /work/run /work/heads
+"${run[@]}" extract-heads /work/run/checkpoints/step=1 /work/heads
 "${run[@]}" export /work/nemo /work/again
 "${run[@]}" doctor --json >"$WORK/doctor.json" || [ $? -eq 78 ]
 python3 -c 'import json, sys; json.load(open(sys.argv[1]))' "$WORK/doctor.json"
