@@ -48,9 +48,13 @@ class Transformers5:
         self._ask("logits", folder, given, out, adapter)
         return torch.load(out)
 
-    def save(self, folder: Path, out: Path) -> Path:
-        """Load a model and its tokenizer, and save both as this major writes them, in BF16."""
-        self._ask("save", folder, out)
+    def save(self, folder: Path, out: Path, *, stacks: bool = False) -> Path:
+        """Load a model and its tokenizer, and save both as this major writes them, in BF16.
+
+        Args:
+            stacks: experts stay in stacks, as they are in memory.
+        """
+        self._ask("save", folder, out, "stacks" if stacks else "")
         return out
 
     def save_config(self, folder: Path) -> None:
@@ -77,10 +81,10 @@ def logits(folder: str, tokens: str, out: str, adapter: str) -> None:
         torch.save(model(torch.load(tokens)).logits, out)
 
 
-def save(folder: str, out: str) -> None:
+def save(folder: str, out: str, stacks: str) -> None:
     from transformers import AutoTokenizer
 
-    _load(folder, torch.bfloat16).save_pretrained(out)
+    _load(folder, torch.bfloat16).save_pretrained(out, save_original_format=not stacks)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
 

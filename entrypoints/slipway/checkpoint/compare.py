@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slipway.checkpoint import convert, huggingface, inspection, stream
+from slipway.checkpoint import convert, huggingface, inspection, stream, torch_dist
 from slipway.errors import SlipwayError
 from slipway.families import Family, read_config, rules, understood
 from slipway.families.checks import Config
@@ -57,6 +57,7 @@ class Model:
 
 def open_model(path: Path) -> Model:
     """Open a Hugging Face folder (quantised, BF16, or merged with heads) or a NeMo checkpoint."""
+    path = torch_dist.newest(path)
     if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
         return _open_nemo(path)
     if read_config(path / "config.json").get("model_type") == inspection.MERGED_TYPE:

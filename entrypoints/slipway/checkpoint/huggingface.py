@@ -124,10 +124,8 @@ def read_folder(folder: Path, notes: list[str] | None = None) -> dict[str, Store
     if files is None:
         raise DataError(f"{folder} has neither {INDEX} nor {SINGLE}{_other_form(folder)}")
     if files.missing:
-        who = (
-            f"{folder / files.index} names" if files.index else f"{folder} has no index, and by the others' names lacks"
-        )
-        raise DataError(f"{who} {files.missing[0]}{', which is missing' if files.index else ''}; download this file")
+        whose = f"{folder / files.index} names" if files.index else f"{folder}: the names of the other shards tell of"
+        raise DataError(f"{whose} {files.missing[0]}, which is missing; download this file")
     stored, found = places_in(folder, files)
     _check_index(folder / files.index, files.where or {}, stored)
     if notes is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint import codecs, huggingface, nemo_context, surplus
+from slipway.checkpoint import codecs, huggingface, nemo_context, surplus, torch_dist
 from slipway.checkpoint.contents import Contents
 from slipway.checkpoint.convert import EMBEDDING, HEAD, context_folder, same_values
 from slipway.checkpoint.heads import ADAPTER
@@ -46,6 +46,7 @@ def contents_of(path: Path) -> Contents:
         return _of_file(path)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; give a checkpoint: a file or a folder")
+    path = torch_dist.newest(path)
     if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
         return _of_torch_dist(path)
     if (path / HEADS_FILE).is_file():
@@ -230,8 +231,6 @@ def _wanted_of(
 
 
 def _of_torch_dist(path: Path) -> Contents:
-    from slipway.checkpoint import torch_dist
-
     reader = torch_dist.Reader(path, whole=False)
     parts = _parts(reader.tensors)
     context = context_folder(reader.folder)

@@ -29,8 +29,32 @@ FORMAT += '"common_backend": "torch", "common_backend_version": 1}'
 FILE_BYTES = 16_000_000_000  # of one file; the next archive begins another
 
 
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM and Megatron-Bridge write it into the root folder
+
+
+def newest(checkpoint: Path) -> Path:
+    """The newest iteration's folder in a root folder of Megatron-LM or Megatron-Bridge; any other folder itself.
+
+    Errors: DataError for an iteration that is not there, or is in the classic layout.
+    """
+    try:
+        iteration = (checkpoint / TRACKER).read_text().strip()
+    except (OSError, ValueError):
+        return checkpoint
+    inner = checkpoint / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release")
+    if not inner.is_dir():
+        raise DataError(f"{checkpoint / TRACKER} names iteration {iteration[:20]}, but there is no {inner.name}")
+    if any(inner.glob("mp_rank_*")):
+        raise DataError(
+            f"{inner} is in Megatron's classic layout (mp_rank_*), which is not supported; save it again with "
+            "Megatron-LM's --ckpt-convert-format torch_dist"
+        )
+    return inner
+
+
 def weights_folder(checkpoint: Path) -> Path:
-    """The folder with `.metadata`; `checkpoint` is that folder or the one around it."""
+    """The folder with `.metadata`: `checkpoint`, the one inside it, or that of the newest iteration in it."""
+    checkpoint = newest(checkpoint)
     for folder in (checkpoint / "weights", checkpoint):
         if (folder / ".metadata").is_file():
             return folder
