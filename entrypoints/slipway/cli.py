@@ -27,6 +27,7 @@ from slipway.commands import (
     export,
     extract_heads,
     import_checkpoint,
+    init,
     merge_heads,
     preprocess,
     train,
@@ -42,6 +43,7 @@ from slipway.options import Option, Parameter, flag, from_text, given, groups_of
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor.doctor,
     "dequant": dequant.dequant,
+    "init": init.init,
     "import": import_checkpoint.import_checkpoint,
     "export": export.export,
     "inspect": inspect_checkpoint.inspect,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from slipway.checkpoint import archive, huggingface, lora, nemo_context, peft, s
 from slipway.checkpoint.companions import Companions, companions_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.heads import merged_config
+from slipway.checkpoint.initialise import STANDARD_DEVIATION, RandomWeights, changed
 from slipway.checkpoint.source import NAME, source_of
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError
@@ -138,6 +140,37 @@ def import_plan(
         name: what other programs load the model by, to be noted in the context.
     """
     opened = to_import(folder, mtp, devices)
+    identity = ["import", mtp, identity_of_files([*opened.reader.files(), folder / "config.json"])]
+    return nemo_plan(opened, folder, name, identity)
+
+
+def init_plan(folder: Path, settings: Iterable[str], seed: int) -> tuple[Plan, Details]:
+    """Plan of a NeMo checkpoint with random weights.
+
+    Args:
+        folder: a Hugging Face model's config.json, and the tokenizer that goes along; its weights are not read.
+        settings: FIELD=VALUE for fields of config.json.
+        seed: of the weights.
+    """
+    where = folder / "config.json"
+    given, notes = changed(read_config(where), settings)
+    family, config = understood(without_mtp({k: v for k, v in given.items() if k not in QUANTIZATION}), where)
+    model = family.rules(config)
+    reader = RandomWeights(model.hf, config.get("initializer_range", STANDARD_DEVIATION), seed)
+    opened = Opened(config, family, model, reader, (*notes, *families.notes(config)))
+    plan, details = nemo_plan(opened, folder, "", ["init", dict(config), seed])
+    parameters = sum(math.prod(info.shape) for info in model.hf.values())
+    return plan, {"parameters": f"{parameters:,}", "seed": seed, **details}
+
+
+def nemo_plan(opened: Opened, folder: Path, name: str, identity: list[Any]) -> tuple[Plan, Details]:
+    """Plan of the NeMo checkpoint of an opened model.
+
+    Args:
+        folder: where the files beside the weights lie.
+        name: what other programs load the model by, to be noted in the context.
+        identity: what the bytes depend on.
+    """
     config, model, reader = opened.config, opened.model, opened.reader
     tensors = model.megatron
     layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
@@ -181,7 +214,7 @@ def import_plan(
             **kept.small,
         },
         copies={**tokenizer.copies, **kept.copies},
-        identity=["import", mtp, identity_of_files([*reader.files(), folder / "config.json"])],
+        identity=identity,
     )
     return plan, {"tensors": len(tensors)} | _said(opened.notes, others)
 

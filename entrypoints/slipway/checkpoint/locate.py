@@ -56,6 +56,12 @@ def folder(path: str) -> Path:
     return existing_folder(str(locate(path)))
 
 
+def configuration(path: str) -> Path:
+    """The folder with a model's config.json and tokenizer, or of a config.json; from the hub, without the weights."""
+    found = locate(path, files=["config.json", "generation_config.json", *TOKENIZER])
+    return found.parent if found.name == "config.json" and found.is_file() else existing_folder(str(found))
+
+
 def nemo_folder(path: str) -> Path:
     """The existing folder of a NeMo checkpoint."""
     return existing_folder(str(nemo_path(path)))
