@@ -1,4 +1,4 @@
-"""make transformers5: the newest major of transformers in an environment of its own, for the tests that compare with it.
+"""make transformers5: the newest major of transformers in its own environment, for the tests that compare with it.
 
 NeMo needs transformers 4. The tests ask both majors for the same logits, so there is a second environment,
 .venv-transformers5: it holds only what differs (200 MB), and sees everything else, torch above all, in .venv.
