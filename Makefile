@@ -11,7 +11,7 @@ SOURCES ?=
 .PHONY: help setup transformers5 lock audit demo docs test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 setup:  ## install what uv.lock names into .venv (instant when nothing changed)
 	@$(BUILD) setup
@@ -19,7 +19,7 @@ setup:  ## install what uv.lock names into .venv (instant when nothing changed)
 transformers5: setup  ## the newest major of transformers, for the tests that compare with it
 	@$(BUILD) transformers5
 
-lock:  ## resolve the dependencies anew and write uv.lock
+lock:  ## resolve the dependencies again and write uv.lock
 	@$(BUILD) lock
 
 audit: setup  ## known vulnerabilities of what uv.lock names (needs a network; says so where there is none)
