@@ -72,7 +72,7 @@ def test_the_last_message_of_a_chat_is_learned(mxfp4_model, tokenizer, tmp_path)
 
 def test_long_samples_are_dropped_and_counted(mxfp4_model, tmp_path):
     lines = [{"prompt": "a " * 50, "completion": "b"}, {"prompt": "a", "completion": "b"}]
-    found, details = run(mxfp4_model, tmp_path, lines, seq_length=16)
+    found, details = run(mxfp4_model, tmp_path, lines, seq_length=16, long="drop")
     assert len(found) == 1 and details["dropped_too_long"] == 1
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_said(mxfp4_model, tmp_path):
 
 def test_tokens_pass_as_they_are(mxfp4_model, tmp_path):
     lines = [{"inputs": {"p_ids": [1, 2], "r_ids": [3]}}, {"inputs": {"p_ids": [1] * 20, "r_ids": [3]}}]
-    found, details = run(mxfp4_model, tmp_path, lines, seq_length=16)
+    found, details = run(mxfp4_model, tmp_path, lines, seq_length=16, long="drop")
     assert found == [([1, 2], [3])] and details["dropped_too_long"] == 1
 
 
@@ -147,9 +147,7 @@ def test_megatron_reads_the_texts(mxfp4_model, tokenizer, corpus, tmp_path):
         "b = d.document_indices.tolist();"
         "print(json.dumps([sum((d[i].tolist() for i in range(*r)), []) for r in zip(b, b[1:])]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", reads, tmp_path / "out"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", reads, tmp_path / "out"], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     documents = []
     for file in sorted(corpus.iterdir()):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slipway.errors import DataError
 from slipway.tokens.indexed import write_index
-from slipway.tokens.lines import index_lines, pack
+from slipway.tokens.lines import as_line, index_lines, pack
 from slipway.tokens.scan import Index, open_units, scan
 from slipway.training.samples import Samples
 
@@ -61,8 +61,30 @@ def test_long_lines_are_dropped_and_counted(tmp_path):
     path = write(tmp_path / "x", [([1] * 7, [2]), ([1] * 6, [2]), ([], [1] * 8), ([], [1, 2])])
     index = index_lines(path, 8, 100)
     lines = path.read_bytes().splitlines(keepends=True)
-    assert index.too_long == 2
-    assert index.offsets.tolist() == np.cumsum([0, *map(len, lines)])[[1, 3]].tolist()
+    assert index.too_long == 1
+    assert index.offsets.tolist() == np.cumsum([0, *map(len, lines)])[1:4].tolist()
+
+
+def test_a_text_that_is_longer_than_a_sequence_is_cut_and_nothing_is_lost(tmp_path):
+    """Whatever sequence length `preprocess` had: only a sample with a prompt can be too long."""
+    text = list(range(1, 20))
+    index = index_lines(write(tmp_path / "x.jsonl", [([], text), ([5], [6])]), 8, 100)
+    index.save(tmp_path / "index.npz")
+    units = open_units(tmp_path / "x.jsonl", Index.load(tmp_path / "index.npz"), 8)
+    found = [units[unit][0] for unit in range(len(units))]
+    assert [sample.response for sample in found] == [text[:7], text[7:14], text[14:], [6]]
+    assert index.too_long == 0 and index.lengths.tolist() == [7, 7, 5, 2]
+
+
+def test_context_in_the_response_is_not_learned(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(as_line([1, 2], [3, 4, 5, 6, 7], ((1, 3),)) + as_line([], [8, 9, 8, 9], ((0, 2),)))
+    index = scan(path, 12, 100, packed=True)
+    found = Samples(open_units(path, index, 12), 1, 12, 1, packed=True, shuffled=False)[0]
+    assert found["labels"].tolist()[:9] == [2, 3, 4, 5, 6, 7, 9, 8, 9]
+    assert found["loss_mask"].tolist()[:9] == [0, 1, 0, 0, 1, 1, 0, 1, 1]
+    whole = Samples(open_units(path, index, 12), 1, 12, 1, packed=True, learn_prompts=True, shuffled=False)[0]
+    assert whole["loss_mask"].tolist()[:9] == [1] * 9
 
 
 def test_packed_samples_keep_their_bounds(tmp_path):
@@ -130,6 +152,10 @@ def test_damaged_texts_are_named(tmp_path):
     ["", "{", "[]", "null", "{}", '{"inputs": 3}', '{"inputs": {"p_ids": [1]}}', "\xff\xfe",
      '{"inputs": {"p_ids": [1], "r_ids": []}}',
      '{"inputs": {"p_ids": "ab", "r_ids": [1]}}', '{"inputs": {"p_ids": [1.5], "r_ids": [1]}}',
+     '{"inputs": {"p_ids": [1], "r_ids": [1, 2], "context": [[0, 3]]}}',
+     '{"inputs": {"p_ids": [1], "r_ids": [1, 2], "context": [[0, 2]]}}',
+     '{"inputs": {"p_ids": [1], "r_ids": [1, 2], "context": [[1, 0]]}}',
+     '{"inputs": {"p_ids": [1], "r_ids": [1, 2], "context": [3]}}',
      '{"inputs": {"p_ids": [-1], "r_ids": [1]}}', '{"inputs": {"p_ids": [true], "r_ids": [1]}}'],
 )  # fmt: skip
 def test_a_malformed_line_is_named(tmp_path, line):

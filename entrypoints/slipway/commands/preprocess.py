@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.options import take, with_options
+from slipway.options import option, parameters_of, take, with_options
 from slipway.report import Summary
 from slipway.tokens.wanted import Wanted
+from slipway.training.recipe import MODES, Recipe
 
 
-@with_options(Wanted)
+@dataclass(frozen=True)
+class Purpose:
+    """What the tokens are for, which decides how long a sequence is."""
+
+    recipe: str | None = option(None, "recipe that the training will use: its sequence length is taken")
+    mode: str | None = option(
+        None, "mode of the training, for --recipe", choices=MODES, otherwise="the one with the shortest sequences"
+    )
+
+    def sequence_length(self) -> int:
+        """The shortest sequence that such a training has: then nothing of the data is too long for it."""
+        from slipway.training.recipes import names
+
+        modes = [self.mode] if self.mode else [*MODES]
+        recipes = [self.recipe] if self.recipe else names()
+        return min(_length(recipe, mode) for recipe in recipes for mode in modes)
+
+
+@with_options(Wanted, Purpose)
 def preprocess(data: str, out: str, **options: Any) -> Summary:
     """Turn text, prompts with completions, or chats into token data for `train`.
 
-    A .jsonl file holds one JSON object per line. Every other file is one text. The objects have one of these forms:
+    DATA is JSON lines, a JSON array, parquet, arrow, csv or text, also packed as .gz or .zst. A row has one of these
+    forms, and the first that fits is taken:
 
-      {"text": ...}                                   a text
-      {"prompt": ..., "completion": ...}              the completion is learned
-      {"messages": [...]}                             a chat, in the tokenizer's chat template; its last message is learned
       {"inputs": {"p_ids": [...], "r_ids": [...]}}    tokens, which are copied; r_ids are learned
+      {"messages": [...]}, {"conversations": [...]}   a chat, in the chat template; the assistant's turns are learned
+      {"prompt": ..., "completion": ...}              the completion is learned; also "response"; also lists of messages
+      {"instruction": ..., "input": ..., "output": ...}, {"question": ..., "answer": ...}, {"input": ..., "output": ...}
+      {"text": ...}                                   a text
 
     OUT.jsonl gets samples. A text is cut into windows of SEQ_LENGTH - 1 tokens, and all of them are learned. A sample
-    is dropped and counted if it has SEQ_LENGTH tokens or more, or if it has nothing to learn.
-
-    OUT.bin gets whole texts and nothing else, in Megatron's format, with OUT.idx beside it.
+    of SEQ_LENGTH tokens or more is too long (--long). OUT.bin gets whole texts and nothing else, in Megatron's format,
+    with OUT.idx beside it. The page docs/data.md says more.
 
     If the command is stopped, run it again: it continues where it stopped.
 
     Args:
-        data: a text or .jsonl file, or a folder of such files.
+        data: a file, a folder, or hf://datasets/ORG/NAME[@REVISION][:SPLIT].
         out: the .jsonl or .bin file to write.
     """
     from slipway.tokens.tokenise import tokenise
 
     started = time.monotonic()
-    size, counts = tokenise(Path(data), Path(out), take(Wanted, options))
+    wanted, purpose = take(Wanted, options), take(Purpose, options)
+    length = wanted.seq_length or purpose.sequence_length()
+    size, counts = tokenise(data, Path(out), wanted, length)
     return Summary("preprocess", out, size, time.monotonic() - started, counts)
+
+
+def _length(recipe: str, mode: str) -> int:
+    """The sequence length of a recipe in one mode; that of `train` without a recipe where it does not say."""
+    from slipway.training.recipes import GPUS, load
+
+    default = parameters_of(Recipe)["seq_length"].default
+    return load(recipe, mode, max(GPUS)).values.get("seq_length", default)

@@ -1,201 +1,296 @@
-"""Text → token ids, with the model's own tokenizer: one piece of the input in, one piece of the output out."""
+"""Rows and texts → token ids, with the model's own tokenizer: a piece of the input in, a piece of the output out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slipway.checkpoint import locate
-from slipway.errors import DataError, UsageError
+from slipway.errors import DataError
+from slipway.tokens.chat import Segments, Template
+from slipway.tokens.forms import Example, Form, Pair, form_of, present
 from slipway.tokens.inputs import Piece
-from slipway.tokens.lines import as_line, inputs_of
+from slipway.tokens.lines import Sample, Span, as_line
+from slipway.tokens.messages import Chat, Malformed
+from slipway.tokens.rows import decoded, rows_of
+from slipway.tokens.sources import TEXT
+from slipway.tokens.vocabulary import folder_of
 
-Sample = tuple[list[int], list[int]]  # (p_ids, r_ids)
+CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"  # the parts of a piece of the output
+HELD_OUT = "eval-"  # before the name of a part: of what is held out
+MAPPED = "map "  # before the name of a count: rows that had a key of --map
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Together with the input, this decides every byte of the output."""
+    """Together with the input, this decides every byte of the output.
 
-    tokenizer: Path  # folder with tokenizer.json
+    Args:
+        tokenizer: folder with tokenizer.json.
+        append_eos: after each text and each completion.
+        indexed: .bin and .idx of texts, not JSON lines of samples.
+        learn: all or last: which of the assistant's turns.
+        long: what becomes of samples that are too long: see wanted.py.
+        pairs: text, chat or auto: how a prompt and its completion are written.
+        renamed: (their key, ours) of rows.
+        arguments: of the chat template, as JSON.
+        held_out: share of the rows.
+        day: of templates that write the day's date.
+    """
+
+    tokenizer: Path
     seq_length: int
-    append_eos: bool  # after each document and each completion
-    indexed: bool  # .bin and .idx of documents, not JSON lines of samples
+    append_eos: bool = True
+    indexed: bool = False
+    learn: str = "all"
+    long: str = "refuse"
+    pairs: str = "auto"
+    renamed: tuple[tuple[str, str], ...] = ()
+    arguments: str = "{}"
+    held_out: float = 0.0
+    day: str = "2026-01-01"
 
 
 @dataclass
 class Encoded:
-    """A piece of the output, and its counts."""
+    """A piece of the output: its parts by name, and its counts."""
 
-    content: bytes = b""
-    # Only for .bin; empty for JSON lines.
-    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # tokens of each sequence
-    ends: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # which of these sequences end a document
-    samples: int = 0
-    tokens: int = 0
-    dropped_too_long: int = 0
-    dropped_empty: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """The counts, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
+    parts: dict[str, bytes] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
-def tokenizer_folder(model: str) -> Path:
-    """The folder with a model's tokenizer.json; UsageError if there is none.
+@dataclass(frozen=True)
+class Document:
+    """The tokens of a row, or of a part of a text.
 
     Args:
-        model: a folder, hf://org/name[@revision] or nemo://name.
+        ends: a text ends with it.
+        name: what decides whether it is held out; empty: its tokens do.
     """
-    base = locate.locate(model, files=locate.TOKENIZER)
-    for folder in (base, base / "context" / "nemo_tokenizer"):
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    raise UsageError(f"--tokenizer {model} has no tokenizer.json; give the folder of a model that has one")
+
+    samples: list[Sample]
+    ends: bool = True
+    name: str = ""
 
 
 class Encoder:
-    """Encodes plain text with `tokenizers`, and chats with the chat template that transformers reads.
-
-    transformers takes seconds to import, so it is imported only when there is a chat.
-    """
+    """Encodes with `tokenizers`, and chats with the model's chat template."""
 
     def __init__(self, settings: Settings) -> None:
         from tokenizers import Tokenizer
 
-        self.settings, self.folder = settings, settings.tokenizer
-        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        self.end = [self._end_of_text()] if settings.append_eos else []
+        self.settings, self.folder = settings, folder_of(settings.tokenizer)
+        self.tokenizer = Tokenizer.from_file(str(self.folder.path / "tokenizer.json"))
+        self.begin = self.folder.begin(self.tokenizer)
+        self.end = [self.folder.end(self.tokenizer)] if settings.append_eos else []
         # Megatron chooses the dtype in the same way, so that both write the same bytes.
         self.dtype = np.uint16 if self.tokenizer.get_vocab_size() < 65500 else np.int32
-        self._chat: Any = None
-
-    def _end_of_text(self) -> int:
-        path = self.folder / "tokenizer_config.json"
-        token = json.loads(path.read_text()).get("eos_token") if path.is_file() else None
-        token = token["content"] if isinstance(token, dict) else token
-        number = self.tokenizer.token_to_id(token) if token else None
-        if number is None:
-            raise UsageError(f"{path} has no eos_token; add one, or use --no-append-eos")
-        return number
+        self.renamed = dict(settings.renamed)
+        # Tokenizers of Llama 2's kind begin every text with a space, also where it goes on.
+        self._adds_space = self.tokenizer.encode("aa", add_special_tokens=False).tokens[:1] not in (["aa"], ["a"])
+        self._templates: dict[bool, Template] = {}
 
     def __call__(self, piece: Piece) -> Encoded:
         """The output for a piece; DataError names the file and the line that are malformed."""
-        return self._documents(piece) if self.settings.indexed else self._samples(piece)
-
-    def _samples(self, piece: Piece) -> Encoded:
-        result, lines = Encoded(), []
-        for prompt, response in self._samples_of(piece):
-            length = len(prompt) + len(response)
-            if not response or length < 2:
-                result.dropped_empty += 1
-            elif length >= self.settings.seq_length:
-                result.dropped_too_long += 1
-            else:
-                lines.append(as_line(prompt, response))
-                result.samples, result.tokens = result.samples + 1, result.tokens + length
-        result.content = b"".join(lines)
+        result, lines = Encoded(), _Parts(self.settings.indexed, self.dtype)
+        for document in self.documents(piece, result.counts):
+            held = self._is_held_out(document)
+            for sample in self._fitting(document.samples, result.counts):
+                lines.add(HELD_OUT if held else "", sample, document.ends)
+                self._count(sample, document.ends, held, result.counts)
+        result.parts = lines.joined()
         return result
 
-    def _samples_of(self, piece: Piece) -> Iterator[Sample]:
-        if piece.file.suffix != ".jsonl":
-            yield from self._windows(self._text(piece))
+    def documents(self, piece: Piece, counts: Counter[str]) -> Iterator[Document]:
+        """The rows of a piece as tokens, or the part of a text that it is."""
+        if piece.kind == TEXT:
+            yield from self._text(piece)
             return
-        forms: dict[str, Callable[[dict], Iterator[Sample]]] = {
-            "text": lambda entry: self._windows(self.encode(entry["text"]) + self.end),
-            "prompt": lambda entry: iter([self._completed(entry)]),
-            "messages": lambda entry: iter([self.encode_chat(entry["messages"])]),
-            "inputs": lambda entry: iter([inputs_of(entry)]),
-        }
-        for where, entry in _entries(piece):
+        for where, row in rows_of(piece):
             try:
-                form = next(key for key in forms if key in entry)
-                samples = list(forms[form](entry))
-            except (ValueError, LookupError, TypeError, StopIteration):  # what any other JSON leads to above
-                raise DataError(
-                    f'{where}: not an object with "text", "prompt" and "completion", "messages", or "inputs" with '
-                    '"p_ids" and "r_ids"; fix or delete the line'
-                ) from None
-            yield from samples
+                form, row = self.recognised(row, counts)
+                counts[f"{form.name} rows".replace(" ", "_")] += 1
+                yield Document(self._samples(form.build(row), counts))
+            except Malformed as error:
+                raise DataError(f"{where}: {error}") from None
 
-    def _documents(self, piece: Piece) -> Encoded:
-        result, ids, ends = Encoded(), [], []
-        for document, ends_here in self._documents_of(piece):
-            if not document:
-                result.dropped_empty += 1
-                continue
-            ids.append(document)
-            ends.append(ends_here)
-        result.content = b"".join(np.asarray(each, dtype=self.dtype).tobytes() for each in ids)
-        result.lengths, result.ends = np.array([len(each) for each in ids], np.int32), np.array(ends, bool)
-        result.samples, result.tokens = int(result.ends.sum()), int(result.lengths.sum())
-        return result
+    def recognised(self, row: Any, counts: Counter[str]) -> tuple[Form, Any]:
+        """The form of a row, and the row without nulls under our names."""
+        for theirs in self.renamed:
+            counts[f"{MAPPED}{theirs}"] += isinstance(row, dict) and theirs in row
+        nulls = [key for key, value in row.items() if value is None] if isinstance(row, dict) else []
+        row = present(row, self.renamed)
+        if self.settings.indexed:
+            # A text beside an instruction is the text: whole texts are all that OUT.bin takes.
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise Malformed('not an object with "text", which OUT.bin needs; write to OUT.jsonl instead')
+            row = {"text": row["text"]}
+        return form_of(row, nulls), row
 
-    def _documents_of(self, piece: Piece) -> Iterator[tuple[list[int], bool]]:
-        if piece.file.suffix != ".jsonl":
-            yield self._text(piece), piece.ends_file
-            return
-        for where, entry in _entries(piece):
-            if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-                raise DataError(f'{where}: not an object with "text", which OUT.bin needs; write to OUT.jsonl instead')
-            ids = self.encode(entry["text"])
-            yield (ids + self.end if ids else []), True
+    # ------------------------------------------------------------------------ one example
 
-    def _text(self, piece: Piece) -> list[int]:
-        try:
-            text = piece.read().decode()
-        except UnicodeDecodeError as error:
-            at = piece.start + error.start
-            raise DataError(f"{piece.file}: byte {at} is not UTF-8 text; convert it to UTF-8 or remove it") from None
-        return self.encode(text) + (self.end if piece.ends_file else [])
+    def _samples(self, example: Example, counts: Counter[str]) -> list[Sample]:
+        if isinstance(example, str):
+            ids = self.encode(example)
+            return self._windows(self._begun(ids) + self.end if ids else [])
+        if isinstance(example, Pair):
+            if not example.completion:
+                return [Sample([], [])]
+            as_text = self.settings.pairs == "text" or not (
+                self.settings.pairs == "chat" or (example.prefers_chat and self.folder.has_template)
+            )
+            if as_text:
+                found = self._marked([(example.prompt, False), (example.completion, True)])
+                return [Sample(self._begun(found.prompt), found.response + self.end if found.response else [])]
+            example = example.chat
+        return self._chat(example, counts) if isinstance(example, Chat) else [example]
 
-    def _windows(self, ids: list[int]) -> Iterator[Sample]:
-        """Consecutive windows of seq_length - 1 tokens; all of the tokens are learned."""
-        size = self.settings.seq_length - 1
-        for start in range(0, len(ids), size) if ids != self.end else ():  # an end alone teaches nothing
-            yield [], ids[start : start + size]
+    def _chat(self, chat: Chat, counts: Counter[str]) -> list[Sample]:
+        template = self._template(bool(chat.tools))
+        rendered = template.render(chat, self.settings.learn == "last")
+        counts["turns_apart"] += rendered.apart
+        counts["reasoning_left_out"] += rendered.without_reasoning
+        counts["calls_as_text"] += rendered.calls_as_text
+        counts["tools_left_out"] += rendered.without_tools
+        return [self._marked(segments) for segments in rendered.samples] or [Sample([], [])]
 
-    def _completed(self, entry: dict[str, str]) -> Sample:
-        completion = self.encode(entry["completion"])
-        return self.encode(entry["prompt"]), completion + self.end if completion else []
+    def _template(self, with_tools: bool) -> Template:
+        if with_tools not in self._templates:
+            tokens = self.tokenizer.get_added_tokens_decoder().values()
+            self._templates[with_tools] = Template(
+                self.folder.template(with_tools),
+                self.folder.special,
+                [token.content for token in tokens if token.special],
+                json.loads(self.settings.arguments),
+                date.fromisoformat(self.settings.day),
+            )
+        return self._templates[with_tools]
+
+    def _marked(self, segments: Segments) -> Sample:
+        """The tokens of texts of which some are learned.
+
+        Each part is encoded alone: so the tokens before an answer are those that the model will see when it is asked.
+        """
+        parts = self._with_offsets(segments) if self._adds_space else [(self.encode(t), on) for t, on in segments]
+        parts = [(ids, learned) for ids, learned in parts if ids]
+        while parts and not parts[-1][1]:
+            parts.pop()  # nothing learned follows
+        first = next((number for number, (_, learned) in enumerate(parts) if learned), len(parts))
+        prompt = [token for ids, _ in parts[:first] for token in ids]
+        response, context = list[int](), list[Span]()
+        for ids, learned in parts[first:]:
+            if not learned:
+                context.append((len(response), len(response) + len(ids)))
+            response += ids
+        return Sample(prompt, response, tuple(context))
+
+    def _with_offsets(self, segments: Segments) -> list[tuple[list[int], bool]]:
+        """The tokens of the joined text; one that reaches over a border belongs to the part in which it ends."""
+        encoding = self.tokenizer.encode("".join(text for text, _ in segments), add_special_tokens=False)
+        ends = np.cumsum([len(text) for text, _ in segments])
+        owners = np.searchsorted(ends, [max(end, 1) for _, end in encoding.offsets])
+        ids = np.array(encoding.ids)
+        return [(ids[owners == number].tolist(), learned) for number, (_, learned) in enumerate(segments)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> Sample:
-        """(tokens up to the last message, tokens of the last message) under the chat template."""
-        if not messages or not all(isinstance(message["content"], str) and message["role"] for message in messages):
-            raise ValueError
-        if self._chat is None:
-            from transformers import AutoTokenizer
-
-            self._chat = AutoTokenizer.from_pretrained(self.folder)
-            if not self._chat.chat_template:
-                raise DataError(
-                    f"{self.folder}: the tokenizer has no chat template; use prompt and completion instead of messages"
-                )
-        prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        # As text, not as tokens: only text shows whether the template left the earlier messages unchanged.
-        whole = self._chat.apply_chat_template(messages, tokenize=False)
-        if not whole.startswith(prompt):
-            raise DataError(
-                f"{self.folder}: the chat template changes earlier messages when a message is added; "
-                "use prompt and completion instead of messages"
-            )
-        return self.encode(prompt), self.encode(whole[len(prompt) :])
-
-
-def _entries(piece: Piece) -> Iterator[tuple[str, Any]]:
-    """("FILE:LINE", the JSON value) of each line; DataError for a line that is not JSON."""
-    for number, line in enumerate(piece.read().removesuffix(b"\n").split(b"\n"), piece.line):
-        where = f"{piece.file}:{number}"
         try:
-            yield where, json.loads(line)
-        except ValueError:
-            raise DataError(f"{where}: not JSON; fix or delete the line") from None
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # JSON may spell what no text can hold
+            raise Malformed("half of a surrogate pair, which is no character; fix the text") from None
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """The tokens of a text with what comes before a text; once, also where the text has it already."""
+        return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
+
+    def _text(self, piece: Piece) -> Iterator[Document]:
+        ids = self.encode(decoded(piece.read(), str(piece.file), piece.line))
+        ids = (self._begun(ids) if piece.begins_file else ids) + (self.end if piece.ends_file else [])
+        if self.settings.indexed:
+            # A text may be in several pieces, which must not be torn apart: its name decides.
+            yield Document([Sample([], ids)], piece.ends_file, piece.file.name)
+            return
+        for sample in self._windows(ids):
+            yield Document([sample])
+
+    # ------------------------------------------------------------------------ what becomes of it
+
+    def _windows(self, ids: list[int]) -> list[Sample]:
+        """Consecutive windows of seq_length - 1 tokens, all of them learned; OUT.bin takes texts whole."""
+        if not ids or ids == self.end:  # an end alone teaches nothing
+            return [Sample([], [])]
+        size = len(ids) if self.settings.indexed else self.settings.seq_length - 1
+        return [Sample([], ids[start : start + size]) for start in range(0, len(ids), size)]
+
+    def _fitting(self, samples: Iterable[Sample], counts: Counter[str]) -> Iterator[Sample]:
+        """The samples that teach something and are short enough; the rest is counted."""
+        for sample in samples:
+            length = len(sample.prompt) + len(sample.response)
+            if not sample.response or (length < 2 and not self.settings.indexed):
+                counts["dropped_empty"] += 1
+            elif length < self.settings.seq_length or self.settings.indexed:
+                yield sample
+            elif (kept := self._cut(sample)) is not None:
+                counts["cut"] += 1
+                counts["lost"] += length - len(kept.prompt) - len(kept.response)
+                yield kept
+            else:
+                counts["dropped_too_long"] += 1
+                counts["lost"] += length
+
+    def _cut(self, sample: Sample) -> Sample | None:
+        """The beginning of a sample; None if samples are not cut, or if nothing that is learned would be left."""
+        size = self.settings.seq_length - 1 - len(sample.prompt)
+        if self.settings.long != "cut" or size < 1:
+            return None
+        context = tuple((start, min(end, size)) for start, end in sample.context if start < size)
+        if context and context[-1][1] == size:
+            size, context = context[-1][0], context[:-1]
+        return Sample(sample.prompt, sample.response[:size], context)
+
+    def _is_held_out(self, document: Document) -> bool:
+        """A row's own tokens decide, so that equal rows are never on both sides, in whatever order they come."""
+        if not self.settings.held_out:
+            return False
+        tokens = b"".join(np.array([*s.prompt, *s.response], np.int64).tobytes() for s in document.samples)
+        number = int.from_bytes(blake2b(document.name.encode() or tokens, digest_size=8).digest(), "big")
+        return number < self.settings.held_out * 2**64
+
+    def _count(self, sample: Sample, ends: bool, held: bool, counts: Counter[str]) -> None:
+        unlearned = sum(end - start for start, end in sample.context)
+        before = "eval_" if held else ""
+        counts[f"{before}samples"] += ends
+        counts[f"{before}tokens"] += len(sample.prompt) + len(sample.response)
+        counts[f"{before}learned"] += len(sample.response) - unlearned
+
+
+class _Parts:
+    """The bytes of the output while a piece is encoded."""
+
+    def __init__(self, indexed: bool, dtype: type[np.integer]) -> None:
+        self.indexed, self.dtype = indexed, dtype
+        self.found: dict[str, list[bytes]] = {}
+
+    def add(self, before: str, sample: Sample, ends: bool) -> None:
+        """Add a sample; `before` stands before the names of its parts."""
+        if not self.indexed:
+            self.found.setdefault(before + CONTENT, []).append(as_line(*sample))
+            return
+        ids = np.asarray(sample.response, dtype=self.dtype)
+        for name, content in (
+            (CONTENT, ids.tobytes()),
+            (LENGTHS, np.array([len(ids)], np.int32).tobytes()),
+            (ENDS, np.array([ends], bool).tobytes()),
+        ):
+            self.found.setdefault(before + name, []).append(content)
+
+    def joined(self) -> dict[str, bytes]:
+        """Name → bytes."""
+        return {name: b"".join(contents) for name, contents in self.found.items()}

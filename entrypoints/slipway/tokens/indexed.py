@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from slipway.errors import DataError
+from slipway.tokens.lines import Sample
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
@@ -106,6 +107,6 @@ class Windows:
     def __len__(self) -> int:
         return (len(self.documents.tokens) - 1) // self.seq_length
 
-    def __getitem__(self, unit: int) -> list[tuple[list[int], list[int]]]:
+    def __getitem__(self, unit: int) -> list[Sample]:
         start = unit * self.seq_length
-        return [([], self.documents.tokens[start : start + self.seq_length + 1].tolist())]
+        return [Sample([], self.documents.tokens[start : start + self.seq_length + 1].tolist())]

@@ -1,64 +1,328 @@
-"""The input of `preprocess`, cut into pieces that can be tokenised in parallel."""
+"""The input of `preprocess`, cut into pieces that can be tokenised in parallel.
+
+Plain text and JSON lines are cut by place: whoever tokenises a piece reads it from the file. Everything else has to be
+read in order, so its pieces carry what they hold. Either way no more than a few pieces are in memory.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import mmap
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from slipway.errors import DataError, UsageError
+from slipway.errors import DataError
+from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, TABLES, VALUES, Source, damage_named
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
 PIECE_BYTES = 1 << 20  # enough work to be worth sending to another process, little enough to keep in memory
+LARGEST_ROW = 1 << 26  # bytes; a row that does not end by then is a bracket or a quote that is never closed
+# Whole strings, so that brackets in them do not count; a quote alone begins a string that goes on in the next block.
+TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Whole lines of a file.
+    """Whole rows, or whole lines of a text.
 
     Args:
-        start, end: the bytes [start, end) of the file.
-        line: number of the first line, counted from 1.
-        ends_file: there is nothing after it.
+        kind: of the file, as in sources.py.
+        size: bytes of the file that it takes.
+        line: number of the first line, or of the first row of a table; counted from 1.
+        row: number of the first row in the file, of JSON.
+        start, end: the bytes [start, end) of the file, where there is no content.
+        content: what it holds; of a table as a stream of Arrow's.
+        columns: of csv: the delimiter, then the names.
+        begins_file, ends_file: there is nothing before it, nothing after it.
     """
 
     file: Path
-    start: int
-    end: int
-    line: int
-    ends_file: bool
+    kind: str
+    size: int
+    line: int = 1
+    row: int = 1
+    start: int = 0
+    end: int = 0
+    content: bytes | None = None
+    columns: tuple[str, ...] = ()
+    begins_file: bool = False
+    ends_file: bool = False
 
     def read(self) -> bytes:
-        """The bytes."""
+        """What it holds."""
+        if self.content is not None:
+            return self.content
         with self.file.open("rb") as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
 
 
-def input_files(data: Path) -> list[Path]:
-    """The file, or the text and .jsonl files in the folder, sorted; UsageError or DataError for none."""
-    if not data.exists():
-        raise UsageError(f"DATA {data} does not exist; give a file or a folder")
-    if data.is_file():
-        return [data]
-    files = sorted(file for file in data.rglob("*") if file.suffix in (*TEXT_SUFFIXES, ".jsonl") and file.is_file())
-    if not files:
-        raise DataError(f"{data} has no {', '.join(TEXT_SUFFIXES)} or .jsonl file; give a folder with such files")
-    return files
-
-
-def pieces(files: list[Path]) -> Iterator[Piece]:
-    """The files in order, in pieces of about PIECE_BYTES; each piece ends at the end of a line."""
-    for path in files:
-        size = path.stat().st_size
-        if not size:
+def pieces(sources: Iterable[Source]) -> Iterator[Piece]:
+    """The files in order, in pieces of about PIECE_BYTES."""
+    for source in sources:
+        if not source.path.stat().st_size:
             continue
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            start, line = 0, 1
-            while start < size:
-                newline = content.find(b"\n", min(start + PIECE_BYTES, size) - 1)
-                end = newline + 1 or size
-                yield Piece(path, start, end, line, end == size)
-                line += content[start:end].count(b"\n")
-                start = end
+        if source.kind in TABLES:
+            yield from _of_table(source)
+        elif source.kind == VALUES:
+            yield from _of_values(source)
+        elif source.kind == CSV:
+            yield from _of_csv(source)
+        else:
+            yield from _by_place(source) if source.is_plain else _streamed(source)
+
+
+def _by_place(source: Source) -> Iterator[Piece]:
+    """Pieces of a file that can be read from anywhere; each ends at the end of a line."""
+    size = source.path.stat().st_size
+    with source.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, line, taken = source.mark, 1, 0
+        while start < size:
+            newline = content.find(b"\n", min(start + PIECE_BYTES, size) - 1)
+            end = newline + 1 or size
+            yield Piece(
+                source.path, source.kind, end - taken, line,
+                start=start, end=end, begins_file=not taken, ends_file=end == size,
+            )  # fmt: skip
+            line += content[start:end].count(b"\n")
+            start = taken = end
+
+
+def _streamed(source: Source) -> Iterator[Piece]:
+    """Pieces of text or JSON lines that are packed or not in UTF-8."""
+    with source.path.open("rb") as raw:
+        line, taken, begins = 1, 0, True
+        for content, ends in _marked_last(_whole_lines(source, source.blocks(raw))):
+            size = _taken(raw, source, ends) - taken
+            yield Piece(source.path, source.kind, size, line, content=content, begins_file=begins, ends_file=ends)
+            line, taken, begins = line + content.count(b"\n"), taken + size, False
+
+
+def _whole_lines(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of about PIECE_BYTES that end at the end of a line."""
+    held = bytearray()
+    for block in blocks:
+        held += block
+        newline = held.rfind(b"\n") + 1 if len(held) >= PIECE_BYTES else 0
+        if newline:
+            yield bytes(held[:newline])
+            del held[:newline]
+        elif source.kind == LINES:
+            _check_row(source, len(held))
+    if held:
+        yield bytes(held)
+
+
+def _marked_last(contents: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """(content, it is the last)."""
+    held: bytes | None = None
+    for content in contents:
+        if held is not None:
+            yield held, False
+        held = content
+    if held is not None:
+        yield held, True
+
+
+def _taken(raw: BinaryIO, source: Source, ends: bool) -> int:
+    """Bytes of the file that have been read."""
+    return source.path.stat().st_size if ends else raw.tell()
+
+
+def _check_row(source: Source, size: int) -> None:
+    """DataError for a row that does not end: without it a damaged file would be read into memory whole."""
+    if size > LARGEST_ROW + PIECE_BYTES:
+        raise DataError(
+            f"{source.path}: a row has more than {LARGEST_ROW >> 20} MiB; one row is one sample or one text: "
+            "check that brackets and quotes are closed, and that the rows do not stand inside of another object"
+        )
+
+
+# ---------------------------------------------------------------------------- JSON over many lines
+
+
+def _of_values(source: Source) -> Iterator[Piece]:
+    """Pieces of a JSON array, or of JSON values that follow each other; brackets are counted, nothing is parsed."""
+    with source.path.open("rb") as raw:
+        line, row, taken = 1, 1, 0
+        for content, rows in _cut_values(source, source.blocks(raw)):
+            size = raw.tell() - taken
+            yield Piece(source.path, VALUES, size, line, row, content=content)
+            line, row, taken = line + content.count(b"\n"), row + rows, taken + size
+
+
+def _cut_values(source: Source, blocks: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+    """(values and what stands between them, how many); of an array what its brackets hold.
+
+    The bracket of the array itself is turned into a space, which leaves every line where it was.
+    """
+    held, at, depth, outer, done, rows = bytearray(), 0, 0, -1, 0, 0
+    for block in blocks:
+        held += block
+        if outer < 0 and (begins := held.lstrip()[:1]):
+            outer = 1 if begins == b"[" else 0
+            if outer:
+                place = held.index(b"[")
+                held[place : place + 1] = b" "
+                at, depth = place, 1
+        view = bytes(held)
+        for token in TOKEN.finditer(view, at):
+            mark = token.group()
+            if mark == b'"':
+                at = token.start()
+                break
+            at = token.end()
+            if mark in b"{[":
+                depth += 1
+            elif mark in b"}]":
+                depth -= 1
+                if depth == outer:
+                    done, rows = at, rows + 1
+                if depth < 0:
+                    raise DataError(f"{source.path}: a bracket closes what was never opened; correct the file")
+                if depth < outer:
+                    yield from _last_values(source, view, at, rows, blocks)
+                    return
+        else:
+            at = len(view)
+        if done >= PIECE_BYTES:
+            yield view[:done], rows
+            del held[:done]
+            at, done, rows = at - done, 0, 0
+        _check_row(source, len(held))
+    if outer == 1 or depth:
+        raise DataError(f"{source.path} ends in the middle of a value: it was cut off; copy it again")
+    if held.strip():
+        yield bytes(held), rows
+
+
+def _last_values(
+    source: Source, view: bytes, at: int, rows: int, blocks: Iterable[bytes]
+) -> Iterator[tuple[bytes, int]]:
+    """What is left before the bracket that closes the array; after it there may be white space."""
+    if any(rest.strip() for rest in chain([view[at:]], blocks)):
+        raise DataError(f"{source.path}: something follows the end of the array; give one array, or JSON lines")
+    if view[: at - 1].strip():
+        yield view[: at - 1], rows
+
+
+# ---------------------------------------------------------------------------- csv
+
+
+def _of_csv(source: Source) -> Iterator[Piece]:
+    """Pieces of whole records; the first record has the names of the columns."""
+    csv.field_size_limit(LARGEST_ROW)
+    with source.path.open("rb") as raw:
+        lines = Recorded(_lines_of(source, raw))
+        delimiter = _delimiter(source, lines)
+        records = csv.reader(lines, delimiter=delimiter, strict=True)
+        line, taken, names = 1, 0, tuple[str, ...]()
+        try:
+            for record in records:
+                if not names:
+                    names = tuple(name.strip() for name in record)
+                    line, _ = 1 + records.line_num, lines.take()
+                elif lines.size >= PIECE_BYTES:
+                    size, content = raw.tell() - taken, lines.take()
+                    yield Piece(source.path, CSV, size, line, content=content, columns=(delimiter, *names))
+                    line, taken = 1 + records.line_num, taken + size
+        except csv.Error as error:
+            raise DataError(f"{source.path}:{line + len(lines.held)}: not csv: {error}; correct its quotes") from None
+        if lines.held:
+            size = raw.tell() - taken
+            yield Piece(source.path, CSV, size, line, content=lines.take(), columns=(delimiter, *names))
+
+
+class Recorded:
+    """Lines that are given on, and kept until they are taken: the csv reader does not say what it has read."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.held, self.size = lines, list[str](), 0
+        self.again: list[str] = []
+
+    def __iter__(self) -> Recorded:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.pop() if self.again else next(self.lines)
+        self.held.append(line)
+        self.size += len(line)
+        return line
+
+    def take(self) -> bytes:
+        """What was given on since the last time."""
+        content = "".join(self.held).encode()
+        self.held, self.size = [], 0
+        return content
+
+
+def _lines_of(source: Source, raw: BinaryIO) -> Iterator[str]:
+    """The lines with their ends."""
+    for number, content in enumerate(_whole_lines(source, source.blocks(raw))):
+        try:
+            # Not splitlines(), which ends a line at characters that may stand in a field.
+            yield from io.StringIO(content.decode(), newline="")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source.path}: byte {error.start} of part {number + 1} is not UTF-8; convert the file to UTF-8"
+            ) from None
+
+
+def _delimiter(source: Source, lines: Recorded) -> str:
+    """A tab in .tsv, else the one that the line of names has most of."""
+    try:
+        first = next(lines)
+    except StopIteration:
+        return ","
+    lines.again, lines.held, lines.size = [first], [], 0
+    return "\t" if ".tsv" in source.path.suffixes else max(",;\t", key=first.count)
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def _of_table(source: Source) -> Iterator[Piece]:
+    """Pieces of some rows each, as streams of Arrow's, which cost little to make and to send."""
+    import pyarrow as arrow
+
+    whole, row, taken = source.path.stat().st_size, 1, 0
+    with damage_named(source.path):
+        total, batches = _batches(source)
+        for batch in batches:
+            sink = arrow.BufferOutputStream()
+            with arrow.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_batch(batch)
+            size = whole * (row - 1 + batch.num_rows) // total - taken if total else 0  # a stream does not say how many
+            yield Piece(source.path, source.kind, size, row, row, content=sink.getvalue().to_pybytes())
+            row, taken = row + batch.num_rows, taken + size
+
+
+def _batches(source: Source) -> tuple[int, Iterator[Any]]:
+    """(rows of the table, the table in batches of about PIECE_BYTES)."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    if source.kind == PARQUET:
+        file = parquet.ParquetFile(source.path)
+        bytes_of_all = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        rows = max(1, min(1 << 16, PIECE_BYTES * file.metadata.num_rows // max(bytes_of_all, 1)))
+        return file.metadata.num_rows, file.iter_batches(batch_size=rows)
+    assert source.kind == ARROW
+    mapped = arrow.memory_map(str(source.path))
+    if mapped.read(6) == b"ARROW1":
+        reader = arrow.ipc.open_file(mapped)
+        batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        mapped.seek(0)
+        batches = iter(arrow.ipc.open_stream(mapped))
+    return 0, chain.from_iterable(map(_split, batches))
+
+
+def _split(batch: Any) -> Iterator[Any]:
+    """A batch in slices of about PIECE_BYTES."""
+    rows = max(1, PIECE_BYTES * batch.num_rows // max(batch.nbytes, 1))
+    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))

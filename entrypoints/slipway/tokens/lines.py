@@ -1,4 +1,8 @@
-"""Samples of tokens as JSON lines, `{"inputs": {"p_ids": [...], "r_ids": [...]}}`: check, index, pack and read them."""
+"""Samples of tokens as JSON lines, `{"inputs": {"p_ids": [...], "r_ids": [...]}}`: check, index, pack and read them.
+
+r_ids are learned, p_ids are not. A chat has more turns to learn than one, so a line may say what of r_ids is not
+learned: `"context": [[start, end], ...]`, in tokens of r_ids, in order. Without it all of r_ids is learned.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,30 @@ import bisect
 import hashlib
 import json
 import mmap
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slipway.errors import DataError
 
-Sample = tuple[list[int], list[int]]  # (p_ids, r_ids)
+Span = tuple[int, int]  # [start, end)
+
+
+class Sample(NamedTuple):
+    """Tokens, and which of them are learned.
+
+    Args:
+        context: what of the response is not learned, in order.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    context: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,8 @@ class Index:
     offsets: np.ndarray  # int64 [lines]: where each begins, in bytes (.jsonl) or in tokens (.bin)
     lengths: np.ndarray  # int32 [lines]: its tokens
     too_long: int
+    # int32 [lines]: the token at which it begins in its line, where a text is longer than a sequence; None: all at 0
+    starts: np.ndarray | None = None
     packs: list[np.ndarray] | None = None  # each int64: the lines that share a sequence; None: one line each
     digest: str = ""  # of all the places; nodes compare it to be sure that they read the same data
 
@@ -42,6 +63,8 @@ class Index:
     def save(self, path: Path) -> None:
         """Write what the workers need, as .npz."""
         arrays = {"offsets": self.offsets, "lengths": self.lengths}
+        if self.starts is not None:
+            arrays["starts"] = self.starts
         if self.packs is not None:
             arrays |= {"members": np.concatenate(self.packs), "sizes": np.array([len(pack) for pack in self.packs])}
         np.savez(path, **arrays)
@@ -53,49 +76,73 @@ class Index:
             packs = None
             if "members" in arrays:
                 packs = np.split(arrays["members"], np.cumsum(arrays["sizes"])[:-1])
-            return cls(arrays["offsets"], arrays["lengths"], 0, packs)
+            return cls(arrays["offsets"], arrays["lengths"], 0, arrays.get("starts"), packs)
 
 
 def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
     """Read the file once and check every line; samples of `seq_length` tokens or more are dropped and counted.
 
+    A sample without a prompt is a text: it is cut into samples that are short enough, and nothing of it is dropped.
+
     Errors: DataError names the file and the first malformed line, or says that no sample is left.
     """
-    offsets, lengths, too_long, at = [], [], 0, 0
+    begins, starts, lengths = array("q"), array("i"), array("i")  # byte of the line, first token, tokens
+    too_long, at = 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            prompt, response = read_line(line, f"{path}:{number}")
-            if max(max(prompt, default=0), max(response)) >= vocab_size:
-                raise DataError(
-                    f"{path}:{number}: a token id is {max(prompt + response)}, the model's vocabulary has "
-                    f"{vocab_size} tokens; use the tokenizer of this model in `slipway preprocess`"
-                )
-            length = len(prompt) + len(response)
-            if length >= seq_length:
-                too_long += 1
-            else:
-                offsets.append(at)
+            sample = read_line(line, f"{path}:{number}")
+            _check_vocabulary(sample, vocab_size, f"{path}:{number}")
+            too_long += not (parts := list(_parts(sample, seq_length)))
+            for start, length in parts:
+                begins.append(at)
+                starts.append(start)
                 lengths.append(length)
             at += len(line)
-    if not offsets:
+    if not begins:
         raise DataError(
             f"{path}: no sample is left, {too_long} have {seq_length} tokens or more; use a larger --seq-length"
         )
-    begins = np.asarray(offsets, dtype=np.int64)
-    digest = hashlib.sha256(begins.tobytes()).hexdigest()
-    return Index(begins, np.asarray(lengths, dtype=np.int32), too_long, digest=digest)
+    cut = np.array(starts, np.int32) if any(starts) else None
+    digest = hashlib.sha256(begins.tobytes() + (b"" if cut is None else cut.tobytes())).hexdigest()
+    return Index(np.array(begins, np.int64), np.array(lengths, np.int32), too_long, cut, digest=digest)
+
+
+def _parts(sample: Sample, seq_length: int) -> Iterator[Span]:
+    """(first token, tokens) of what is read of a line: all of it, a text's windows, or nothing of what is too long."""
+    length, size = len(sample.prompt) + len(sample.response), seq_length - 1
+    if length <= size:
+        yield 0, length
+    elif not sample.prompt and not sample.context:
+        # A last window of one token has no label.
+        yield from ((start, min(size, length - start)) for start in range(0, length - 1, size))
+
+
+def _check_vocabulary(sample: Sample, vocab_size: int, where: str) -> None:
+    largest = max(max(sample.prompt, default=0), max(sample.response))
+    if largest >= vocab_size:
+        raise DataError(
+            f"{where}: a token id is {largest}, the model's vocabulary has "
+            f"{vocab_size} tokens; use the tokenizer of this model in `slipway preprocess`"
+        )
 
 
 def inputs_of(entry: Any) -> Sample:
-    """(p_ids, r_ids) of the JSON value of a line; ValueError, LookupError or TypeError for anything else."""
-    prompt, response = entry["inputs"]["p_ids"], entry["inputs"]["r_ids"]
+    """The sample in the JSON value of a line; ValueError, LookupError or TypeError for anything else."""
+    inputs = entry["inputs"]
+    prompt, response = inputs["p_ids"], inputs["r_ids"]
     if not response or not all(type(token) is int and token >= 0 for token in prompt + response):
         raise ValueError
-    return prompt, response
+    context = tuple((start, end) for start, end in inputs.get("context", ()))
+    edges = [edge for span in context for edge in span]
+    if edges and not (all(type(edge) is int for edge in edges) and edges[0] >= 0 and edges[-1] <= len(response)):
+        raise ValueError
+    if any(second < first for first, second in pairwise(edges)) or sum(e - s for s, e in context) >= len(response):
+        raise ValueError
+    return Sample(prompt, response, context)
 
 
 def read_line(line: bytes, where: str) -> Sample:
-    """(p_ids, r_ids) of one line; DataError names `where` if it is anything else."""
+    """The sample of one line; DataError names `where` if it is anything else."""
     try:
         return inputs_of(json.loads(line))
     except (ValueError, LookupError, TypeError):
@@ -105,9 +152,12 @@ def read_line(line: bytes, where: str) -> Sample:
         ) from None
 
 
-def as_line(prompt: list[int], response: list[int]) -> bytes:
+def as_line(prompt: list[int], response: list[int], context: tuple[Span, ...] = ()) -> bytes:
     """The line of a sample."""
-    return json.dumps({"inputs": {"p_ids": prompt, "r_ids": response}}).encode() + b"\n"
+    inputs: dict[str, Any] = {"p_ids": prompt, "r_ids": response}
+    if context:
+        inputs["context"] = context
+    return json.dumps({"inputs": inputs}).encode() + b"\n"
 
 
 def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -161,4 +211,8 @@ class Lines:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(self.index.offsets[line])
         end = self._map.find(b"\n", start)
-        return read_line(self._map[start : end if end >= 0 else len(self._map)], f"{self.path} at byte {start}")
+        sample = read_line(self._map[start : end if end >= 0 else len(self._map)], f"{self.path} at byte {start}")
+        if self.index.starts is None or len(sample.prompt) or sample.context:
+            return sample
+        first = int(self.index.starts[line])
+        return Sample([], sample.response[first : first + int(self.index.lengths[line])])

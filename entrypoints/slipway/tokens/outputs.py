@@ -18,11 +18,10 @@ import numpy as np
 
 from slipway.checkpoint.stream import sync
 from slipway.errors import DataError
-from slipway.tokens.encoder import Encoded
+from slipway.tokens.encoder import CONTENT, ENDS, HELD_OUT, LENGTHS, Encoded
 from slipway.tokens.indexed import index_of, write_index
 
 COMMIT_SECONDS = 2.0  # the most work that a killed run loses
-CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"
 
 
 class Output:
@@ -30,14 +29,18 @@ class Output:
 
     Args:
         target: the file that will be written: .jsonl, or .bin with .idx beside it.
+        held_out: the file for what is held out, of the same kind; None: nothing is.
         identity: everything that decides the output; unfinished work with another identity is thrown away.
 
     A DataError removes everything, because the input must change before the next run. After any other end the next run
     continues.
     """
 
-    def __init__(self, target: Path, identity: dict[str, Any]) -> None:
-        self.target, self.identity = target, identity
+    def __init__(self, target: Path, held_out: Path | None, identity: dict[str, Any]) -> None:
+        # Read back from the journal, lists stand for tuples.
+        self.target, self.identity = target, json.loads(json.dumps(identity))
+        # What stands before the names of a file's parts → the file. The target is the last to get its name.
+        self.targets = ({HELD_OUT: held_out} if held_out else {}) | {"": target}
         self.folder = self.partial(target)
         self.pieces = 0
         self.counts: dict[str, int] = {}
@@ -51,7 +54,8 @@ class Output:
         begun = self._read_journal()
         if begun["identity"] != self.identity:
             shutil.rmtree(self.folder, ignore_errors=True)
-            begun = {"sizes": dict.fromkeys((CONTENT, LENGTHS, ENDS), 0), "pieces": 0, "counts": {}}
+            names = [before + name for before in self.targets for name in (CONTENT, LENGTHS, ENDS)]
+            begun = {"sizes": dict.fromkeys(names, 0), "pieces": 0, "counts": {}}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: (self.folder / name).open("ab") for name in begun["sizes"]}
         for name, size in begun["sizes"].items():
@@ -74,10 +78,9 @@ class Output:
 
     def add(self, piece: Encoded) -> None:
         """Write the next piece."""
-        self._files[CONTENT].write(piece.content)
-        self._files[LENGTHS].write(piece.lengths.tobytes())
-        self._files[ENDS].write(piece.ends.tobytes())
-        for name, count in piece.counts().items():
+        for name, content in piece.parts.items():
+            self._files[name].write(content)
+        for name, count in piece.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
         self.pieces += 1
         if time.monotonic() - self._committed > COMMIT_SECONDS:
@@ -105,18 +108,22 @@ class Output:
             dtype: of the tokens in a .bin.
         """
         self._commit()
-        content = self.folder / CONTENT
+        return sum(self._name(before, target, dtype) for before, target in self.targets.items())
+
+    def _name(self, before: str, target: Path, dtype: type[np.integer]) -> int:
+        content = self.folder / (before + CONTENT)
         size = content.stat().st_size
-        if self.target.suffix == ".bin":
+        if target.suffix == ".bin":
             # The index comes first: a .bin that is there is complete, and without a .bin the next run finishes this.
-            size += self._finish_index(dtype)
-        os.replace(content, self.target)
-        sync(self.target.absolute().parent)
+            size += self._name_index(before, index_of(target), dtype)
+        os.replace(content, target)
+        sync(target.absolute().parent)
         return size
 
-    def _finish_index(self, dtype: type[np.integer]) -> int:
-        new, index = self.folder / "index", index_of(self.target)
-        lengths, ends = np.fromfile(self.folder / LENGTHS, np.int32), np.fromfile(self.folder / ENDS, bool)
+    def _name_index(self, before: str, index: Path, dtype: type[np.integer]) -> int:
+        lengths = np.fromfile(self.folder / (before + LENGTHS), np.int32)
+        ends = np.fromfile(self.folder / (before + ENDS), bool)
+        new = self.folder / "index"
         with new.open("wb") as file:
             write_index(file, dtype, lengths, ends)
         sync(new)

@@ -3,91 +3,156 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress
-from slipway.tokens.encoder import Encoder, Settings, tokenizer_folder
-from slipway.tokens.inputs import PIECE_BYTES, input_files, pieces
+from slipway.tokens.encoder import MAPPED, Encoder, Settings
+from slipway.tokens.folders import Inputs, inputs_of
+from slipway.tokens.hub import located
+from slipway.tokens.indexed import index_of
+from slipway.tokens.inputs import PIECE_BYTES, pieces
 from slipway.tokens.outputs import Output
 from slipway.tokens.parallel import encoded
+from slipway.tokens.preview import preview
+from slipway.tokens.sources import Source
+from slipway.tokens.vocabulary import tokenizer_folder
 from slipway.tokens.wanted import Wanted
 
+MOST_LOST = 0.05  # of all tokens, before `--long refuse` stops
+EARLY = 20  # pieces after which the loss is looked at for the first time: not only after hours of work
+ALWAYS_SAID = ("samples", "tokens", "learned", "dropped_too_long", "dropped_empty")
 
-def tokenise(data: Path, target: Path, wanted: Wanted) -> tuple[int, dict[str, int]]:
+
+def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[int, dict[str, int]]:
     """Write the tokens of `data` to `target`; (bytes written, what was counted, by name).
 
     Args:
-        data: a text or .jsonl file, or a folder of them.
+        data: a file, a folder, or hf://datasets/org/name[:split].
         target: the .jsonl or .bin file to write; it must not exist yet.
+        seq_length: of the training.
 
     Errors: UsageError for arguments, DataError for input that cannot be used, WriteError for a target that cannot be
     written, PreflightError where a process was killed. After the last two the same call continues.
     """
     wanted.check()
-    _check_target(target)
-    files = input_files(data)
-    folder = tokenizer_folder(wanted.tokenizer)
-    settings = Settings(folder, wanted.seq_length, wanted.append_eos, target.suffix == ".bin")
+    held_out = target.with_name(f"{target.stem}.eval{target.suffix}") if wanted.eval_split else None
+    _check_targets(target, held_out)
+    folder, split = located(data)
+    inputs = inputs_of(folder, wanted.split or split)
+    settings = _settings(wanted, seq_length, target, inputs)
     encoder = Encoder(settings)
-    workers = _processes(wanted.workers, files)
+    preview(folder, inputs, encoder, wanted.show)
+    workers = _processes(wanted.workers, inputs.sources)
     try:
-        with Output(target, _identity(files, settings)) as output:
-            _fill(output, files, encoder, workers)
-            _check_counts(data, output.counts)
-            return output.finish(encoder.dtype), output.counts
+        with Output(target, held_out, _identity(inputs.sources, settings)) as output:
+            _fill(output, inputs.sources, encoder, workers)
+            _check_counts(data, output.counts, settings)
+            size = output.finish(encoder.dtype)
+            return size, _said(output.counts)
     except OSError as error:
         raise WriteError(f"cannot write {target}: {error.strerror}; free some space or choose another OUT") from None
 
 
-def _fill(output: Output, files: list[Path], encoder: Encoder, workers: int) -> None:
+def _settings(wanted: Wanted, seq_length: int, target: Path, inputs: Inputs) -> Settings:
+    newest = max(source.path.stat().st_mtime for source in inputs.sources)
+    return Settings(
+        tokenizer=tokenizer_folder(wanted.tokenizer),
+        seq_length=seq_length,
+        append_eos=wanted.append_eos,
+        indexed=target.suffix == ".bin",
+        learn=wanted.learn,
+        long=wanted.long,
+        pairs=wanted.pairs,
+        renamed=tuple(sorted(wanted.renamed().items())),
+        arguments=wanted.arguments(),
+        held_out=wanted.held_out(),
+        day=wanted.date or datetime.fromtimestamp(newest, UTC).date().isoformat(),
+    )
+
+
+def _fill(output: Output, sources: list[Source], encoder: Encoder, workers: int) -> None:
     """Add every piece of the input that an earlier call has not added yet."""
-    todo = pieces(files)
-    with Progress("preprocess", _size(files)) as progress:
+    todo = pieces(sources)
+    with Progress("preprocess", _size(sources)) as progress:
         for piece in islice(todo, output.pieces):
-            progress.advance(piece.end - piece.start)
+            progress.advance(piece.size)
         for piece, tokens in encoded(todo, encoder, workers):
             output.add(tokens)
-            progress.advance(piece.end - piece.start)
+            progress.advance(piece.size)
+            if output.pieces == EARLY:
+                _check_lost(output.counts, encoder.settings)
 
 
-def _check_target(target: Path) -> None:
+def _check_targets(target: Path, held_out: Path | None) -> None:
     if target.suffix not in (".jsonl", ".bin"):
         raise UsageError(f"OUT is {target}; its name must end in .jsonl (samples) or .bin (whole texts, for Megatron)")
-    index, partial = target.with_suffix(".idx"), Output.partial(target)
-    if target.exists():
-        raise UsageError(f"{target} exists; remove it or choose another OUT")
-    # With a partial folder beside it, the index is from a run of ours that ended between its last two steps.
-    if target.suffix == ".bin" and index.exists() and not partial.exists():
-        raise UsageError(f"{index} exists; remove it or choose another OUT")
+    written = [path for path in (target, held_out) if path]
+    written += [index_of(path) for path in written if path.suffix == ".bin"]
+    # With a partial folder beside them, the files besides OUT are from a run of ours that ended between its last steps.
+    began = Output.partial(target).exists()
+    for path in written:
+        if path.exists() and (path == target or not began):
+            raise UsageError(f"{path} exists; remove it or choose another OUT")
 
 
-def _check_counts(data: Path, counts: dict[str, int]) -> None:
+def _check_counts(data: str, counts: Mapping[str, int], settings: Settings) -> None:
+    """DataError where there is too little to write, or too much was lost."""
+    for name, rows in counts.items():
+        if name.startswith(MAPPED) and not rows:
+            raise DataError(f"{data}: no row has the key {name.removeprefix(MAPPED)!r} of --map; correct it")
+    _check_lost(counts, settings)
+    if settings.held_out and counts.get("samples") and not counts.get("eval_samples"):
+        raise DataError(
+            f"{data}: of {counts['samples']} samples none was held out; hold out a larger share by --eval-split"
+        )
     if not counts.get("samples"):
+        held = counts.get("eval_samples", 0)
         raise DataError(
             f"{data} gives no sample: {counts.get('dropped_too_long', 0)} were too long, "
-            f"{counts.get('dropped_empty', 0)} were empty; use a larger --seq-length or other data"
+            f"{counts.get('dropped_empty', 0)} had nothing to learn{f', {held} were held out' if held else ''}; "
+            "use a larger --seq-length or other data"
         )
 
 
-def _processes(workers: int | None, files: list[Path]) -> int:
+def _check_lost(counts: Mapping[str, int], settings: Settings) -> None:
+    """DataError where so much is too long that the data would not be what it was."""
+    lost = counts.get("lost", 0)
+    share = lost / max(1, lost + counts.get("tokens", 0) + counts.get("eval_tokens", 0))
+    if settings.long == "refuse" and share > MOST_LOST:
+        raise DataError(
+            f"{counts['dropped_too_long']} samples have {settings.seq_length} tokens or more: {share:.0%} of all "
+            f"tokens would be lost, more than {MOST_LOST:.0%}; use a larger --seq-length and train with it, or "
+            "--long cut to keep their beginnings, or --long drop"
+        )
+
+
+def _said(counts: Mapping[str, int]) -> dict[str, int]:
+    """What the summary says: what is always said, and every other count that is not zero."""
+    always = {name: counts.get(name, 0) for name in ALWAYS_SAID}
+    return always | {name: count for name, count in counts.items() if count and not name.startswith(MAPPED)}
+
+
+def _processes(workers: int | None, sources: list[Source]) -> int:
     """As many as asked for, else one per core; never more than there are pieces for."""
     cores = len(os.sched_getaffinity(0))  # cpu_count() would count those that a container may not use
-    return min(workers or cores, max(1, _size(files) // PIECE_BYTES))
+    return min(workers or cores, max(1, _size(sources) // PIECE_BYTES))
 
 
-def _size(files: list[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
+def _size(sources: list[Source]) -> int:
+    return sum(source.path.stat().st_size for source in sources)
 
 
-def _identity(files: list[Path], settings: Settings) -> dict[str, Any]:
+def _identity(sources: list[Source], settings: Settings) -> dict[str, Any]:
     """What must be equal in two calls for the second to continue the work of the first."""
-    states = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    tokenizer = (settings.tokenizer / "tokenizer.json").stat()
+    states = [(str(each.path.absolute()), each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in sources]
+    words = [settings.tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     return {
-        "files": [list(state) for state in states],
+        "files": states,
         "settings": {**vars(settings), "tokenizer": str(settings.tokenizer.absolute())},
-        "tokenizer": [tokenizer.st_size, tokenizer.st_mtime_ns],
+        "tokenizer": [[file.stat().st_size, file.stat().st_mtime_ns] for file in words if file.is_file()],
     }

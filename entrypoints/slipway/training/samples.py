@@ -1,7 +1,7 @@
-"""Training samples, in an order that depends on the seed alone.
+"""Training samples, in an order that depends only on the seed.
 
-Sample i of a run is the same on every rank and in every layout, and which of its easy tokens are dropped as well, so a
-resumed run goes on exactly where it stopped.
+Sample i of a run, and which of its easy tokens are dropped, is the same on every rank and in every layout. So a resumed
+run continues exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PAD_ID = 0
 
 
 class Samples(Dataset):
-    """`count` sequences drawn from the units of a file epoch by epoch, each epoch in a new order.
+    """`count` sequences from the units of a file, epoch by epoch, each epoch in a new order.
 
     Args:
-        units: what a sequence holds: one sample, or several that are packed.
-        packed: also give `cu_seqlens`, where each of them begins.
-        learn_prompts: count the tokens of p_ids too.
+        units: a unit is the content of one sequence: one sample, or several that are packed.
+        packed: also give `cu_seqlens`, the positions where the samples begin.
+        learn_prompts: the loss counts the tokens of p_ids too.
         shuffled: False keeps the order of the file.
     """
 
@@ -47,9 +47,10 @@ class Samples(Dataset):
         return self.count
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy bool [S]; of packed samples
-        also cu_seqlens int32 [samples + 1, and one more where padding is left]."""
+        """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy bool [S]; for packed samples also
+        cu_seqlens int32 [samples + 1, and one more if there is padding]."""
         found = self._join(self.units[self.unit_of(number)])
+        # A generator that counts (Philox) has no state: sample `number` gets the same numbers without those before it.
         random = np.random.Generator(np.random.Philox(key=[self.seed, number]))
         return found | {"drop_if_easy": torch.from_numpy(random.random(self.seq_length) < EASY_TOKEN_DROP_RATE)}
 
@@ -57,6 +58,7 @@ class Samples(Dataset):
         """Which unit sample `number` of the run is."""
         epoch, place = divmod(number, len(self.units))
         if self.shuffled and epoch != self._epoch:
+            # The counter begins elsewhere than in __getitem__, whose keys can be the same.
             shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=1 << 64))
             self._epoch, self._order = epoch, shuffle.permutation(len(self.units))
         return int(self._order[place])
@@ -64,15 +66,20 @@ class Samples(Dataset):
     def _join(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         tokens = torch.full((self.seq_length,), PAD_ID, dtype=torch.int64)
         labels, positions, mask = tokens.clone(), torch.arange(self.seq_length), torch.zeros(self.seq_length)
-        bounds = [0, *accumulate(len(prompt) + len(response) - 1 for prompt, response in samples)]
-        for (prompt, response), start, end in zip(samples, bounds[:-1], bounds[1:], strict=True):
+        bounds = [0, *accumulate(len(prompt) + len(response) - 1 for prompt, response, _ in samples)]
+        for (prompt, response, context), start, end in zip(samples, bounds[:-1], bounds[1:], strict=True):
             ids = torch.tensor(prompt + response, dtype=torch.int64)
             tokens[start:end], labels[start:end] = ids[:-1], ids[1:]
+            # Position i predicts token i + 1: the last token of the prompt predicts the first one of the response.
             learned = 0 if self.learn_prompts else max(len(prompt) - 1, 0)
             mask[start + learned : end] = 1
+            for first, last in () if self.learn_prompts else context:
+                # A label stands one place before its token; a token at the very beginning is no label.
+                mask[max(start, start + len(prompt) + first - 1) : start + len(prompt) + last - 1] = 0
             positions[start:end] = torch.arange(end - start)
         found = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
         if self.packed:
+            # Padding is a sample of its own, so that no token attends to it.
             rest = [self.seq_length] if bounds[-1] < self.seq_length else []
             found["cu_seqlens"] = torch.tensor(bounds + rest, dtype=torch.int32)
         return found

@@ -1,0 +1,276 @@
+"""A chat → its text under the model's own template, and which parts of the text are learned.
+
+An assistant's turn is learned as the model would be asked for it: the template renders the messages before it, with the
+cue to answer; what the turn adds to that is learned. Where the template marks the answers itself, with
+{% generation %}, its marks are taken.
+
+Some templates write an earlier turn differently once others follow: they drop its reasoning, or end it with another
+token. Such a turn is learned in a sample of its own, which ends with it. So one chat may give several samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from itertools import product
+from os.path import commonprefix
+from typing import Any
+
+from slipway.tokens.messages import ASSISTANT, Chat, Malformed, Message
+
+Segments = list[tuple[str, bool]]  # (text, it is learned)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ABSENT = "\ufdd2"  # a character that no text has
+
+
+@dataclass
+class Rendered:
+    """The samples of a chat, and what the template did to it.
+
+    Args:
+        apart: turns that needed a sample of their own.
+        without_reasoning: turns whose reasoning the template leaves out.
+        calls_as_text: turns whose calls of tools the template does not know; the calls are written as JSON.
+        without_tools: 1 if the template does not say which tools there are.
+    """
+
+    samples: list[Segments]
+    apart: int = 0
+    without_reasoning: int = 0
+    calls_as_text: int = 0
+    without_tools: int = 0
+
+
+class Template:
+    """A compiled chat template.
+
+    Args:
+        source: the template.
+        special: the special tokens, by the names that templates know.
+        ends: every special token; some of them end a turn.
+        arguments: for all chats.
+        day: for templates that write the day's date: the same input must give the same bytes tomorrow.
+    """
+
+    def __init__(
+        self, source: str, special: dict[str, str], ends: Iterable[str], arguments: dict[str, Any], day: date
+    ) -> None:
+        # Random, so that no text can hold them.
+        self._open, self._close = (f"\ufdd0{os.urandom(8).hex()}{end}\ufdd1" for end in "()")
+        self._compiled = compiled(source, self._open, self._close, day)
+        self._marks = bool(GENERATION.search(source))
+        self._knows_calls, self._knows_tools = "tool_calls" in source, bool(re.search(r"\btools\b", source))
+        self._wants_null = bool(re.search(r"\bis (not )?none\b|[!=]= ?none\b", source, re.IGNORECASE))
+        self._fixed = {**special, **arguments}
+        tokens = sorted(map(re.escape, ends), key=len, reverse=True)
+        self._end = re.compile(rf"((?:{'|'.join(tokens) or ABSENT})+)\s*\Z")
+
+    def render(self, chat: Chat, last: bool) -> Rendered:
+        """The samples of a chat; Malformed with the template's own words where it refuses the chat.
+
+        Args:
+            last: learn the last of its learned turns alone.
+        """
+        turns = [number for number, learned in enumerate(chat.learned) if learned]
+        turns = turns[-1:] if last else turns
+        if not turns:
+            return Rendered([])
+        kept = Chat(chat.messages[: turns[-1] + 1], chat.learned, chat.tools, chat.arguments)
+        kept, whole = self._accepted(kept)
+        found = Rendered([self._marked(kept, whole, turns)]) if self._marks else self._by_prefixes(kept, whole, turns)
+        found.calls_as_text = 0 if self._knows_calls else sum("tool_calls" in message for message in kept.messages)
+        found.without_tools = bool(chat.tools) and not self._knows_tools
+        return found
+
+    # ------------------------------------------------------------------------ rendering
+
+    def _render(self, chat: Chat, count: int, cue: bool = False, extra: Message | None = None) -> str:
+        """The text of the first `count` messages, with the template's marks."""
+        messages = chat.messages[:count] + ([extra] if extra else [])
+        return self._compiled.render(
+            messages=messages,
+            tools=chat.tools or None,
+            documents=None,
+            add_generation_prompt=cue,
+            **{**self._fixed, **chat.arguments},
+        )
+
+    def _accepted(self, chat: Chat) -> tuple[Chat, str]:
+        """The chat in a form that the template takes, and its text.
+
+        A call of a tool without words has null for content only where the template asks for it: others would write the
+        word None. Most templates want the arguments of a call as an object, some as the text of one, and those of
+        models that see want content in parts: they leave out what is not.
+        """
+        said, nulls = "", (True, False) if self._wants_null else (False,)
+        for null, as_texts, in_parts in product(nulls, (False, True), (False, True)):
+            messages = [self._suited(message, null, as_texts, in_parts) for message in chat.messages]
+            suited = Chat(messages, chat.learned, chat.tools, chat.arguments)
+            try:
+                text = self._render(suited, len(messages))
+            except Exception as error:  # of any kind: the template is a stranger's
+                said = said or " ".join(str(error).split()) or type(error).__name__
+                continue
+            if _words(chat.messages[-1]) in text:
+                return suited, text
+            said = said or "it leaves out what the assistant says"
+        raise Malformed(f"the chat template refuses this chat: {said}")
+
+    def _suited(self, message: Message, null: bool, as_texts: bool, in_parts: bool) -> Message:
+        """A message as the template can write it.
+
+        A template that knows no calls gets them as JSON: it would leave them out, and teach silence.
+        """
+        content, calls = message["content"], message.get("tool_calls")
+        if calls and not self._knows_calls:
+            functions = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+            content = "\n".join([*filter(None, [content]), *functions])
+        content = content if null and content is None else content or ""
+        message = {**message, "content": [{"type": "text", "text": content}] if in_parts and content else content}
+        return message | {"tool_calls": list(map(_with_text, calls))} if calls and as_texts else message
+
+    # ------------------------------------------------------------------------ what is learned
+
+    def _marked(self, chat: Chat, whole: str, turns: list[int]) -> Segments:
+        """What the template marks as the assistant's, of the turns that are learned."""
+        first, *parts = whole.split(self._open)
+        every = [number for number, message in enumerate(chat.messages) if message["role"] == ASSISTANT]
+        if len(parts) != len(every) and turns != every:
+            raise Malformed(
+                f"the chat template marks {len(parts)} answers of {len(every)} turns, so it cannot be told which of "
+                "them are not learned; use --learn all and no weights"
+            )
+        segments = [(first, False)]
+        for number, part in enumerate(parts):
+            answer, _, rest = part.partition(self._close)
+            segments += [(answer, len(parts) != len(every) or every[number] in turns), (rest, False)]
+        return segments
+
+    def _by_prefixes(self, chat: Chat, whole: str, turns: list[int]) -> Rendered:
+        found, text, spans = Rendered([]), "", list[tuple[int, int]]()
+        for turn in turns:
+            after = whole if turn == turns[-1] else self._render(chat, turn + 1)
+            context, answer = self._turn(chat, turn, after)
+            found.without_reasoning += _lost(chat.messages[turn], answer)
+            if spans and not context.startswith(text):
+                end = self._shared(text, spans[-1], context)
+                if end is None:
+                    found.samples.append(_segments(text, spans))
+                    found.apart, spans = found.apart + 1, []
+                else:
+                    spans[-1] = (spans[-1][0], end)
+            text = context + answer
+            # White space after the token that ends the turn is the template's: the model has stopped by then.
+            ending = self._end.search(answer)
+            spans.append((len(context), len(context) + (ending.end(1) if ending else len(answer))))
+        return Rendered([*found.samples, _segments(text, spans)], found.apart, found.without_reasoning)
+
+    def _shared(self, text: str, span: tuple[int, int], context: str) -> int | None:
+        """Where the learned part of a turn ends if a context ends it with another token; None: the turn is changed."""
+        ending = self._end.search(text, span[0])
+        if ending is None or ending.start() == span[0] or not context.startswith(text[: ending.start()]):
+            return None
+        return ending.start()
+
+    def _turn(self, chat: Chat, turn: int, after: str) -> tuple[str, str]:
+        """(what the model sees when it is asked for this turn, what it should answer)."""
+        before = self._tried(chat, turn, cue=True)
+        if before is not None and after.startswith(before):
+            return before, after[len(before) :]
+        # The turn's own text begins where another answer in its place would make a difference.
+        base = self._tried(chat, turn) or ""
+        other = self._tried(chat, turn, extra={"role": ASSISTANT, "content": ABSENT}) or ""
+        begins = len(commonprefix([after, other]))
+        cue = before[len(base) :] if before is not None and before.startswith(base) else ""
+        place = after.rfind(cue, 0, begins) if cue else -1
+        if before is not None and place >= 0:
+            # The template has changed what stands before the turn; the model will see it as it was.
+            return before, after[place + len(cue) :]
+        if before is not None and after.startswith(base):
+            begins = min(begins, max(len(base), len(commonprefix([before, after]))))
+        return after[:begins], after[begins:]
+
+    def _tried(self, chat: Chat, count: int, cue: bool = False, extra: Message | None = None) -> str | None:
+        """The text of a part of the chat; None where the template refuses it, or there is nothing."""
+        if not count and not extra:
+            return None
+        try:
+            return self._render(chat, count, cue, extra)
+        except Exception:  # of any kind: the chat as a whole was accepted
+            return None
+
+
+def compiled(source: str, opening: str, closing: str, day: date) -> Any:
+    """The template in the environment that transformers gives to templates: a sandbox, which cannot reach anything.
+
+    Args:
+        opening, closing: what is written around each {% generation %} block.
+    """
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Marking(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Callable[[], str]) -> str:
+            return f"{opening}{caller()}{closing}"
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Marking, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": day.strftime}
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise Malformed(f"the chat template is not one: {error.message} in line {error.lineno} of it") from None
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Jinja's own filter would escape the characters of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _refuse(said: str) -> None:
+    raise ValueError(said)
+
+
+def _segments(text: str, spans: list[tuple[int, int]]) -> Segments:
+    """The text up to the end of what is learned, in parts."""
+    segments, at = Segments(), 0
+    for start, end in spans:
+        segments += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    return segments
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as the text of a JSON object."""
+    function = call["function"]
+    if isinstance(function["arguments"], str):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _words(message: Message) -> str:
+    """What a message says, without its reasoning, which templates may leave out, and without white space around it."""
+    return (message["content"] or "").rpartition("</think>")[2].strip()
+
+
+def _lost(message: Message, answer: str) -> bool:
+    """The turn has reasoning that the template did not write."""
+    reasoning = message.get("reasoning_content") or ""
+    content = message["content"] if isinstance(message["content"], str) else ""
+    if not reasoning and "</think>" in content:
+        reasoning = content.partition("</think>")[0].partition("<think>")[2]
+    return bool(reasoning.strip()) and reasoning.strip() not in answer

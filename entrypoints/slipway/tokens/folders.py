@@ -1,0 +1,172 @@
+"""Which files of DATA are read: a file, or those of one split of a folder. The rest is left, and said to be left.
+
+A folder is read as the hub of Hugging Face reads one: the splits stand in the head of README.md, else the words train,
+validation and test in a file's path tell which split it belongs to. A file without such a word is of the split train.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slipway.errors import DataError, UsageError
+from slipway.options import suggestion
+from slipway.tokens.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Source, bare_name, recognise
+
+TRAIN = "train"
+# The hub's words for its three splits; NeMo's data root has training.jsonl, validation.jsonl and test.jsonl.
+WORDS = {
+    "train": TRAIN, "training": TRAIN,
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # data/train_sft-00000-of-00003.parquet is of the split train_sft
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside a data set's files
+CARD = "README.md"
+SHOWN = 6  # names in a message
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files that are read, in order, and what is left: its path in the folder → why."""
+
+    sources: list[Source]
+    left: dict[str, str]
+
+    def describe(self, data: Path) -> str:
+        """One line on what is read, and one on what is left."""
+        names = [source.path.name if data == source.path else _inside(data, source.path) for source in self.sources]
+        kinds = ", ".join(dict.fromkeys(source.describe() for source in self.sources))
+        said = f"reading {_few(names)} ({kinds})"
+        left = [f"{name} ({why})" for name, why in self.left.items()]
+        return f"{said}; left: {_few(left)}" if left else said
+
+
+def inputs_of(data: Path, split: str | None) -> Inputs:
+    """What DATA is made of; UsageError or DataError where there is nothing to read."""
+    if not data.exists():
+        raise UsageError(f"DATA {data} does not exist; give a file, a folder or hf://datasets/ORG/NAME")
+    if data.is_file():
+        if split:
+            raise UsageError(f"--split {split} is for a folder, and DATA {data} is a file; leave it out")
+        return Inputs([recognise(data)], {})
+    files, left = _sorted_out(data)
+    return Inputs([recognise(data / name) for name in _of_split(data, files, split, left)], left)
+
+
+def _sorted_out(data: Path) -> tuple[list[str], dict[str, str]]:
+    """(files with a name of ours, what is left and why); hidden files and folders are not spoken of."""
+    every = sorted(_inside(data, file) for file in data.rglob("*") if file.is_file())
+    every = [name for name in every if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+    files = [name for name in every if bare_name(Path(name)).endswith((*ROW_SUFFIXES, *TEXT_SUFFIXES))]
+    left = dict.fromkeys((name for name in every if name not in files), "not of a kind that is read")
+    left |= dict.fromkeys((name for name in files if PurePosixPath(name).name in ABOUT), "about the data")
+    rows = [name for name in files if is_rows(name) and name not in left]
+    if rows and any(name.lower().startswith("readme") for name in every):
+        # A data set with its card: what is written about the data is not learned.
+        left |= dict.fromkeys((name for name in files if not is_rows(name)), "about the data")
+    files = [name for name in files if name not in left]
+    if not files:
+        known = ", ".join((*ROW_SUFFIXES, *TEXT_SUFFIXES))
+        raise DataError(
+            f"{data} has no file that is read: {known}, or one of them packed; give a folder with such files"
+        )
+    return files, left
+
+
+def _of_split(data: Path, files: list[str], split: str | None, left: dict[str, str]) -> list[str]:
+    """The files of one split; those of others are added to what is left."""
+    splits = splits_of(files, _card(data))
+    wanted = chosen(str(data), splits, split)
+    left |= {name: f"split {other}" for other, names in splits.items() if other != wanted for name in names}
+    return [name for name in splits[wanted] if name not in left]
+
+
+def chosen(data: str, splits: dict[str, list[str]], split: str | None) -> str:
+    """The split to read: the one that is asked for, else train; UsageError where there is none of this name."""
+    for wanted in (split or TRAIN, WORDS.get(split or TRAIN, TRAIN)):  # NeMo says training, others dev
+        if wanted in splits:
+            return wanted
+    near = suggestion(split, splits) if split else ""
+    raise UsageError(
+        f"DATA {data} has no split {split or TRAIN}{near}; it has {', '.join(splits)}: give one by --split"
+    )
+
+
+def splits_of(files: Iterable[str], card: dict[str, Any]) -> dict[str, list[str]]:
+    """Split → its files, by the card's words or by theirs.
+
+    Args:
+        files: paths in the folder, sorted.
+        card: the head of README.md.
+    """
+    splits = _by_card(list(files), card)
+    if not splits:
+        for name in files:
+            splits.setdefault(split_of(name) if is_rows(name) else TRAIN, []).append(name)
+    return splits
+
+
+def is_rows(name: str) -> bool:
+    """A file of this name holds rows, not one text."""
+    return bare_name(Path(name)).endswith(ROW_SUFFIXES)
+
+
+def split_of(name: str) -> str:
+    """The split of a file by its path: the part before the shard's number, else the last word for a split in it."""
+    path = PurePosixPath(name)
+    stem = bare_name(Path(path.name)).rpartition(".")[0]
+    if SHARD.search(stem) and path.parent.name == "data":
+        return SHARD.sub("", stem)
+    words = [word for part in (*path.parent.parts, stem) for word in re.split(r"[\W_\d]+", part.lower())]
+    return next((WORDS[word] for word in reversed(words) if word in WORDS), TRAIN)
+
+
+def _by_card(files: list[str], card: dict[str, Any]) -> dict[str, list[str]]:
+    """What the card's `configs` say; those of a second configuration have its name before them: "main/train"."""
+    splits: dict[str, list[str]] = {}
+    configs = [config for config in card.get("configs") or () if isinstance(config, dict)]
+    default = next((c for c in configs if c.get("default") or c.get("config_name") == "default"), None)
+    for config in configs:
+        is_first = config is (default or (configs[0] if len(configs) == 1 else None))
+        before = "" if is_first else f"{config.get('config_name')}/"
+        for split, patterns in _data_files(config.get("data_files")):
+            if found := [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]:
+                splits.setdefault(before + split, []).extend(found)
+    return splits
+
+
+def _data_files(entry: Any) -> Iterable[tuple[str, list[str]]]:
+    """(split, patterns) of a card's data_files: a pattern, patterns, or objects with split and path."""
+    for each in entry if isinstance(entry, list) else [entry]:
+        if isinstance(each, str):
+            yield TRAIN, [each]
+        elif isinstance(each, dict) and isinstance(each.get("path"), str | list):
+            yield str(each.get("split") or TRAIN), [each["path"]] if isinstance(each["path"], str) else each["path"]
+
+
+def _card(data: Path) -> dict[str, Any]:
+    """The head of README.md, {} without one."""
+    readme = data / CARD
+    if not readme.is_file() or not readme.read_bytes().startswith(b"---"):
+        return {}
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(readme) or {}
+    except Exception:  # of the parser's own kinds
+        raise DataError(f"{readme}: its head, which says what is of which split, is not YAML; correct it") from None
+
+
+def _inside(data: Path, file: Path) -> str:
+    return file.relative_to(data).as_posix() if data.is_dir() else file.name
+
+
+def _few(names: list[str]) -> str:
+    """A list for a message: the first names, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

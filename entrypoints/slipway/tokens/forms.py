@@ -1,0 +1,228 @@
+"""A row → what it is an example of: a text, a prompt with a completion, a chat, or tokens.
+
+The first form of FORMS whose keys a row has decides; docs/data.md gives the order. A null counts as a missing key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from slipway.tokens.lines import Sample, inputs_of
+from slipway.tokens.messages import ASSISTANT, USER, Chat, Malformed, Message, chat_of, joined, parsed
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and its completion, as text and as a chat.
+
+    Args:
+        prefers_chat: it is a question and not the beginning of a text.
+    """
+
+    prompt: str
+    completion: str
+    chat: Chat
+    prefers_chat: bool = False
+
+
+Example = str | Pair | Chat | Sample  # str: a whole text
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of row.
+
+    Args:
+        needs: keys that a row of it has.
+        uses: keys that it may have.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    build: Callable[[Fields], Example]
+    uses: tuple[str, ...] = ()
+
+    def unused(self, row: Fields) -> list[str]:
+        """Keys of a row that nothing is made of."""
+        return [key for key in row if key not in (*self.needs, *self.uses)]
+
+
+ALPACA = (
+    "Below is an instruction that describes a task{0}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{1}\n\n{2}### Response:\n"
+)
+WITH_INPUT = ", paired with an input that provides further context"
+OF_CHATS = ("system", "tools", "chat_template_kwargs", "mask", "type")
+# A choice between answers says which is better; learning both, or the worse one, would be wrong.
+PREFERENCE = re.compile(r"(chosen|rejected)(_\w+)?|kto_tag")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
+def form_of(row: Any, nulls: Iterable[str] = ()) -> Form:
+    """The form of a row; Malformed where there is none, or one that is not learned.
+
+    Args:
+        nulls: the keys that the row had and whose value is null.
+    """
+    if not isinstance(row, dict):
+        raise Malformed(f"a row is an object with names, not {type(row).__name__}")
+    refuse_preferences(row)
+    form = next((form for form in FORMS if all(key in row for key in form.needs)), None)
+    if form is None:
+        raise Malformed(
+            f"no form that is known: its keys are {_names(row)}{_null(nulls)}; needed are {', or '.join(_needs())}; "
+            "say what they are with --map THEIRS=OURS, such as --map reply=completion"
+        )
+    return form
+
+
+def refuse_preferences(row: Fields) -> None:
+    """Malformed for rows that compare answers, or that hold more than text."""
+    if found := [key for key in row if PREFERENCE.fullmatch(key)]:
+        raise Malformed(
+            f"preference data ({', '.join(found)}), which is not learned; keep the good answers as messages"
+        )
+    if "label" in row and _is_verdict(row["label"]) and "text" not in row:
+        raise Malformed("preference data (label), which is not learned; keep the good answers, without label")
+    if {"completions", "labels"} <= row.keys():
+        raise Malformed("preference data (completions with labels), which is not learned; keep the good answers")
+    if found := [key for key in MEDIA if row.get(key)]:
+        raise Malformed(f"{found[0]} beside the text, which is not learned; only text is")
+
+
+def _is_verdict(label: Any) -> bool:
+    return isinstance(label, bool | int) or str(label).lower() in ("true", "false", "0", "1")
+
+
+def present(row: Any, renamed: dict[str, str]) -> Any:
+    """A row without nulls, and with its keys under our names.
+
+    Args:
+        renamed: their key → ours.
+    """
+    if not isinstance(row, dict):
+        return row
+    if renamed:
+        row = {key: row[key] for key in row if key not in renamed and key not in renamed.values()} | {
+            ours: row[theirs] for theirs, ours in renamed.items() if theirs in row
+        }
+    return {key: value for key, value in row.items() if value is not None}
+
+
+# ---------------------------------------------------------------------------- each form
+
+
+def _tokens(row: Fields) -> Example:
+    try:
+        return inputs_of(row)
+    except (ValueError, LookupError, TypeError):
+        raise Malformed('"inputs" is not an object with "p_ids" and "r_ids", lists of token ids') from None
+
+
+def _prompted(key: str) -> Callable[[Fields], Example]:
+    """A prompt and what follows under `key`: texts, or messages as TRL has them."""
+
+    def build(row: Fields) -> Example:
+        prompt, reply = parsed_list(row["prompt"]), parsed_list(row[key])
+        if isinstance(prompt, str) and isinstance(reply, str):
+            return _asked(prompt, reply, _turns((prompt, reply)), row)
+        for name, value in (("prompt", prompt), (key, reply)):
+            if not isinstance(value, str | list):
+                raise Malformed(f'"{name}" is {type(value).__name__}, not text and not a list of messages')
+        first = [{"role": USER, "content": prompt}] if isinstance(prompt, str) else prompt
+        second = [{"role": ASSISTANT, "content": reply}] if isinstance(reply, str) else reply
+        return joined(chat_of(first, row, learned=False), chat_of(second, {}))
+
+    return build
+
+
+def _asked(text: str, completion: str, turns: list[Message], row: Fields, prefers_chat: bool = False) -> Example:
+    """A pair; a chat where the row has what only a chat has a place for."""
+    chat = chat_of(turns, row)
+    return chat if any(row.get(key) for key in OF_CHATS) else Pair(text, completion, chat, prefers_chat)
+
+
+def _turns(*pairs: tuple[str, str]) -> list[Message]:
+    """Questions of the user's, each with its answer."""
+    roles = (USER, ASSISTANT)
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def parsed_list(value: Any) -> Any:
+    """Messages that csv gives as JSON; any other text stays text."""
+    found = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
+    return found if isinstance(found, list) else value
+
+
+def _alpaca(row: Fields) -> Example:
+    instruction, given, output = _text(row, "instruction"), _text(row, "input"), _text(row, "output")
+    question = f"{instruction}\n{given}" if given else instruction
+    if history := _history(row):
+        return chat_of(_turns(*history, (question, output)), row)  # Alpaca's own layout has no place for it
+    block = f"### Input:\n{given}\n\n" if given else ""
+    text = ALPACA.format(WITH_INPUT if given else "", instruction, block)
+    return _asked(text, output, _turns((question, output)), row, prefers_chat=True)
+
+
+def _history(row: Fields) -> list[tuple[str, str]]:
+    """Earlier questions and answers."""
+    history = parsed(row.get("history") or [])
+    pairs = [tuple(each) for each in history] if isinstance(history, list) else None
+    if pairs is None or not all(len(each) == 2 and all(isinstance(text, str) for text in each) for each in pairs):
+        raise Malformed('"history" is not a list of pairs of texts')
+    return pairs
+
+
+def _question(row: Fields) -> Example:
+    question, answer = _text(row, "question"), _text(row, "answer")
+    text, completion = f"Question: {question}\nAnswer:", f" {answer}" if answer else ""
+    return _asked(text, completion, _turns((question, answer)), row, prefers_chat=True)
+
+
+def _input_output(row: Fields) -> Example:
+    given, output = _text(row, "input"), _text(row, "output")
+    return _asked(given, output, _turns((given, output)), row)
+
+
+def _whole_text(row: Fields) -> Example:
+    return _text(row, "text")
+
+
+def _text(row: Fields, key: str) -> str:
+    """The text under a key; empty without it."""
+    value = row.get(key, "")
+    if not isinstance(value, str):
+        raise Malformed(f'"{key}" is {type(value).__name__}, not text')
+    return value
+
+
+FORMS = (
+    Form("tokens", ("inputs",), _tokens),
+    Form("messages", ("messages",), lambda row: chat_of(row["messages"], row), OF_CHATS),
+    Form("conversations", ("conversations",), lambda row: chat_of(row["conversations"], row), OF_CHATS),
+    Form("prompt and completion", ("prompt", "completion"), _prompted("completion"), OF_CHATS),
+    Form("prompt and response", ("prompt", "response"), _prompted("response"), OF_CHATS),
+    Form("instruction and output", ("instruction", "output"), _alpaca, ("input", "history", *OF_CHATS)),
+    Form("question and answer", ("question", "answer"), _question, OF_CHATS),
+    Form("input and output", ("input", "output"), _input_output, OF_CHATS),
+    Form("text", ("text",), _whole_text),
+)
+KEYS = sorted({key for form in FORMS for key in (*form.needs, *form.uses)})
+
+
+def _needs() -> list[str]:
+    return [" with ".join(form.needs) for form in FORMS]
+
+
+def _null(keys: Iterable[str]) -> str:
+    return f" (and null are {_names(keys)})" if keys else ""
+
+
+def _names(keys: Iterable[str]) -> str:
+    names = [str(key)[:40] for key in keys]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"

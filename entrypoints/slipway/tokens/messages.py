@@ -1,0 +1,225 @@
+"""Chats as people write them → the messages that chat templates take.
+
+Read are: role and content, or from and value; the roles' many names; calls of tools as `tool_calls`, `function_call`,
+turns or parts; content in parts; reasoning beside the content or in a part; and what says that a turn is not learned.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class Malformed(ValueError):
+    """What is wrong with a row, without where it stands."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat, and which of its messages may be learned.
+
+    Args:
+        messages: as chat templates take them; the arguments of calls are objects.
+        learned: of each message; only those of the assistant.
+        tools: JSON schemas.
+        arguments: of the template, for this chat alone.
+    """
+
+    messages: list[Message]
+    learned: list[bool]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
+ROLES = {
+    "user": USER, "human": USER, "prompter": USER,
+    "assistant": ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT,
+    "function_call": ASSISTANT, "tool_call": ASSISTANT,
+    "system": SYSTEM, "developer": "developer",
+    "tool": TOOL, "observation": TOOL, "function": TOOL, "function_response": TOOL, "tool_response": TOOL,
+}  # fmt: skip
+CALLS = ("function_call", "tool_call")  # roles and parts whose value is a call of a tool, as JSON
+REASONING = ("reasoning_content", "reasoning", "thinking")  # templates know it by one of these names
+UNLEARNED = ("weight", "train", "loss")  # OpenAI's, axolotl's and ms-swift's names
+KEPT = ("name", "tool_call_id", "id")  # what templates may use besides
+
+
+def chat_of(entries: Any, row: dict[str, Any], learned: bool = True) -> Chat:
+    """The chat of a list of messages and of what stands beside it in the row: system, tools, mask; Malformed if none.
+
+    Args:
+        learned: the assistant's turns are learned, except for those that say they are not.
+    """
+    entries = parsed(entries)
+    if not isinstance(entries, list) or not entries:
+        raise Malformed("the chat is not a list of messages, or an empty one")
+    messages, flags = [], []
+    masked = _masked(row)
+    for number, entry in enumerate(entries, 1):
+        try:
+            message = _message(entry)
+            is_learned = message["role"] == ASSISTANT and _is_learned(entry) and _speaker(entry).lower() not in masked
+        except Malformed as error:
+            raise Malformed(f"message {number}: {error}") from None
+        messages.append(message)
+        flags.append(learned and is_learned)
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != SYSTEM:
+        messages, flags = [{"role": SYSTEM, "content": system}, *messages], [False, *flags]
+    return Chat(messages, flags, tools_of(row.get("tools")), arguments_of(row.get("chat_template_kwargs")))
+
+
+def joined(first: Chat, second: Chat) -> Chat:
+    """One chat after the other."""
+    messages, learned = first.messages + second.messages, first.learned + second.learned
+    return Chat(messages, learned, first.tools or second.tools, first.arguments | second.arguments)
+
+
+def parsed(value: Any) -> Any:
+    """A value that may be given as JSON in a text: csv has nothing else, and tables often have it."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def tools_of(value: Any) -> list[dict[str, Any]]:
+    """The tools' schemas; a function without its wrapping gets it, as templates want it."""
+    tools = parsed(value) or []
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list):
+        raise Malformed("tools is not a list of JSON schemas")
+    tools = [parsed(tool) for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise Malformed("tools holds something that is not a JSON schema")
+    return [
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in tools
+    ]
+
+
+def arguments_of(value: Any) -> dict[str, Any]:
+    """Arguments of the template."""
+    arguments = parsed(value) or {}
+    if not isinstance(arguments, dict):
+        raise Malformed("chat_template_kwargs is not an object")
+    return arguments
+
+
+def _masked(row: dict[str, Any]) -> set[str]:
+    """NeMo's chats name in `mask` who is not learned; that is the user, and may be others too."""
+    mask = row.get("mask")
+    masked = {each.strip().lower() for each in mask.split(",")} if isinstance(mask, str) and mask else set()
+    if masked and not any(ROLES.get(each) == USER for each in masked):
+        raise Malformed(f"mask is {mask!r}: then the user's words would be learned; only the assistant's are")
+    return masked
+
+
+def _speaker(entry: dict[str, Any]) -> str:
+    speaker = entry.get("role", entry.get("from"))
+    if not isinstance(speaker, str):
+        raise Malformed('it has no "role" or "from"')
+    return speaker
+
+
+def _message(entry: Any) -> Message:
+    if not isinstance(entry, dict):
+        raise Malformed("it is not an object with role and content, or from and value")
+    if entry.get("label") is not None:
+        raise Malformed("it has a label (of SteerLM, or of a preference), which is not learned")
+    speaker = _speaker(entry)
+    role = ROLES.get(speaker.lower())
+    if role is None:
+        raise Malformed(f"its role {speaker!r} is not known; there are {', '.join(ROLES)}")
+    content = entry.get("content", entry.get("value"))
+    message: Message = {"role": role, "content": None}
+    if speaker.lower() in CALLS:
+        message["tool_calls"] = _calls(content)
+    else:
+        _fill(message, content)
+    if given := next((entry[key] for key in REASONING if entry.get(key)), None):
+        message["reasoning_content"] = given
+    if entry.get("tool_calls"):
+        message["tool_calls"] = _calls(entry["tool_calls"])
+    elif entry.get("function_call"):
+        message["tool_calls"] = _calls(entry["function_call"])
+    _check_reasoning(message)
+    return message | {key: entry[key] for key in KEPT if entry.get(key) is not None}
+
+
+def _fill(message: Message, content: Any) -> None:
+    """Put the content into a message: text, parts, or what a tool has answered."""
+    if content is None or isinstance(content, str):
+        message["content"] = content
+    elif isinstance(content, list) and all(isinstance(part, str) or "type" in part for part in content):
+        _fill_parts(message, content)
+    elif message["role"] == TOOL:
+        message["content"] = json.dumps(content, ensure_ascii=False)
+    else:
+        raise Malformed(f"its content is {type(content).__name__}, not text")
+
+
+def _fill_parts(message: Message, parts: list[Any]) -> None:
+    texts, reasoning, calls = list[Any](), list[Any](), list[dict[str, Any]]()
+    for part in parts:
+        kind = "text" if isinstance(part, str) else str(part["type"])
+        value = part if isinstance(part, str) else next((part[k] for k in ("text", "value", kind) if k in part), None)
+        if kind in ("text", "input_text", "output_text"):
+            texts.append(value)
+        elif kind in REASONING:
+            reasoning.append(value)
+        elif kind in CALLS:
+            calls += _calls(value)
+        else:
+            raise Malformed(f"a part of its content is of type {kind}; only text, reasoning and tool_call are read")
+    if not all(isinstance(each, str) for each in texts + reasoning):
+        raise Malformed("a part of its content has no text")
+    message["content"] = "".join(texts) if texts else None
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = calls
+
+
+def _check_reasoning(message: Message) -> None:
+    """Give the reasoning every name that a template may know it by."""
+    if "reasoning_content" in message:
+        if not isinstance(message["reasoning_content"], str):
+            raise Malformed("its reasoning is not text")
+        message["thinking"] = message["reasoning_content"]
+    if message["content"] is None and message["role"] != ASSISTANT:
+        raise Malformed("its content is null")
+    if message["content"] is None and not {"tool_calls", "thinking"} & message.keys():
+        raise Malformed("its content is null, and it calls no tool")
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Calls of tools, each {"type": "function", "function": {"name", "arguments"}}, with arguments as an object."""
+    calls = parsed(value)
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        call = parsed(call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed('a call of a tool is not an object with "name" and "arguments"')
+        whole = {"name": function["name"], "arguments": parsed(function.get("arguments", {}))}
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append({"type": "function", **kept, "function": whole})
+    return found
+
+
+def _is_learned(entry: dict[str, Any]) -> bool:
+    for key in UNLEARNED:
+        value = entry.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise Malformed(f"{key} is {value!r}; it must be 0 or 1")
+        return bool(value)
+    return True

@@ -1,0 +1,107 @@
+"""A piece of the input → its rows: JSON objects with where each of them stands."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from slipway.errors import DataError
+from slipway.tokens.inputs import LARGEST_ROW, Piece
+from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, VALUES
+
+Row = tuple[str, Any]  # where it stands, and its JSON value
+DECODER = json.JSONDecoder()
+BETWEEN = re.compile(r"[\s,]*")
+
+
+def rows_of(piece: Piece) -> Iterator[Row]:
+    """("FILE:LINE", the value) of each row; DataError names the file and the line that are malformed."""
+    return READERS[piece.kind](piece)
+
+
+def _of_lines(piece: Piece) -> Iterator[Row]:
+    for number, line in enumerate(piece.read().removesuffix(b"\n").split(b"\n"), piece.line):
+        if not line or line.isspace():
+            continue
+        where = f"{piece.file}:{number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: {_not_json(error)}") from None
+
+
+def _of_values(piece: Piece) -> Iterator[Row]:
+    content = piece.read()
+    text = decoded(content, str(piece.file), piece.line)
+    at, line, number = 0, piece.line, piece.row
+    while (begins := BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        line += text.count("\n", at, begins)
+        where = f"{piece.file}:{line}, row {number}"
+        try:
+            value, at = DECODER.raw_decode(text, begins)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: {_not_json(error)}") from None
+        yield where, value
+        line, number = line + text.count("\n", begins, at), number + 1
+
+
+def _of_csv(piece: Piece) -> Iterator[Row]:
+    csv.field_size_limit(LARGEST_ROW)
+    delimiter, *names = piece.columns
+    lines = io.StringIO(piece.read().decode(), newline="")
+    records = csv.reader(lines, delimiter=delimiter, strict=True)
+    line = piece.line
+    for record in records:
+        where, line = f"{piece.file}:{line}", piece.line + records.line_num
+        if len(record) == len(names):
+            yield where, dict(zip(names, record, strict=True))
+        elif record:
+            raise DataError(
+                f"{where}: {len(record)} fields, but the first line names {len(names)} columns; "
+                "quote fields that hold a delimiter or a new line"
+            )
+
+
+def _of_table(piece: Piece) -> Iterator[Row]:
+    import pyarrow as arrow
+
+    number = piece.row
+    for batch in arrow.ipc.open_stream(piece.read()):
+        for value in batch.to_pylist():
+            # In a table every object has the keys of all: what one does not have is null.
+            yield f"{piece.file}: row {number}", _without_nulls(value)
+            number += 1
+
+
+READERS: dict[str, Callable[[Piece], Iterator[Row]]] = {
+    LINES: _of_lines, VALUES: _of_values, CSV: _of_csv, PARQUET: _of_table, ARROW: _of_table,
+}  # fmt: skip
+
+
+def decoded(content: bytes, file: str, line: int) -> str:
+    """UTF-8 as text; DataError names the line where it is anything else."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        byte = content[error.start]
+        raise DataError(f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
+    said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        said = f"{error.msg} at column {error.colno}"
+    return f"not JSON ({said}); fix or delete it"
