@@ -147,7 +147,7 @@ def test_trained_weights_come_out_for_transformers(runs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     total = count = 0.0
     for line in (runs.parent / "data.jsonl").read_bytes().splitlines():
-        prompt, response = read_line(line, "")
+        prompt, response, _ = read_line(line, "")
         ids = torch.tensor([prompt + response])
         with torch.no_grad():
             logits = model(ids).logits[0, len(prompt) - 1 : -1]
