@@ -1,11 +1,13 @@
 """Processes that begin with NeMo imported, as forks of one that has done it: what they do then is no different.
 
 Run as a program it is a server: each line of its input is {"words": [...], "output": PATH}, for a `slipway` command
-that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended.
+that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended. With
+"gate": PATH a worker of the command waits there, see Gate.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
+from typing import Any
 
 POLL = 0.02  # seconds between two looks at processes
 LIMIT = 1800.0  # seconds; a safety net, many times what anything here takes on a busy machine
@@ -127,11 +130,43 @@ class Commands:
         self._server.stdin.close()
         self._server.wait(timeout=LIMIT)
 
-    def start(self, words: list[str], output: Path) -> Command:
+    def start(self, words: list[str], output: Path, gate: Gate | None = None) -> Command:
         """Begin a command; what it prints goes to `output`."""
-        self._server.stdin.write(json.dumps({"words": words, "output": str(output)}) + "\n")
+        job = {"words": words, "output": str(output), "gate": str(gate.path) if gate else ""}
+        self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return Command(int(self._server.stdout.readline()), output)
+
+
+class Gate:
+    """Where a worker waits, after the run has begun and before it loads the model, until it is opened: a named pipe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._writer = path, -1
+        os.mkfifo(path)
+
+    def is_reached(self) -> bool:
+        """Somebody waits."""
+        with contextlib.suppress(OSError):  # nobody has opened the pipe for reading
+            self._writer = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        return self._writer >= 0
+
+    def open(self) -> None:
+        """Let the worker go on."""
+        os.close(self._writer)
+
+    @staticmethod
+    def put_before_the_model(path: Path) -> None:
+        """In the process of the worker."""
+        from slipway.training import worker
+
+        load_model = worker.load_model
+
+        def wait_and_load(*arguments: Any) -> Any:
+            path.read_bytes()  # ends when the other side has closed the pipe
+            return load_model(*arguments)
+
+        worker.load_model = wait_and_load
 
 
 class Cold:
@@ -162,14 +197,14 @@ class Command:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def finish(self, timeout: float) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str]:
         """(exit code, everything it printed)."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + LIMIT
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.send_signal(signal.SIGKILL)
                 raise TimeoutError(self.output.read_text())
-            time.sleep(0.02)
+            time.sleep(POLL)
         return code, self.output.read_text()
 
 
@@ -181,6 +216,8 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if not os.fork():
+            if job["gate"]:
+                Gate.put_before_the_model(Path(job["gate"]))
             _keep(job["words"], Path(job["output"]), answers)
 
 

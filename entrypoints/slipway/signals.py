@@ -64,7 +64,10 @@ class StopRequests:
             self.asked_by = name
             print(f"train: {name}: saving and stopping within {self.grace:.0f} s", file=sys.stderr, flush=True)
             self.stop_file.write_text(name)
-            timer.start()
+            if self.grace:
+                timer.start()
+            else:  # at once: a thread could be started so late that the workers have saved by then
+                end()
 
         self._meaning = save
         try:

@@ -7,15 +7,15 @@ import re
 import resource
 import signal
 import subprocess
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import slipway
 import torch
 from conftest import free_port, seconds_of_children
-from forked import Cold, Commands
+from forked import POLL, Cold, Commands, Gate
 from printed import not_ours
 from safetensors.torch import load_file
 from slipway.commands.preprocess import preprocess
@@ -45,27 +45,31 @@ def train(
     stop_after: int | None = None,
     by: signal.Signals = signal.SIGTERM,
     limits: dict[int, int] | None = None,
-    commands: Cold | Commands | None = None,
+    commands: Commands | None = None,
+    gate: Gate | None = None,
 ) -> tuple[int, str]:
-    """Run the command; with `stop_after`, send the signal once that many steps are done, or before the first one."""
+    """Run the command; with `stop_after`, send the signal once that many steps are done; with `gate`, once the worker
+    waits there, before the first step."""
     run = RunFolder(Path(next(word for word in words if word.startswith("--out="))[6:]))
-    process = (commands or Cold()).start(words, run.path.with_name(f"output-{time.monotonic_ns()}"))
+    output = run.path.with_name(f"output-{time.monotonic_ns()}")
+    process = commands.start(words, output, gate) if commands else Cold().start(words, output)
     for kind, most in (limits or {}).items():
         resource.prlimit(process.pid, kind, (most, most))
 
-    def is_time() -> bool:
-        if stop_after == 0:
-            return run.read_status().get("state") == "starting"
-        return any(metrics["step"] >= stop_after - 1 for metrics in run.read_metrics())
+    def wait_for(event: Callable[[], bool]) -> None:
+        while not event():
+            assert process.poll() is None, process.output.read_text()
+            time.sleep(POLL)
 
-    def watch() -> None:
-        while process.poll() is None and not is_time():
-            time.sleep(0.01)
+    if gate:
+        wait_for(gate.is_reached)
         process.send_signal(by)
-
-    if stop_after is not None:
-        threading.Thread(target=watch, daemon=True).start()
-    return process.finish(timeout=280)
+        wait_for(lambda: f"{by.name}: saving" in process.output.read_text())
+        gate.open()
+    if stop_after:
+        wait_for(lambda: any(metrics["step"] >= stop_after - 1 for metrics in run.read_metrics()))
+        process.send_signal(by)
+    return process.finish()
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +143,29 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
     assert losses(whole)[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, tmp_path, warm):
+@pytest.fixture(scope="module")
+def held_out(data, tmp_path_factory) -> Path:
+    """So much that an evaluation on all of it would take minutes: a run that has begun one waits for the stop."""
+    path = tmp_path_factory.mktemp("held_out") / "data.jsonl"
+    path.write_bytes(data.read_bytes() * 10)
+    return path
+
+
+def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_model, data, held_out, tmp_path, warm):
+    """Before the first step, and in evaluations, which change nothing."""
     run = RunFolder(tmp_path / "run")
-    words = flags(nemo_model, data, run.path)
     for after, by in ((0, signal.SIGTERM), (1, signal.SIGTERM), (3, signal.SIGUSR1)):
-        code, output = train(words, after, by, commands=warm)
+        gate = None if after else Gate(tmp_path / "gate")
+        evaluations = {"eval_data": held_out, "eval_every": after, "eval_batches": 10**6} if after else {}
+        words = flags(nemo_model, data, run.path, **evaluations)
+        code, output = train(words, after, by, commands=warm, gate=gate)
         assert code == 75 and "Traceback" not in output, output
         status = run.read_status()
-        assert status["state"] == "stopped" and status["why"] == by.name
-        assert status["step"] == status["tokens"] // (BATCH * SEQ_LENGTH)
-        if after == 0:
-            assert status["step"] == 0 and "step 1/" not in output and run.latest_checkpoint() is None
-        else:
-            assert after <= status["step"] < STEPS and run.latest_checkpoint()[0] == status["step"]
+        assert (status["state"], status["why"], status["step"]) == ("stopped", by.name, after)
+        assert status["tokens"] == after * BATCH * SEQ_LENGTH and not run.read_evaluations()
+        saved = run.latest_checkpoint()
+        assert saved[0] == after if after else saved is None and "step 1/" not in output
+    words = flags(nemo_model, data, run.path)
     code, output = train(words, commands=warm)
     assert code == 0, output
     assert losses(run) == losses(whole)
@@ -168,7 +182,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(whole,
         code, output = train(words, commands=warm)
         assert code == 73 and "Traceback" not in output, output
         last = output.strip().splitlines()[-1]
-        assert re.search(r"checkpoints/step=3 cannot be written, .* are free there .*step=2 is complete", last), last
+        assert re.search(
+            r"checkpoints/step=3 cannot be written, .* are free there .*: step=2 is complete; free", last
+        ), last
         assert run.read_status()["state"] == "failed" and "cannot be written" in run.read_status()["why"]
         assert run.latest_checkpoint()[0] == 2
         subprocess.run(["mount", "-o", "remount,size=50m", tmp_path], check=True)
@@ -185,28 +201,17 @@ def test_too_little_memory_says_which_knobs_to_turn(nemo_model, data, tmp_path):
     last = output.strip().splitlines()[-1]
     assert code == 78 and "Traceback" not in output, output
     assert re.match(
-        r"slipway: out of memory: [\d.]+ GB more wanted than this machine gives\. A pass holds 160000", last
+        r"slipway: out of memory: [\d.]+ GB more were requested than this machine has\. A pass has 160000", last
     )
     assert "--micro-batch-size 2 → 1" in last and "--seq-length 80000 → 40000" in last
     assert "--tensor-parallel-size 1 → 2" in last and re.search(r"\(rank [01] on node 0 \(.*\)\)$", last), last
 
 
 def test_without_time_to_save_it_says_so(nemo_model, data, tmp_path, warm):
-    code, output = train(flags(nemo_model, data, tmp_path / "run", steps=5000, grace=0), 1, commands=warm)
-    assert code == 1 and "Traceback" not in output, output
-    assert "ended before a checkpoint could be saved; the last one is at step 0: allow more --grace" in output
-
-
-def test_a_stop_while_it_evaluates_leaves_the_evaluation(nemo_model, data, tmp_path, warm):
-    """One of these evaluations takes longer than the whole test may."""
-    run = RunFolder(tmp_path / "run")
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_bytes(data.read_bytes() * 40)
-    words = flags(nemo_model, data, run.path, eval_data=held_out, eval_every=1, eval_batches=10**6)
+    words = flags(nemo_model, data, tmp_path / "run", steps=10**6, save_every=10**6, grace=0)
     code, output = train(words, 1, commands=warm)
-    assert code == 75 and "Traceback" not in output, output
-    assert run.latest_checkpoint()[0] == run.read_status()["step"] == 1
-    assert run.read_status()["why"] == "SIGTERM" and not run.read_evaluations()
+    assert code == 1 and "Traceback" not in output, output
+    assert "no checkpoint was saved within --grace; the last one is at step 0: increase --grace" in output
 
 
 def test_two_processes_compute_what_one_does(whole, nemo_model, data, tmp_path):

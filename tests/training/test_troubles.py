@@ -22,7 +22,7 @@ def test_a_gpu_without_memory_is_said_with_numbers_and_knobs(tmp_path):
     error = explained(torch.OutOfMemoryError(ON_AN_H200), recipe)
     assert isinstance(error, PreflightError) and "\n" not in str(error)
     assert str(error).startswith(
-        "out of memory: 4096.00 GiB more wanted, 139.80 GiB of the GPU's memory, 139.29 GiB free"
+        "out of memory: 4096.00 GiB more were requested, the GPU has 139.80 GiB, of which 139.29 GiB are free"
     )
     for knob in (
         "--micro-batch-size 4 → 2",
@@ -43,6 +43,6 @@ def test_only_memory_and_disk_are_explained(tmp_path):
     recipe = Recipe(model="", data="", out=str(tmp_path))
     full = explained(OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), recipe)
     assert isinstance(full, WriteError) and "run/metrics.jsonl cannot be written" in str(full)
-    assert "there is no complete one yet" in str(full)
+    assert "checkpoints: none is complete yet" in str(full)
     assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), recipe) is None
     assert explained(FileNotFoundError(errno.ENOENT, "No such file", "x"), recipe) is None

@@ -55,11 +55,11 @@ def gpus(processes: int, asked: int | None = None) -> Check:
     """The GPUs that processes here can see; `asked`: how many are required."""
     names = [line.strip() for line in _nvidia_smi("name,memory.total").splitlines()]
     kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
-    cure = "request GPUs: docker run --gpus all, srun --gpus-per-node, or nvidia.com/gpu in Kubernetes"
+    cure = "to get GPUs: docker run --gpus all, srun --gpus-per-node, Kubernetes nvidia.com/gpu"
     if asked is not None and len(names) < asked:
         return Check("GPUs", "unfit", f"{kinds}, but --gpus is {asked}", cure)
     if not names:
-        return Check("GPUs", "warn", kinds, f"only tiny models can be trained on the CPU; {cure}")
+        return Check("GPUs", "warn", kinds, f"the CPU is for tiny models only; {cure}")
     if processes > len(names):
         found = f"{kinds}, but {processes} processes"
         return Check("GPUs", "unfit", found, "lower --nproc-per-node, or request more GPUs")

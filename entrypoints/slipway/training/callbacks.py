@@ -1,4 +1,4 @@
-"""What happens around each step: the record a person reads, stopping on request, the proof that the base stays."""
+"""What happens around each step: the record for people, stopping on request, the proof that the base is unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from slipway.training.throughput import peak_tflops
 from slipway.training.troubles import cannot_write
 
 STEPS_DONE = "steps_done"  # the metric that names checkpoints
-ZIP_WRITER = re.compile(r"inline_container|PytorchStreamWriter")  # how torch.save says that a disk is full
+ZIP_WRITER = re.compile(r"inline_container|PytorchStreamWriter")  # in the RuntimeError of torch.save on a full disk
 
 
 def agree(flag: bool) -> bool:
@@ -35,12 +35,12 @@ def agree(flag: bool) -> bool:
 
 
 class Record(Callback):
-    """Rank 0 writes a line, a metrics entry and the status after each step, and the plot at the end."""
+    """On rank 0: a line, an entry of the metrics and the status after each step, and the plot at the end."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, flops_per_token: float, started: float) -> None:
         """`started`: time.time() when the command began."""
         self.recipe, self.folder, self.flops_per_token, self.started = recipe, folder, flops_per_token, started
-        self.status: dict[str, Any] = folder.read_status()  # as the command has begun it
+        self.status: dict[str, Any] = folder.read_status()  # the command has written its beginning
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -51,6 +51,7 @@ class Record(Callback):
         self._clock = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        # On every rank: the ranks must agree on the name of a checkpoint.
         module.log(STEPS_DONE, float(trainer.global_step))
         if not trainer.is_global_zero:
             return
@@ -77,7 +78,7 @@ class Record(Callback):
         print(step_line(entry, self.recipe.steps), flush=True)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._clock = time.monotonic()  # the next step's time is its own
+        self._clock = time.monotonic()  # the evaluation does not count as a part of the next step
         if not trainer.is_global_zero or trainer.should_stop:
             return
         loss = float(trainer.callback_metrics["val_loss"])
@@ -87,7 +88,7 @@ class Record(Callback):
         print(f"evaluation after step {trainer.global_step}: loss {loss:.6f}", flush=True)
 
     def _speed(self, tokens_per_second: float, ranks: int) -> dict[str, float]:
-        """Tokens a second, in all and per GPU, the arithmetic that is, and the peak of rank 0's memory."""
+        """Tokens per second of all GPUs and of one, arithmetic in TFLOP/s, and the peak of rank 0's memory in GB."""
         per_gpu = tokens_per_second / ranks
         speed = {
             "tokens_per_second": round(tokens_per_second, 1),
@@ -111,7 +112,7 @@ class Record(Callback):
 
 
 def step_line(entry: dict[str, Any], steps: int) -> str:
-    """What a person reads of a step."""
+    """The line that a person reads after a step."""
     line = f"step {entry['step'] + 1}/{steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g}"
     line += f" {entry['tokens_per_second']:.0f} tokens/s {entry['tokens_per_second_per_gpu']:.0f}/GPU"
     line += f" {entry['tflops_per_gpu']:.3g} TFLOP/s/GPU"
@@ -120,10 +121,10 @@ def step_line(entry: dict[str, Any], steps: int) -> str:
 
 
 class Checkpoints(nl.ModelCheckpoint):
-    """NeMo's checkpoints, with what export needs of the base in their context.
+    """NeMo's checkpoints, and in their context the files of the base that `export` needs.
 
-    The last file written is the one that `RunFolder.latest_checkpoint` asks for: NeMo takes its marker of an
-    unfinished checkpoint away before it has written the context.
+    The last file written is the one that `RunFolder.latest_checkpoint` looks for. NeMo's own marker of an unfinished
+    checkpoint does not serve: it is removed before the context is written.
 
     Args:
         recipe: of the run.
@@ -139,13 +140,14 @@ class Checkpoints(nl.ModelCheckpoint):
             if trainer.is_global_zero:
                 keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
         except (OSError, CheckpointException, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError like any other; only its text tells.
             if isinstance(error, RuntimeError) and not ZIP_WRITER.search(str(error)):
                 raise
             raise cannot_write(str(ckpt_to_dir(filepath)), error, self.recipe) from None
 
 
 def keep_source(base: Path, context: Path) -> None:
-    """Carry the Hugging Face files of the base's context over, where it has any, and mark the context as complete."""
+    """Copy the Hugging Face files from the base's context, if it has any, and mark the context as complete."""
     if (base / HF_FILES).is_dir():
         shutil.copytree(base / HF_FILES, context / HF_FILES, dirs_exist_ok=True)
     if (base / SOURCE_CONFIG).is_file():
@@ -154,7 +156,7 @@ def keep_source(base: Path, context: Path) -> None:
 
 
 class StopOnRequest(Callback):
-    """Saves and stops after the step during which the stop file appeared on any node; before the first, just stops."""
+    """Saves and stops after the step in which the stop file appears on any node; before the first step only stops."""
 
     def __init__(self, stop_file: Path, record: Record) -> None:
         self.stop_file, self.record = stop_file, record
@@ -170,15 +172,17 @@ class StopOnRequest(Callback):
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._stop_if_asked(trainer)
         if trainer.should_stop:
-            raise StopIteration  # which ends Lightning's evaluation loop
+            raise StopIteration  # Lightning's evaluation loop has no other way to be ended
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
+        # All ranks must stop at the same step: one that went on would wait for the others for ever.
         asked = self.stop_file.exists()
         if agree(asked):
             trainer.should_stop = True
             self.record.status["why"] = self.stop_file.read_text() if asked else "a request to stop on another node"
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        # Unless no step was done, or the last one was saved as usual.
         checkpoint = trainer.checkpoint_callback
         if trainer.global_step not in (self._first_step, checkpoint._last_global_step_saved):
             checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
@@ -204,7 +208,11 @@ class FrozenBase(Callback):
 
 
 def checksum(module: torch.nn.Module) -> str:
-    """SHA-256 over every tensor of this rank but the heads': bits summed on the device, names hashed here."""
+    """SHA-256 over all tensors of this rank except the trained ones.
+
+    Copying a model from the GPU would take minutes. So each tensor is reduced there to one integer, the sum of its
+    bytes, weighted by their place in an element.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         if ".adapter." in name or not tensor.numel():
@@ -217,7 +225,7 @@ def checksum(module: torch.nn.Module) -> str:
 
 
 def plot_losses(folder: RunFolder) -> None:
-    """Draw loss against step into loss.png."""
+    """Write loss.png: the loss by step."""
     import matplotlib
 
     matplotlib.use("Agg")

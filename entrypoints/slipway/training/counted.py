@@ -1,12 +1,12 @@
 """The heads' loss on a GPU without a sort, and without a [tokens, vocabulary] tensor in float32.
 
-Logits in bfloat16 take few values, and tokens with the same logit have the same probability. So how often each value
-occurs in a row says all that the heads and their loss ask of it: the moments, the five largest, and the sums in
-descending order, inside a run of equal tokens as a geometric series. One pass over the logits counts; what follows
-works on VALUES counts instead of the vocabulary, and gives the derivatives by T and P along with the values.
+Logits in bfloat16 take few values, and tokens with the same logit have the same probability. So it is enough to know
+how often each value occurs in a row: the moments, the five largest probabilities and the sums in descending order
+follow from that. Within a run of equal tokens a sum is a geometric series. One pass over the logits counts. The kernels
+after it work on VALUES counts instead of the vocabulary, and compute the derivatives by T and P along with the values.
 
-Logits below 2^-18 in size count as 2^-18, which changes a probability by less than a part in a hundred thousand.
-Equal logits are in the order of the vocabulary.
+Logits smaller than 2^-18 in size count as 2^-18, which changes a probability by less than 1e-5 of it. Equal logits are
+in the order of the vocabulary, as a stable sort would leave them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ from torch import Tensor
 
 from slipway.training.heads import EPSILON_MASS, EPSILON_TEMPERATURE, TOP_P_SHARPNESS
 
-VALUES = 8192  # half of them positive, largest first, then the negative ones
-SMALLEST = 109 << 7  # the bits of 2^-18; the largest that is told apart is nearly 2^14
-INFINITE = 0x7F80
-COUNT_BLOCK = 1024
+# 32 exponents of 128 fractions each, for both signs: positive values first, the largest first, then negative ones. All
+# bfloat16 numbers would be 65536, and the counts of a row would not fit into the registers of one program.
+VALUES = 8192
+SMALLEST = 109 << 7  # the bits of 2^-18: 109 - 127 = -18. The largest value with a place of its own is nearly 2^14.
+INFINITE = 0x7F80  # the bits of infinity; those of NaN are larger
+COUNT_BLOCK = 1024  # logits that one step of the counting loop reads
 
 
 @triton.jit
 def _place(bits, HALF: tl.constexpr, SMALLEST: tl.constexpr):
-    """Where a bfloat16 stands among the values in descending order."""
+    """The place of a bfloat16 among the values in descending order."""
+    # The bits of a positive float grow with its value, so their difference is the number of values in between.
     size = tl.minimum(tl.maximum((bits & 0x7FFF) - SMALLEST, 0), HALF - 1)
-    is_negative = (bits & 0xFFFF) > 0x8000  # which -0 is not
+    is_negative = (bits & 0xFFFF) > 0x8000  # -0 (0x8000) is equal to 0 and must have its place
     return tl.where(is_negative, HALF + size, HALF - 1 - size)
 
 
 @triton.jit
 def _value(place, HALF: tl.constexpr, SMALLEST: tl.constexpr):
-    """The float32 that stands at a place."""
+    """The float32 at a place."""
     size = tl.where(place < HALF, HALF - 1 - place, place - HALF) + SMALLEST
+    # A bfloat16 is the upper half of a float32.
     value = (size << 16).to(tl.float32, bitcast=True)
     return tl.where(place < HALF, value, -value)
 
@@ -52,7 +56,9 @@ def _count_kernel(
     logits, labels, counts, label_places, label_ranks, largest, vocabulary,
     VALUES: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Of one row: how often each value occurs, the place of the label, its number among the tokens that are equal to
+    it, and the bits of the logit that is largest in size."""
+    row = tl.program_id(0).to(tl.int64)  # row * vocabulary can exceed 32 bits
     label = tl.load(labels + row)
     wanted = _place(tl.load(logits + row * vocabulary + label).to(tl.int32), VALUES // 2, SMALLEST)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -62,6 +68,7 @@ def _count_kernel(
         inside = at < vocabulary
         bits = tl.load(logits + row * vocabulary + at, mask=inside, other=0).to(tl.int32)
         place = _place(bits, VALUES // 2, SMALLEST)
+        # Several lanes may count the same value at once. Nobody reads the counts before the kernel has ended.
         tl.atomic_add(counts + row * VALUES + place, 1, mask=inside, sem="relaxed")
         equal += ((place == wanted) & (at <= label) & inside).to(tl.int32)
         size = tl.maximum(size, bits & 0x7FFF)
@@ -76,11 +83,12 @@ def _softmax(counts, temperature, row, VALUES: tl.constexpr, SMALLEST: tl.conste
     place = tl.arange(0, VALUES)
     n = tl.load(counts + row * VALUES + place).to(tl.float32)
     z = _value(place, VALUES // 2, SMALLEST) / temperature
+    # As in every softmax the largest exponent is made 0, so that exp() cannot overflow.
     z -= tl.max(tl.where(n > 0, z, float("-inf")))
     z = tl.where(n > 0, z, float("-inf"))
     log_p = z - tl.log(tl.sum(n * tl.exp(z)))
     p = tl.exp(log_p)
-    log_p = tl.where(n > 0, log_p, 0.0)
+    log_p = tl.where(n > 0, log_p, 0.0)  # -inf times a count of 0 would be NaN in the sums
     return n, log_p, p
 
 
@@ -94,9 +102,10 @@ def _features_kernel(
     temperature = tl.load(temperatures + row) + EPSILON
     n, log_p, p = _softmax(counts, temperature, row, VALUES, SMALLEST)
     mean = tl.sum(n * p * log_p)
-    growth = (mean - log_p) / temperature  # d log p / d T
-    rest = p - 1.0 / vocabulary
+    growth = (mean - log_p) / temperature  # d log p / d T, from log p = z / T - log(sum(exp(z / T)))
+    rest = p - 1.0 / vocabulary  # the mean of all probabilities is 1 / vocabulary
     before = tl.cumsum(n) - n
+    # How many of the tokens with this value are among the first five, and whether one is the first.
     in_top = tl.minimum(n, tl.maximum(5 - before, 0.0))
     is_top = tl.minimum(n, tl.maximum(1 - before, 0.0))
     at = row * 4
@@ -105,6 +114,7 @@ def _features_kernel(
     tl.store(features + at + 2, tl.sum(n * rest * rest) / (vocabulary - 1))
     tl.store(features + at + 3, tl.sum(in_top * p))
     tl.store(slopes + at, tl.sum(is_top * p * growth))
+    # The entropy's derivative is the variance of log p, divided by T.
     tl.store(slopes + at + 1, tl.sum(n * p * (mean - log_p) * (mean - log_p)) / temperature)
     tl.store(slopes + at + 2, 2 * tl.sum(n * rest * p * growth) / (vocabulary - 1))
     tl.store(slopes + at + 3, tl.sum(in_top * p * growth))
@@ -124,6 +134,7 @@ def _losses_kernel(
     place = tl.arange(0, VALUES)
     is_label = place == label
 
+    # The weight of the top-p loss: how sure the base itself is of the label, at T = 1. It has no derivative by T or P.
     _, log_p_as_is, _ = _softmax(counts, 1.0, row, VALUES, SMALLEST)
     confidence = tl.exp(tl.sum(tl.where(is_label, log_p_as_is, 0.0)))
 
@@ -133,12 +144,16 @@ def _losses_kernel(
     before = tl.cumsum(mass) - mass
     before_growth = tl.cumsum(mass * growth) - mass * growth
 
-    # Of n equal tokens the first `whole` are kept as they are, the `left` others with a weight that falls from one
-    # to the next by exp(-fall).
+    # token_losses gives each token of the sorted row the weight p * exp(-SHARPNESS * max(0, mass - P)), where `mass` is
+    # summed up to the token. Of n equal tokens the first `whole` do not exceed P and are kept as they are. The `left`
+    # others have weights that fall from one to the next by exp(-fall): `first` is the first of them, and their sum is
+    # first * (1 + e + e^2 + ...) with e = exp(-fall).
     whole = tl.minimum(tl.maximum(tl.floor((top_p - before) / tl.maximum(p, 1e-37)), 0.0), n)
     left = n - whole
     fall = SHARPNESS * p
     first = p * tl.exp(tl.minimum(-SHARPNESS * (before + (whole + 1) * p - top_p), 0.0))
+    # series = 1 + e + ... + e^(left - 1) and steps = 1 + 2e + ... + left * e^(left - 1). The closed forms are 0 / 0 for
+    # small `fall`, so there the first terms of their power series are used.
     is_short = fall * left < 1e-2
     rate = tl.where(is_short, 1.0, -_expm1(-fall))
     series = tl.where(
@@ -155,9 +170,12 @@ def _losses_kernel(
     kept = whole * p + cut
     total = tl.sum(kept) + EPSILON
     total_by_p = SHARPNESS * tl.sum(cut)
+    # The k-th token of a run lies before + (whole + k) * p - P beyond P. `moved` sums what T changes of that, times the
+    # weights: the mass before the run, and the tokens of the run itself.
     moved = before_growth * cut + growth * p * first * (whole * series + steps)
     total_by_t = tl.sum(growth * kept - SHARPNESS * moved)
 
+    # The same for the label alone, whose place within its run is `rank`. A masked sum reads one element of a vector.
     log_p_label = tl.sum(tl.where(is_label, log_p, 0.0))
     p_label = tl.exp(log_p_label)
     growth_label = tl.sum(tl.where(is_label, growth, 0.0))
@@ -168,6 +186,7 @@ def _losses_kernel(
     label_by_p = SHARPNESS * is_beyond * label_kept
     label_by_t = label_kept * (growth_label - SHARPNESS * is_beyond * beyond_growth)
 
+    # loss = -p.detach() * log p - confidence * log(q + EPSILON), with q = label_kept / total.
     q = label_kept / total
     scale = confidence / (q + EPSILON) / total
     tl.store(losses + row, -p_label * log_p_label - confidence * tl.log(q + EPSILON))
@@ -176,7 +195,7 @@ def _losses_kernel(
 
 
 class CountedRows:
-    """What `heads.Rows` says of some tokens' logits, from their counts.
+    """The same as `heads.Rows`, computed from counts.
 
     Args:
         logits: [tokens, V] bfloat16.
@@ -206,6 +225,8 @@ class CountedRows:
 
 
 class _Features(torch.autograd.Function):
+    """The forward kernel computes the derivatives too, so the backward pass is one product."""
+
     @staticmethod
     def forward(ctx, temperature: Tensor, rows: CountedRows) -> Tensor:
         tokens = len(temperature)
@@ -224,6 +245,8 @@ class _Features(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
+    """As _Features. A token's loss depends on its own T and P only, so both derivatives are vectors."""
+
     @staticmethod
     def forward(ctx, temperature: Tensor, top_p: Tensor, rows: CountedRows) -> Tensor:
         tokens = len(temperature)

@@ -1,4 +1,4 @@
-"""The samples as NeMo wants them: a data module that resumes at the right sample, and evaluates on the same ones."""
+"""The samples in the form that NeMo needs: a data module that resumes at the right sample."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from slipway.training.samples import Samples
 
 
 class TokenData(LightningDataModule):
-    """NeMo's data module over `Samples`; keeps the number of samples consumed in the checkpoint.
+    """NeMo's data module over `Samples`. It keeps the number of consumed samples in the checkpoint.
 
     Args:
-        samples: to train on.
-        held_out: to evaluate on, whole global batches; None: nothing.
+        samples: for training.
+        held_out: for evaluations, whole global batches; None = there are no evaluations.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class TokenData(LightningDataModule):
         )
 
     def train_dataloader(self) -> WrappedDataLoader:
-        # Samples are counted from here on; what was consumed before stands in the checkpoint.
+        # Samples are counted from this step on. The checkpoint has the number of those before it.
         self.data_sampler.init_global_step = self.trainer.global_step
         return WrappedDataLoader(mode="train", dataset=self.samples, num_workers=0)
 
@@ -45,6 +45,7 @@ class TokenData(LightningDataModule):
         from megatron.core.num_microbatches_calculator import update_num_microbatches
 
         consumed = state["consumed_samples"]
+        # What NeMo's own data modules do here; without it the sampler would start at the first sample again.
         self.data_sampler.init_consumed_samples = self.data_sampler.prev_consumed_samples = consumed
         self.data_sampler.if_first_step = 1
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)

@@ -1,4 +1,4 @@
-"""Logits of a checkpoint in one process: what proves a conversion, on the CPU or on one GPU."""
+"""Logits of a checkpoint in one process, on the CPU or on one GPU: they prove that a conversion is right."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 TOKENS = 64
-# The same float32 arithmetic in another order is off by a few units in the last place, wrong weights by 0.1 and more.
+# The same float32 arithmetic in another order differs in the last bits. Wrong weights differ by 0.1 and more.
 TOLERANCE = 1e-4
 TOLERANCE_ON_GPU = 0.02  # Transformer Engine multiplies float32 as TF32
 
 
 @dataclass
 class Logits:
-    """How far two forward passes are apart: in any logit, and in the share of positions with the same first choice."""
+    """How much two forward passes differ: in any logit, and how often the most likely token is the same."""
 
     max_difference: float
     top1_agreement: float
@@ -38,10 +38,10 @@ class Logits:
 
 
 def compare_logits(first: Model, second: Model, tolerance: float | None) -> Logits:
-    """Run both models on the same random tokens; Different where they are further apart than the tolerance.
+    """Run both models on the same random tokens. Different is raised if a logit differs by more than the tolerance.
 
     Args:
-        tolerance: largest difference of two logits; None = TOLERANCE or TOLERANCE_ON_GPU.
+        tolerance: largest allowed difference of two logits; None = TOLERANCE, or TOLERANCE_ON_GPU on a GPU.
     """
     import torch
 
@@ -52,7 +52,7 @@ def compare_logits(first: Model, second: Model, tolerance: float | None) -> Logi
     difference = (one - other).abs().max().item()
     agreement = (one.argmax(-1) == other.argmax(-1)).float().mean().item()
     logits = Logits(difference, agreement, tolerance)
-    if not difference <= tolerance:
+    if not difference <= tolerance:  # a NaN is never within it
         raise Different(f"{first.path} and {second.path} have the same tensors, but their {logits}")
     return logits
 
@@ -76,7 +76,7 @@ def logits_of_nemo(checkpoint: Path, tokens: Tensor) -> Tensor:
 
 
 def load(checkpoint: Path) -> GPTModel:
-    """NeMo's model in evaluation mode, its weights loaded by megatron-core's own reader; in float32."""
+    """NeMo's model in float32 and in evaluation mode. Its weights are loaded by megatron-core's own reader."""
     quiet()
     import torch
 
@@ -99,13 +99,13 @@ def load(checkpoint: Path) -> GPTModel:
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
     model = load_context(checkpoint / "context", subpath="model")
-    if on_gpu:  # in BF16 a token may go to other experts, and its logits are then another token's
+    if on_gpu:  # in BF16 a router may choose other experts, and the logits would differ very much
         model.config.bf16 = False
         model.config.params_dtype = model.config.pipeline_dtype = model.config.autocast_dtype = torch.float32
     else:
         cpu.configure_model(model.config)
     module = keep_latent_epsilon(model.config.configure_model(tokenizer=None)).eval().cuda()
-    for parameter in module.parameters():  # and no buffer: a router's expert_bias stays float32
+    for parameter in module.parameters():  # but not the buffers: a router's expert_bias stays float32
         parameter.data = parameter.data.to(model.config.params_dtype)
     loaded = dist_checkpointing.load(module.sharded_state_dict(prefix=PREFIX), str(checkpoint / "weights"))
     module.load_state_dict({key.removeprefix(PREFIX): value for key, value in loaded.items() if key.startswith(PREFIX)})
@@ -131,7 +131,7 @@ def _logits_of_transformers(model: Model, tokens: Tensor) -> Tensor:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights
 
-    model = model.without_mtp()  # which transformers has no part in
+    model = model.without_mtp()  # transformers does not implement it
     config = AutoConfig.for_model(**model.config)
     with no_init_weights():
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()

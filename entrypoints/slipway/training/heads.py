@@ -38,11 +38,11 @@ class Head(nn.Module):
 
 
 class DecodingHeads(nn.Module):
-    """Both heads for a model of `hidden_size`; their parameters carry the names of the Hugging Face form.
+    """Both heads for a model of `hidden_size`. Their parameters have the names of the Hugging Face form.
 
     Args:
         hidden_size: width of the base model's last hidden state.
-        use_enhanced_features: give the top-p head maximum, entropy, variance and top-5 mass of softmax(l / T).
+        use_enhanced_features: the top-p head also gets maximum, entropy, variance and top-5 mass of softmax(l / T).
     """
 
     def __init__(self, hidden_size: int, use_enhanced_features: bool = True) -> None:
@@ -76,15 +76,19 @@ def token_losses(temperature: Tensor, top_p: Tensor, logits: Tensor, labels: Ten
     """Temperature loss plus top-p loss of each token, [tokens].
 
     Args:
-        temperature, top_p: [tokens] float32, what the heads say.
+        temperature, top_p: [tokens] float32, from the heads.
         logits: [tokens, V] float32, from the frozen base.
         labels: [tokens] int64, the next token.
     """
     labels = labels.unsqueeze(-1)
     log_p = F.log_softmax(logits / temperature.unsqueeze(-1), dim=-1)
     log_p_label = log_p.gather(-1, labels).squeeze(-1)
+    # The probability is a weight: tokens that the base finds unlikely teach little. It must not have a gradient, or a
+    # smaller weight would be an easy way to a smaller loss.
     temperature_loss = -log_p_label.exp().detach() * log_p_label
 
+    # Top-p keeps the first tokens in this order until their mass is P, which has no derivative. Here the tokens beyond
+    # P fade out instead, the faster the larger TOP_P_SHARPNESS is.
     sorted_p, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
     beyond = torch.relu(sorted_p.cumsum(-1) - top_p.unsqueeze(-1))
     kept = sorted_p * torch.exp(-TOP_P_SHARPNESS * beyond)
@@ -94,7 +98,7 @@ def token_losses(temperature: Tensor, top_p: Tensor, logits: Tensor, labels: Ten
 
 
 class Rows:
-    """Some tokens' logits, and what the heads and their loss ask of them, as it is defined.
+    """The logits of some tokens, and all that the heads and their loss need of them, by the definition.
 
     Args:
         logits: [tokens, V] from the frozen base.

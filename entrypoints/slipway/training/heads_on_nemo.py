@@ -1,7 +1,7 @@
 """The heads as an extension of NeMo: a PEFT transform and a forward step.
 
-NeMo's PEFT machinery loads the base, freezes it, asks `HeadsTransform` to attach the trainable part and from then
-on saves that part alone, under keys with `.adapter.` in them. The forward step runs the base without a gradient.
+NeMo's PEFT classes load the base, freeze it and call `HeadsTransform`, which attaches the trainable part. From then on
+they save only that part, under keys that contain `.adapter.`. The forward step runs the base without a gradient.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from slipway.training.steps import attention_options, last_stage, megatron_gpt
 
 
 class FromBase(PEFT):
-    """Any PEFT method, made to remember its base: NeMo notes the adapter's own checkpoint instead after a resume,
-    and the next resume would fail. `base` is the base model's checkpoint."""
+    """A PEFT method that remembers its base. After a resume NeMo notes the checkpoint of the adapter as its base, and
+    the next resume fails. `base` is the checkpoint of the base model."""
 
     base: str
 
@@ -40,11 +40,11 @@ class FromBase(PEFT):
 
 
 class HeadsTransform(FromBase):
-    """Puts the heads on the last pipeline stage as `adapter`; everything else is frozen.
+    """Attaches the heads to the last pipeline stage as `adapter`; everything else is frozen.
 
     Args:
-        base: the base model's checkpoint, noted beside the heads.
-        seed: of the heads' first weights, so that every rank and every layout begins with the same.
+        base: the checkpoint of the base model, which is noted beside the heads.
+        seed: of the first weights, so that they are the same on every rank and in every layout.
         use_enhanced_features: see DecodingHeads.
     """
 
@@ -62,9 +62,9 @@ class HeadsTransform(FromBase):
 
 
 def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
-    """(loss sum, tokens counted) on the last stage, hidden states before it. The base runs without a gradient.
+    """(sum of losses, number of tokens) on the last stage, hidden states on the others. The base has no gradient.
 
-    The gradients of the heads are taken here, as nothing has to go back through the pipeline.
+    The gradients of the heads are computed here, because nothing has to go back through the pipeline.
     """
     gpt = megatron_gpt(model)
     with torch.no_grad(), frozen(gpt):
@@ -74,7 +74,7 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
 
     weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
     weight = gpt.output_layer.weight if weight is None else weight
-    if gpt.config.sequence_parallel:
+    if gpt.config.sequence_parallel:  # each rank has the hidden states of its part of the sequence
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     total, count = heads_loss(
         gpt.adapter,
@@ -91,9 +91,9 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
 
 
 def leave_out_backward() -> None:
-    """From here on NeMo's training step is Megatron's pipeline schedule with its forward half alone.
+    """From now on NeMo's training step is only the forward half of Megatron's pipeline schedule.
 
-    With a backward half every stage would wait for a gradient of what it sent, which a frozen base never makes.
+    In the backward half every stage would wait for the gradient of what it sent, which a frozen base never computes.
     """
     wrap(MegatronStep, "forward_backward_func", _property_of_forward_alone, NEMO)
 
@@ -103,12 +103,13 @@ def _property_of_forward_alone(found: functools.cached_property) -> property:
 
 
 def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable[..., list[dict[str, Tensor]]]:
-    """The schedule, and after it what Megatron does with the gradients of a step."""
+    """The schedule, and then what Megatron does with the gradients at the end of a step."""
 
     def run(*, model: Any, forward_only: bool, **options: Any) -> list[dict[str, Tensor]]:
         losses = schedule(model=model, forward_only=True, **options)
         if not forward_only:
             chunks = model if isinstance(model, list) else [model]
+            # Megatron divides by the number of tokens of all ranks. Only the last stage knows it and tells the others.
             count = torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
             count += sum(int(part["sum_and_count"][1]) for part in losses)
             get_model_config(chunks[0]).finalize_model_grads_func(chunks, count)
@@ -119,7 +120,7 @@ def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable
 
 @contextlib.contextmanager
 def frozen(gpt: MegatronGPT) -> Iterator[None]:
-    """The base in evaluation mode (no dropout, no router update), returning its last hidden states, not logits."""
+    """The base in evaluation mode (no dropout, no update of routers). It returns its last hidden states, not logits."""
     if gpt.training:
         gpt.eval()
     post_process, mtp_process = gpt.post_process, gpt.mtp_process

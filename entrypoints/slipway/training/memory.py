@@ -1,8 +1,8 @@
-"""How much memory of a GPU a recipe takes, from the model's config.json alone.
+"""How much GPU memory a recipe needs, estimated from the model's config.json alone.
 
-Weights, gradients and optimizer follow from the parallel sizes. Activations are what Megatron keeps of a layer for its
-backward pass with flash attention and sequence parallelism, in BF16. Measured against it: LoRA on Llama-3.1-8B's shape,
-64.7 GB (docs/performance.md).
+Weights, gradients and optimizer follow from the parallel sizes. Activations are what Megatron keeps of a layer for the
+backward pass, with flash attention and sequence parallelism, in BF16. LoRA on the shape of Llama-3.1-8B is estimated
+with 67 GB and took 64.7 GB (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from slipway.training.recipe import Recipe
 BF16, FP32 = 2, 4
 GRADIENT, OPTIMIZER = FP32, 3 * FP32  # of a weight; the optimizer keeps a master copy and two moments
 CHUNK = 1024  # tokens whose logits exist at once under the heads: heads_loss.CHUNK_TOKENS, which needs torch
-OVERHEAD = 3e9  # CUDA's context, communicators, workspaces, fragments
+OVERHEAD = 3e9  # bytes for CUDA's context, communicators, workspaces and unusable gaps
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 STACKED = ".experts.experts."
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of a layer: those outside its experts, and those of one expert of `count`."""
+    """Number of weights of a layer: outside its experts, and of one of its `count` experts."""
 
     plain: float
     expert: float = 0.0
@@ -36,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
-    """Weights of a model."""
+    """Number of weights of the parts of a model."""
 
     embedding: int
     output: int
@@ -49,7 +49,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the GPU that needs most."""
+    """Bytes on the GPU that needs the most."""
 
     weights: float
     gradients: float
@@ -68,7 +68,8 @@ class Estimate:
 
 
 def parts_of(c: Mapping[str, Any]) -> Parts:
-    """The weights of a model, counted on one with few layers and two experts, as the others are like these."""
+    """The weights of a model. They are counted on a small one with one layer of each kind and two experts."""
+    # The rules of a family list every tensor. The largest models have tens of thousands, and --dry-run must be quick.
     dense = c.get("first_k_dense_replace", 0)
     few = {**c, "num_hidden_layers": dense + 1, MTP: 0} | {key: 2 for key in EXPERTS if key in c}
     if "layer_types" in c:
@@ -93,7 +94,7 @@ def parts_of(c: Mapping[str, Any]) -> Parts:
 
 
 def stages(recipe: Recipe, layers: int) -> list[int]:
-    """Layers of each pipeline stage."""
+    """Number of layers of each pipeline stage."""
     count = recipe.pipeline_parallel_size
     if not recipe.first_stage_layers or count == 1:
         return [layers // count] * count
@@ -103,7 +104,7 @@ def stages(recipe: Recipe, layers: int) -> list[int]:
 
 
 def estimate(recipe: Recipe, c: Mapping[str, Any], world_size: int) -> Estimate:
-    """Of the pipeline stage that needs most.
+    """The memory of the pipeline stage that needs the most.
 
     Args:
         c: config.json of the model.
@@ -129,7 +130,8 @@ def _stage(
     plain = sum(layer.plain for layer in layers) + (parts.embedding if number == 0 else 0)
     plain = (plain + (parts.output or parts.embedding * (pipeline > 1) if is_last else 0)) / tensor
     experts = sum(layer.expert * layer.count for layer in layers) / expert
-    copies = world_size / tensor / pipeline  # ranks that hold the same plain weights; of the experts' it is fewer
+    # Ranks with the same weights share the optimizer's state. Experts are spread over more ranks, so fewer share it.
+    copies = world_size / tensor / pipeline
     copies_of_experts = max(1.0, world_size / pipeline / expert)
     if recipe.is_frozen:
         trained = _adapters(recipe, c, layers) if recipe.mode == "lora" else 0.0
@@ -137,6 +139,7 @@ def _stage(
     else:
         gradients = (plain + experts) * GRADIENT
         optimizer = (plain / copies + experts / copies_of_experts) * OPTIMIZER
+    # A stage keeps the activations of a micro batch until its backward pass: the first stage waits longest for it.
     in_flight = 1 if recipe.mode == "heads" else max(1, pipeline - number)
     return Estimate(
         (plain + experts) * BF16,
@@ -148,11 +151,11 @@ def _stage(
 
 
 def _widths(c: Mapping[str, Any]) -> tuple[float, float]:
-    """Values that a token has at once in a layer: in attention's projections, and in the feed-forward part."""
+    """Values per token that a layer has at once: in the projections of attention, and in the feed-forward part."""
     heads = c["num_attention_heads"]
     if "kv_lora_rank" in c:
         key, value = c["qk_nope_head_dim"] + c["qk_rope_head_dim"], c["v_head_dim"]
-        attention = heads * (2 * key + 2 * value) + c["q_lora_rank"] + c["kv_lora_rank"]
+        attention = heads * (2 * key + 2 * value) + (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
     else:
         attention = (2 * heads + 2 * c["num_key_value_heads"]) * head_dim(c)
     if any(key in c for key in EXPERTS):
@@ -167,7 +170,7 @@ def _activations(recipe: Recipe, c: Mapping[str, Any], layers: int, in_flight: i
     attention, feed_forward = _widths(c)
     layer = tokens * BF16 * (4 * c["hidden_size"] + attention + feed_forward)
     if recipe.mode == "heads":
-        return 2 * layer
+        return 2 * layer  # without a backward pass only two layers' values exist at once
     if recipe.recompute == "full":
         return layers * in_flight * tokens * BF16 * c["hidden_size"] + 2 * layer
     return layers * in_flight * layer
@@ -178,7 +181,7 @@ def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:
     part = c["vocab_size"] / recipe.tensor_parallel_size
     if recipe.mode == "heads":
         return min(tokens, CHUNK) * part * 2 * BF16
-    return tokens * part * (BF16 + 2 * FP32)
+    return tokens * part * (BF16 + 2 * FP32)  # the logits, and float32 copies of them for the loss and its gradient
 
 
 def _adapters(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer]) -> float:

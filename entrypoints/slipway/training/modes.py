@@ -1,4 +1,4 @@
-"""What is trained: the heads, all weights, or low-rank adapters; each on NeMo's own machinery."""
+"""What is trained: the heads, all weights, or low-rank adapters. Each mode uses NeMo's own extension points."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slipway.training.steps import language_model_step
 
 
 class LoRA(FromBase, NemoLoRA):
-    """NeMo's LoRA on the base that it is for, with the same first weights in every parallel layout."""
+    """NeMo's LoRA, which remembers its base and has the same first weights in every parallel layout."""
 
     def __init__(self, base: str, seed: int, target_modules: list[str], dim: int, alpha: int, dropout: float) -> None:
         super().__init__(target_modules=target_modules, dim=dim, alpha=alpha, dropout=dropout)
@@ -36,27 +36,28 @@ class LoRA(FromBase, NemoLoRA):
         return mark_experts(model)
 
     def _begin(self, layer: TransformerLayer) -> None:
-        """Give every adapter of a layer this rank's part of a whole drawn for its place in the whole model.
+        """Set the first weights of a layer's adapters: draw the whole matrix, and keep this rank's part of it.
 
-        NeMo draws each rank's part on its own, so that another layout would begin with other weights.
+        The seed of a matrix is made from its name and layer. NeMo draws only the part of each rank, so that another
+        layout would begin with other weights.
         """
         for name, weight in layer.named_parameters():
             if not name.endswith(".adapter.linear_in.weight"):
                 continue
             name, ranks, rank = _place(name, layer.config.num_moe_experts)
-            axis = getattr(weight, "partition_dim", -1)
+            axis = getattr(weight, "partition_dim", -1)  # Megatron's mark: which dimension the ranks share
             ranks = ranks if axis in (0, 1) else 1
             shape = [size * (ranks if dim == axis else 1) for dim, size in enumerate(weight.shape)]
             key = hashlib.sha256(f"{self.seed} {layer.layer_number} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-            whole = torch.randn(shape, generator=generator) * math.sqrt(2 / sum(shape))  # Xavier's
+            whole = torch.randn(shape, generator=generator) * math.sqrt(2 / sum(shape))  # Xavier's, NeMo's default
             part = whole.chunk(ranks, axis)[rank] if ranks > 1 else whole
             with torch.no_grad():
                 weight.copy_(part)
 
 
 def _place(name: str, experts: int | None) -> tuple[str, int, int]:
-    """(an adapter's name with its expert's number in the model, how many ranks share its weight, which one this is)."""
+    """(name of an adapter with the number of its expert in the whole model, ranks that share it, which one this is)."""
     found = re.search(r"local_experts\.(\d+)\.", name)
     if not found:
         state = parallel_state
@@ -68,8 +69,8 @@ def _place(name: str, experts: int | None) -> tuple[str, int, int]:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a mode computes its loss, and what NeMo attaches to a frozen base (None trains every weight), and
-    what is to be done before NeMo begins."""
+    """How a mode computes its loss, what NeMo attaches to a frozen base (None: all weights are trained), and what is
+    called before NeMo begins."""
 
     forward_step: Callable[..., Any]
     transform: Callable[[Recipe], PEFT | None]

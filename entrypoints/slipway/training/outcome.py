@@ -1,4 +1,4 @@
-"""What a run's folder says at its start and at its end, and what `train` makes of it: a summary, or an error."""
+"""What is written to a run's folder at its start and its end, and how `train` ends: with a summary or an error."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from slipway.report import Summary
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
+CONTINUE = "run the same command again to continue"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,7 +31,7 @@ class Run:
 
 
 def claim_folder(run: Run) -> None:
-    """Rank 0 says what is computed here from now on, and takes away what an earlier start left half done."""
+    """On rank 0: write what will be computed here, and remove what an earlier start has left incomplete."""
     try:
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
@@ -39,11 +41,14 @@ def claim_folder(run: Run) -> None:
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
         run.folder.write_status(known | begun)
     except OSError as error:
-        raise WriteError(f"{run.folder.path} cannot be written: {error.strerror}; make room in it") from None
+        raise WriteError(
+            f"{run.folder.path} cannot be written: {error.strerror}; free some space or choose another --out"
+        ) from None
 
 
 def note(folder: RunFolder, state: str, why: str) -> None:
-    """Say in the status why it ended. A full disk gets room for that from the checkpoint that did not fit."""
+    """Write into the status why the run ended."""
+    # A full disk has room for the status again once the checkpoint that did not fit is removed.
     with contextlib.suppress(OSError):
         folder.remove_incomplete()
     with contextlib.suppress(OSError):
@@ -51,21 +56,23 @@ def note(folder: RunFolder, state: str, why: str) -> None:
 
 
 def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary:
-    """What the run came to; its errors are those of `train`."""
+    """The summary of a run that has done all steps. Else an error: the errors are those of `train`."""
     status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
     if not failure and latest and status.get("state") == "done":
         return _summary(run, latest[1], status)
     saved = latest[0] if latest else 0
     if not failure and status.get("state") == "stopped":
-        raise Stopped(f"train: stopped and saved at step {saved} of {run.recipe.steps}; run the same again")
+        raise Stopped(f"train: stopped and saved at step {saved} of {run.recipe.steps}; {CONTINUE}")
     if grace_is_over and status.get("step", 0) == saved:
-        raise Stopped(f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; run the same again")
+        raise Stopped(f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; {CONTINUE}")
     if grace_is_over:
         raise SlipwayError(
-            f"train: ended before a checkpoint could be saved; the last one is at step {saved}: allow more --grace"
+            f"train: no checkpoint was saved within --grace; the last one is at step {saved}: increase --grace"
         )
     if failure is None:
-        raise SlipwayError(f"train: the workers ended without a result; {run.folder.status} says {status}")
+        raise SlipwayError(
+            f"train: the workers ended without a result, {run.folder.status} is {status}; look at {run.folder.logs}"
+        )
     if failure.lines:
         print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
     raise _error(failure)
@@ -78,7 +85,7 @@ def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
 
 
 def _error(failure: Failure) -> SlipwayError:
-    """What a worker said itself where it knew its error, else who failed and how."""
+    """The worker's own message if it knew what was wrong, else who failed and how."""
     kinds = {kind.exit_code: kind for kind in (UsageError, DataError, WriteError, PreflightError)}
     if failure.said and failure.code in kinds:
         return kinds[failure.code](f"{failure.said} ({failure.who})")

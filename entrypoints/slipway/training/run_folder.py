@@ -1,9 +1,9 @@
-"""The folder of one training run: what lies where, and what its files say.
+"""The folder of one training run: its files, and what they hold.
 
-checkpoints/step=N/   NeMo checkpoints; one with a marker `step=N-unfinished` beside it is not complete
+checkpoints/step=N/   NeMo checkpoints; one that has `step=N-unfinished` beside it is not complete
 recipe.json           what is computed
 status.json           state (starting, running, stopped, done, failed), step, loss, tokens, and why it ended
-metrics.jsonl         one object per step; step, loss, lr, tokens, seconds
+metrics.jsonl         one object per step: step, loss, lr, tokens, seconds
 evaluations.jsonl     one object per evaluation: step, loss
 logs/node0/…           what each rank printed
 loss.png, tensorboard/
@@ -21,7 +21,8 @@ from typing import Any
 
 from slipway.training.recipe import Recipe
 
-COMPLETE = ".complete"  # in the context of a checkpoint, once everything is there
+# In the context of a checkpoint once everything is there. NeMo's own marker is removed before the context is written.
+COMPLETE = ".complete"
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,17 @@ class RunFolder:
         return max(found, default=None)
 
     def remove_incomplete(self) -> None:
-        """Take away what a killed run was writing, or NeMo would save beside it under another name."""
+        """Remove what a killed run was writing. NeMo would save the same step beside it under another name."""
         for folder in self.checkpoints.glob("step=*"):
             if not (folder / "context" / COMPLETE).exists() or Path(f"{folder}-unfinished").exists():
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
     def read_status(self) -> dict[str, Any]:
-        """The status file, or {} where there is none."""
+        """The content of the status file, or {} if there is none."""
         return json.loads(self.status.read_text()) if self.status.exists() else {}
 
     def write_status(self, status: dict[str, Any]) -> None:
-        """Replace the status file at once."""
+        """Replace the status file; a reader sees the old or the new one, never a part."""
         part = self.status.with_suffix(".part")
         part.write_text(json.dumps(status, indent=1) + "\n")
         os.replace(part, self.status)
@@ -91,11 +92,11 @@ class RunFolder:
         return _read_lines(self.metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """One dict per evaluation, in order; `step`: the last one before it."""
+        """One dict per evaluation, in order; `step` is the number of the step before it."""
         return _read_lines(self.evaluations)
 
     def forget_from(self, step: int) -> None:
-        """Drop what was recorded from `step` on: a resumed run computes those steps again."""
+        """Remove the records from `step` on: a run that continues computes these steps again."""
         for file in (self.metrics, self.evaluations):
             kept = [entry for entry in _read_lines(file) if entry["step"] < step]
             if file == self.metrics or file.exists():
@@ -105,7 +106,7 @@ class RunFolder:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects; a line that is not whole, on a full disk or just now, does not count."""
+    """The objects of a file. Half a line is ignored: the disk was full, or the line is being written."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""What a training step of any mode has in common: a micro batch on its device, the model in it, and the loss."""
+"""What the training steps of all modes share: a micro batch on its device, the model inside its wrappers, the loss."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ EVERY_STAGE_KEYS = ("cu_seqlens",)
 
 
 def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
-    """The next micro batch: what this pipeline stage needs, its context-parallel share, on the device; others None."""
+    """The next micro batch on the device, this rank's context-parallel share; None for what its stage does not need."""
     batch = next(iterator)
     batch = batch[0] if isinstance(batch, tuple) else batch
     wanted: tuple[str, ...] = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
     wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
     wanted += EVERY_STAGE_KEYS
     batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
-    batch = get_batch_on_this_cp_rank(batch)  # packed samples are not shared, see Recipe.check
+    batch = get_batch_on_this_cp_rank(batch)  # Recipe.check refuses packed samples with context parallelism
     return {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS, *EVERY_STAGE_KEYS)}
 
 
 def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
     """What keeps packed samples apart: their bounds for Transformer Engine, a mask for Megatron's own attention.
 
-    Rotary positions need nothing on the CPU, for attention sees their differences alone.
+    Rotary positions need no change on the CPU, because attention depends only on their differences.
     """
     bounds = batch.get("cu_seqlens")
     if bounds is None:
@@ -56,7 +56,7 @@ def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
 
 
 def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
-    """Megatron's model inside NeMo's module and whatever wraps it."""
+    """Megatron's model inside NeMo's module and its wrappers."""
     return next(module for module in unwrap_model(model).modules() if isinstance(module, MegatronGPT))
 
 
@@ -83,7 +83,10 @@ def last_stage(batch: dict[str, Tensor | None], key: str) -> Tensor:
 
 
 class TokenLoss(MegatronLossReduction):
-    """Hands Megatron the sum and the count, so that the loss is a mean over the tokens of the global batch."""
+    """Gives Megatron the sum and the count, so that the loss is a mean over the tokens of the global batch.
+
+    A mean of the micro batches' means would give tokens of short samples more weight, and depend on the layout.
+    """
 
     def forward(self, batch: dict[str, Any], forward_out: tuple[Tensor, Tensor]):
         total, count = forward_out

@@ -1,4 +1,4 @@
-"""How much arithmetic a token takes, and what share of a GPU's peak that is."""
+"""How much arithmetic a token needs, and what share of a GPU's peak that is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EXPERT = ".experts.experts."
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # Dense BF16, in TFLOP/s, by what torch calls the device; NVIDIA's data sheets.
 PEAKS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362}
-# Products with a weight, and of queries, keys and values, in units of the forward pass: a frozen base has no gradients
-# of weights, and under the heads none at all.
+# In units of the forward pass: products with weights, and products of queries, keys and values. A full backward pass
+# takes two more. A frozen base has no gradients of its weights, and the heads need none of the base at all.
 PASSES = {"heads": (1, 1), "lora": (2, 3), "sft": (3, 3), "pretrain": (3, 3)}
 
 
@@ -28,13 +28,13 @@ class Arithmetic:
     attention: float
 
     def per_token(self, mode: str) -> float:
-        """Operations that training in this mode takes for a token; nothing computed again is counted."""
+        """Operations per token of training in this mode. What is recomputed is not counted, as usual for MFU."""
         weights, attention = PASSES[mode]
         return weights * self.weights + attention * self.attention
 
 
 def arithmetic(tensors: Mapping[str, TensorInfo], config: Any, seq_length: int) -> Arithmetic:
-    """Of a model, from the tensors of its NeMo checkpoint and NeMo's configuration of it."""
+    """The arithmetic of a model, from the tensors of its NeMo checkpoint and its NeMo configuration."""
     topk, experts = getattr(config, "moe_router_topk", 1), getattr(config, "num_moe_experts", None) or 1
     multiplied = 0.0
     for name, info in tensors.items():
@@ -49,7 +49,7 @@ def arithmetic(tensors: Mapping[str, TensorInfo], config: Any, seq_length: int) 
 
 
 def _windows(config: Any) -> list[int | None]:
-    """How many keys before it each layer's token sees; None: all."""
+    """For each layer, how many earlier keys a token sees; None = all."""
     window, skip = getattr(config, "window_size", None), getattr(config, "window_attn_skip_freq", None)
     layers = config.num_layers
     slides = skip if isinstance(skip, list) else [1] * layers
@@ -65,5 +65,5 @@ def _mean_keys(seq_length: int, window: int | None) -> float:
 
 
 def peak_tflops(device: str) -> float | None:
-    """The peak of a device that torch calls so, or None where it is not known."""
+    """The peak of the device with this name in torch, or None if it is unknown."""
     return next((float(peak) for name, peak in PEAKS.items() if name in device), None)

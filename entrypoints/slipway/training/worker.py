@@ -1,6 +1,6 @@
 """One rank of a training run: builds NeMo's objects from the recipe and lets NeMo train.
 
-Started by torchrun on every rank, or called in the same process when there is only one.
+torchrun starts it for every rank. If there is only one, it is called in the process of the command.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 
 def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
-    """Train from the newest checkpoint in the run's folder, or from the base.
+    """Train from the newest checkpoint in the run's folder, else from the base.
 
     Args:
         recipe: what to compute.
-        indices: folder with the indices of the data: train.npz, and eval.npz where there is an evaluation.
+        indices: folder with the indices of the data: train.npz, and eval.npz if there are evaluations.
         stop_file: training saves and stops soon after this file appears.
         nodes: number of nodes in the run.
         started: time.time() when the command began, for the time to the first step.
 
-    Errors: PreflightError when memory runs out, WriteError when the disk is full.
+    Errors: PreflightError if memory runs out, WriteError if the disk is full.
     """
     try:
         _train(recipe, indices, stop_file, nodes, started)
@@ -50,7 +50,8 @@ def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: flo
 def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
     import_starts = time.monotonic()
     quiet()
-    gc.disable()  # until everything is imported: nothing of it is garbage, and looking for it takes a tenth of the time
+    # NeMo's import creates millions of objects, and none of them is garbage. Looking for it takes a tenth of the time.
+    gc.disable()
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -92,7 +93,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         peft=MODES[recipe.mode].transform(recipe),
         tokenizer=None,
     )
-    # No rank leaves before rank 0 has written the status that every node's launcher reads.
+    # No rank ends before rank 0 has written the status, which the commands of all nodes read then.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -106,14 +107,14 @@ def _where(on_gpu: bool) -> str:
 
 
 def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Mend what NeMo builds, before Megatron wraps it."""
+    """Repair what NeMo builds, before Megatron wraps it."""
     from slipway.training.repairs import keep_latent_epsilon, mark_experts
 
     return lambda *arguments, **options: mark_experts(keep_latent_epsilon(build(*arguments, **options)))
 
 
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
-    """NeMo's model as the checkpoint's context describes it, set up for the mode and the machine; no weights yet."""
+    """NeMo's model from the checkpoint's context, configured for the mode and the machine. Its weights come later."""
     from nemo.lightning.io import load_context
 
     from slipway.training.modes import MODES
@@ -123,12 +124,12 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     model = load_context(Path(recipe.model) / "context", subpath="model")
     config = model.config
     config.seq_length = recipe.seq_length
-    config.calculate_per_token_loss = True
+    config.calculate_per_token_loss = True  # see TokenLoss
     scale_auxiliary_loss(config, recipe)
     wrap(config, "configure_model", _with_repairs, NEMO)
     if recipe.recompute == "full" and recipe.mode != "heads":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
-    if recipe.is_frozen:
+    if recipe.is_frozen:  # a router's biases for balance are changed by counting, not by a gradient
         config.moe_router_bias_update_rate = 0.0
     config.data_step_fn = data_step
     config.forward_step_fn = MODES[recipe.mode].forward_step
@@ -142,7 +143,7 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
 
 
 def load_data(recipe: Recipe, indices: Path) -> Any:
-    """NeMo's data module over the run's samples, and those held out for evaluation."""
+    """NeMo's data module with the samples of the run, and those for evaluations."""
     from slipway.training.data import TokenData
 
     samples = _samples(recipe, recipe.data, indices / "train.npz", recipe.steps)
@@ -153,7 +154,7 @@ def load_data(recipe: Recipe, indices: Path) -> Any:
 
 
 def _samples(recipe: Recipe, data: str, index: Path, batches: int | None) -> Any:
-    """`batches` global batches in random order; without a number those of an evaluation, in the file's order."""
+    """`batches` global batches in random order; None is for an evaluation, in the order of the file."""
     from slipway.tokens.scan import Index, open_units
     from slipway.training.samples import Samples
 
@@ -172,7 +173,7 @@ def _samples(recipe: Recipe, data: str, index: Path, batches: int | None) -> Any
 
 
 def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
-    """Adam with warm-up, a cosine and a constant tail."""
+    """Adam, with a learning rate that warms up, follows a cosine and stays constant at the end."""
     import nemo.lightning as nl
     from megatron.core.optimizer import OptimizerConfig
 
@@ -194,7 +195,7 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
 
 
 def flops_per_token(recipe: Recipe, config: Any) -> float:
-    """The arithmetic of a token in this run, for the log."""
+    """Floating-point operations per token of this run, for the log."""
     from slipway.checkpoint.torch_dist import Reader
     from slipway.training.throughput import arithmetic
 
@@ -203,7 +204,7 @@ def flops_per_token(recipe: Recipe, config: Any) -> float:
 
 
 def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
-    """NeMo's trainer with the run's parallel sizes and callbacks; its ranks are what torchrun's variables say."""
+    """NeMo's trainer with the run's parallel sizes and callbacks. torchrun's variables tell it its rank."""
     import nemo.lightning as nl
     import torch
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
@@ -214,17 +215,17 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
         "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
         "expert_model_parallel_size": recipe.expert_parallel_size,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,  # else Megatron would split experts by the tensor parallel size
         "context_parallel_size": recipe.context_parallel_size,
         "num_layers_in_first_pipeline_stage": recipe.first_stage_layers or None,
         "num_layers_in_last_pipeline_stage": recipe.last_stage_layers or None,
         "sequence_parallel": recipe.tensor_parallel_size > 1,
         "pipeline_dtype": torch.bfloat16 if on_gpu else torch.float32,
         "save_ckpt_format": "torch_dist",
-        "ckpt_async_save": False,  # a checkpoint that is still being written must not look complete
+        "ckpt_async_save": False,  # else the command could end while a checkpoint is still being written
     }
     if not on_gpu:
-        options["process_group_backend"] = "gloo"
+        options["process_group_backend"] = "gloo"  # NCCL needs GPUs
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
@@ -252,12 +253,13 @@ def leave_signals_alone(trainer: Any) -> None:
 def _evaluations(recipe: Recipe) -> dict[str, Any]:
     if not recipe.eval_data:
         return {"limit_val_batches": 0}
-    # Steps, whatever the epoch; and everything that `_samples` holds out, for Lightning counts micro batches.
+    # The interval counts steps, in whatever epoch. The limit is a share: a number would count micro batches. `_samples`
+    # has already taken as many as the recipe says.
     return {"val_check_interval": recipe.eval_every, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
 
 
 def precision() -> Any:
-    """BF16 weights from the first moment on (without params_dtype they are made in float32), gradients in float32."""
+    """Weights in BF16 from the beginning (without params_dtype they are created in float32), gradients in float32."""
     import nemo.lightning as nl
     import torch
 
@@ -271,7 +273,7 @@ def precision() -> Any:
 
 
 def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
-    """NeMo's logger: TensorBoard and the checkpoints, the newest `keep` of them."""
+    """NeMo's logger: TensorBoard, and the newest `keep` checkpoints."""
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -282,7 +284,7 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
         dirpath=folder.checkpoints,
         filename=f"step={{{STEPS_DONE}:.0f}}",
         auto_insert_metric_name=False,
-        monitor=STEPS_DONE,
+        monitor=STEPS_DONE,  # the best ones by this metric are the newest ones
         mode="max",
         verbose=False,
         save_top_k=recipe.keep,
