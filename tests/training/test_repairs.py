@@ -45,6 +45,21 @@ def test_routers_keep_their_biases_in_float32(tmp_path):
     assert are_rounded() == {False}
 
 
+def test_norms_in_latent_attention_have_an_epsilon_of_their_own(tmp_path, monkeypatch):
+    from slipway.families.decoder import LATENT_EPSILON
+    from slipway.training import forward, repairs
+
+    import_checkpoint(str(make_model(tmp_path / "hf", "moonlight", quantized=False)), str(tmp_path / "nemo"))
+
+    def epsilons() -> set[float]:
+        modules = forward.load(tmp_path / "nemo").named_modules()
+        return {module.eps for name, module in modules if name.endswith(("q_layernorm", "kv_layernorm"))}
+
+    assert epsilons() == {LATENT_EPSILON}
+    monkeypatch.setattr(repairs, "keep_latent_epsilon", lambda module: module)
+    assert epsilons() == {1e-5}, "upstream"
+
+
 def test_results_of_a_save_need_no_other_process(monkeypatch):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from slipway.training.repairs import read_and_write_plain_files

@@ -266,7 +266,7 @@ def test_a_run_goes_on_only_as_what_it_was(whole, nemo_model, data, slipway):
     "change, code, message",
     [
         ({"model": "none"}, 2, "--model none does not exist"),
-        ({"model": "MXFP4"}, 65, "is not a NeMo checkpoint"),
+        ({"model": "MXFP4"}, 65, "NeMo checkpoint (weights/metadata.json and context/ are missing)"),
         ({"data": "none"}, 2, "--data none does not exist"),
         ({"global_batch_size": 3}, 2, "--global-batch-size 3 is not a multiple of"),
         ({"tensor_parallel_size": 2}, 2, "1 processes cannot be split into tensor 2"),

@@ -13,9 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slipway.errors import PreflightError
 from slipway.families.decoder import LATENT_EPSILON
-from slipway.training.patches import MEGATRON, replace, wrap
+from slipway.training.patches import CURE, MEGATRON, replace, wrap
 from slipway.training.recipe import Recipe
+
+LATENT_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
 
 
 def read_and_write_plain_files() -> None:
@@ -74,16 +77,20 @@ def keep_latent_epsilon(module: nn.Module) -> nn.Module:
     """Give the norms inside latent attention the epsilon that DeepSeek's code has for them, whatever config.json says.
 
     Megatron has one epsilon for all norms. Moonlight has 1e-5 for those between its layers.
+
+    Errors: PreflightError where an attention has no such norm.
     """
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
     for attention in module.modules():
         if isinstance(attention, MLASelfAttention):
-            for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-                # Transformer Engine fuses the norm into the projection behind it.
-                norm = getattr(attention, name, None)
-                if hasattr(norm, "eps"):
-                    norm.eps = LATENT_EPSILON
+            # Transformer Engine fuses a norm into the projection behind it. Queries may have none, keys have one.
+            parts = (getattr(attention, name, None) for name in LATENT_NORMS)
+            norms = [part for part in parts if part is not None and hasattr(part, "eps")]
+            for norm in norms:
+                replace(norm, "eps", LATENT_EPSILON, MEGATRON)
+            if not norms:
+                raise PreflightError(f"{MEGATRON.package} has none of {LATENT_NORMS} in its latent attention; {CURE}")
     return module
 
 
