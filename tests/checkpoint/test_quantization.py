@@ -88,7 +88,53 @@ def test_fp8_scales_in_e8m0():
     assert decode_fp8_block(weight, scale, (128, 128)).eq(8).all()
 
 
+def e8m0(byte: int) -> float:
+    return float("nan") if byte == 255 else 2.0 ** (byte - 127)
+
+
+def test_mxfp8_every_code_times_every_scale():
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    values = torch.tensor([definition_fp8(code) for code in range(256)], dtype=torch.float64).view(8, 32)
+    for byte in range(256):
+        scales = torch.full((8, 1), byte, dtype=torch.uint8)
+        found = to_torch(quantization.decode_mxfp8(codes.numpy(), scales.numpy()), "BF16")
+        assert same_bits(found, (values * e8m0(byte)).float().bfloat16()), byte
+
+
+def test_mxfp8_scales_belong_to_32_elements_of_their_row():
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 127, (300, 160), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 140, (300, 5), dtype=torch.uint8, generator=generator)
+    wanted = codes.view(torch.float8_e4m3fn).float() * (2.0 ** (scales.float() - 127)).repeat_interleave(32, 1)
+    found = quantization.decode_mxfp8(codes.numpy(), scales.numpy())
+    assert same_bits(to_torch(found, "BF16"), wanted.bfloat16())
+    # The same by the decoder of blocks, which takes rows of any length.
+    values = torch.tensor([e8m0(int(byte)) for byte in scales.flatten()]).view(300, 5)
+    rows = decode_fp8_block(codes[7:, :150].contiguous().view(torch.float8_e4m3fn), values, (1, 32), first_row=7)
+    assert same_bits(rows, wanted[7:, :150].bfloat16())
+
+
+def test_nvfp4_every_byte_times_every_scale():
+    """The scales of 16 elements and of the tensor become one float32, then the product another."""
+    packed = torch.arange(256, dtype=torch.uint8).view(32, 8)
+    elements = torch.tensor(E2M1, dtype=torch.float64)[torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()]
+    of_tensor = [*torch.rand(4, generator=torch.Generator().manual_seed(0)).tolist(), 2688.0, 1e-30, 1e30, 1e-45, 3e38]
+    for number in [*of_tensor, 0.0, -0.7, float("inf"), float("nan")]:
+        one = torch.tensor([number], dtype=torch.float32)
+        for divide in (False, True):
+            values = quantization.nvfp4_scales(one.numpy(), divide=divide)
+            for code in range(0, 256, 1 if number in of_tensor[:2] else 17):
+                scale = torch.tensor(definition_fp8(code), dtype=torch.float64)
+                both = (scale / one.double() if divide else scale * one.double()).float()
+                found = quantization.decode_nvfp4(packed.numpy(), torch.full((32, 1), code).byte().numpy(), values)
+                wanted = (elements * both.double()).float().bfloat16()
+                assert same_bits(to_torch(found, "BF16"), wanted), (number, divide, code)
+
+
 def test_nothing_to_decode():
+    nothing = torch.empty(0, 8, dtype=torch.uint8).numpy()
+    assert quantization.decode_nvfp4(nothing, nothing[:, :1], quantization.e4m3()).shape == (0, 16)
+    assert quantization.decode_mxfp8(nothing.repeat(4, 1), nothing[:, :1]).shape == (0, 32)
     assert decode_mxfp4(torch.empty(2, 0, 16, dtype=torch.uint8), torch.empty(2, 0, dtype=torch.uint8)).shape == (2, 0)
     for shape in ((0, 5), (5, 0)):
         weight = torch.empty(shape).to(torch.float8_e4m3fn)

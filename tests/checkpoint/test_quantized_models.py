@@ -66,7 +66,7 @@ def change_shards(folder: Path, change: Callable[[dict[str, torch.Tensor]], None
     """Change the model's tensors and write them as one file."""
     stored = tensors(folder)
     change(stored)
-    for file in [*folder.glob("*.safetensors"), folder / huggingface.INDEX]:
+    for file in [*folder.glob("*.safetensors"), *folder.glob(huggingface.INDEX)]:
         file.unlink()
     save_file(stored, folder / huggingface.SINGLE)
 

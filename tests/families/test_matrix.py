@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import config_of, make_model
 from slipway import cli
-from slipway.families.quantized import CompressedTensors, Fbgemm, Fp8, Mxfp4
+from slipway.families.quantized import CompressedTensors, Fbgemm, Fp8, Microscaling, Modelopt, Mxfp4, Nvfp4
 from transformers5 import Transformers5
 
 LENGTH = 96
@@ -21,13 +21,21 @@ SMALL = (32, 48)
 FORMS = {
     "gpt_oss": {"mxfp4": Mxfp4()},
     "qwen3_moe": {"fp8": Fp8(block=SMALL)},
-    "qwen3_dense_tied": {"fp8": Fp8(block=SMALL)},
+    "qwen3_dense_tied": {"fp8": Fp8(block=SMALL), "nvfp4": Nvfp4(), "mxfp8": Microscaling(8)},
     "qwen3_yarn": {},
-    "deepseek_v3": {"fp8": Fp8(block=SMALL), "fp8 with scales of powers of two": Fp8(SMALL, "float8_e8m0fnu")},
+    "deepseek_v3": {
+        "fp8": Fp8(block=SMALL),
+        "fp8 with scales of powers of two": Fp8(SMALL, "float8_e8m0fnu"),
+        "nvfp4 of modelopt": Nvfp4("modelopt"),
+    },
     "moonlight": {},
     "qwen25_tied": {"compressed, a scale per row": CompressedTensors()},
     "qwen25_yarn": {},
-    "llama31": {"compressed, a scale per row": CompressedTensors(), "fbgemm": Fbgemm()},
+    "llama31": {
+        "compressed, a scale per row": CompressedTensors(),
+        "fbgemm": Fbgemm(),
+        "fp8 of modelopt": Modelopt(),
+    },
     "llama2": {},
 }
 CELLS = [(kind, form) for kind, forms in FORMS.items() for form in ("bf16", *forms)]

@@ -2,7 +2,7 @@
 
 families/gpt_oss.py   says which Hugging Face tensor becomes which Megatron tensor, and how
 convert.py            makes the plan: which bytes go where
-huggingface.py        finds the tensor in the safetensors files, reads it and decodes MXFP4 or FP8 (quantization.py)
+huggingface.py        finds the tensor in the files (shards.py, pytorch_bin.py) and reads it; codecs.py decodes quantised ones
 torch_dist.py         says where it is in NeMo's distributed checkpoint, and reads such checkpoints
 stream.py             carries out the plan: read, transform, write, with a journal, so that a run can continue
 """

@@ -35,7 +35,7 @@ FP8 = ("F8_E4M3",)
 FP8_SCALES = ("_scale_inv", "_scale")
 FP8_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 E8M0 = ("U8", "F8_E8M0")  # compressed-tensors and ModelOpt write the bytes without their dtype
-SCALES = (*FP8_SCALES, "_scales", "_scale_2", "_global_scale")
+SCALES = (*FP8_SCALES, "_scales", "_scale_2", "_global_scale", "_zero_point")
 MX_GROUP, NV_GROUP = 32, 16  # elements with a scale
 
 

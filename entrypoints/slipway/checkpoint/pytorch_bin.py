@@ -88,7 +88,7 @@ def read_header(file: Path) -> dict[str, Stored]:
             f"{file}: loading it would call {error}; only tensors are read and nothing in the file is run: "
             "get the model in safetensors, from people whom you trust"
         ) from None
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:  # OSError: a directory that leads outside of the file
         raise DataError(f"{file}: not a state dict of torch, or damaged ({type(error).__name__}); {AGAIN}") from None
     finally:
         os.close(descriptor)

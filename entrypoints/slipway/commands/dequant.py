@@ -17,7 +17,7 @@ def dequant(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dry_run: bool = False,
 ) -> Summary | Forecast:
-    """Write the BF16 form of a quantised (MXFP4 or FP8) Hugging Face model.
+    """Write the BF16 form of a quantised (FP8, MXFP8, MXFP4 or NVFP4) Hugging Face model.
 
     Every other file of the model is kept; config.json loses its quantization_config. If the command is interrupted,
     run it again: it continues.

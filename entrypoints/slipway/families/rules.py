@@ -251,7 +251,7 @@ def check_tensors(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorIn
         if found[name].dtype not in FLOATS:
             raise DataError(
                 f"{where}: tensor {name} is stored as {found[name].dtype}, which is not supported; "
-                f"supported are {', '.join(FLOATS)}, and FP8 or MXFP4 with scales"
+                f"supported are {', '.join(FLOATS)}, and FP8, MXFP8, MXFP4 or NVFP4 with scales"
             )
     if missing := sorted(wanted.keys() - found.keys()):
         raise DataError(
