@@ -70,13 +70,14 @@ class Module:
     """What is attached to the weight `stem`.weight of the base.
 
     Args:
-        parts: what the names of its pairs of matrices begin with: "" alone, or CanonicalLoRA's.
-        dora: it has a magnitude.
+        inner, outer: the keys of A and of B: one each, or CanonicalLoRA's.
+        magnitude: the key of DoRA's magnitude, or "".
     """
 
     stem: str
-    parts: tuple[str, ...] = ("",)
-    dora: bool = False
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+    magnitude: str = ""
 
     @property
     def weight(self) -> str:
@@ -88,18 +89,8 @@ class Module:
         return self.stem.rpartition(".")[2]
 
     @property
-    def inner(self) -> list[str]:
-        """The keys of A."""
-        return [f"{self.stem}{ADAPTER}{part}{IN}" for part in self.parts]
-
-    @property
-    def outer(self) -> list[str]:
-        """The keys of B."""
-        return [f"{self.stem}{ADAPTER}{part}{OUT}" for part in self.parts]
-
-    @property
-    def magnitude(self) -> str:
-        return f"{self.stem}{ADAPTER}{MAGNITUDE}"
+    def dora(self) -> bool:
+        return bool(self.magnitude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +175,7 @@ class Adapters:
 
     def outer(self, module: Module, index: tuple[int, ...], rows: tuple[int, int] | None = None) -> tuple[Bits, str]:
         """B [..., rows, rank] of the matrix `index` of a weight, and its dtype; CanonicalLoRA's stand diagonally."""
-        if len(module.parts) == 1:
+        if len(module.outer) == 1:
             return self._read(module.outer[0], index, rows), self._dtype(module.outer)
         parts = [self._read(key, index) for key in module.outer]
         *stack, _, rank = parts[0].shape
@@ -197,7 +188,7 @@ class Adapters:
 
     def magnitude(self, module: Module, index: tuple[int, ...], rows: tuple[int, int] | None = None) -> Bits:
         """float32 [..., rows]: DoRA's magnitude of the rows of the matrix `index` of a weight."""
-        values = to_float32(self._read(module.magnitude, index, matrix=1), self._dtype([module.magnitude]))
+        values = to_float32(self._read(module.magnitude, index, matrix=1), self._dtype((module.magnitude,)))
         ranks = self.reader.cuts(module.magnitude, -1)
         if module.name == "linear_fc1" and ranks > 1:
             # NeMo keeps gate above up in the weight and in B whatever the ranks, but forgets it for the magnitude:
@@ -209,7 +200,7 @@ class Adapters:
         # A shared adapter has no index for the expert.
         return self.reader.read(Ref(key, index[: len(self.reader.tensors[key].shape) - matrix], rows))
 
-    def _dtype(self, keys: list[str]) -> str:
+    def _dtype(self, keys: tuple[str, ...]) -> str:
         return self.reader.tensors[keys[0]].dtype
 
     # ------------------------------------------------------------------------ checks
@@ -217,11 +208,10 @@ class Adapters:
     def _check_kind(self) -> None:
         """Either all modules have a magnitude or none has."""
         wanted = self.settings.kind == "DoRA" or any(module.dora for module in self.modules.values())
+        again = "is missing; copy the checkpoint again"
         for module in self.modules.values():
             if module.dora != wanted:
-                raise DataError(
-                    f"{self.folder}: tensor {module.magnitude} of DoRA is missing; copy the checkpoint again"
-                )
+                raise DataError(f"{self.folder}: tensor {module.stem}{ADAPTER}{MAGNITUDE} of DoRA {again}")
 
     def _check_ranks(self, module: Module) -> None:
         for key, axis in [(key, -2) for key in module.inner] + [(key, -1) for key in module.outer]:
@@ -264,7 +254,7 @@ class Adapters:
                 "the length of a row on each rank alone and saves that of the first rank: no weights compute the same; "
                 f"train without {module.name} in --lora-targets, or with tensor parallel size 1"
             )
-        if len(module.parts) > 1 and (ranks := self.reader.cuts(key, -2)) > 1:
+        if len(module.inner) > 1 and (ranks := self.reader.cuts(key, -2)) > 1:
             raise DataError(
                 f"{self.folder}: {module.outer[0]} of CanonicalLoRA is from a run with tensor parallel size {ranks}, "
                 "which orders its rows by ranks, and this is not supported; train with tensor parallel size 1"
@@ -294,10 +284,13 @@ def _modules(reader: Reader) -> Iterator[Module]:
 
 def _module(reader: Reader, stem: str, names: set[str]) -> Module:
     """The module of these tensors' names; DataError if one is missing or unknown."""
-    canonical = any(name.startswith("adapter_") for name in names)
-    parts = CANONICAL.get(stem.rpartition(".")[2], ()) if canonical else ("",)
-    module = Module(stem, parts, not canonical and MAGNITUDE in names)
-    wanted = {*module.inner, *module.outer, *([module.magnitude] if module.dora else [])}
+    parts: tuple[str, ...] = ("",)
+    if any(name.startswith("adapter_") for name in names):
+        parts = CANONICAL.get(stem.rpartition(".")[2], ())
+    inner, outer = (tuple(f"{stem}{ADAPTER}{part}{kind}" for part in parts) for kind in (IN, OUT))
+    magnitude = f"{stem}{ADAPTER}{MAGNITUDE}" if parts == ("",) and MAGNITUDE in names else ""
+    module = Module(stem, inner, outer, magnitude)
+    wanted = {*inner, *outer, *filter(None, [magnitude])}
     there = {f"{stem}{ADAPTER}{name}" for name in names}
     if surplus := sorted(there - wanted):
         raise _unknown(reader, surplus[0])

@@ -396,9 +396,9 @@ def _kind(module: str) -> str:
 
 
 def _what(name: str) -> str:
-    """What a tensor of an adapter is that is not A, B or a magnitude of a linear layer."""
-    if "lora_embedding" in name:
-        return "it adapts an embedding, and NeMo's adapters are for linear layers"
+    """What a tensor of an adapter is that is not A, B or a magnitude of a linear layer. peft may save whole weights."""
+    if "lora_embedding" in name or re.search(r"\.(embed_tokens|lm_head)\.", name):
+        return "it changes the embedding or the head, and NeMo's adapters are for the layers between"
     if "bias" in name.rpartition(".")[2]:
         return "it is a bias, and NeMo's adapters have none"
     return "it replaces a weight of the base, and NeMo's adapters do not"

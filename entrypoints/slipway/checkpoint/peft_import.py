@@ -155,7 +155,9 @@ class _Attached:
         self.alpha = self.scale * self.rank
         self.dtype = "BF16" if self._fits_bf16() else "F32"
         self.tensors, chunks = self._tensors()
-        self.layout = torch_dist.Layout(self.tensors, chunks, [])
+        self.layout = torch_dist.Layout(
+            self.tensors, chunks, [_extra_state(self.tensors, ref) for ref in chunks if ref.name.endswith((IN, OUT))]
+        )
 
     def transform(self) -> nemo_context.Call:
         """NeMo's class for these adapters, in the context."""
@@ -188,8 +190,13 @@ class _Attached:
                     f"{self.given.folder}: {module} has an adapter, and NeMo attaches none there; only linear layers "
                     "of attention, MLPs and experts are supported"
                 )
-        for target in self.targets:
-            if self.given.dora and f"{target.stem}.bias" in self.base.model.megatron:
+        for target in self.targets if self.given.dora else ():
+            if EXPERTS in target.stem:
+                raise DataError(
+                    f"{self.given.folder}: {target.sources[0]} has DoRA, which NeMo's cannot compute for experts; "
+                    "merge the adapter with peft (merge_and_unload), and import the result"
+                )
+            if f"{target.stem}.bias" in self.base.model.megatron:
                 raise DataError(
                     f"{self.given.folder}: {target.sources[0]} has a bias, which NeMo's DoRA multiplies and peft's "
                     "does not; merge the adapter with peft (merge_and_unload), and import the result"
@@ -274,8 +281,13 @@ class _Attached:
     # ------------------------------------------------------------------------ the work
 
     def pieces(self) -> list[Piece]:
-        """One for each target."""
-        return [self._piece(target) for target in self.targets if self._index(target) is not None]
+        """One for each target, and one for the extra state that Megatron's linear layers ask for."""
+
+        def extra_state() -> Iterable[Write]:
+            return [(f"weights/{file}", at, self.layout.empty_state) for file, at, _ in self.layout.extra.values()]
+
+        adapters = [self._piece(target) for target in self.targets if self._index(target) is not None]
+        return [*adapters, Piece(0, extra_state)]
 
     def _piece(self, target: _Target) -> Piece:
         made = {IN: self._inner, OUT: self._outer} | ({MAGNITUDE: self._magnitude} if self.given.dora else {})
@@ -337,6 +349,13 @@ class _Attached:
             for name in target.sources
         }
         return _joined(target, lengths, self.base.model.megatron)
+
+
+def _extra_state(tensors: Mapping[str, TensorInfo], ref: Ref) -> str:
+    """The key of the entry that Megatron asks for beside the weight of a linear layer; see rules.Scope.state."""
+    place, stack = ref.index or (0,), tensors[ref.name].shape[: len(ref.index)] or (1,)
+    shard = ".".join(map(str, place)) + "_" + ".".join(map(str, stack))
+    return f"{ref.name.removesuffix('weight')}_extra_state/shard_{shard}"
 
 
 def _joined(target: _Target, parts: Mapping[str, Bits], megatron: Mapping[str, TensorInfo]) -> Bits:
