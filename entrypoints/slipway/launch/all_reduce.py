@@ -29,6 +29,7 @@ def measure(topology: Topology, timeout: float) -> str:
         rank = topology.node_rank * topology.processes_per_node + local_rank
         variables = rank_variables(topology) | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         words = [sys.executable, "-m", __name__, str(timeout)]
+        # Not by torchrun, which would hide the message of a rank that fails.
         processes.append(
             subprocess.Popen(
                 words, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -81,6 +81,7 @@ def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> 
         "processes_per_node": placement.nproc_per_node,
     }
     _refuse_to_be_a_worker(env)
+    # From the most to the least trusted: the first one that gives a value decides.
     flags = Hints("flags", **{name: _flag(name, value) for name, value in given.items()})
     sources = [flags, *(hints for launcher in LAUNCHERS if (hints := launcher(env)))]
     for name in MUST_AGREE:

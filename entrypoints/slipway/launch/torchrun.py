@@ -64,7 +64,7 @@ def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> 
         f"--node-rank={topology.node_rank}",
         f"--master-addr={topology.master_addr}",
         f"--master-port={topology.master_port}",
-        f"--signals-to-handle={END.name}",
+        f"--signals-to-handle={END.name}",  # it ignores the others, see signals.py
         "--redirects=3",
         f"--log-dir={logs}",
         *worker,

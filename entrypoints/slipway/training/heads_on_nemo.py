@@ -54,6 +54,7 @@ class HeadsTransform(FromBase):
 
     def transform(self, module: torch.nn.Module, name: str | None = None, prefix: str | None = None):
         if isinstance(module, MegatronGPT) and module.post_process:
+            # A seed of their own, and the state of all other random numbers stays as it was.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 heads = DecodingHeads(module.config.hidden_size, self.use_enhanced_features)
@@ -121,8 +122,9 @@ def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable
 @contextlib.contextmanager
 def frozen(gpt: MegatronGPT) -> Iterator[None]:
     """The base in evaluation mode (no dropout, no update of routers). It returns its last hidden states, not logits."""
-    if gpt.training:
+    if gpt.training:  # NeMo's PEFT puts the frozen base into training mode, and again after an evaluation
         gpt.eval()
+    # These make Megatron's forward() apply the output layer and the loss.
     post_process, mtp_process = gpt.post_process, gpt.mtp_process
     gpt.post_process = gpt.mtp_process = False
     try:

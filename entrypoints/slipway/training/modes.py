@@ -48,6 +48,7 @@ class LoRA(FromBase, NemoLoRA):
             axis = getattr(weight, "partition_dim", -1)  # Megatron's mark: which dimension the ranks share
             ranks = ranks if axis in (0, 1) else 1
             shape = [size * (ranks if dim == axis else 1) for dim, size in enumerate(weight.shape)]
+            # hash() differs from process to process.
             key = hashlib.sha256(f"{self.seed} {layer.layer_number} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
             whole = torch.randn(shape, generator=generator) * math.sqrt(2 / sum(shape))  # Xavier's, NeMo's default
@@ -58,6 +59,7 @@ class LoRA(FromBase, NemoLoRA):
 
 def _place(name: str, experts: int | None) -> tuple[str, int, int]:
     """(name of an adapter with the number of its expert in the whole model, ranks that share it, which one this is)."""
+    # Megatron numbers the experts of a rank from 0. Experts are not split, so no ranks share their weights.
     found = re.search(r"local_experts\.(\d+)\.", name)
     if not found:
         state = parallel_state

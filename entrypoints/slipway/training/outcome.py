@@ -36,6 +36,7 @@ def claim_folder(run: Run) -> None:
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
         before = run.folder.read_status()
+        # Whoever looks at a run that goes on sees the loss of the step that it goes on from.
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
         tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
@@ -73,7 +74,7 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
         raise SlipwayError(
             f"train: the workers ended without a result, {run.folder.status} is {status}; look at {run.folder.logs}"
         )
-    if failure.lines:
+    if failure.lines:  # the traceback of a worker that did not know its error
         print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
     raise _error(failure)
 

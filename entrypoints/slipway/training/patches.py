@@ -99,11 +99,13 @@ def _apply(owner: Any, name: str, before: Any, make: Callable[[Any], Any]) -> No
     if _is_applied(owner, name, before):
         return
     setattr(owner, name, make(before))
+    # getattr, because a class gives a function or a descriptor back in another form than it was given.
     if isinstance(owner, (ModuleType, type)):
         APPLIED[full_name(owner, name)] = Patch(owner, name, before, getattr(owner, name))
 
 
 def _is_applied(owner: Any, name: str, found: Any) -> bool:
+    # Compared with what is there now: it may have been put back since, and another object may have the same name.
     patch = APPLIED.get(full_name(owner, name))
     return patch is not None and patch.owner is owner and patch.after is found
 

@@ -64,6 +64,7 @@ class RunFolder:
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest complete checkpoint."""
+        # The names are sorted as numbers: step=1000 comes after step=200.
         found = []
         for folder in self.checkpoints.glob("step=*"):
             match = re.fullmatch(r"step=(\d+)", folder.name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 FIRST_STAGE_KEYS = ("tokens", "position_ids")
 LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
-EVERY_STAGE_KEYS = ("cu_seqlens",)
+EVERY_STAGE_KEYS = ("cu_seqlens",)  # every layer's attention needs the bounds of packed samples
 
 
 def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
@@ -50,6 +50,7 @@ def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
             max_seqlen_kv=longest,
         )
         return {"attention_mask": None, "packed_seq_params": packed}
+    # Which sample each position belongs to; a position sees earlier ones of its own sample. Megatron masks where True.
     sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     seen = torch.ones(len(sample), len(sample), dtype=torch.bool).tril() & (sample[:, None] == sample[None, :])
     return {"attention_mask": ~seen[None, None]}
@@ -69,7 +70,7 @@ def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None])
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    if batch["labels"] is None:
+    if batch["labels"] is None:  # not the last stage: these are hidden states for the next one
         return output
     counted = last_stage(batch, "loss_mask")
     return (output.float() * counted).sum(), counted.sum()
@@ -94,6 +95,7 @@ class TokenLoss(MegatronLossReduction):
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
         both = torch.stack([part["sum_and_count"] for part in losses_reduced_per_micro_batch]).sum(0)
+        # Context-parallel ranks have other tokens of the same samples.
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(both, group=group)
         return both[0] / both[1].clamp(min=1)

@@ -86,12 +86,13 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         trainer=trainer,
         log=make_logger(recipe, folder),
         resume=nl.AutoResume(
-            restore_config=nl.RestoreConfig(path=recipe.model),
+            # The tokenizer came with the model: where NeMo looks for it on a resume without adapters there is none.
+            restore_config=nl.RestoreConfig(path=recipe.model, load_artifacts=False),
             resume_from_path=str(latest[1]) if latest else None,
         ),
         optim=make_optimizer(recipe, on_gpu),
         peft=MODES[recipe.mode].transform(recipe),
-        tokenizer=None,
+        tokenizer=None,  # the data are tokens already
     )
     # No rank ends before rank 0 has written the status, which the commands of all nodes read then.
     torch.distributed.barrier()
@@ -232,12 +233,13 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         num_nodes=nodes,
         max_steps=recipe.steps,
         strategy=nl.MegatronStrategy(**options),
+        # Lightning would guess: it finds Slurm's variables, although torchrun has started this process.
         plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
         callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
         **_evaluations(recipe),
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=0,  # no evaluation before the first step
         log_every_n_steps=1,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False,  # TokenData has Megatron's
         enable_progress_bar=False,
         enable_model_summary=False,
     )
