@@ -1,0 +1,104 @@
+"""A run that was stopped goes on as if nobody had stopped it: every mode, alone and in parallel."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import free_port, make_model
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.training.run_folder import RunFolder
+from test_parallel import LAYOUTS, write_data
+
+STEPS, SEQ_LENGTH = 5, 32
+MODES = ("heads", "lora", "sft", "pretrain")
+# Layout → the kind of model that is trained in it.
+KINDS = {"one": "llama31", "dp2": "llama31", "tp2": "llama31", "ep2": "qwen3_moe"}
+EVERY = list(itertools.product(MODES, KINDS))
+# CI leaves one of the two that share a layer's weights out of each mode.
+IN_CI = [cell for cell in EVERY if cell not in {("heads", "tp2"), ("lora", "ep2"), ("sft", "tp2"), ("pretrain", "ep2")}]
+CELLS = EVERY if os.environ.get("SLIPWAY_MATRIX") == "all" else IN_CI
+KILLED = CELLS if CELLS == EVERY else [(mode, "one") for mode in MODES]
+
+
+def job(root: Path, mode: str, layout: str, name: str, **more: object) -> dict:
+    """What train_many.py runs."""
+    recipe = {
+        "model": str(root / KINDS[layout] / "nemo"), "data": str(root / "data.jsonl"),
+        "out": str(root / "runs" / f"{mode}-{layout}-{name}"), "mode": mode, "steps": STEPS, "seq_length": SEQ_LENGTH,
+        "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "warmup_steps": 1, "constant_steps": 1,
+        "save_every": 2, "keep": 3, **LAYOUTS.get(layout, {}),
+    }  # fmt: skip
+    return {"recipe": recipe, "indices": str(root), "ranks": 1 if layout == "one" else 2, "port": free_port(), **more}
+
+
+def out(root: Path, mode: str, layout: str, name: str) -> Path:
+    return root / "runs" / f"{mode}-{layout}-{name}"
+
+
+def run(jobs: list[dict], root: Path) -> None:
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_many.py")), str(root / "jobs.json")]
+    subprocess.run(words, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Of each cell a run that nobody stops; one that is asked to stop, and goes on; one that was killed in a save."""
+    root = tmp_path_factory.mktemp("resume")
+    for kind in sorted(set(KINDS.values())):
+        make_model(root / kind / "hf", kind, quantized=False)
+        import_checkpoint(str(root / kind / "hf"), str(root / kind / "nemo"))
+    write_data(root)
+    first = [job(root, *cell, "whole") for cell in CELLS]
+    first += [job(root, *cell, "stopped", stop_after=2) for cell in CELLS]
+    run(first, root)
+    for cell in KILLED:
+        killed_in_a_save(out(root, *cell, "whole"), out(root, *cell, "killed"))
+    again = [job(root, *cell, "resumed", continues=str(out(root, *cell, "stopped"))) for cell in CELLS]
+    again += [job(root, *cell, "restarted", continues=str(out(root, *cell, "killed"))) for cell in KILLED]
+    run(again, root)
+    return root
+
+
+def killed_in_a_save(whole: Path, killed: Path) -> None:
+    """The folder as kill -9 leaves it while step 4 is saved: step 2 is complete, half of step 4 is there."""
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("step=5*"))
+    half = killed / "checkpoints" / "step=4"
+    shutil.rmtree(half / "context")
+    for file in sorted(half.rglob("*.distcp"))[:1]:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (half.parent / "step=4-unfinished").touch()
+    RunFolder(killed).remove_incomplete()
+
+
+def losses(folder: Path) -> list[float]:
+    logs = "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("rank*.log")))
+    assert (folder / "end").read_text() == "done", logs
+    metrics = RunFolder(folder).read_metrics()
+    assert [entry["step"] for entry in metrics] == list(range(len(metrics)))
+    return [entry["loss"] for entry in metrics]
+
+
+@pytest.mark.parametrize("mode, layout", CELLS)
+def test_a_stopped_run_goes_on_bit_for_bit(runs, mode, layout):
+    stopped, whole = out(runs, mode, layout, "stopped"), losses(out(runs, mode, layout, "whole"))
+    assert len(whole) == STEPS
+    status = RunFolder(stopped).read_status()
+    assert status["state"] == "stopped" and 2 <= status["step"] < STEPS
+    resumed = RunFolder(out(runs, mode, layout, "resumed")).read_status()
+    assert resumed["state"] == "done" and resumed["started_at_step"] == status["step"]
+    assert losses(out(runs, mode, layout, "resumed")) == whole
+
+
+@pytest.mark.parametrize("mode, layout", KILLED)
+def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(runs, mode, layout):
+    restarted = out(runs, mode, layout, "restarted")
+    assert RunFolder(restarted).read_status()["started_at_step"] == 2
+    assert losses(restarted) == losses(out(runs, mode, layout, "whole"))
