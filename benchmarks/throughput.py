@@ -100,7 +100,13 @@ def copy_plainly(source: Path, target: Path, count: int) -> float:
 def decoders() -> None:
     """Each decoder on one core, by the bytes that it gives out, beside a copy of those bytes."""
     import numpy as np
-    from slipway.checkpoint.quantization import decode_fp8_block, decode_mxfp4
+    from slipway.checkpoint.quantization import (
+        decode_fp8_block,
+        decode_mxfp4,
+        decode_mxfp8,
+        decode_nvfp4,
+        nvfp4_scales,
+    )
     from slipway.tensors import bits
 
     rows = columns = 2880
@@ -108,6 +114,7 @@ def decoders() -> None:
     blocks = random.integers(0, 256, (rows, columns // 32, 16), np.uint8)
     scales = random.integers(119, 127, (rows, columns // 32), np.uint8)
     weight = random.integers(0, 127, (rows, columns), np.uint8)
+    of_16 = random.integers(0, 127, (rows, columns // 16), np.uint8)
     scale = random.random((-(-rows // 128), -(-columns // 128)), np.float32)
     result = random.integers(0, 1 << 16, (rows, columns), np.uint16)
 
@@ -128,6 +135,10 @@ def decoders() -> None:
     copied = rate(copy)
     found = {
         "MXFP4": rate(lambda: decode_mxfp4(blocks, scales)),
+        "NVFP4": rate(
+            lambda: decode_nvfp4(blocks.reshape(rows, -1), of_16, nvfp4_scales(np.float32([0.1]), divide=False))
+        ),
+        "MXFP8": rate(lambda: decode_mxfp8(weight, scales)),
         "FP8 block": rate(lambda: decode_fp8_block(weight, scale, (128, 128))),
     }
     print()
