@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, tensor_of, write_torch_dist
+from conftest import free_port, make_model, tensor_of, write_torch_dist
 from slipway.checkpoint import torch_dist
 from slipway.commands.export import export
 from slipway.commands.import_checkpoint import import_checkpoint
@@ -185,3 +187,139 @@ def test_one_adapter_for_all_experts_is_the_same_one_for_each(trained, tmp_path,
         export(str(tmp_path / name), str(tmp_path / f"{name}-hf"), base=str(folder / "nemo"), adapter=adapter)
     files = sorted((tmp_path / "equal-hf").glob("*.safetensors"))
     assert files and all(file.read_bytes() == (tmp_path / "one-hf" / file.name).read_bytes() for file in files)
+
+
+# ---------------------------------------------------------------------------- tensor parallel ranks
+
+JOBS = {
+    "dora": ("DoRA", ["linear_qkv", "linear_fc1"]),
+    "dora-rows": ("DoRA", ["linear_proj"]),
+    "canonical": ("CanonicalLoRA", SPLIT[:3]),
+    "lora": ("LoRA", ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """The folder with what two tensor parallel ranks saved of each job."""
+    folder = tmp_path_factory.mktemp("ranks")
+    import_checkpoint(str(make_model(folder / "hf", "llama31", quantized=False)), str(folder / "nemo"))
+    options = {"dim": RANK, "alpha": ALPHA}
+    jobs = [
+        {"name": name, "port": free_port(), "method": method, "targets": targets, "options": options}
+        for name, (method, targets) in JOBS.items()
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    program = Path(__file__).parent / "adapters_in_parallel.py"
+    words = [sys.executable, "-W", "ignore", program, folder / "nemo", folder / "jobs.json"]
+    print(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    for name, (method, _) in JOBS.items():
+        (folder / name / "context").mkdir()
+        about = f"  _target_: nemo.collections.llm.peft.{method}\n  alpha: {ALPHA}\n  dim: {RANK}\n"
+        (folder / name / "context" / "model.yaml").write_text(f"model_transform:\n{about}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["dora", "lora"])
+def test_what_two_ranks_trained_is_merged_in_the_right_rows(on_two_ranks, tmp_path, name):
+    export(str(on_two_ranks / name), str(tmp_path / "merged"), base=str(on_two_ranks / "nemo"))
+    tokens, wanted = torch.load(on_two_ranks / name / "logits.pt")
+    with torch.no_grad():
+        found = transformers_model(tmp_path / "merged")(tokens).logits
+        plain = transformers_model(on_two_ranks / "hf")(tokens).logits
+    error, change = (found - wanted).std().item(), (plain - wanted).std().item()
+    assert error < 0.02 * change, (error, change)
+
+
+REFUSED = {"dora-rows": "linear_proj.adapter.weight_magnitude is of a run with tensor", "canonical": "orders its rows"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_two_ranks_computed_as_no_weights_do_is_refused(on_two_ranks, tmp_path, name):
+    with pytest.raises(DataError, match=REFUSED[name]):
+        export(str(on_two_ranks / name), str(tmp_path / "merged"), base=str(on_two_ranks / "nemo"))
+
+
+# ---------------------------------------------------------------------------- every tensor is accounted for
+
+STEM = "decoder.layers.self_attention.linear_proj"
+CHANGES = {
+    "A alone": (
+        lambda t: t.pop(f"{STEM}.adapter.linear_out.weight"),
+        r"linear_proj.adapter.linear_out.weight is missing",
+    ),
+    "B alone": (
+        lambda t: t.pop(f"{STEM}.adapter.linear_in.weight"),
+        r"linear_proj.adapter.linear_in.weight is missing",
+    ),
+    "unknown": (
+        lambda t: t.update({f"{STEM}.adapter.gate": torch.ones(2)}),
+        r"unknown tensor .*linear_proj.adapter.gate",
+    ),
+    "of the base": (lambda t: t.update({f"{STEM}.weight": torch.ones(2)}), r"unknown tensor .*linear_proj.weight"),
+    "heads too": (
+        lambda t: t.update({"adapter.temp_head.mlp.0.bias": torch.ones(2)}),
+        r"unknown tensor adapter.temp_head",
+    ),
+    "another rank": (
+        lambda t: t.update({f"{STEM}.adapter.linear_in.weight": torch.ones(2, 5, 64)}),
+        r"linear_proj.adapter.linear_in.weight has shape \[2, 5, 64\], so rank 5, but model.yaml says 4",
+    ),
+    "another width": (
+        lambda t: t.update({f"{STEM}.adapter.linear_in.weight": torch.ones(2, 4, 65)}),
+        r"linear_proj.adapter.linear_in.weight has shape \[2, 4, 65\], .* needs \[2, 4, 64\]; check --base",
+    ),
+    "of another module": (
+        lambda t: t.update({f"{STEM}x.adapter.linear_{end}.weight": torch.ones(2, 4, 4) for end in ("in", "out")}),
+        r"linear_projx.adapter.linear_in.weight is for .*linear_projx.weight, which .* lacks",
+    ),
+    "one magnitude": (
+        lambda t: t.update({f"{STEM}.adapter.weight_magnitude": torch.ones(2, 64)}),
+        r"tensor .*adapter.weight_magnitude of DoRA is missing",
+    ),
+    "a module": (
+        lambda t: [t.pop(f"{STEM}.adapter.linear_{end}.weight") for end in ("in", "out")],
+        r"linear_proj.adapter.linear_in.weight is missing, although model.yaml has linear_proj in target_modules",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder with nemo/, the tensors of adapters for it, their model.yaml)."""
+    folder = tmp_path_factory.mktemp("plain")
+    import_checkpoint(str(make_model(folder / "hf", "llama31", quantized=False)), str(folder / "nemo"))
+    with_random_adapters(folder / "nemo", folder / "lora")
+    reader = torch_dist.Reader(folder / "lora")
+    yaml = (folder / "lora" / "context" / "model.yaml").read_text()
+    targets = "  target_modules:\n" + "".join(f"  - {name}\n" for name in LINEAR)
+    return folder, {key: tensor_of(reader, key) for key in reader.tensors}, yaml.replace("optim:", f"{targets}optim:")
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], yaml: str) -> Path:
+    write_torch_dist(folder / "weights", tensors)
+    (folder / "context").mkdir()
+    (folder / "context" / "model.yaml").write_text(yaml)
+    return folder
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("adapter", [False, True], ids=["merged", "peft"])
+def test_every_tensor_is_accounted_for(plain, tmp_path, name, adapter):
+    folder, tensors, yaml = plain
+    change, said = CHANGES[name]
+    changed = dict(tensors)
+    change(changed)
+    lora = write(tmp_path / "lora", changed, yaml)
+    with pytest.raises(DataError, match=said):
+        export(str(lora), str(tmp_path / "out"), base=str(folder / "nemo"), adapter=adapter)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["merged", "peft"])
+def test_the_optimizer_is_left_out_and_counted(plain, tmp_path, adapter):
+    folder, tensors, yaml = plain
+    more = {f"optimizer.state.{name}": torch.ones(3) for name in ("exp_avg", "exp_avg_sq")}
+    lora = write(tmp_path / "lora", tensors | more, yaml)
+    summary = export(str(lora), str(tmp_path / "out"), base=str(folder / "nemo"), adapter=adapter)
+    assert summary.details["notes"] == ["left out: 2 tensors of the optimizer"]
