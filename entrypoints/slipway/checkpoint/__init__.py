@@ -2,7 +2,7 @@
 
 families/gpt_oss.py   says which Hugging Face tensor becomes which Megatron tensor, and how
 convert.py            makes the plan: which bytes go where
-huggingface.py        finds the tensor in the files (shards.py, pytorch_bin.py) and reads it; codecs.py decodes quantised ones
+huggingface.py        finds the tensor in the files (shards.py, pytorch_bin.py) and reads it; codecs.py decodes it
 torch_dist.py         says where it is in NeMo's distributed checkpoint, and reads such checkpoints
 stream.py             carries out the plan: read, transform, write, with a journal, so that a run can continue
 """
