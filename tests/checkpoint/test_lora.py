@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import free_port, make_model, tensor_of, write_torch_dist
+from safetensors.torch import load_file, save_file
 from slipway.checkpoint import torch_dist
 from slipway.commands.export import export
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import DataError
+from transformers5 import Transformers5
 
 RANK, ALPHA = 4, 10
+FILE = "adapter_model.safetensors"
 LATENT = ["linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj"]
 DOWN = ["linear_q_down_proj", "linear_kv_down_proj"]
 ATTENTION = ["linear_qkv", *LATENT, "linear_proj"]
@@ -141,13 +144,49 @@ def test_as_an_adapter_that_peft_loads(trained):
     export(str(folder / "lora"), str(folder / "adapter"), adapter=True)
     model = PeftModel.from_pretrained(transformers_model(folder / "hf"), folder / "adapter").eval()
     loaded = {name for name, _ in model.named_parameters() if "lora_" in name}
-    from safetensors.torch import load_file
-
     stored = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {name.replace(".default", "").replace("vector.weight", "vector") for name in loaded} == set(stored)
     with torch.no_grad():
         found = model(tokens).logits
     assert (found - wanted).abs().max() < 1e-4, (method, kind)  # the same numbers, so the bound is float32's
+
+
+@pytest.fixture(scope="module")
+def newest():
+    with Transformers5() as process:
+        yield process
+
+
+def test_as_an_adapter_that_the_newest_peft_loads(trained, newest, tmp_path):
+    """peft 0.21 with transformers 5 takes every gate, up and down projection of a model with experts for an expert's.
+
+    Where this test fails with "is right now", the note of `export --adapter` and docs/checkpoints.md can go.
+    """
+    method, kind, folder, tokens, wanted = trained
+    if kind == "gpt_oss" or (method, kind) == ("DoRA", "qwen25_tied"):
+        return
+    summary = export(str(folder / "lora"), str(tmp_path / "adapter"), adapter=True)
+    if (method, kind) == ("DoRA", "deepseek_v3"):
+        with pytest.raises(RuntimeError, match="ParamWrapper does not work with use_dora=True"):
+            newest.logits(folder / "hf", tokens, tmp_path / "adapter")
+        return
+    found = newest.logits(folder / "hf", tokens, tmp_path / "adapter")
+    if kind not in ("deepseek_v3", "moonlight"):
+        assert (found - wanted).abs().max() < 1e-4, (method, kind)
+        assert "notes" not in summary.details
+        return
+    assert (found - wanted).abs().max() > 0.1, "is right now"
+    assert "drops the adapters of dense MLPs and shared experts" in summary.details["notes"][0]
+    tensors = load_file(tmp_path / "adapter" / FILE)
+    lost = [name for name in tensors if ".mlp." in name and ".mlp.experts." not in name]
+    for name in lost:
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, tmp_path / "adapter" / FILE, metadata={"format": "pt"})
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(transformers_model(folder / "hf"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (model(tokens).logits - found).abs().max() < 1e-4  # so that these are all that it drops
 
 
 def test_what_does_not_fit_is_said(trained, tmp_path):

@@ -293,9 +293,9 @@ def adapter_plan(checkpoint: Path, base: Path | None = None) -> tuple[Plan, Deta
         raise DataError(f"{checkpoint} has no low-rank adapters; leave out --adapter")
     opened, adapters = _with_adapters(reader, base)
     name = source_of(context_folder(opened.reader.folder)) or lora.base_of(reader, base).name
-    files = peft.peft_adapter(adapters, opened.model, name)
+    files, notes = peft.peft_adapter(adapters, opened.model, name)
     plan = Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())])
-    return plan, {"files": len(files)} | _said(adapters.notes, Companions())
+    return plan, {"files": len(files)} | _said(notes, Companions())
 
 
 def context_folder(weights: Path) -> Path:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from slipway.tensors.refs import Ref, TensorInfo
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+EXPERTS = ".mlp.experts."
 LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
 
 # ---------------------------------------------------------------------------- writing
@@ -67,8 +68,8 @@ class _Matrix:
         return found
 
 
-def peft_adapter(adapters: Adapters, model: rules.Rules, base_name: str) -> dict[str, bytes]:
-    """The two files of a `peft` adapter: file name → content. A, B and their dtypes are as stored.
+def peft_adapter(adapters: Adapters, model: rules.Rules, base_name: str) -> tuple[dict[str, bytes], list[str]]:
+    """(the two files of a `peft` adapter: file name → content; notes). A, B and their dtypes are as stored.
 
     Args:
         base_name: what peft loads the base by.
@@ -86,7 +87,19 @@ def peft_adapter(adapters: Adapters, model: rules.Rules, base_name: str) -> dict
     for name, matrix in matrices.items():
         tensors |= matrix.tensors(name)
     config = _config(adapters, {name: matrix.rank for name, matrix in matrices.items()}, model.hf, base_name)
-    return {FILE: huggingface.one_file(tensors), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    files = {FILE: huggingface.one_file(tensors), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    return files, [*adapters.notes, *_dropped_by_peft(matrices, model.hf)]
+
+
+def _dropped_by_peft(modules: Iterable[str], hf: Iterable[str]) -> list[str]:
+    """A note where the newest peft loses adapters: it takes every gate_proj of a model with experts for an expert's."""
+    mlp = [name for name in modules if name.endswith(("gate_proj", "up_proj", "down_proj")) and EXPERTS not in name]
+    if not mlp or not any(EXPERTS in name for name in hf):
+        return []
+    return [
+        f"peft 0.21 with transformers 5 drops the adapters of dense MLPs and shared experts without a word "
+        f"({len(mlp)} modules, {mlp[0]} the first); peft 0.18 with transformers 4 and the merged export have them"
+    ]
 
 
 def _config(
