@@ -6,8 +6,9 @@ import re
 
 from slipway.cli import COMMANDS
 
+# A command's name before its lines; steps and evaluations of a run; "  | " before a sample that preprocess shows.
 NAMES = "|".join([*COMMANDS, "slipway", "topology", "worker"])
-OURS = re.compile(rf"({NAMES}): |\$ slipway |step \d+/\d+ loss |evaluation after step \d+: |$")
+OURS = re.compile(rf"({NAMES}): |\$ slipway |step \d+/\d+ loss |evaluation after step \d+: |  \| |$")
 
 
 def not_ours(output: str) -> list[str]:

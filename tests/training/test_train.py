@@ -274,14 +274,20 @@ def test_a_run_goes_on_only_as_what_it_was(whole, nemo_model, data, slipway):
         ({"nodes": 2}, 2, "2 nodes need --node-rank"),
         ({"data": "FOREIGN"}, 65, "a token id is 100000, the model's vocabulary has 512"),
         ({"data": "GARBLED"}, 65, "garbled.jsonl:1: not a sample"),
-        ({"seq_length": 2}, 65, "no sample is left"),
+        ({"data": "LONG", "seq_length": 2}, 65, "no sample is left"),
         ({"out": "/proc/run"}, 73, "cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(change, code, message, nemo_model, mxfp4_model, data, tmp_path, slipway):
     (tmp_path / "foreign.jsonl").write_text('{"inputs": {"p_ids": [], "r_ids": [1, 100000]}}\n')
     (tmp_path / "garbled.jsonl").write_text('{"inputs"\n')
-    paths = {"MXFP4": mxfp4_model, "FOREIGN": tmp_path / "foreign.jsonl", "GARBLED": tmp_path / "garbled.jsonl"}
+    (tmp_path / "long.jsonl").write_text('{"inputs": {"p_ids": [], "r_ids": [1, 2, 3]}}\n')
+    paths = {
+        "MXFP4": mxfp4_model,
+        "LONG": tmp_path / "long.jsonl",
+        "FOREIGN": tmp_path / "foreign.jsonl",
+        "GARBLED": tmp_path / "garbled.jsonl",
+    }
     change = {key: paths.get(value, value) for key, value in change.items()}
     done = slipway(*flags(nemo_model, data, tmp_path / "run", **change))
     error = done.stderr.strip().splitlines()[-1]
