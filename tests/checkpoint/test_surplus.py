@@ -154,6 +154,22 @@ def test_a_reward_model_is_named(name, tmp_path):
         assert f"a classifier or reward model (LlamaForSequenceClassification): it has {name}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "prefix, said", [("", "names of a decoder alone"), ("module.model.", "begin with module.model.")]
+)
+def test_a_model_without_its_head_or_inside_another_is_named(prefix, said, tmp_path):
+    source = make_model(tmp_path / "hf", "qwen25_tied", quantized=False)
+
+    def rename(stored: dict[str, torch.Tensor]) -> None:
+        for name in list(stored):
+            stored[prefix + name.removeprefix("model.")] = stored.pop(name)
+
+    change_shards(source, rename)
+    for command in (import_checkpoint, lambda path, _: inspect(path)):
+        with pytest.raises(DataError, match=said):
+            command(str(source), str(tmp_path / "nemo"))
+
+
 def test_a_classifiers_name_alone_refuses_nothing(tmp_path):
     source = make_model(tmp_path / "hf", "llama31", quantized=False)
     edit_config(source, architectures=["LlamaForSequenceClassification"])

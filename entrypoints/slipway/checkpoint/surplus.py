@@ -23,6 +23,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Only the layer for multi-token prediction has it: any other layer beyond num_hidden_layers is an error.
 MTP_MARK = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
 STACK = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+EMBEDDING = "embed_tokens.weight"
 CLASSIFIER = ("score.weight", "classifier.weight", "classification_head.weight")
 
 
@@ -32,6 +33,7 @@ def settle(reader: Reader, config: Mapping[str, Any]) -> list[str]:
     Errors: DataError for a model of another task.
     """
     _refuse_classifier(reader, config)
+    _refuse_other_names(reader)
     notes = [*reader.notes]
     for number, names in sorted(_switched_off(reader.tensors, config).items()):
         for name in names:
@@ -62,6 +64,24 @@ def _refuse_classifier(reader: Reader, config: Mapping[str, Any]) -> None:
         raise DataError(
             f"{reader.folder} is a classifier or reward model ({kind}): it has {found} in place of the output layer; "
             "only models that generate text (…ForCausalLM) are supported"
+        )
+
+
+def _refuse_other_names(reader: Reader) -> None:
+    """DataError for a model that was saved inside another one, or without its output layer."""
+    found = next((name for name in reader.tensors if name.endswith(EMBEDDING)), "")
+    prefix = found.removesuffix(EMBEDDING)
+    if not found or prefix == "model." or LAYER.match(found) or f"model.{EMBEDDING}" in reader.tensors:
+        return
+    if not prefix:
+        raise DataError(
+            f"{reader.folder} has the names of a decoder alone ({found}, without model.), and no output layer; "
+            "save the whole model, AutoModelForCausalLM, with transformers"
+        )
+    if not prefix.startswith("llm."):  # the base of a model merged with heads, which has a message of its own
+        raise DataError(
+            f"{reader.folder}: the tensors' names begin with {prefix} ({found}), as of a model inside another one; "
+            "expected model.: save the inner model with transformers"
         )
 
 

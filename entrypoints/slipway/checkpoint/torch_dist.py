@@ -38,12 +38,12 @@ def newest(checkpoint: Path) -> Path:
     Errors: DataError for an iteration that is not there, or is in the classic layout.
     """
     try:
-        iteration = (checkpoint / TRACKER).read_text().strip()
+        iteration = (checkpoint / TRACKER).read_text().strip()[:20]
     except (OSError, ValueError):
         return checkpoint
     inner = checkpoint / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release")
     if not inner.is_dir():
-        raise DataError(f"{checkpoint / TRACKER} names iteration {iteration[:20]}, but there is no {inner.name}")
+        raise DataError(f"{checkpoint / TRACKER} names iteration {iteration}, but there is no {inner.name}")
     if any(inner.glob("mp_rank_*")):
         raise DataError(
             f"{inner} is in Megatron's classic layout (mp_rank_*), which is not supported; save it again with "
