@@ -13,6 +13,7 @@ import torch
 from conftest import free_port, make_model, tensor_of, write_torch_dist
 from safetensors.torch import load_file, save_file
 from slipway.checkpoint import torch_dist
+from slipway.checkpoint.inspection import contents_of
 from slipway.commands.export import export
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import DataError
@@ -362,3 +363,16 @@ def test_the_optimizer_is_left_out_and_counted(plain, tmp_path, adapter):
     lora = write(tmp_path / "lora", tensors | more, yaml)
     summary = export(str(lora), str(tmp_path / "out"), base=str(folder / "nemo"), adapter=adapter)
     assert summary.details["notes"] == ["left out: 2 tensors of the optimizer"]
+
+
+def test_inspect_knows_adapters(plain, tmp_path):
+    folder, tensors, yaml = plain
+    lora = write(tmp_path / "lora", tensors, yaml)
+    shutil.copyfile(folder / "nemo" / "context" / "hf_config.json", lora / "context" / "hf_config.json")
+    found = contents_of(lora)
+    assert found.whole and found.format == "NeMo checkpoint of low-rank adapters", str(found)
+    assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
+    shutil.rmtree(lora / "weights")
+    lost = f"{STEM}.adapter.linear_in.weight"
+    write_torch_dist(lora / "weights", {key: tensor for key, tensor in tensors.items() if key != lost})
+    assert "linear_proj.adapter.linear_in.weight is missing" in contents_of(lora).problems["adapters"][0]

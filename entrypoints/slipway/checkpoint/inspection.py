@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint import codecs, huggingface, nemo_context, surplus, torch_dist
+from slipway.checkpoint import codecs, huggingface, lora, nemo_context, surplus, torch_dist
 from slipway.checkpoint.contents import Contents
 from slipway.checkpoint.convert import EMBEDDING, HEAD, context_folder, same_values
 from slipway.checkpoint.heads import ADAPTER
@@ -236,14 +236,16 @@ def _of_torch_dist(path: Path) -> Contents:
     context = context_folder(reader.folder)
     problems = _files_problems(reader.folder, reader.extents)
     wanted, checked, model = _wanted_by_nemo(context, parts)
-    if checked:
+    if checked and parts["adapters"]:
+        problems = _misfit(reader, wanted, context) | problems
+    elif checked:
         problems = _compare_infos(parts["model"] | parts["heads"], wanted) | problems
     files = {f.name: f.stat().st_size for f in reader.files() if f.is_file()}
     return Contents(
         path=str(path),
         format=_nemo_format(context, parts),
         model=model,
-        parameters=_parameters([*parts["model"].values(), *parts["heads"].values()]),
+        parameters=_parameters(info for name in ("model", "heads", "adapters") for info in parts[name].values()),
         dtypes=_dtypes(reader.tensors.values()),
         files=files,
         parts={name: len(tensors) for name, tensors in parts.items() if tensors},
@@ -253,17 +255,27 @@ def _of_torch_dist(path: Path) -> Contents:
 
 
 def _parts(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    parts: dict[str, dict[str, TensorInfo]] = {"model": {}, "heads": {}, "optimizer": {}}
+    parts: dict[str, dict[str, TensorInfo]] = {"model": {}, "heads": {}, "adapters": {}, "optimizer": {}}
     for key, info in tensors.items():
         part = "optimizer" if key.startswith(OPTIMIZER) else "heads" if key.startswith(ADAPTER) else "model"
-        parts[part][key] = info
+        parts["adapters" if part == "model" and lora.KEY.fullmatch(key) else part][key] = info
     return parts
+
+
+def _misfit(reader: torch_dist.Reader, base: Mapping[str, TensorInfo | None], context: Path) -> dict[str, list[str]]:
+    """What is wrong with low-rank adapters for this base, if anything is."""
+    infos = {key: info for key, info in base.items() if info}
+    try:
+        lora.Adapters(reader, infos, context / nemo_context.SOURCE_CONFIG)
+    except DataError as error:
+        return {"adapters": [str(error)]}
+    return {}
 
 
 def _nemo_format(context: Path, parts: Mapping[str, Any]) -> str:
     kind = "NeMo checkpoint" if context.is_dir() else "torch_dist weights"
-    if parts["heads"] and not parts["model"]:
-        kind += " of trained heads"
+    if (parts["heads"] or parts["adapters"]) and not parts["model"]:
+        kind += " of low-rank adapters" if parts["adapters"] else " of trained heads"
     return f"{kind} with the optimizer's state" if parts["optimizer"] else kind
 
 
