@@ -46,6 +46,7 @@ IN_CI = [
     ("deepseek_v3", "sft", "tp2"),
     ("deepseek_v3", "sft", "ep2"),
     ("deepseek_v3", "heads", "pp2"),
+    ("deepseek_v3", "lora", "pp2"),
     ("qwen25_tied", "heads", "tp2"),
     ("qwen25_tied", "sft", "pp2"),
     ("llama31", "lora", "tp2"),

@@ -50,6 +50,15 @@ class Record(Callback):
             self.folder.write_status(self.status)
         self._clock = time.monotonic()
 
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        # Not earlier: NeMo attaches adapters and freezes the base after on_train_start.
+        if "trained_weights" in self.status or not trainer.is_global_zero:
+            return
+        every = [parameter.numel() for parameter in module.parameters()]
+        trained = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
+        self.status |= {"trained_weights": sum(trained), "weights": sum(every)}
+        print(f"worker: {sum(trained):,} of {sum(every):,} weights on this rank are trained", flush=True)
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         # On every rank: the ranks must agree on the name of a checkpoint.
         module.log(STEPS_DONE, float(trainer.global_step))

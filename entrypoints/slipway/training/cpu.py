@@ -133,6 +133,7 @@ def _patch_nemo() -> None:
     replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint, NEMO)
     # Both say that Transformer Engine is there, because Megatron's module about it can be imported without it.
     replace(peft_utils, "HAVE_TE", False, NEMO)
+    wrap(lora, "get_adapter_attributes_from_linear", _and_of_whole_matrices, NEMO)
     replace(lora, "te", types.SimpleNamespace(Linear=type("Linear", (), {})), NEMO)
     wrap(megatron_strategy, "init_model_parallel", _and_seed, NEMO)
 
@@ -270,6 +271,41 @@ def attention_of_mla() -> type:
     return Attention
 
 
+class WholeLinear(torch.nn.Module):
+    """A projection that every tensor parallel rank has whole. Returns (output, no bias), as Megatron's layers do.
+
+    It is no torch.nn.Linear: NeMo would take it for a layer that returns its output alone.
+    """
+
+    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.config = inputs, outputs, config
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # each rank sees its own tokens
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(input_, self.weight), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """What Megatron saves: the whole matrix, the same on every rank."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
+
+
+def _and_of_whole_matrices(attributes: Callable[..., Any]) -> Callable[..., Any]:
+    """What NeMo asks of a layer that gets an adapter. It knows whole projections only as Transformer Engine's."""
+
+    @functools.wraps(attributes)
+    def of(layer: Any) -> Any:
+        if isinstance(layer, WholeLinear):
+            return False, layer.in_features, layer.out_features, not layer.config.sequence_parallel, False
+        return attributes(layer)
+
+    return of
+
+
 @functools.cache
 def linear_on_every_rank() -> type:
     """What Transformer Engine projects down with in multi-latent attention: the same whole matrix on every tensor
@@ -277,14 +313,10 @@ def linear_on_every_rank() -> type:
     """
     from megatron.core.transformer import multi_latent_attention
 
-    class Linear(torch.nn.Linear):
+    class Linear(WholeLinear):
         def __init__(self, inputs: int, outputs: int, *, config: Any, parallel_mode: str, **_: Any) -> None:
             assert parallel_mode == "duplicated"
-            super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype)
-            self.weight.sequence_parallel = config.sequence_parallel  # each rank sees its own tokens
-
-        def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return super().forward(input_), None
+            super().__init__(inputs, outputs, config)
 
     # Megatron passes parallel_mode to this class alone.
     replace(multi_latent_attention, "TELinear", Linear, MEGATRON)

@@ -23,6 +23,7 @@ CHUNK = 1024  # tokens whose logits exist at once under the heads: heads_loss.CH
 OVERHEAD = 3e9  # bytes for CUDA's context, communicators, workspaces and unusable gaps
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 STACKED = ".experts.experts."
+ALL = "all-linear"  # every linear layer gets an adapter
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,24 @@ def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:
 def _adapters(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer]) -> float:
     h, heads = c["hidden_size"], c["num_attention_heads"] * head_dim(c)
     width = c.get("moe_intermediate_size", c["intermediate_size"])
+    rank, value = c.get("kv_lora_rank", 0), c.get("v_head_dim", 0)
+    query = c.get("qk_nope_head_dim", 0) + c.get("qk_rope_head_dim", 0)
+    of_values = c["num_attention_heads"] * (c.get("qk_nope_head_dim", 0) + value)
     sides = {
         "linear_qkv": h + heads + 2 * c["num_key_value_heads"] * head_dim(c),
-        "linear_proj": heads + h,
+        "linear_proj": (c["num_attention_heads"] * value or heads) + h,
         "linear_fc1": h + 2 * width,
         "linear_fc2": width + h,
+        "linear_q_down_proj": h + (c.get("q_lora_rank") or 0),
+        "linear_q_up_proj": (c.get("q_lora_rank") or 0) + c["num_attention_heads"] * query,
+        "linear_q_proj": h + c["num_attention_heads"] * query,
+        "linear_kv_down_proj": h + rank + c.get("qk_rope_head_dim", 0),
+        "linear_kv_up_proj": rank + of_values,
     }
+    targets = recipe.lora_targets if recipe.lora_targets != ALL else "linear_qkv,linear_proj,linear_fc1,linear_fc2"
     total = 0.0
     for layer in layers:
-        for target in recipe.lora_targets.split(","):
+        for target in targets.split(","):
             many = layer.count / recipe.expert_parallel_size if layer.count and "fc" in target else 1
-            total += recipe.lora_rank * sides.get(target, 2 * h) * many
+            total += recipe.lora_rank * sides.get(target, 0) * many
     return total / recipe.tensor_parallel_size

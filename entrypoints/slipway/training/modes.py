@@ -19,6 +19,7 @@ from slipway.training.heads_on_nemo import FromBase, HeadsTransform, heads_step,
 from slipway.training.recipe import Recipe
 from slipway.training.repairs import mark_experts
 from slipway.training.steps import language_model_step
+from slipway.training.targets import ALL, EVERY
 
 
 class LoRA(FromBase, NemoLoRA):
@@ -83,9 +84,9 @@ def _lora(recipe: Recipe) -> LoRA:
     return LoRA(
         recipe.model,
         recipe.seed,
-        target_modules=recipe.lora_targets.split(","),
+        target_modules=list(EVERY) if recipe.lora_targets == ALL else recipe.lora_targets.split(","),
         dim=recipe.lora_rank,
-        alpha=recipe.lora_alpha,
+        alpha=recipe.lora_alpha or recipe.lora_rank,
         dropout=recipe.lora_dropout,
     )
 

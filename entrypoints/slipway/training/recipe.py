@@ -63,11 +63,16 @@ class Recipe:
     keep: int = _size(2, "number of checkpoints to keep, the newest ones")
     seed: int = option(1234, "seed of the new weights, the order of the data and dropout", low=0, high=2**32 - 1)
     lora_targets: str = option(
-        "linear_qkv,linear_proj,linear_fc1,linear_fc2", "Megatron's modules that get an adapter, separated by commas"
+        "all-linear",
+        "modules that get an adapter, separated by commas; names of Megatron (linear_qkv) or Hugging Face (q_proj)",
     )
     lora_rank: int = option(32, "rank of an adapter", low=1, high=65536)
     lora_alpha: int = option(
-        32, "the output of an adapter is multiplied by lora_alpha / lora_rank", low=1, high=LARGEST
+        0,
+        "the output of an adapter is multiplied by lora_alpha / lora_rank",
+        low=0,
+        high=LARGEST,
+        otherwise="lora_rank",
     )
     lora_dropout: float = option(0.0, "share of an adapter's inputs that are dropped", low=0, below=1)
     pack: bool = option(
@@ -84,6 +89,10 @@ class Recipe:
     def is_frozen(self) -> bool:
         """The base stays as it is."""
         return self.mode in ("heads", "lora")
+
+    @property
+    def _adapts_experts(self) -> bool:
+        return "linear_fc" in self.lora_targets or self.lora_targets == "all-linear"
 
     def check(self, world_size: int, recipe: str = "") -> None:
         """UsageError unless the sizes fit each other and a world of `world_size` processes.
@@ -156,7 +165,7 @@ class Recipe:
                     f"--{kind}-parallel-size {getattr(self, f'{kind}_parallel_size')} does not divide the model's "
                     f"{count} {what}; change it"
                 )
-        if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and "linear_fc" in self.lora_targets:
+        if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and self._adapts_experts:
             raise UsageError(
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
                 "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"

@@ -27,6 +27,7 @@ from slipway.training.agreement import claims
 from slipway.training.outcome import Run, claim_folder, note, result_of
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
+from slipway.training.targets import resolved as targets_of
 
 # Of warm-up and constant steps, the part of a run that they take by default.
 SHARES = {"warmup_steps": Recipe.steps // Recipe.warmup_steps, "constant_steps": Recipe.steps // Recipe.constant_steps}
@@ -111,6 +112,10 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     ]
     values |= shorter
     if config:
+        if values.get("mode") == "lora":
+            targets, notes = targets_of(values.get("lora_targets", Recipe.lora_targets), config)
+            values |= {"lora_targets": targets, "lora_alpha": values.get("lora_alpha") or _rank(values)}
+            said += notes
         known = request.choice.gpu_memory or (recipes.gpu_memory() if dry_run or gpus_here() else None)
         found = layout.fitted(values, chosen, config, topology.world_size, known)
         values = found.values
@@ -166,6 +171,10 @@ def _fitting_schedule(values: Mapping[str, Any], chosen: Collection[str]) -> dic
         return {}
     fitting = {name: min(schedule[name], steps // share) for name, share in SHARES.items() if name not in chosen}
     return fitting
+
+
+def _rank(values: Mapping[str, Any]) -> int:
+    return values.get("lora_rank", Recipe.lora_rank)
 
 
 def _of_recipe(shipped: recipes.Shipped, port: int) -> Topology:
