@@ -20,14 +20,14 @@ def import_checkpoint(
 ) -> Summary | Forecast:
     """Turn a Hugging Face model into a NeMo checkpoint.
 
-    MXFP4 and FP8 are read directly, without a BF16 copy on disk. The checkpoint is not split for any number of GPUs:
+    Quantised models (FP8, MXFP4, MXFP8, NVFP4) are read directly, without a BF16 copy on disk. The checkpoint is not split for any number of GPUs:
     NeMo loads it with any parallel sizes. If the command is interrupted, run it again: it continues.
 
     With --adapter the result is a checkpoint of low-rank adapters that compute what a `peft` adapter does; the
     checkpoint of their base is written to DST/base, unless SRC is one.
 
     Args:
-        src: folder of the model, BF16, FP8 or MXFP4, or hf://org/name[@revision]; with --adapter also its NeMo
+        src: folder of the model, in BF16 or quantised, or hf://org/name[@revision]; with --adapter also its NeMo
             checkpoint, a folder or nemo://name.
         dst: NeMo checkpoint to write, a folder or nemo://name.
         adapter: folder of a LoRA or DoRA adapter of `peft` for this model, or hf://org/name[@revision].

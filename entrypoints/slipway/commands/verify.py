@@ -58,7 +58,7 @@ def verify(a: str, b: str, **options: Any) -> Verified:
     """Tell whether two checkpoints are the same model, whatever their formats.
 
     Compares the dequantised tensors bit for bit, as a stream. Exit code 1 means that they differ; the message names
-    the first difference. Each of the two may be a Hugging Face model (BF16, FP8 or MXFP4), a NeMo checkpoint, or a
+    the first difference. Each of the two may be a Hugging Face model (in BF16 or quantised), a NeMo checkpoint, or a
     model merged with heads (the heads are not compared). If only one of them has layers for multi-token prediction,
     these are not compared, because `import` leaves them out by default.
 

@@ -76,7 +76,7 @@ def check(c: Config, where: Path) -> None:
         if c.get(field, value) not in (value, None):
             raise DataError(f"{where}: field {field} is {c[field]!r}; with the other sizes it must be {value}")
     checks.check_count(c, where, "first_k_dense_replace", c["num_hidden_layers"] - 1)
-    if decoder.MTP in c:
+    if c.get(decoder.MTP) is not None:
         checks.check_count(c, where, decoder.MTP, 64)
     _check_routing(c, where)
     rope.check(c, where, "yarn")
