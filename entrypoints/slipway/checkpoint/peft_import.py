@@ -167,9 +167,8 @@ class _Attached:
     def notes(self) -> list[str]:
         """What a person should know, and what `train` needs."""
         ranks = sorted({lora.rank for lora in self.given.modules.values()})
-        said = [
-            f"to go on: train --mode lora --lora-rank {self.rank} --lora-alpha {self.alpha:g} --lora-targets {','.join(self._patterns())}"
-        ]
+        targets = ",".join(self._patterns())
+        said = [f"in training: --lora-rank {self.rank} --lora-alpha {self.alpha:g} --lora-targets {targets}"]
         if ranks != [self.rank]:
             said.append(
                 f"rank {', '.join(map(str, ranks))} → {self.rank}: NeMo has one A for q, k and v, one for gate and up, "
