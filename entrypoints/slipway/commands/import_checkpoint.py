@@ -20,8 +20,8 @@ def import_checkpoint(
 ) -> Summary | Forecast:
     """Turn a Hugging Face model into a NeMo checkpoint.
 
-    Quantised models (FP8, MXFP4, MXFP8, NVFP4) are read directly, without a BF16 copy on disk. The checkpoint is not split
-    for any number of GPUs: NeMo loads it with any parallel sizes. If the command is interrupted, run it again: it
+    Quantised models (FP8, MXFP4, MXFP8, NVFP4) are read directly, without a BF16 copy on disk. The checkpoint is not
+    split for any number of GPUs: NeMo loads it with any parallel sizes. If the command is interrupted, run it again: it
     continues.
 
     With --adapter the result is a checkpoint of low-rank adapters that compute what a `peft` adapter does; the
