@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import slipway
+from slipway.checkpoint.nemo_context import TOKENIZER as TOKENIZER_FOLDER
 from slipway.launch.topology import Topology
 from slipway.training.recipe import Recipe
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from slipway.tokens.scan import Index
 
 PATHS = ("model", "data", "out", "eval_data")  # may differ from machine to machine; their contents may not
+DATA = "the data (bytes, usable samples, digest of their positions and of a part of the file)"
+MODEL = "the model (digest of both ends of its files of weights)"
+TOKENIZER = "the tokenizer (digest of its files)"
+STAY = (DATA, MODEL, TOKENIZER)  # what a run that goes on must find as it was
+SAMPLES = 64  # places of a file of data that are compared: reading all of it would take as long as training's start
 SAMPLE_BYTES = 4096  # at the beginning and at the end of each file of weights
 
 
@@ -25,16 +31,39 @@ def claims(recipe: Recipe, index: Index, held_out: Index | None, topology: Topol
         "--nodes": str(topology.nodes),
         "--nproc-per-node": str(topology.processes_per_node),
         **{f"--{name.replace('_', '-')}": str(value) for name, value in fields.items()},
-        "the data (bytes, usable samples, digest of their positions)": data_digest(Path(recipe.data), index),
+        DATA: data_digest(Path(recipe.data), index),
         "the data of evaluations": data_digest(Path(recipe.eval_data), held_out) if held_out else "none",
-        "the model (digest of both ends of its files of weights)": model_digest(Path(recipe.model)),
+        MODEL: model_digest(Path(recipe.model)),
+        TOKENIZER: tokenizer_digest(Path(recipe.model)),
         "the step to continue from in --out, which all nodes must share": str(begins_at),
     }
 
 
 def data_digest(path: Path, index: Index) -> str:
-    """Size, number of samples and their positions. Two files that agree in all three are the same in practice."""
-    return f"{path.stat().st_size} bytes, {len(index)} samples, {index.digest[:12]}"
+    """Size, number of samples, their positions and a part of the file. Two files that agree in all are the same."""
+    digest, size = hashlib.sha256(index.digest.encode()), path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return f"{size} bytes, {len(index)} samples, {digest.hexdigest()[:12]}"
+
+
+def tokenizer_digest(model: Path) -> str:
+    """Names and contents of the tokenizer's files; "none" where the checkpoint has no tokenizer."""
+    files = [file for file in sorted((model / "context" / TOKENIZER_FOLDER).rglob("*")) if file.is_file()]
+    digest = hashlib.sha256(b"".join(file.name.encode() + hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return digest.hexdigest()[:12] if files else "none"
+
+
+def changed(begun: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What of a run's inputs is not as it was when the run began, in words.
+
+    Args:
+        begun: the claims of the run's first start, as far as they are known.
+        now: those of this start.
+    """
+    return [f"{name} was {begun[name]} and is {now[name]}" for name in STAY if begun.get(name, now[name]) != now[name]]
 
 
 def model_digest(model: Path) -> str:

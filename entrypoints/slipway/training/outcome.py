@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -30,11 +31,16 @@ class Run:
     started: float
 
 
-def claim_folder(run: Run) -> None:
-    """On rank 0: write what will be computed here, and remove what an earlier start has left incomplete."""
+def claim_folder(run: Run, inputs: dict[str, str]) -> None:
+    """On rank 0: write what will be computed here, and remove what an earlier start has left incomplete.
+
+    Args:
+        inputs: digests of what is read, by their names.
+    """
     try:
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
+        run.folder.inputs.write_text(json.dumps(inputs, indent=1) + "\n")
         before = run.folder.read_status()
         # Whoever looks at a run that goes on sees the loss of the step that it goes on from.
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}

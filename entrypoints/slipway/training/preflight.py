@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from slipway.launch.topology import gpus_here
 from slipway.options import flag
 from slipway.tokens.scan import Index, scan
 from slipway.training import memory
+from slipway.training.agreement import changed
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
@@ -82,6 +84,20 @@ def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> int:
     if changed:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out")
     return latest[0]
+
+
+def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None:
+    """UsageError where a run goes on with other data, another model or tokenizer than it began with.
+
+    Args:
+        now: the claims of this start (agreement.py).
+    """
+    if not begins_at or not folder.inputs.is_file():
+        return
+    if differences := changed(json.loads(folder.inputs.read_text()), now):
+        raise UsageError(
+            f"{folder.path} holds a run on other inputs: {'; '.join(differences)}; restore them or choose another --out"
+        )
 
 
 def scan_data(recipe: Recipe, vocab_size: int, scratch: Path) -> tuple[Index, Index | None]:

@@ -2,6 +2,7 @@
 
 checkpoints/step=N/   NeMo checkpoints; one that has `step=N-unfinished` beside it is not complete
 recipe.json           what is computed
+inputs.json           digests of the data, the model and the tokenizer, when the run began
 status.json           state (starting, running, stopped, done, failed), step, loss, tokens, and why it ended
 metrics.jsonl         one object per step: step, loss, lr, tokens, seconds
 evaluations.jsonl     one object per evaluation: step, loss
@@ -41,6 +42,10 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.json"
+
+    @property
+    def inputs(self) -> Path:
+        return self.path / "inputs.json"
 
     @property
     def status(self) -> Path:

@@ -23,7 +23,7 @@ from slipway.options import flag
 from slipway.report import Summary
 from slipway.signals import StopRequests
 from slipway.training import layout, memory, preflight, recipes
-from slipway.training.agreement import claims
+from slipway.training.agreement import STAY, claims
 from slipway.training.outcome import Run, claim_folder, note, result_of
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
@@ -80,9 +80,10 @@ def run(request: Request) -> Summary:
         print(topology, file=sys.stderr)
         preflight.make_folder(run.folder)
         agreed = claims(run.recipe, index, held_out, topology, run.begins_at)
+        preflight.check_inputs(run.folder, run.begins_at, agreed)
         link = meet(topology, agreed, request.patience.rendezvous_timeout)
         if topology.rank == 0:
-            claim_folder(run)
+            claim_folder(run, {name: agreed[name] for name in STAY})
         try:
             failure = _work(run, Path(scratch), stop, link)
         except Stopped:  # between the claim and the first worker
