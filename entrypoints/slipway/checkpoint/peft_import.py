@@ -24,7 +24,7 @@ import numpy as np
 
 from slipway.checkpoint import archive, convert, nemo_context, torch_dist
 from slipway.checkpoint.lora import ADAPTER, BASE, BASE_NOTE, IN, MAGNITUDE, OUT
-from slipway.checkpoint.peft import LORA_A, LORA_B, Adapter, Lora
+from slipway.checkpoint.peft import CONFIG, LORA_A, LORA_B, Adapter, Lora
 from slipway.checkpoint.peft import MAGNITUDE as VECTOR
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError
@@ -71,7 +71,7 @@ def plan(
             f"weights/{BASE_NOTE}": json.dumps(note).encode(),
         },
         copies=copies,
-        identity=["adapter", mtp, identity_of_files([*given.reader.files(), adapter / "adapter_config.json"])],
+        identity=["adapter", mtp, identity_of_files([*base.reader.files(), *given.reader.files(), adapter / CONFIG])],
     )
     details = {"tensors": len(found.tensors), "rank": found.rank, "alpha": found.alpha, "notes": found.notes()}
     return (_beside(made, base_plan) if base_plan else made), details
