@@ -14,7 +14,7 @@ from slipway.training.recipe import Recipe
 if TYPE_CHECKING:
     from slipway.tokens.scan import Index
 
-PATHS = ("model", "data", "out", "eval_data")  # may differ from machine to machine; their contents may not
+PATHS = ("model", "data", "out", "eval_data", "adapter")  # may differ from machine to machine; their contents may not
 DATA = "the data (bytes, usable samples, digest of their positions and of a part of the file)"
 MODEL = "the model (digest of both ends of its files of weights)"
 TOKENIZER = "the tokenizer (digest of its files)"

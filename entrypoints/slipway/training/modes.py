@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.collections.llm.peft import LoRA as NemoLoRA
 from nemo.lightning.pytorch.callbacks.peft import PEFT
@@ -25,16 +26,36 @@ from slipway.training.targets import ALL, EVERY
 class LoRA(FromBase, NemoLoRA):
     """NeMo's LoRA, which remembers its base and has the same first weights in every parallel layout."""
 
-    def __init__(self, base: str, seed: int, target_modules: list[str], dim: int, alpha: int, dropout: float) -> None:
+    def __init__(
+        self,
+        base: str,
+        seed: int,
+        target_modules: list[str],
+        dim: int,
+        alpha: float,
+        dropout: float,
+        adapter: str = "",
+    ) -> None:
+        """`adapter`: a checkpoint of adapters whose weights these begin with; "" = new ones."""
         super().__init__(target_modules=target_modules, dim=dim, alpha=alpha, dropout=dropout)
-        self.base, self.seed = base, seed
+        self.base, self.seed, self.adapter = base, seed, adapter
 
     def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
         model = super().__call__(model)
         for layer in model.modules():
             if isinstance(layer, TransformerLayer):
                 self._begin(layer)
+        if self.adapter:
+            self._continue(model)
         return mark_experts(model)
+
+    def _continue(self, model: torch.nn.Module) -> None:
+        """Load the weights of the adapters to continue from, before the optimizer copies them."""
+        folder, strategy = Path(self.adapter) / "weights", model.trainer.strategy
+        metadata = strategy.unwrapped_checkpoint_io.load_content_metadata(folder)
+        states = model.sharded_state_dict(metadata=metadata)
+        own = {key: state for key, state in states.items() if ".adapter." in key}
+        strategy.load_model_state_dict(dist_checkpointing.load({"state_dict": own}, str(folder)), strict=False)
 
     def _begin(self, layer: TransformerLayer) -> None:
         """Set the first weights of a layer's adapters: draw the whole matrix, and keep this rank's part of it.
@@ -88,6 +109,7 @@ def _lora(recipe: Recipe) -> LoRA:
         dim=recipe.lora_rank,
         alpha=recipe.lora_alpha or recipe.lora_rank,
         dropout=recipe.lora_dropout,
+        adapter=recipe.adapter,
     )
 
 

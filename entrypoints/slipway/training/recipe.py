@@ -67,14 +67,18 @@ class Recipe:
         "modules that get an adapter, separated by commas; names of Megatron (linear_qkv) or Hugging Face (q_proj)",
     )
     lora_rank: int = option(32, "rank of an adapter", low=1, high=65536)
-    lora_alpha: int = option(
-        0,
+    lora_alpha: float = option(
+        0.0,
         "the output of an adapter is multiplied by lora_alpha / lora_rank",
         low=0,
         high=LARGEST,
         otherwise="lora_rank",
     )
     lora_dropout: float = option(0.0, "share of an adapter's inputs that are dropped", low=0, below=1)
+    adapter: str = option(
+        "",
+        "NeMo checkpoint of adapters to continue from, see `import --adapter`; gives rank, alpha and targets",
+    )
     pack: bool = option(
         False, "put several samples of a .jsonl file into one sequence if they fit; none of them sees another"
     )

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import locate
+from slipway.checkpoint.lora import settings_of
+from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import Stopped, UsageError
 from slipway.launch import torchrun
 from slipway.launch.failure import FAILED, Failure
@@ -114,6 +116,7 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     values |= shorter
     if config:
         if values.get("mode") == "lora":
+            values |= _of_adapter(values, chosen)
             targets, notes = targets_of(values.get("lora_targets", Recipe.lora_targets), config)
             values |= {"lora_targets": targets, "lora_alpha": values.get("lora_alpha") or _rank(values)}
             said += notes
@@ -172,6 +175,32 @@ def _fitting_schedule(values: Mapping[str, Any], chosen: Collection[str]) -> dic
         return {}
     fitting = {name: min(schedule[name], steps // share) for name, share in SHARES.items() if name not in chosen}
     return fitting
+
+
+def _of_adapter(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+    """Rank, alpha and targets of the adapters to continue from; {} where there are none.
+
+    Errors: UsageError where a flag says otherwise, or there is no such checkpoint.
+    """
+    if not values.get("adapter"):
+        return {}
+    folder = locate.nemo_path(values["adapter"])
+    if not (folder / "weights" / ".metadata").is_file():
+        raise UsageError(
+            f"--adapter {folder} is not a NeMo checkpoint; `slipway import --adapter` makes one from peft's"
+        )
+    settings = settings_of(Reader(folder))
+    found = {
+        "lora_rank": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_targets": ",".join(settings.targets),
+    }
+    for name, value in found.items():
+        if name in chosen and values[name] != value:
+            raise UsageError(
+                f"{flag(name)} is {values[name]}, but --adapter {folder} has {value}; leave out {flag(name)}"
+            )
+    return {name: value for name, value in found.items() if value} | {"adapter": str(folder.absolute())}
 
 
 def _rank(values: Mapping[str, Any]) -> int:
