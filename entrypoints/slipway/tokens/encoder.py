@@ -149,7 +149,7 @@ class Encoder:
             if as_text:
                 found = self._marked([(example.prompt, False), (example.completion, True)])
                 return [Sample(self._begun(found.prompt), found.response + self.end if found.response else [])]
-            example = example.chat
+            example = example.chat()
         return self._chat(example, counts) if isinstance(example, Chat) else [example]
 
     def _chat(self, chat: Chat, counts: Counter[str]) -> list[Sample]:
@@ -202,7 +202,8 @@ class Encoder:
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            # Of a batch of one: a quarter faster, since it does not note where in the text each token stands.
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:  # JSON may spell what no text can hold
             raise Malformed("half of a surrogate pair, which is no character; fix the text") from None
 

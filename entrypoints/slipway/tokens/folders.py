@@ -88,12 +88,13 @@ def _of_split(data: Path, files: list[str], split: str | None, left: dict[str, s
 
 def chosen(data: str, splits: dict[str, list[str]], split: str | None) -> str:
     """The split to read: the one that is asked for, else train; UsageError where there is none of this name."""
-    for wanted in (split or TRAIN, WORDS.get(split or TRAIN, TRAIN)):  # NeMo says training, others dev
+    asked = split or TRAIN
+    for wanted in (asked, WORDS.get(asked)):  # NeMo says training, others dev
         if wanted in splits:
             return wanted
     near = suggestion(split, splits) if split else ""
     raise UsageError(
-        f"DATA {data} has no split {split or TRAIN}{near}; it has {', '.join(splits)}: give one by --split"
+        f"DATA {data} has no split {asked}{near}; it has {', '.join(splits)}: give one by --split"
     )
 
 

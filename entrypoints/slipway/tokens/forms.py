@@ -21,12 +21,13 @@ class Pair:
     """A prompt and its completion, as text and as a chat.
 
     Args:
+        chat: makes the chat.
         prefers_chat: it is a question and not the beginning of a text.
     """
 
     prompt: str
     completion: str
-    chat: Chat
+    chat: Callable[[], Chat]
     prefers_chat: bool = False
 
 
@@ -143,8 +144,9 @@ def _prompted(key: str) -> Callable[[Fields], Example]:
 
 def _asked(text: str, completion: str, turns: list[Message], row: Fields, prefers_chat: bool = False) -> Example:
     """A pair; a chat where the row has what only a chat has a place for."""
-    chat = chat_of(turns, row)
-    return chat if any(row.get(key) for key in OF_CHATS) else Pair(text, completion, chat, prefers_chat)
+    if any(key in row and row[key] for key in OF_CHATS):
+        return chat_of(turns, row)
+    return Pair(text, completion, lambda: chat_of(turns, row), prefers_chat)
 
 
 def _turns(*pairs: tuple[str, str]) -> list[Message]:

@@ -28,10 +28,10 @@ def preview(data: Path, inputs: Inputs, encoder: Encoder, count: int) -> None:
         return
     if first.kind == TEXT:
         first = replace(first, content=first.read()[:TEXT_BYTES].decode(errors="ignore").encode(), ends_file=False)
-    samples = list(islice(_samples(first, encoder), count))  # malformed rows are named here, before any work
+    samples = list(islice(_samples(first, encoder), max(count, 1)))  # a malformed row is named here, before any work
     if first.kind != TEXT:
         _say_form(first, encoder)
-    for number, sample in enumerate(samples, 1):
+    for number, sample in enumerate(samples[:count], 1):
         length = len(sample.prompt) + len(sample.response)
         _say(f"sample {number} of {length} tokens, ⟦learned⟧:\n{_shown(sample, encoder)}")
 

@@ -143,8 +143,8 @@ def damage_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not {error.encoding}: {error.reason}; convert it to UTF-8") from None
     except EOFError:
         raise DataError(f"{path} ends too early: it was cut off; copy it again") from None
-    except (OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}; copy it again") from None
+    except (OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are of all three kinds
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; copy it again") from None
 
 
 def _unpacked(raw: BinaryIO, packing: str) -> Any:
