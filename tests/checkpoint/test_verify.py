@@ -224,7 +224,7 @@ def test_what_cannot_be_compared(models, tmp_path):
 
 def test_the_forward_pass_of_a_quantised_model_and_of_nemo(models, warm, tmp_path):
     words = ["verify", str(models["mxfp4"]), str(models["nemo"]), "--forward", "--json"]
-    code, output = warm.start(words, tmp_path / "output").finish(timeout=3000)
+    code, output = warm.start(words, tmp_path / "output").finish()
     assert code == 0, output
     logits = json.loads(output[output.index("{") :])["logits"]
     assert 0 < logits["max_difference"] < 1e-4 and logits["top1_agreement"] == 1.0 and logits["tolerance"] == 1e-4
@@ -239,7 +239,7 @@ def test_the_forward_pass_finds_what_tensors_cannot_show(models, tmp_path, slipw
     path.write_text(text.replace('"value": 150000,', '"value": 100,'))
     assert slipway("verify", models["merged"], folder).returncode == 0
     words = ["verify", str(models["merged"]), str(folder), "--forward"]
-    code, output = warm.start(words, tmp_path / "output").finish(timeout=3000)
+    code, output = warm.start(words, tmp_path / "output").finish()
     assert code == 1 and "have the same tensors, but their logits differ by at most" in output
 
 
