@@ -281,7 +281,7 @@ def test_a_run_goes_on_only_as_what_it_was(whole, nemo_model, data, slipway):
 def test_bad_input_is_one_line_before_any_work(change, code, message, nemo_model, mxfp4_model, data, tmp_path, slipway):
     (tmp_path / "foreign.jsonl").write_text('{"inputs": {"p_ids": [], "r_ids": [1, 100000]}}\n')
     (tmp_path / "garbled.jsonl").write_text('{"inputs"\n')
-    (tmp_path / "long.jsonl").write_text('{"inputs": {"p_ids": [], "r_ids": [1, 2, 3]}}\n')
+    (tmp_path / "long.jsonl").write_text('{"inputs": {"p_ids": [1], "r_ids": [2, 3]}}\n')
     paths = {
         "MXFP4": mxfp4_model,
         "LONG": tmp_path / "long.jsonl",
