@@ -9,7 +9,6 @@ from datetime import date
 
 from slipway.errors import UsageError
 from slipway.options import LARGEST, check_group, option, suggestion
-from slipway.tokens.forms import KEYS
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class Wanted:
 
     def renamed(self) -> dict[str, str]:
         """Their key → ours."""
+        from slipway.tokens.forms import KEYS  # numpy, which `slipway --help` must not wait for
+
         found = {}
         for entry in self.map or ():
             theirs, equals, ours = entry.partition("=")
