@@ -211,7 +211,7 @@ def test_a_command_that_vanishes_ends_the_run_and_leaves_no_process(nemo_model, 
     "what, message",
     [
         ({"lr": 2e-3}, "--lr is 0.001 on node 0 and 0.002 on node 1 ("),
-        ({"data": "OTHER"}, "the data (bytes, usable samples, digest of their positions and of a part of the file) is "),
+        ({"data": "OTHER"}, "the data (bytes, usable samples, digest of their positions and of a part of the file)"),
         ({"model": "OTHER"}, "the model (digest of both ends of its files of weights) is "),
         ({"model": "COPY", "data": "COPY"}, None),
     ],

@@ -93,9 +93,7 @@ def chosen(data: str, splits: dict[str, list[str]], split: str | None) -> str:
         if wanted in splits:
             return wanted
     near = suggestion(split, splits) if split else ""
-    raise UsageError(
-        f"DATA {data} has no split {asked}{near}; it has {', '.join(splits)}: give one by --split"
-    )
+    raise UsageError(f"DATA {data} has no split {asked}{near}; it has {', '.join(splits)}: give one by --split")
 
 
 def splits_of(files: Iterable[str], card: dict[str, Any]) -> dict[str, list[str]]:
