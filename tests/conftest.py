@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import resource
+import secrets
 import socket
 import subprocess
 import sys
@@ -50,15 +51,16 @@ def seconds_of_children() -> Iterator[list[float]]:
 
 
 def free_port() -> int:
-    """A port that is free, and the one after it too."""
+    """A port that is free, and the one after it too; below those that the kernel gives to other programs meanwhile."""
     while True:
+        port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as one, socket.socket() as next_one:
-            one.bind(("", 0))
             try:
-                next_one.bind(("", one.getsockname()[1] + 1))
-            except (OSError, OverflowError):
+                one.bind(("", port))
+                next_one.bind(("", port + 1))
+            except OSError:
                 continue
-            return one.getsockname()[1]
+            return port
 
 
 def texts() -> list[str]:
