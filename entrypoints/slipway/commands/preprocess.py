@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,19 @@ class Purpose:
         """The shortest sequence that such a training has: then nothing of the data is too long for it."""
         from slipway.training.recipes import names
 
-        modes = [self.mode] if self.mode else [*MODES]
         recipes = [self.recipe] if self.recipe else names()
-        return min(_length(recipe, mode) for recipe in recipes for mode in modes)
+        return min(_length(recipe, mode) for recipe in recipes for mode in self._modes(recipe))
+
+    def _modes(self, recipe: str) -> list[str]:
+        """The mode that is asked for, else those that the recipe has."""
+        from slipway.training.recipes import FOLDER
+
+        if self.mode:
+            return [self.mode]
+        file = Path(recipe) if recipe.endswith(".toml") else FOLDER / f"{recipe}.toml"
+        # What cannot be read is named when the recipe is loaded.
+        tables = re.findall(r"(?m)^\[(\w+)\]", file.read_text(errors="replace")) if file.is_file() else []
+        return [mode for mode in MODES if mode in tables] or [*MODES]
 
 
 @with_options(Wanted, Purpose)

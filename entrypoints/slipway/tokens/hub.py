@@ -40,7 +40,7 @@ def parse(data: str) -> Name:
     parts = name.split("/")
     size = 2 if len(parts) > 1 else 1  # the oldest data sets have no organisation
     repository, _, revision = "/".join(parts[:size]).partition("@")
-    if not repository or "//" in name or repository.endswith("/"):
+    if not all(repository.split("/")) or "//" in name:
         raise UsageError(f"{data} is not the name of a data set; give {DATASETS}ORG/NAME[@REVISION][:SPLIT]")
     return Name(repository, revision or "main", "/".join(parts[size:]), split or None)
 
