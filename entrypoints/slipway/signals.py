@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class StopRequests:
-    """What a request to stop does in the command, which changes as the run goes on; a context manager.
+    """What a request to stop does in the command, which depends on how far the run is; a context manager.
 
     Before the workers run, it raises Stopped, because there is nothing to save yet. Within `while_saving` it writes the
     stop file. After that the run has ended already, and nothing happens. A second request does nothing.

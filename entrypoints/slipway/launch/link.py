@@ -36,7 +36,7 @@ class Connection:
     def __init__(self, made: socket.socket) -> None:
         made.settimeout(None)
         # A machine that loses power closes no connection. Nothing is sent during a run, so without keep-alive packets
-        # nobody would notice: the first after 20 s of silence, then every 10 s, and 3 without an answer are the end.
+        # it would not be noticed: the first after 20 s of silence, then every 10 s, at most 3 without an answer.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
             made.setsockopt(socket.IPPROTO_TCP, option, value)

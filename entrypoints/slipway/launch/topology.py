@@ -17,7 +17,7 @@ from slipway.launch.launchers import LAUNCHERS, Hints, Said
 from slipway.launch.placement import Placement
 
 DEFAULT_PORT = 29500
-ALONE = "(single machine, no launcher found)"  # the source of a topology that nobody gave
+ALONE = "(single machine, no launcher found)"  # the source if no flag and no launcher gives the topology
 
 # What all sources must agree on. An address can be written in several ways and a port can have a default, so for these
 # the first source decides.
@@ -110,8 +110,8 @@ def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> 
 
 
 def _one_node(flags: Hints, sources: list[Hints], source: str, env: Mapping[str, str]) -> Topology:
-    """A single node is node 0 at 127.0.0.1, whatever number a launcher gave it: the pods of an Indexed Job have numbers
-    even if each of them is a run of its own."""
+    """A single node is node 0 at 127.0.0.1. A launcher may give it another number: the pods of an Indexed Job have
+    numbers even if each of them is a separate run."""
     rank, address = _pick("node_rank", [flags], 0)[0], _pick("master_addr", [flags], "127.0.0.1")[0]
     _check_rank(rank, 1)
     port, local_rank = _pick("master_port", sources, DEFAULT_PORT)[0], _pick("local_rank", sources)[0]

@@ -80,7 +80,7 @@ class Record(Callback):
             self.status["seconds_to_first_step"] = round(time.time() - self.started, 1)
             print(f"worker: first step done {self.status['seconds_to_first_step']} s after the start", flush=True)
         self.status |= {"step": trainer.global_step, "loss": entry["loss"], "tokens": trainer.global_step * tokens}
-        self.folder.write_status(self.status)  # first: whoever sees the metrics finds the step in the status
+        self.folder.write_status(self.status)  # first: a reader of the metrics must find the step in the status
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         trainer.logger.log_metrics({f"speed/{name}": value for name, value in speed.items()}, trainer.global_step)

@@ -22,7 +22,7 @@ from slipway.training.patches import MEGATRON, NEMO, TORCH, define, replace, wra
 
 CPU = torch.device("cpu")
 GPU_ONLY = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
-# What torch.cuda is asked for although there is nothing to do, and what has no size here.
+# Functions of torch.cuda that have nothing to do on the CPU, and those that return sizes of a GPU's memory.
 NOTHING_TO_DO = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")
 NO_MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 
@@ -88,7 +88,7 @@ def _without_compiling() -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no GPU: CUDA extensions are not compiled")
 
-    # Megatron compiles a CUDA allocator when it is imported, wherever it finds nvcc.
+    # Megatron compiles a CUDA allocator when it is imported, if it finds nvcc.
     replace(cpp_extension, "load_inline", refuse, TORCH)
 
 
@@ -158,7 +158,7 @@ def _patch_megatron() -> None:
 
     set_state = torch.cuda.set_rng_state  # the CPU's by now
     replace(tensor_parallel.random, "_set_cuda_rng_state", set_state, MEGATRON)
-    define(moe_utils, "te_general_gemm", None, MEGATRON)  # asked for, but imported with Transformer Engine alone
+    define(moe_utils, "te_general_gemm", None, MEGATRON)  # it is used, but imported only with Transformer Engine
     # Llama's configuration wants to see a fused kernel when it is made, before configure_model turns that off.
     wrap(rope_utils, "fused_apply_rotary_pos_emb", lambda kernel: kernel or NotImplemented, MEGATRON)
     wrap(tensor_parallel.RowParallelLinear, "forward", _and_clone, MEGATRON)

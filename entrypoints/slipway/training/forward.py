@@ -137,7 +137,7 @@ def _logits_of_transformers(model: Model, tokens: Tensor) -> Tensor:
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     state = module.state_dict()
     if missing := [name for name in model.rules.hf if name not in state]:
-        raise DataError(f"{model.path}: transformers has no tensor {missing[0]} in this model; is config.json its own?")
+        raise DataError(f"{model.path}: transformers has no tensor {missing[0]} in this model; check its config.json")
     for cell in model.rules.cells:
         for ref, part in zip(cell.hf, model.read(cell), strict=True):
             whole = state[ref.name][ref.index]

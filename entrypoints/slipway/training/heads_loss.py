@@ -95,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, _):
         gradients = [(scale * g).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (None,) * 7 + tuple(gradients)  # nothing for what stands before the parameters
+        return (None,) * 7 + tuple(gradients)  # the arguments before the parameters have no gradient
 
 
 def _whole_vocabulary(logits: Tensor, group: ProcessGroup | None) -> tuple[Tensor, slice]:

@@ -42,7 +42,7 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
         run.recipe.save(run.folder.recipe)
         run.folder.inputs.write_text(json.dumps(inputs, indent=1) + "\n")
         before = run.folder.read_status()
-        # Whoever looks at a run that goes on sees the loss of the step that it goes on from.
+        # A run that continues shows the loss of the step from which it continues.
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
         tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}

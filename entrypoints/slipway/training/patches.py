@@ -1,11 +1,11 @@
 """The only way in which Slipway changes NeMo, Megatron, Lightning or torch: by name, and for one version of each.
 
-A patch that is applied to another version than the one it was written for does harm that nobody sees: it undoes what
-upstream has repaired since, or sets an attribute that nothing reads any more. So every change goes through `replace`,
-`wrap` or `define`, which stop where the version or the attribute is not the expected one.
+A patch for one version can do silent harm to another version: it can undo what upstream has repaired since, or set an
+attribute that is not read any more. So every change goes through `replace`,
+`wrap` or `define`, which stop if the version or the attribute is not the expected one.
 
-Whoever raises a pin changes the version here and runs tests/training/test_repairs.py and test_parallel.py: they show
-for each patch that upstream is still wrong without it.
+To raise a pin, change the version here and run tests/training/test_repairs.py and test_parallel.py. They show for each
+patch that upstream is still wrong without it.
 """
 
 from __future__ import annotations

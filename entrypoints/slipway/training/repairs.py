@@ -24,7 +24,7 @@ LATENT_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up
 def read_and_write_plain_files() -> None:
     """Leave out what checkpoints on a file system do not need.
 
-    Megatron opens every file through the client for object stores wherever that is installed, and the client counts
+    Megatron opens every file through the client for object stores if that is installed, and the client counts
     each of the many small reads of a checkpoint's metadata. And although every save is waited for, Megatron hands its
     results over through another process, which first imports torch: four seconds at the first checkpoint of every rank.
     """
@@ -74,7 +74,7 @@ def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:
 
 
 def keep_latent_epsilon(module: nn.Module) -> nn.Module:
-    """Give the norms inside latent attention the epsilon that DeepSeek's code has for them, whatever config.json says.
+    """Give the norms inside latent attention the epsilon of DeepSeek's code, which is not in config.json.
 
     Megatron has one epsilon for all norms. Moonlight has 1e-5 for those between its layers.
 

@@ -1,4 +1,4 @@
-"""When a worker runs out of memory or of disk: what is said about it, and what can be done."""
+"""The messages when a worker runs out of memory or disk: what is missing, and what can be done."""
 
 from __future__ import annotations
 
