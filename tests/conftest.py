@@ -28,7 +28,7 @@ def slipway():
 
     def run(*words: object, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "slipway.cli", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
+        return subprocess.run(command, capture_output=True, text=True, timeout=1800, **options)
 
     return run
 

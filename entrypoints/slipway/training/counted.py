@@ -170,8 +170,8 @@ def _losses_kernel(
     kept = whole * p + cut
     total = tl.sum(kept) + EPSILON
     total_by_p = SHARPNESS * tl.sum(cut)
-    # The k-th of the `left` tokens exceeds P by before + (whole + k) * p - P. `moved` sums what T changes of that,
-    # times the weights: the mass before the run, and the tokens of the run itself.
+    # The k-th of the `left` tokens exceeds P by before + (whole + k) * p - P. `moved` sums what T changes of it, times
+    # the weights: the mass before the run, and the tokens of the run itself.
     moved = before_growth * cut + growth * p * first * (whole * series + steps)
     total_by_t = tl.sum(growth * kept - SHARPNESS * moved)
 
