@@ -309,8 +309,9 @@ def _batches(source: Source) -> tuple[int, Iterator[Any]]:
     if source.kind == PARQUET:
         file = parquet.ParquetFile(source.path)
         bytes_of_all = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
-        rows = max(1, min(1 << 16, PIECE_BYTES * file.metadata.num_rows // max(bytes_of_all, 1)))
-        return file.metadata.num_rows, file.iter_batches(batch_size=rows)
+        rows = max(1, min(1 << 12, PIECE_BYTES * file.metadata.num_rows // max(bytes_of_all, 1)))
+        # Unpacked, rows that repeat themselves may be much larger than the file says.
+        return file.metadata.num_rows, chain.from_iterable(map(_split, file.iter_batches(batch_size=rows)))
     assert source.kind == ARROW
     mapped = arrow.memory_map(str(source.path))
     if mapped.read(6) == b"ARROW1":
