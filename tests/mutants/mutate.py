@@ -277,8 +277,10 @@ def _merge(into: dict[str, set[int]], lines: dict[str, set[int]]) -> None:
 
 
 def observe(items: list[Any], watch: Watch, imported: dict[str, set[int]], out: Path) -> None:
-    """Run all tests and write what they reach; a test that fails is left out."""
-    seconds: dict[str, float] = {}
+    """Run the tests that `out` does not have and add what they reach; a test that fails or is skipped is left out."""
+    empty: dict[str, Any] = {"seconds": {}, "lines": {}, "left_out": [], "early": []}
+    found = json.loads(out.read_text()) if out.exists() else empty
+    items = [item for item in items if item.nodeid not in found["seconds"] and item.nodeid not in found["left_out"]]
     lines: dict[str, dict[str, set[int]]] = {}
     for place, item in enumerate(items):
         began = time.process_time()
@@ -286,18 +288,18 @@ def observe(items: list[Any], watch: Watch, imported: dict[str, set[int]], out: 
             tracer = watch.tracer
             reports = runtestprotocol(item, log=False, nextitem=items[place + 1] if place + 1 < len(items) else None)
         watch.tracer = None
-        if any(report.failed for report in reports):
-            print(f"fails without a change, and is left out: {item.nodeid}", file=sys.stderr)
-        elif not any(report.skipped for report in reports):
-            seconds[item.nodeid], lines[item.nodeid] = time.process_time() - began, tracer.lines
+        if any(report.failed or report.skipped for report in reports):
+            found["left_out"].append(item.nodeid)
+        else:
+            found["seconds"][item.nodeid], lines[item.nodeid] = time.process_time() - began, tracer.lines
     for item in items:
         if item.nodeid in lines:
             for name in item.fixturenames:
                 _merge(lines[item.nodeid], watch.shared.get(name, {}))
-    found = {test: {file: sorted(each) for file, each in files.items()} for test, files in lines.items()}
-    at_import = {file: sorted(each) for file, each in imported.items()}
-    early = sorted(name for name in sys.modules if name.split(".")[0] in EARLY)
-    out.write_text(json.dumps({"seconds": seconds, "lines": found, "at_import": at_import, "early": early}))
+    found["lines"] |= {test: {file: sorted(each) for file, each in files.items()} for test, files in lines.items()}
+    found["at_import"] = {file: sorted(each) for file, each in imported.items()}
+    found["early"] = sorted({*found["early"], *(name for name in sys.modules if name.split(".")[0] in EARLY)})
+    out.write_text(json.dumps(found))
 
 
 class Seen:
@@ -324,6 +326,8 @@ class Seen:
         """
         wanted = None if self.is_imported(file, mutant) else _range(mutant)
         found = [test for test, files in self._lines.items() if _touch(files.get(file), wanted)]
+        if not found:  # or only in processes that a test starts: those that reach the module
+            found = [test for test, files in self._lines.items() if _touch(files.get(file), None)]
         found.sort(key=lambda test: (self._reach[test], self.seconds[test]))
         names = [test.partition("[")[0] for test in found]
         turn = {test: names[:place].count(name) for place, (test, name) in enumerate(zip(found, names, strict=True))}
@@ -545,12 +549,11 @@ class Mutate:
         options = self.options
         if options.nemo:
             importlib.import_module("forked").import_nemo()
-        if not options.seen.exists():
-            if not (child := os.fork()):
-                session.config.pluginmanager.register(self.watch)
-                observe(session.items, self.watch, self.imported.lines, options.seen)
-                os._exit(0)
-            os.waitpid(child, 0)
+        if not (child := os.fork()):
+            session.config.pluginmanager.register(self.watch)
+            observe(session.items, self.watch, self.imported.lines, options.seen)
+            os._exit(0)
+        os.waitpid(child, 0)
         seen = Seen(options.seen, options.slowest)
         for name in seen.early:
             with contextlib.suppress(Exception):
