@@ -320,9 +320,9 @@ class Seen:
         return not mutant.function or not self._at_import.get(file, set()).isdisjoint(_range(mutant))
 
     def tests_for(self, file: str, mutant: Mutant, budget: float) -> list[str]:
-        """The tests that reach the mutant, the most special first, for `budget` seconds.
+        """The tests that reach the mutant, those that reach little else first, for `budget` seconds.
 
-        Of a test with parameters, all second cases come after the first case of every test.
+        The fast ones are taken, and of a test with parameters the later cases cost more.
         """
         wanted = None if self.is_imported(file, mutant) else _range(mutant)
         found = [test for test, files in self._lines.items() if _touch(files.get(file), wanted)]
@@ -333,11 +333,12 @@ class Seen:
         turn = {test: names[:place].count(name) for place, (test, name) in enumerate(zip(found, names, strict=True))}
         taken: list[str] = []
         total = 0.0
-        for test in sorted(found, key=turn.__getitem__):
+        for test in sorted(found, key=lambda test: (1 + turn[test]) * (self.seconds[test] + 0.005)):
             total += self.seconds[test]
             if taken and total > budget:
                 break
             taken.append(test)
+        taken.sort(key=found.index)
         files = list(dict.fromkeys(test.partition("::")[0] for test in taken))
         return sorted(taken, key=lambda test: files.index(test.partition("::")[0]))  # a file's fixtures once
 
