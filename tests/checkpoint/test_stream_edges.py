@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
+import random
 import shutil
 import threading
 import time
@@ -88,15 +90,18 @@ def plan_of(sizes: dict[str, int], pieces: list[Piece], **options) -> Plan:
 
 def test_a_plan_becomes_a_folder(tmp_path):
     (tmp_path / "source").write_text("copied")
-    pieces = [Piece(3, lambda: [("deep/a", 1, b"bcd"), ("b", 0, b"xy")]), Piece(1, lambda: [("deep/a", 0, b"a")])]
-    small, copies = {"config/c.json": b"{}"}, {"files/copy": tmp_path / "source"}
-    plan = plan_of({"deep/a": 5, "b": 2, "empty": 0}, pieces, small=small, copies=copies)
+    pieces = [
+        Piece(3, lambda: [("very/deep/a", 1, b"bcd"), ("b", 0, b"xy")]),
+        Piece(1, lambda: [("very/deep/a", 0, b"a")]),
+    ]
+    small, copies = {"config/of/c.json": b"{}"}, {"files/of/copy": tmp_path / "source"}
+    plan = plan_of({"very/deep/a": 5, "b": 2, "empty": 0}, pieces, small=small, copies=copies)
     assert plan.bytes == 9
     stream.run(plan, tmp_path / "out" / "model", "test", MEMORY)
     found = {str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in tmp_path.rglob("out/**/*") if f.is_file()}
     assert found == {
-        "model/deep/a": b"abcd\0", "model/b": b"xy", "model/empty": b"", "model/config/c.json": b"{}",
-        "model/files/copy": b"copied",
+        "model/very/deep/a": b"abcd\0", "model/b": b"xy", "model/empty": b"", "model/config/of/c.json": b"{}",
+        "model/files/of/copy": b"copied",
     }  # fmt: skip
 
 
@@ -215,6 +220,17 @@ def test_the_kernel_may_write_less_than_it_is_given(tmp_path, monkeypatch):
     file.write(1, memoryview(b"abcdefghij"))
     file.close()
     assert (tmp_path / "file").read_bytes() == b"\0abcdefghij\0"
+
+
+def test_pieces_larger_than_the_buffer_for_memory_that_is_not_aligned(tmp_path):
+    content = random.Random(0).randbytes(9_000_000)
+    memory = memoryview(mmap.mmap(-1, len(content) + 1))[1:]
+    memory[:] = content
+    (tmp_path / "file").write_bytes(bytes(len(content)))
+    file = stream._File(tmp_path / "file")
+    file.write(0, memory)
+    file.close()
+    assert (tmp_path / "file").read_bytes() == content
 
 
 def test_an_error_that_is_no_refusal_of_direct_writes_is_raised(tmp_path, monkeypatch):
