@@ -1,0 +1,79 @@
+"""Which files go along with the weights, and tokenizer_config.json in the form that both majors read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from slipway.checkpoint.companions import companions_of
+from slipway.errors import DataError
+
+TOKENIZER = [
+    "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/tools.jinja", "tokenizer_config.json",
+]  # fmt: skip
+OTHERS = ["generation_config.json", "README.md", "modeling.py", "custom_generate/generate.py", "index.json"]
+STAY = [
+    "config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "a.safetensors", "a.bin",
+    "a.pt", "a.pth", "a.gguf", "model.safetensors.index.json", ".gitattributes", "additional_chat_templates/.hidden",
+    "custom_generate/a.bin", "original/consolidated.pth", "onnx/model.onnx", "_private/x", ".cache/x",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in (*TOKENIZER, *OTHERS, *STAY):
+        file = tmp_path / "model" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}" if name == "tokenizer_config.json" else name)
+    return tmp_path / "model"
+
+
+def test_what_goes_along_and_what_stays(folder):
+    found = companions_of(folder)
+    assert found.copies == {name: folder / name for name in (*TOKENIZER, *OTHERS)}
+    assert found.small == {} and found.left_out == ("onnx/", "original/")
+    assert companions_of(folder / "none").copies == companions_of(folder / "README.md").copies == {}
+
+
+def test_the_tokenizers_files_alone_and_below_a_folder(folder):
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    found = companions_of(folder).of_tokenizer().under("context/x")
+    names = {f"context/x/{name}": folder / name for name in TOKENIZER if name != "tokenizer_config.json"}
+    assert found.copies == names and set(found.small) == {"context/x/tokenizer_config.json"} and found.left_out == ()
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        (
+            {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"},
+            {"tokenizer_class": "PreTrainedTokenizerFast"},
+        ),
+        ({"tokenizer_class": "PythonBackend"}, {"tokenizer_class": "PreTrainedTokenizer"}),
+        ({"extra_special_tokens": ["a", "b"]}, {"additional_special_tokens": ["a", "b"]}),
+        (
+            {"extra_special_tokens": ["a", "b"], "additional_special_tokens": ["b", "c"]},
+            {"additional_special_tokens": ["b", "c", "a"]},
+        ),
+        ({"tokenizer_class": "Qwen2Tokenizer", "backend": "x", "extra_special_tokens": {"image": "é"}}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_tokenizer_config_in_the_form_of_transformers_4(tmp_path, given, wanted):
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(given))
+    found = companions_of(tmp_path)
+    if wanted is None:
+        assert found.copies == {file.name: file} and not found.small
+    else:
+        assert not found.copies
+        assert found.small[file.name].decode() == json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"3", b"\xff\xfe"])
+def test_a_tokenizer_config_that_is_none(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as a JSON object"):
+        companions_of(tmp_path)
