@@ -1,4 +1,5 @@
-"""Every mode on every family computes the same under tensor, pipeline, expert and data parallelism as alone.
+"""Every mode on every family computes the same under tensor, pipeline, expert and data parallelism as alone, and the
+same whether there is much padding or none.
 
 Without one of the repairs that this takes, it does not: each is taken away in a run of its own.
 
@@ -36,7 +37,11 @@ LAYOUTS = {
     "pp2": {"pipeline_parallel_size": 2},
     "ep2": {"expert_parallel_size": 2},
     "dp2": {},
+    "padded": {"seq_length": 56},
+    # Two micro batches are on their way, and the layers of one are computed again after the other has passed.
+    "recomputed": {"seq_length": 56, "recompute": "full", "pipeline_parallel_size": 2},
 }
+ALONE = ("one", "padded")
 IN_CI = [
     ("gpt_oss", "heads", "tp2"),
     ("gpt_oss", "heads", "pp2"),
@@ -52,11 +57,20 @@ IN_CI = [
     ("llama31", "lora", "tp2"),
     ("qwen3_moe", "sft", "tp2"),
     ("qwen3_dense", "pretrain", "dp2"),
+    ("deepseek_v3", "heads", "padded"),
+    ("deepseek_v3", "sft", "padded"),
+    ("deepseek_v3", "lora", "padded"),
+    ("gpt_oss", "sft", "padded"),
+    ("gpt_oss", "lora", "padded"),
+    ("qwen3_moe", "sft", "padded"),
+    ("qwen3_moe", "lora", "padded"),
+    ("qwen3_moe", "sft", "recomputed"),
 ]
 EVERY = [
     (kind, mode, layout)
     for kind, mode, layout in itertools.product(KINDS, MODES, LAYOUTS)
-    if (kind in MOE or layout != "ep2") and (kind not in MOE or mode != "lora" or layout != "tp2")  # refused
+    if (kind in MOE or layout not in ("ep2", "recomputed"))
+    and (kind not in MOE or mode != "lora" or layout != "tp2")  # refused
 ] + [(kind, "lora-attention", "tp2") for kind in MOE]
 ATTENTION = {"deepseek_v3": "linear_q_up_proj,linear_kv_up_proj,linear_proj"}  # elsewhere linear_qkv and linear_proj
 CELLS = EVERY if os.environ.get("SLIPWAY_MATRIX") == "all" else IN_CI
@@ -71,6 +85,10 @@ WRONG = [
     ("mark_experts", "qwen3_moe", "sft", "tp2"),
     ("mark_experts", "gpt_oss", "lora", "ep2"),
     ("scale_auxiliary_loss", "qwen3_moe", "sft", "tp2"),
+    ("ignore_padding", "qwen3_moe", "sft", "padded"),
+    ("ignore_padding", "qwen3_moe", "lora", "padded"),
+    ("ignore_padding", "deepseek_v3", "sft", "padded"),
+    ("tensor_parallel.checkpoint", "qwen3_moe", "sft", "recomputed"),
     ("LoRA._begin", "llama31", "lora", "tp2"),
     ("linear_on_every_rank", "deepseek_v3", "sft", "tp2"),
 ]
@@ -100,9 +118,9 @@ def job(root: Path, kind: str, mode: str, layout: str, **more: Any) -> dict:
     }  # fmt: skip
     if mode == "lora-attention":
         recipe["lora_targets"] = ATTENTION.get(kind, "linear_qkv,linear_proj")
-    if kind == "deepseek_v3" and layout == "pp2":  # three layers
+    if kind == "deepseek_v3" and "pipeline_parallel_size" in recipe:  # three layers
         recipe |= {"first_stage_layers": 2, "last_stage_layers": 1}
-    ranks = 1 if layout == "one" else 2
+    ranks = 1 if layout in ALONE else 2
     return {"recipe": recipe, "indices": str(root), "ranks": ranks, "port": free_port(), **more}
 
 

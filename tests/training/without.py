@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from slipway.training import cpu, heads_on_nemo, modes, patches, repairs
+from slipway.training import cpu, heads_on_nemo, modes, padding, patches, repairs
 
 MEGATRON, PEFT = "megatron.core", "nemo.collections.llm.peft"
 MOVE = [f"{MEGATRON}.transformer.moe.{module}.maybe_move_tensor_to_cpu" for module in ("moe_utils", "token_dispatcher")]
@@ -53,6 +53,8 @@ WITHOUT: dict[str, Callable[[], None]] = {
         [change(module, mark_experts=lambda model: model)() for module in (repairs, modes)] and None
     ),
     "scale_auxiliary_loss": change(repairs, scale_auxiliary_loss=lambda config, recipe: None),
+    "ignore_padding": change(padding, ignore_padding=lambda: None),
+    "tensor_parallel.checkpoint": change(padding, _with_its_own_mask=lambda checkpoint: checkpoint),
     "LoRA._begin": change(modes.LoRA, _begin=lambda self, layer: None),
     "FromBase": lambda: delattr(heads_on_nemo.FromBase, "apply_transform"),
     "leave_out_backward": leave_out_nothing,

@@ -41,7 +41,7 @@ class Record(Callback):
         """`started`: time.time() when the command began."""
         self.recipe, self.folder, self.flops_per_token, self.started = recipe, folder, flops_per_token, started
         self.status: dict[str, Any] = folder.read_status()  # the command has written its beginning
-        self._clock = time.monotonic()
+        self._clock, self._lr = time.monotonic(), 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.status |= {"state": "running", "started_at_step": trainer.global_step}
@@ -51,6 +51,7 @@ class Record(Callback):
         self._clock = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is the next one's
         # Not earlier: NeMo attaches adapters and freezes the base after on_train_start.
         if "trained_weights" in self.status or not trainer.is_global_zero:
             return
@@ -71,7 +72,7 @@ class Record(Callback):
         entry = {
             "step": trainer.global_step - 1,
             "loss": float(trainer.callback_metrics["reduced_train_loss"]),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
             "tokens": tokens,
             "seconds": round(seconds, 4),
             **speed,

@@ -47,8 +47,8 @@ class Samples(Dataset):
         return self.count
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy bool [S]; for packed samples also
-        cu_seqlens int32 [samples + 1, and one more if there is padding]."""
+        """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy, is_real (no padding) bool [S];
+        for packed samples also cu_seqlens int32 [samples + 1, and one more if there is padding]."""
         found = self._join(self.units[self.unit_of(number)])
         # A generator that counts (Philox) has no state: sample `number` gets the same numbers without those before it.
         random = np.random.Generator(np.random.Philox(key=[self.seed, number]))
@@ -77,7 +77,8 @@ class Samples(Dataset):
                 # A label stands one place before its token; a token at the very beginning is no label.
                 mask[max(start, start + len(prompt) + first - 1) : start + len(prompt) + last - 1] = 0
             positions[start:end] = torch.arange(end - start)
-        found = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+        is_real = torch.arange(self.seq_length) < bounds[-1]
+        found = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions, "is_real": is_real}
         if self.packed:
             # Padding is a sample of its own, so that no token attends to it.
             rest = [self.seq_length] if bounds[-1] < self.seq_length else []

@@ -13,9 +13,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
+from slipway.training.padding import RealTokens, only
+
 FIRST_STAGE_KEYS = ("tokens", "position_ids")
 LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
-EVERY_STAGE_KEYS = ("cu_seqlens",)  # every layer's attention needs the bounds of packed samples
+# Every layer's attention needs the bounds of packed samples, and every router what is padding.
+EVERY_STAGE_KEYS = ("cu_seqlens", "is_real")
 
 
 def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
@@ -26,8 +29,10 @@ def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
     wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
     wanted += EVERY_STAGE_KEYS
     batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
+    lengths = batch["is_real"].sum(1)
     batch = get_batch_on_this_cp_rank(batch)  # Recipe.check refuses packed samples with context parallelism
-    return {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS, *EVERY_STAGE_KEYS)}
+    found = {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS, *EVERY_STAGE_KEYS)}
+    return found | {"lengths": lengths}
 
 
 def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
@@ -56,6 +61,15 @@ def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
     return {"attention_mask": ~seen[None, None]}
 
 
+def real_tokens(batch: dict[str, Tensor | None]) -> RealTokens:
+    """Which of the tokens that this rank's routers see are no padding."""
+    is_real, lengths = batch["is_real"], batch["lengths"]
+    assert is_real is not None and lengths is not None
+    ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    here = is_real.T.chunk(ranks)[rank].flatten()  # tensor parallel ranks share the positions, see sequence_parallel
+    return RealTokens(here, lengths, 1 / (ranks * parallel_state.get_context_parallel_world_size()))
+
+
 def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
     """Megatron's model inside NeMo's module and its wrappers."""
     return next(module for module in unwrap_model(model).modules() if isinstance(module, MegatronGPT))
@@ -63,13 +77,14 @@ def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
 
 def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
     """(sum of the cross entropies of the counted tokens, their number) on the last stage, hidden states before it."""
-    output = megatron_gpt(model)(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        **attention_options(batch),
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    with only(real_tokens(batch)):
+        output = megatron_gpt(model)(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            **attention_options(batch),
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     if batch["labels"] is None:  # not the last stage: these are hidden states for the next one
         return output
     counted = last_stage(batch, "loss_mask")

@@ -64,12 +64,14 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
 
     from slipway.training.callbacks import Record
     from slipway.training.modes import MODES
+    from slipway.training.padding import ignore_padding
     from slipway.training.repairs import keep_routers_counts, read_and_write_plain_files
 
     gc.freeze()
     gc.enable()
     read_and_write_plain_files()
     keep_routers_counts()
+    ignore_padding()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
@@ -174,9 +176,11 @@ def _samples(recipe: Recipe, data: str, index: Path, batches: int | None) -> Any
 
 
 def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
-    """Adam, with a learning rate that warms up, follows a cosine and stays constant at the end."""
+    """Adam, with the recipe's learning rate of each step (schedule.py)."""
     import nemo.lightning as nl
     from megatron.core.optimizer import OptimizerConfig
+
+    from slipway.training.schedule import Schedule
 
     config = OptimizerConfig(
         optimizer="adam",
@@ -186,13 +190,7 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
         bf16=on_gpu,
         use_distributed_optimizer=on_gpu,
     )
-    schedule = nl.lr_scheduler.CosineAnnealingScheduler(
-        max_steps=recipe.steps,
-        warmup_steps=recipe.warmup_steps,
-        constant_steps=recipe.constant_steps,
-        min_lr=recipe.min_lr,
-    )
-    return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
+    return nl.MegatronOptimizerModule(config=config, lr_scheduler=Schedule(recipe))
 
 
 def flops_per_token(recipe: Recipe, config: Any) -> float:
