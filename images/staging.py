@@ -30,7 +30,7 @@ def stage(folder: Path, request: Request) -> None:
     for script in SCRIPTS:
         shutil.copy(HERE / script, folder / "scripts")
     shutil.copytree(HERE / "root", folder / "files")
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")  # what `make setup` leaves there
     shutil.copytree(lock.ROOT / "entrypoints", folder / "entrypoints", ignore=ignore)
     _stage_packages(folder, request.variant)
     _stage_family(folder / "family", request)
