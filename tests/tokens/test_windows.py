@@ -205,7 +205,7 @@ torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sy
 parallel_state.initialize_model_parallel()
 init_num_microbatches_calculator(0, None, 2, 2, 1)
 path = Path(sys.argv[1])
-data = TokenData(Samples(open_units(path, scan(path, 64, 512), 64), 2, 64, 1, shuffled=False), None, 2, 2)
+data = TokenData(Samples([open_units(path, scan(path, 64, 512), 64)], 2, 64, 1, shuffled=False), None, 2, 2)
 data.trainer = SimpleNamespace(global_step=0)
 batch = next(iter(data.data_sampler.transform_dataloader(data.train_dataloader())))
 print(json.dumps([batch["labels"].tolist(), batch["loss_mask"].tolist()]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,56 @@ def test_training_begins_with_the_adapters_weights(folder, tmp_path, warm):
 def test_what_does_not_go_with_the_adapter_is_refused(folder, tmp_path, capsys, flags, said):
     assert cli.main(words(folder, tmp_path / "run", **flags)) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rank_stabilised_adapters_are_those_with_a_larger_alpha(folder, tmp_path, warm):
+    """alpha / √4 is 2·alpha / 4."""
+    ended = []
+    for name, flags in (("rslora", {"rslora": "true", "lora_alpha": 8}), ("larger", {"lora_alpha": 16})):
+        run = RunFolder(tmp_path / name)
+        code, output = train(words(folder, run.path, adapter="", lora_rank=4, lr=1e-2, **flags), commands=warm)
+        assert code == 0, output
+        ended.append([entry["loss"] for entry in run.read_metrics()])
+        assert cli.main(["export", str(run.latest_checkpoint()[1]), str(tmp_path / f"{name}-peft"), "--adapter"]) == 0
+    assert ended[0] == ended[1]
+    scales = [
+        json.loads((tmp_path / f"{name}-peft" / "adapter_config.json").read_text()) for name in ("rslora", "larger")
+    ]
+    assert [config["lora_alpha"] / config["r"] for config in scales] == [4, 4]
+
+
+def test_dora_is_trained_and_transformers_computes_the_same(folder, tmp_path, warm):
+    """The loss that peft finds for the exported adapter is the one that the next step begins with."""
+    run = RunFolder(tmp_path / "run")
+    flags = {"adapter": "", "dora": "true", "lora_rank": 4, "lr": 1e-2, "min_lr": 1e-2, "global_batch_size": 40}
+    code, output = train(words(folder, run.path, **flags), commands=warm)
+    assert code == 0, output
+    assert cli.main(["export", str(run.latest_checkpoint()[1]), str(tmp_path / "peft"), "--adapter"]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["use_dora"]
+    code, output = train(
+        words(folder, run.path, **flags | {"steps": 3}), commands=warm
+    )  # the same run, one step longer
+    assert (
+        code == 0 and "--steps was 2 and is 3: from step 2 on the learning rate is that of a run of 3 steps" in output
+    )
+    first, _, last = (entry["loss"] for entry in run.read_metrics())
+    assert loss_in_transformers(folder, tmp_path / "peft") == pytest.approx(last, rel=1e-4) and last < first - 0.1
+
+
+def loss_in_transformers(folder: Path, adapter: Path) -> float:
+    """Of all samples, by peft."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    total, count = 0.0, 0
+    for line in (folder / "data.jsonl").read_text().splitlines():
+        inputs = json.loads(line)["inputs"]
+        ids = torch.tensor([inputs["p_ids"] + inputs["r_ids"]])
+        labels = ids.clone()
+        labels[:, : len(inputs["p_ids"])] = -100
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=labels).loss
+        total, count = total + float(loss) * len(inputs["r_ids"]), count + len(inputs["r_ids"])
+    return total / count

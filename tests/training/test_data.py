@@ -28,7 +28,7 @@ def data(tmp_path) -> Path:
 
 
 def samples(path: Path, count: int, seed: int = 1, seq_length: int = 16):
-    return Samples(open_units(path, scan(path, seq_length, 100), seq_length), count, seq_length, seed)
+    return Samples([open_units(path, scan(path, seq_length, 100), seq_length)], count, seq_length, seed)
 
 
 def test_a_sample_is_shifted_masked_and_padded(tmp_path):
@@ -41,7 +41,7 @@ def test_a_sample_is_shifted_masked_and_padded(tmp_path):
 
 def test_each_epoch_holds_every_line_once_in_another_order(data):
     found = samples(data, 3 * 39)
-    epochs = [[found.unit_of(39 * epoch + i) for i in range(39)] for epoch in range(3)]
+    epochs = [[found.unit_of(39 * epoch + i)[1] for i in range(39)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(39)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(39))
 
@@ -80,10 +80,10 @@ def test_context_in_the_response_is_not_learned(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(as_line([1, 2], [3, 4, 5, 6, 7], ((1, 3),)) + as_line([], [8, 9, 8, 9], ((0, 2),)))
     index = scan(path, 12, 100, packed=True)
-    found = Samples(open_units(path, index, 12), 1, 12, 1, packed=True, shuffled=False)[0]
+    found = Samples([open_units(path, index, 12)], 1, 12, 1, packed=True, shuffled=False)[0]
     assert found["labels"].tolist()[:9] == [2, 3, 4, 5, 6, 7, 9, 8, 9]
     assert found["loss_mask"].tolist()[:9] == [0, 1, 0, 0, 1, 1, 0, 1, 1]
-    whole = Samples(open_units(path, index, 12), 1, 12, 1, packed=True, learn_prompts=True, shuffled=False)[0]
+    whole = Samples([open_units(path, index, 12)], 1, 12, 1, packed=True, learn_prompts=True, shuffled=False)[0]
     assert whole["loss_mask"].tolist()[:9] == [1] * 9
 
 
@@ -93,12 +93,12 @@ def test_packed_samples_keep_their_bounds(tmp_path):
     assert list(map(list, index.packs)) == [[1, 2], [0]] and len(index) == 2
     index.save(tmp_path / "index.npz")
     units = open_units(path, Index.load(tmp_path / "index.npz"), 6)
-    one, other = (Samples(units, 2, 6, 1, packed=True, shuffled=False)[i] for i in range(2))
+    one, other = (Samples([units], 2, 6, 1, packed=True, shuffled=False)[i] for i in range(2))
     assert one["tokens"].tolist() == [1, 1, 1, 1, 3, 5] and one["labels"].tolist() == [1, 1, 1, 1, 5, 4]
     assert one["loss_mask"].tolist() == [1, 1, 1, 1, 0, 1] and one["cu_seqlens"].tolist() == [0, 4, 6]
     assert one["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
     assert other["loss_mask"].tolist() == [0, 1, 1, 0, 0, 0] and other["cu_seqlens"].tolist() == [0, 3, 6]
-    assert Samples(units, 2, 6, 1, learn_prompts=True, shuffled=False)[0]["loss_mask"].tolist() == [1] * 6
+    assert Samples([units], 2, 6, 1, learn_prompts=True, shuffled=False)[0]["loss_mask"].tolist() == [1] * 6
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
@@ -113,7 +113,7 @@ def test_packing_loses_nothing_and_nearly_fills(lengths):
 def test_windows_hold_every_token_once_as_a_label(tmp_path):
     write_texts(tmp_path / "x.bin", [[1, 2, 3], [4, 5, 6, 7], [8, 9]])
     units = open_units(tmp_path / "x.bin", scan(tmp_path / "x.bin", 4, 100), 4)
-    found = [Samples(units, 2, 4, 1, shuffled=False)[i] for i in range(2)]
+    found = [Samples([units], 2, 4, 1, shuffled=False)[i] for i in range(2)]
     assert [sample["tokens"].tolist() for sample in found] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert [sample["labels"].tolist() for sample in found] == [[2, 3, 4, 5], [6, 7, 8, 9]]
     assert all(sample["loss_mask"].all() for sample in found)

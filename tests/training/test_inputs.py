@@ -36,7 +36,7 @@ def begun(tmp_path) -> tuple[Path, list[str]]:
     (folder.checkpoints / "step=2" / "context").mkdir(parents=True)
     (folder.checkpoints / "step=2" / "context" / COMPLETE).touch()
     recipe.save(folder.recipe)
-    claims = agreement.claims(recipe, scan(tmp_path / "data.jsonl", 32, 512), None, ALONE, 0)
+    claims = agreement.claims(recipe, [scan(tmp_path / "data.jsonl", 32, 512)], None, ALONE, 0)
     folder.inputs.write_text(json.dumps({name: claims[name] for name in agreement.STAY}))
     return tmp_path, ["train", *map(str, words)]
 
@@ -74,5 +74,5 @@ def test_another_input_under_the_same_name_is_refused_with_what_changed(begun, c
 def test_the_same_inputs_pass(begun):
     folder, _ = begun
     recipe = Recipe.load(folder / "run" / "recipe.json")
-    claims = agreement.claims(recipe, scan(folder / "data.jsonl", 32, 512), None, ALONE, 2)
+    claims = agreement.claims(recipe, [scan(folder / "data.jsonl", 32, 512)], None, ALONE, 2)
     preflight.check_inputs(RunFolder(folder / "run"), 2, claims)

@@ -1,7 +1,11 @@
-"""A run that was stopped goes on as if nobody had stopped it: every mode, alone and in parallel."""
+"""A run that was stopped goes on as if nobody had stopped it: every mode, alone and in parallel.
+
+It goes on with more processes or fewer too, and for more steps than it was begun with.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port, make_model
 from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from test_parallel import LAYOUTS, write_data
 
@@ -25,6 +30,10 @@ EVERY = list(itertools.product(MODES, KINDS))
 IN_CI = [cell for cell in EVERY if cell not in {("heads", "tp2"), ("lora", "ep2"), ("sft", "tp2"), ("pretrain", "ep2")}]
 CELLS = EVERY if os.environ.get("SLIPWAY_MATRIX") == "all" else IN_CI
 KILLED = CELLS if CELLS == EVERY else [(mode, "one") for mode in MODES]
+# mode, the layout that the run began in, and the one that it goes on in
+MOVED = [(mode, *way) for mode in MODES for way in (("dp2", "one"), ("one", "dp2"))]
+MOVED = MOVED if CELLS == EVERY else MOVED[::3]
+LONGER = STEPS + 2
 
 
 def job(root: Path, mode: str, layout: str, name: str, **more: object) -> dict:
@@ -36,6 +45,11 @@ def job(root: Path, mode: str, layout: str, name: str, **more: object) -> dict:
         "save_every": 2, "keep": 3, **LAYOUTS.get(layout, {}),
     }  # fmt: skip
     return {"recipe": recipe, "indices": str(root), "ranks": 1 if layout == "one" else 2, "port": free_port(), **more}
+
+
+def longer(job: dict) -> dict:
+    job["recipe"]["steps"] = LONGER
+    return job
 
 
 def out(root: Path, mode: str, layout: str, name: str) -> Path:
@@ -63,6 +77,10 @@ def runs(tmp_path_factory) -> Path:
         killed_in_a_save(out(root, *cell, "whole"), out(root, *cell, "killed"))
     again = [job(root, *cell, "resumed", continues=str(out(root, *cell, "stopped"))) for cell in CELLS]
     again += [job(root, *cell, "restarted", continues=str(out(root, *cell, "killed"))) for cell in KILLED]
+    again += [job(root, m, to, f"from-{one}", continues=str(out(root, m, one, "stopped"))) for m, one, to in MOVED]
+    again += [
+        longer(job(root, mode, "one", "longer", continues=str(out(root, mode, "one", "whole")))) for mode in MODES
+    ]
     run(again, root)
     return root
 
@@ -102,3 +120,24 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(runs, mo
     restarted = out(runs, mode, layout, "restarted")
     assert RunFolder(restarted).read_status()["started_at_step"] == 2
     assert losses(restarted) == losses(out(runs, mode, layout, "whole"))
+
+
+@pytest.mark.parametrize("mode, began, goes_on", MOVED)
+def test_a_stopped_run_goes_on_with_more_processes_or_fewer(runs, mode, began, goes_on):
+    moved = out(runs, mode, goes_on, f"from-{began}")
+    assert RunFolder(moved).read_status()["started_at_step"] >= 2
+    assert losses(moved) == pytest.approx(losses(out(runs, mode, began, "whole")), rel=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_done_goes_on_for_more_steps(runs, mode):
+    """From there on with the learning rates of the longer run."""
+    folder = out(runs, mode, "one", "longer")
+    found, whole = losses(folder), losses(out(runs, mode, "one", "whole"))
+    assert len(found) == LONGER and found[:STEPS] == whole
+    assert RunFolder(folder).read_status()["started_at_step"] == STEPS
+    recipe = Recipe.load(RunFolder(folder).recipe)
+    rates = [entry["lr"] for entry in RunFolder(folder).read_metrics()]
+    assert rates[STEPS:] == pytest.approx([recipe.learning_rate(step) for step in range(STEPS, LONGER)])
+    shorter = dataclasses.replace(recipe, steps=STEPS)
+    assert rates[:STEPS] == pytest.approx([shorter.learning_rate(step) for step in range(STEPS)])

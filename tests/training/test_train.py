@@ -126,7 +126,7 @@ def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, da
         tmp_path / "bf16", dtype=torch.float32, attn_implementation="eager"
     ).eval()
     units = open_units(data, scan(data, SEQ_LENGTH, 512), SEQ_LENGTH)
-    samples = Samples(units, STEPS * BATCH, SEQ_LENGTH, seed=1234)
+    samples = Samples([units], STEPS * BATCH, SEQ_LENGTH, seed=1234)
     torch.manual_seed(1234)
     heads = DecodingHeads(model.config.hidden_size)
     total = count = 0.0

@@ -42,7 +42,8 @@ class Index:
 
     offsets: np.ndarray  # int64 [lines]: where each begins, in bytes (.jsonl) or in tokens (.bin)
     lengths: np.ndarray  # int32 [lines]: its tokens
-    too_long: int
+    too_long: int  # samples that were dropped
+    lost: int = 0  # tokens of these
     # int32 [lines]: the token at which it begins in its line, where a text is longer than a sequence; None: all at 0
     starts: np.ndarray | None = None
     packs: list[np.ndarray] | None = None  # each int64: the lines that share a sequence; None: one line each
@@ -54,11 +55,11 @@ class Index:
 
     def describe(self, seq_length: int) -> str:
         """How many samples and sequences there are, in words."""
-        samples = f"{len(self.lengths)} samples, {self.too_long} dropped for {seq_length} tokens or more"
-        if self.packs is None:
-            return samples
+        dropped = f", {self.too_long} dropped for {seq_length} tokens or more" if self.too_long else ""
+        samples = f"{len(self.lengths)} samples of up to {int(self.lengths.max())} tokens{dropped}"
         full = int(np.sum(self.lengths - 1, dtype=np.int64)) / (len(self) * seq_length)
-        return f"{samples}; packed into {len(self)} sequences, which are {full:.1%} full"
+        packed = "" if self.packs is None else f"packed into {len(self)} "
+        return f"{samples}; {packed}sequences of {seq_length}, which are {full:.1%} full"
 
     def save(self, path: Path) -> None:
         """Write what the workers need, as .npz."""
@@ -76,7 +77,7 @@ class Index:
             packs = None
             if "members" in arrays:
                 packs = np.split(arrays["members"], np.cumsum(arrays["sizes"])[:-1])
-            return cls(arrays["offsets"], arrays["lengths"], 0, arrays.get("starts"), packs)
+            return cls(arrays["offsets"], arrays["lengths"], 0, 0, arrays.get("starts"), packs)
 
 
 def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
@@ -87,12 +88,14 @@ def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
     Errors: DataError names the file and the first malformed line, or says that no sample is left.
     """
     begins, starts, lengths = array("q"), array("i"), array("i")  # byte of the line, first token, tokens
-    too_long, at = 0, 0
+    too_long, lost, at = 0, 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             sample = read_line(line, f"{path}:{number}")
             _check_vocabulary(sample, vocab_size, f"{path}:{number}")
-            too_long += not (parts := list(_parts(sample, seq_length)))
+            if not (parts := list(_parts(sample, seq_length))):
+                too_long += 1
+                lost += len(sample.prompt) + len(sample.response)
             for start, length in parts:
                 begins.append(at)
                 starts.append(start)
@@ -104,7 +107,7 @@ def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
         )
     cut = np.array(starts, np.int32) if any(starts) else None
     digest = hashlib.sha256(begins.tobytes() + (b"" if cut is None else cut.tobytes())).hexdigest()
-    return Index(np.array(begins, np.int64), np.array(lengths, np.int32), too_long, cut, digest=digest)
+    return Index(np.array(begins, np.int64), np.array(lengths, np.int32), too_long, lost, cut, digest=digest)
 
 
 def _parts(sample: Sample, seq_length: int) -> Iterator[Span]:

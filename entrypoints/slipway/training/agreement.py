@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import slipway
 from slipway.checkpoint.nemo_context import TOKENIZER as TOKENIZER_FOLDER
 from slipway.launch.topology import Topology
+from slipway.tokens.blend import parts_of
 from slipway.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ SAMPLES = 64  # places of a file of data that are compared: reading all of it wo
 SAMPLE_BYTES = 4096  # at the beginning and at the end of each file of weights
 
 
-def claims(recipe: Recipe, index: Index, held_out: Index | None, topology: Topology, begins_at: int) -> dict[str, str]:
+def claims(
+    recipe: Recipe, indices: Sequence[Index], held_out: Index | None, topology: Topology, begins_at: int
+) -> dict[str, str]:
     """Name → value of everything that decides what is computed."""
     fields = {name: value for name, value in vars(recipe).items() if name not in PATHS}
     return {
@@ -31,7 +35,10 @@ def claims(recipe: Recipe, index: Index, held_out: Index | None, topology: Topol
         "--nodes": str(topology.nodes),
         "--nproc-per-node": str(topology.processes_per_node),
         **{f"--{name.replace('_', '-')}": str(value) for name, value in fields.items()},
-        DATA: data_digest(Path(recipe.data), index),
+        DATA: ", ".join(
+            data_digest(part.path, index) + (f", {part.share:.3g} of all" if len(indices) > 1 else "")
+            for part, index in zip(parts_of(recipe.data), indices, strict=True)
+        ),
         "the data of evaluations": data_digest(Path(recipe.eval_data), held_out) if held_out else "none",
         MODEL: model_digest(Path(recipe.model)),
         TOKENIZER: tokenizer_digest(Path(recipe.model)),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from nemo.collections.llm.peft import DoRA as NemoDoRA
 from nemo.collections.llm.peft import LoRA as NemoLoRA
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 
@@ -23,8 +24,8 @@ from slipway.training.steps import language_model_step
 from slipway.training.targets import ALL, EVERY
 
 
-class LoRA(FromBase, NemoLoRA):
-    """NeMo's LoRA, which remembers its base and has the same first weights in every parallel layout."""
+class Adapters(FromBase):
+    """NeMo's adapters, which remember their base and have the same first weights in every parallel layout."""
 
     def __init__(
         self,
@@ -91,6 +92,14 @@ def _place(name: str, experts: int | None) -> tuple[str, int, int]:
     return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}", 1, 0
 
 
+class LoRA(Adapters, NemoLoRA):
+    """Low-rank adapters."""
+
+
+class DoRA(Adapters, NemoDoRA):
+    """Low-rank adapters, and the size of each row of the weight."""
+
+
 @dataclass(frozen=True)
 class Mode:
     """How a mode computes its loss, what NeMo attaches to a frozen base (None: all weights are trained), and what is
@@ -101,13 +110,14 @@ class Mode:
     prepare: Callable[[], None] = lambda: None
 
 
-def _lora(recipe: Recipe) -> LoRA:
-    return LoRA(
+def _lora(recipe: Recipe) -> Adapters:
+    # NeMo divides by the rank. Rank-stabilised adapters divide by its square root: the same with a larger alpha.
+    return (DoRA if recipe.dora else LoRA)(
         recipe.model,
         recipe.seed,
         target_modules=list(EVERY) if recipe.lora_targets == ALL else recipe.lora_targets.split(","),
         dim=recipe.lora_rank,
-        alpha=recipe.lora_alpha or recipe.lora_rank,
+        alpha=(recipe.lora_alpha or recipe.lora_rank) * (math.sqrt(recipe.lora_rank) if recipe.rslora else 1),
         dropout=recipe.lora_dropout,
         adapter=recipe.adapter,
     )

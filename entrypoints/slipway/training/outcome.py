@@ -14,6 +14,7 @@ from slipway.errors import DataError, PreflightError, SlipwayError, Stopped, Usa
 from slipway.launch.failure import Failure
 from slipway.launch.topology import Topology
 from slipway.report import Summary
+from slipway.training.preflight import Scanned
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
@@ -29,6 +30,7 @@ class Run:
     folder: RunFolder
     begins_at: int
     started: float
+    scanned: Scanned | None = None  # where the data had to be read to know the steps
 
 
 def claim_folder(run: Run, inputs: dict[str, str]) -> None:

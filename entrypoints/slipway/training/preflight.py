@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint.nemo_context import SOURCE_CONFIG
+from slipway.checkpoint.lora import Adapters
+from slipway.checkpoint.nemo_context import SOURCE_CONFIG, TOKENIZER
+from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError, PreflightError, UsageError, WriteError
 from slipway.families import read_config, understood
 from slipway.launch.topology import gpus_here
 from slipway.options import flag
+from slipway.tokens.blend import parts_of
 from slipway.tokens.scan import Index, scan
+from slipway.tokens.tokenise import MOST_LOST
 from slipway.training import memory
 from slipway.training.agreement import changed
 from slipway.training.recipe import Recipe
@@ -23,6 +29,7 @@ from slipway.training.run_folder import RunFolder
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 # What may change between two starts of one run.
 MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
+SCHEDULE = ("steps", "warmup_steps", "constant_steps")  # these too, where the run is made longer
 
 
 def check_checkpoint(model: Path) -> None:
@@ -33,12 +40,40 @@ def check_checkpoint(model: Path) -> None:
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(data: str, eval_data: str) -> None:
     """UsageError for a file of data that is not there."""
-    for name in ("data", "eval_data"):
-        path = getattr(recipe, name)
-        if path and not Path(path).is_file():
-            raise UsageError(f"{flag(name)} {path} does not exist; `slipway preprocess` makes it from text")
+    if eval_data and len(parts_of(eval_data, "--eval-data")) > 1:
+        raise UsageError(f"--eval-data {eval_data} names several files; evaluate on one")
+    for name, paths in (("--data", data), ("--eval-data", eval_data)):
+        for part in parts_of(paths, name) if paths else ():
+            if not part.path.is_file():
+                raise UsageError(f"{name} {part.path} does not exist; `slipway preprocess` makes it from text")
+
+
+def check_logging(recipe: Recipe) -> None:
+    """UsageError where Weights & Biases would ask for a key that is not there, which nobody would see."""
+    if not recipe.wandb_project or os.environ.get("WANDB_API_KEY"):
+        return
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if not (netrc.is_file() and "wandb" in netrc.read_text(errors="replace")):
+        raise UsageError(
+            "--wandb-project is given, but there is no key: set WANDB_API_KEY, or WANDB_MODE=offline to keep the log "
+            "in OUT"
+        )
+
+
+def check_adapter(adapter: Path, model: Path) -> None:
+    """DataError where adapters do not fit the base that they are to be trained on."""
+    Adapters(Reader(adapter), Reader(model).tensors, model)
+
+
+def without_tokenizer(model: Path) -> list[str]:
+    """What to say where a checkpoint has no tokenizer: training needs none, but what is exported later has none."""
+    if any((model / "context" / TOKENIZER).glob("*")):
+        return []
+    return [f"{model} has no tokenizer, so an export of this run will have none; import the model again to have it"]
 
 
 def vocab_size(model: Path) -> int:
@@ -69,21 +104,28 @@ def check_gpus(config: Mapping[str, Any]) -> None:
         )
 
 
-def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> int:
-    """The step to go on from; UsageError where the folder belongs to another run."""
+def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, list[str]]:
+    """(the step to go on from, what to say of it); UsageError where the folder belongs to another run."""
     latest = folder.latest_checkpoint()
     if latest is None:
-        return 0
+        return 0, []
+    step = latest[0]
     if resume == "never":
-        raise UsageError(f"{folder.path} holds a run at step {latest[0]}; choose another --out or --resume auto")
+        raise UsageError(f"{folder.path} holds a run at step {step}; choose another --out or --resume auto")
+    before = Recipe.load(folder.recipe)
+    longer = before.steps != recipe.steps
+    if longer and recipe.steps < step:
+        raise UsageError(f"{folder.path} holds a run at step {step}, more than --steps {recipe.steps}; raise --steps")
+    may_change = (*MAY_CHANGE, *(SCHEDULE if longer else ()))
     changed = [
-        f"{flag(name)} was {before} and is {now}"
+        f"{flag(name)} was {vars(before)[name]} and is {now}"
         for name, now in vars(recipe).items()
-        if name not in MAY_CHANGE and (before := vars(Recipe.load(folder.recipe))[name]) != now
+        if name not in may_change and vars(before)[name] != now
     ]
     if changed:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out")
-    return latest[0]
+    said = f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
+    return step, [f"{said}of {recipe.steps} steps"] if longer else []
 
 
 def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None:
@@ -100,22 +142,72 @@ def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None
         )
 
 
-def scan_data(recipe: Recipe, vocab_size: int, scratch: Path) -> tuple[Index, Index | None]:
-    """The indices of the data and of what is held out, saved in `scratch`; DataError for what cannot be used."""
-    index = scan(Path(recipe.data), recipe.seq_length, vocab_size, recipe.pack)
-    index.save(scratch / "train.npz")
-    print(f"train: {index.describe(recipe.seq_length)}", file=sys.stderr)
-    if not recipe.eval_data:
-        return index, None
-    held_out = scan(Path(recipe.eval_data), recipe.seq_length, vocab_size, recipe.pack)
-    held_out.save(scratch / "eval.npz")
-    print(f"train: evaluation on {held_out.describe(recipe.seq_length)}", file=sys.stderr)
-    if len(held_out) < recipe.global_batch_size:
+@dataclass(frozen=True)
+class Scanned:
+    """The indices of the files of data, and of what is held out."""
+
+    parts: list[Index]
+    held_out: Index | None
+
+    def save(self, folder: Path) -> None:
+        """Write them for the workers, who find them by `index_file`."""
+        for number, index in enumerate(self.parts):
+            index.save(index_file(folder, "train", number))
+        if self.held_out is not None:
+            self.held_out.save(index_file(folder, "eval", 0))
+
+    def epochs(self, recipe: Recipe) -> str:
+        """How often a run reads the data, in words."""
+        count = recipe.steps * recipe.global_batch_size
+        said = f"{recipe.steps} steps of {recipe.global_batch_size} sequences"
+        if len(self.parts) == 1:
+            return f"{said} are {count / len(self.parts[0]):.3g} epochs"
+        parts = zip(parts_of(recipe.data), self.parts, strict=True)
+        return f"{said} are " + ", ".join(
+            f"{count * part.share / len(index):.3g} epochs of {part.path.name} ({part.share:.1%})"
+            for part, index in parts
+        )
+
+
+def index_file(folder: Path, purpose: str, number: int) -> Path:
+    """The index of file `number` of the data; `purpose` is train or eval."""
+    return folder / f"{purpose}{number or ''}.npz"
+
+
+def scan_data(data: str, eval_data: str, seq_length: int, vocab_size: int, pack: bool) -> Scanned:
+    """Check every token, and say what there is; DataError for what cannot be used."""
+    found = []
+    for part in parts_of(data):
+        index = scan(part.path, seq_length, vocab_size, pack)
+        print(f"train: {part.path.name}: {index.describe(seq_length)}", file=sys.stderr)
+        _check_lost(part.path, index, seq_length)
+        found.append(index)
+    if not eval_data:
+        return Scanned(found, None)
+    held_out = scan(Path(eval_data), seq_length, vocab_size, pack)
+    print(f"train: evaluation on {Path(eval_data).name}: {held_out.describe(seq_length)}", file=sys.stderr)
+    _check_lost(Path(eval_data), held_out, seq_length)
+    return Scanned(found, held_out)
+
+
+def _check_lost(path: Path, index: Index, seq_length: int) -> None:
+    """DataError where so much is too long that the data would not be what it was."""
+    share = index.lost / (index.lost + int(index.lengths.sum(dtype="int64")))
+    if share > MOST_LOST:
         raise DataError(
-            f"--eval-data {recipe.eval_data} fills {len(held_out)} sequences, and a global batch takes "
+            f"{path}: {index.too_long} samples have {seq_length} tokens or more: {share:.0%} of all tokens would be "
+            f"lost, more than {MOST_LOST:.0%}; use a larger --seq-length, or make the data with "
+            f"`slipway preprocess --seq-length {seq_length}` and --long cut or drop"
+        )
+
+
+def check_held_out(recipe: Recipe, scanned: Scanned) -> None:
+    """DataError where what is held out does not fill a global batch."""
+    if scanned.held_out is not None and len(scanned.held_out) < recipe.global_batch_size:
+        raise DataError(
+            f"--eval-data {recipe.eval_data} fills {len(scanned.held_out)} sequences, and a global batch takes "
             f"{recipe.global_batch_size}; give more of it or lower --global-batch-size"
         )
-    return index, held_out
 
 
 def make_folder(folder: RunFolder) -> None:

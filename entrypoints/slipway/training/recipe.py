@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from slipway.errors import UsageError
 from slipway.options import LARGEST, check_group, option
+from slipway.tokens.blend import parts_of
 
 MODES = ("heads", "lora", "sft", "pretrain")
 
@@ -29,7 +31,9 @@ class Recipe:
 
     model: str = option(..., "NeMo checkpoint of the base model, as `import` writes it: a folder or nemo://name")
     data: str = option(
-        ..., "tokens as `preprocess` writes them: samples in a .jsonl file, or texts in a .bin with its .idx"
+        ...,
+        "tokens as `preprocess` writes them: samples in a .jsonl file, or texts in a .bin with its .idx; several files "
+        "as PATH:WEIGHT,PATH:WEIGHT",
     )
     out: str = option(..., "folder of the run: checkpoints, status.json, metrics.jsonl, loss.png, TensorBoard")
     mode: str = option(
@@ -75,6 +79,10 @@ class Recipe:
         otherwise="lora_rank",
     )
     lora_dropout: float = option(0.0, "share of an adapter's inputs that are dropped", low=0, below=1)
+    dora: bool = option(False, "adapters of DoRA, which also learn the size of each row of a weight")
+    rslora: bool = option(
+        False, "rank-stabilised: the output of an adapter is multiplied by lora_alpha / √lora_rank, as in peft"
+    )
     adapter: str = option(
         "",
         "NeMo checkpoint of adapters to continue from, see `import --adapter`; gives rank, alpha and targets",
@@ -97,6 +105,17 @@ class Recipe:
     @property
     def _adapts_experts(self) -> bool:
         return "linear_fc" in self.lora_targets or self.lora_targets == "all-linear"
+
+    def learning_rate(self, step: int) -> float:
+        """That of a step, which is counted from 0: a linear warm-up, half a cosine, and constant steps at the end.
+
+        The first step trains with lr / warmup_steps, the step warmup_steps - 1 with lr.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        falling = self.steps - self.warmup_steps - self.constant_steps
+        done = min(1.0, (step - self.warmup_steps + 1) / (falling + 1))
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
     def check(self, world_size: int, recipe: str = "") -> None:
         """UsageError unless the sizes fit each other and a world of `world_size` processes.
@@ -143,8 +162,8 @@ class Recipe:
     def _check_packing(self) -> None:
         if not self.pack:
             return
-        for path in filter(None, (self.data, self.eval_data)):
-            if path.endswith(".bin"):
+        for path in (part.path for data in (self.data, self.eval_data) if data for part in parts_of(data)):
+            if path.suffix == ".bin":
                 raise UsageError(f"--pack is for samples of .jsonl files, and {path} has full sequences already")
         for name in ("micro_batch_size", "context_parallel_size"):
             if (value := getattr(self, name)) > 1:
@@ -169,6 +188,13 @@ class Recipe:
                     f"--{kind}-parallel-size {getattr(self, f'{kind}_parallel_size')} does not divide the model's "
                     f"{count} {what}; change it"
                 )
+        if self.mode == "lora" and self.dora and self.tensor_parallel_size > 1:
+            raise UsageError("--dora takes --tensor-parallel-size 1: NeMo saves its sizes in the order of the ranks")
+        if experts and self.mode == "lora" and self.dora and "linear_fc" in self.lora_targets:
+            raise UsageError(
+                "--dora cannot be on experts, for which NeMo has no such adapters: choose --lora-targets among "
+                "the modules of attention"
+            )
         if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and self._adapts_experts:
             raise UsageError(
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "

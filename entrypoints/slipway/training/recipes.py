@@ -39,6 +39,9 @@ class Choice:
     set: list[str] | None = option(
         None, "KEY=VALUE for any key of a recipe; can be given more than once; overrides the recipe"
     )
+    epochs: float | None = option(
+        None, "how often the data are read, instead of --steps", above=0, high=1_000_000, otherwise="what --steps says"
+    )
     gpu_memory: int | None = option(
         None,
         "memory of a GPU, to choose the recipe's layout",

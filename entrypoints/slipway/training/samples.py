@@ -6,12 +6,14 @@ run continues exactly where it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from slipway.tokens.blend import order
 from slipway.tokens.scan import Sample, Units
 from slipway.training.heads import EASY_TOKEN_DROP_RATE
 
@@ -19,10 +21,11 @@ PAD_ID = 0
 
 
 class Samples(Dataset):
-    """`count` sequences from the units of a file, epoch by epoch, each epoch in a new order.
+    """`count` sequences from the units of files, of each file epoch by epoch, each epoch in a new order.
 
     Args:
-        units: a unit is the content of one sequence: one sample, or several that are packed.
+        parts: the units of each file; a unit is the content of one sequence: one sample, or several that are packed.
+        shares: the part of the sequences that is from each file; None = there is one.
         packed: also give `cu_seqlens`, the positions where the samples begin.
         learn_prompts: the loss counts the tokens of p_ids too.
         shuffled: False keeps the order of the file.
@@ -30,18 +33,20 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        units: Units,
+        parts: Sequence[Units],
         count: int,
         seq_length: int,
         seed: int,
         *,
+        shares: list[float] | None = None,
         packed: bool = False,
         learn_prompts: bool = False,
         shuffled: bool = True,
     ) -> None:
-        self.units, self.count, self.seq_length, self.seed = units, count, seq_length, seed
+        self.parts, self.count, self.seq_length, self.seed = parts, count, seq_length, seed
         self.packed, self.learn_prompts, self.shuffled = packed, learn_prompts, shuffled
-        self._epoch, self._order = -1, np.arange(len(units))
+        self._blend = order(shares, count) if shares and len(parts) > 1 else None
+        self._epochs = [(-1, np.arange(len(units))) for units in parts]  # of each file: which one, and its order
 
     def __len__(self) -> int:
         return self.count
@@ -49,19 +54,23 @@ class Samples(Dataset):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy, is_real (no padding) bool [S];
         for packed samples also cu_seqlens int32 [samples + 1, and one more if there is padding]."""
-        found = self._join(self.units[self.unit_of(number)])
+        part, unit = self.unit_of(number)
+        found = self._join(self.parts[part][unit])
         # A generator that counts (Philox) has no state: sample `number` gets the same numbers without those before it.
         random = np.random.Generator(np.random.Philox(key=[self.seed, number]))
         return found | {"drop_if_easy": torch.from_numpy(random.random(self.seq_length) < EASY_TOKEN_DROP_RATE)}
 
-    def unit_of(self, number: int) -> int:
-        """Which unit sample `number` of the run is."""
-        epoch, place = divmod(number, len(self.units))
-        if self.shuffled and epoch != self._epoch:
-            # The counter begins elsewhere than in __getitem__, whose keys can be the same.
-            shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=1 << 64))
-            self._epoch, self._order = epoch, shuffle.permutation(len(self.units))
-        return int(self._order[place])
+    def unit_of(self, number: int) -> tuple[int, int]:
+        """(file, unit in it) of sequence `number` of the run."""
+        part = int(self._blend[0][number]) if self._blend else 0
+        own = int(self._blend[1][number]) if self._blend else number
+        size = len(self.parts[part])
+        epoch, place = divmod(own, size)
+        if self.shuffled and epoch != self._epochs[part][0]:
+            # The counter begins elsewhere than in __getitem__, whose keys can be the same, and for each file elsewhere.
+            shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=(part + 1) << 64))
+            self._epochs[part] = epoch, shuffle.permutation(size)
+        return part, int(self._epochs[part][1][place])
 
     def _join(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         tokens = torch.full((self.seq_length,), PAD_ID, dtype=torch.int64)

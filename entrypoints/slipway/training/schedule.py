@@ -1,8 +1,7 @@
-"""The learning rate of each step: a linear warm-up, half a cosine, and constant steps at the end."""
+"""The recipe's learning rate of each step in the form that NeMo needs."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from nemo.lightning.pytorch.optim import LRSchedulerModule
@@ -11,23 +10,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from slipway.training.recipe import Recipe
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """That of a step, which is counted from 0.
+class Rates(LambdaLR):
+    """A resumed run's next step has the rate of its schedule now, not the one that was saved with the old schedule."""
 
-    The first step trains with lr / warmup_steps, the step warmup_steps - 1 with lr. NeMo's own schedule begins at 0, so
-    that its first step trains nothing.
-    """
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    falling = recipe.steps - recipe.warmup_steps - recipe.constant_steps
-    done = min(1.0, (step - recipe.warmup_steps + 1) / (falling + 1))
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 class Schedule(LRSchedulerModule):
-    """`learning_rate` in the form that NeMo needs.
+    """`Recipe.learning_rate`. NeMo's own schedule begins at 0, so that its first step trains nothing.
 
-    What is saved of it is the number of steps: a run that goes on with other --steps follows their curve from there.
+    A run that goes on with other --steps follows their curve from there.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -36,5 +32,5 @@ class Schedule(LRSchedulerModule):
 
     def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
         """The schedule of an optimizer whose learning rate is the recipe's."""
-        shares = LambdaLR(optimizer, lambda step: learning_rate(self.recipe, step) / self.recipe.lr)
+        shares = Rates(optimizer, lambda step: self.recipe.learning_rate(step) / self.recipe.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": shares, "interval": "step", "frequency": 1}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -24,11 +25,13 @@ from slipway.launch.topology import ALONE, Topology, find_topology, gpus_here
 from slipway.options import flag
 from slipway.report import Summary
 from slipway.signals import StopRequests
+from slipway.tokens.blend import as_text, parts_of
 from slipway.training import layout, memory, preflight, recipes
 from slipway.training.agreement import STAY, claims
 from slipway.training.outcome import Run, claim_folder, note, result_of
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
+from slipway.training.targets import ALL
 from slipway.training.targets import resolved as targets_of
 
 # Of warm-up and constant steps, the part of a run that they take by default.
@@ -78,10 +81,13 @@ def run(request: Request) -> Summary:
         tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch,
         StopRequests(Path(scratch) / "stop", request.patience.grace) as stop,
     ):
-        index, held_out = preflight.scan_data(run.recipe, preflight.vocab_size(Path(run.recipe.model)), Path(scratch))
+        scanned = run.scanned or _scan(vars(run.recipe))
+        preflight.check_held_out(run.recipe, scanned)
+        scanned.save(Path(scratch))
+        print(f"train: {scanned.epochs(run.recipe)}", file=sys.stderr)
         print(topology, file=sys.stderr)
         preflight.make_folder(run.folder)
-        agreed = claims(run.recipe, index, held_out, topology, run.begins_at)
+        agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
         link = meet(topology, agreed, request.patience.rendezvous_timeout)
         if topology.rank == 0:
@@ -109,33 +115,82 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     if dry_run and shipped and topology.source == ALONE and request.placement.nproc_per_node is None:
         topology = _of_recipe(shipped, topology.master_port)
     values = (shipped.values if shipped else {}) | chosen | {"model": str(model)}
-    shorter = _fitting_schedule(values, chosen)
-    said += [
-        f"{flag(name)} → {now}, since --steps is {values.get('steps', Recipe.steps)}" for name, now in shorter.items()
-    ]
-    values |= shorter
+    preflight.check_data(values["data"], values.get("eval_data", ""))
+    scanned = None
+    if (epochs := request.choice.epochs) is not None:
+        _check_epochs(values, chosen)
+        scanned = _scan(values)
+        values |= _steps_of(epochs, scanned, values)
+    schedule = _fitting_schedule(values, chosen)
+    values |= schedule
     if config:
         if values.get("mode") == "lora":
-            values |= _of_adapter(values, chosen)
-            targets, notes = targets_of(values.get("lora_targets", Recipe.lora_targets), config)
-            values |= {"lora_targets": targets, "lora_alpha": values.get("lora_alpha") or _rank(values)}
+            lora, notes = _lora(values, chosen, config)
+            values |= lora
             said += notes
         known = request.choice.gpu_memory or (recipes.gpu_memory() if dry_run or gpus_here() else None)
         found = layout.fitted(values, chosen, config, topology.world_size, known)
         values = found.values
         said += [f"for {topology.world_size} processes: {', '.join(found.changes)}"] if found.changes else []
+        if scanned and epochs is not None:  # the layout may have another global batch
+            values |= _steps_of(epochs, scanned, values)
+            schedule = _fitting_schedule(values, chosen)
+            values |= schedule
+    why = f"--steps is {values.get('steps', Recipe.steps)}" + (", and --min-lr is --lr" if _is_constant(values) else "")
+    said += [f"{flag(name)} → {now}, since {why}" for name, now in schedule.items()]
     recipe = Recipe(**values)
     recipe.check(topology.world_size, shipped.name if shipped else "")
-    preflight.check_data(recipe)
+    preflight.check_logging(recipe)
     if config and not dry_run:
         preflight.check_gpus(config)
     for name in PATHS:
         if path := getattr(recipe, name):
-            setattr(recipe, name, str(Path(path).absolute()))
+            setattr(recipe, name, as_text(parts_of(path)) if name == "data" else str(Path(path).absolute()))
     folder = RunFolder.of(recipe)
-    for line in said:
+    begins_at, notes = preflight.first_step(recipe, folder, request.resume)
+    for line in [*said, *notes, *preflight.without_tokenizer(model)]:
         print(f"train: {line}", file=sys.stderr)
-    return Run(recipe, topology, folder, preflight.first_step(recipe, folder, request.resume), started), config
+    return Run(recipe, topology, folder, begins_at, started, scanned), config
+
+
+def _scan(values: Mapping[str, Any]) -> preflight.Scanned:
+    """Read the data that a run with these fields of Recipe is for."""
+    return preflight.scan_data(
+        values["data"],
+        values.get("eval_data", ""),
+        values.get("seq_length", Recipe.seq_length),
+        preflight.vocab_size(Path(values["model"])),
+        values.get("pack", Recipe.pack),
+    )
+
+
+def _check_epochs(values: Mapping[str, Any], chosen: Collection[str]) -> None:
+    """UsageError where --epochs says what another flag says too, or nothing."""
+    if "steps" in chosen:
+        raise UsageError("--epochs and --steps both say how long the run is; leave one out")
+    if len(parts_of(values["data"])) > 1:
+        raise UsageError("--epochs has no meaning for several files, which are read at different rates; use --steps")
+
+
+def _steps_of(epochs: float, scanned: preflight.Scanned, values: Mapping[str, Any]) -> dict[str, int]:
+    """The steps that take so many epochs; the last step is a whole one."""
+    batch = values.get("global_batch_size", Recipe.global_batch_size)
+    return {"steps": max(1, math.ceil(epochs * len(scanned.parts[0]) / batch - 1e-9))}
+
+
+def _lora(
+    values: Mapping[str, Any], chosen: Collection[str], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """(the fields of Recipe that say which adapters there are, notes)."""
+    found = _of_adapter(values, chosen)
+    words = found.get("lora_targets") or values.get("lora_targets", Recipe.lora_targets)
+    targets, notes = targets_of(words, config)
+    if values.get("dora") and words == ALL and any(key in config for key in memory.EXPERTS):
+        targets = ",".join(name for name in targets.split(",") if "fc" not in name)
+        notes.append(f"--dora cannot be on experts, so its adapters are on {targets}")
+    rank = found.get("lora_rank") or values.get("lora_rank", Recipe.lora_rank)
+    alpha = found.get("lora_alpha") or values.get("lora_alpha") or rank
+    return found | {"lora_targets": targets, "lora_alpha": alpha}, notes
 
 
 def _recipe(
@@ -163,18 +218,24 @@ def _recipe(
 
 
 def _fitting_schedule(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, int]:
-    """Warm-up and constant steps for a run that is shorter than those nobody asked for; {} where they fit.
+    """Warm-up and constant steps for a run that is shorter than those nobody asked for, or constant; {} where they fit.
 
     Args:
         values: the fields of Recipe that are not at their defaults.
         chosen: the fields that flags and --set gave.
     """
+    if _is_constant(values):
+        return {name: 0 for name in SHARES if name not in chosen}
     schedule = {name: values.get(name, getattr(Recipe, name)) for name in SHARES}
     steps = values.get("steps", Recipe.steps)
     if sum(schedule.values()) <= steps:
         return {}
-    fitting = {name: min(schedule[name], steps // share) for name, share in SHARES.items() if name not in chosen}
-    return fitting
+    return {name: min(schedule[name], steps // share) for name, share in SHARES.items() if name not in chosen}
+
+
+def _is_constant(values: Mapping[str, Any]) -> bool:
+    """The learning rate has one value."""
+    return values.get("lr", Recipe.lr) == values.get("min_lr", Recipe.min_lr)
 
 
 def _of_adapter(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:
@@ -189,11 +250,14 @@ def _of_adapter(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str,
         raise UsageError(
             f"--adapter {folder} is not a NeMo checkpoint; `slipway import --adapter` makes one from peft's"
         )
+    preflight.check_adapter(folder, Path(values["model"]))
     settings = settings_of(Reader(folder))
-    found = {
+    found: dict[str, Any] = {
         "lora_rank": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_targets": ",".join(settings.targets),
+        "dora": settings.kind == "DoRA",
+        "rslora": False,  # alpha is already the one that is divided by the rank
     }
     for name, value in found.items():
         if name in chosen and values[name] != value:
@@ -201,10 +265,6 @@ def _of_adapter(values: Mapping[str, Any], chosen: Collection[str]) -> dict[str,
                 f"{flag(name)} is {values[name]}, but --adapter {folder} has {value}; leave out {flag(name)}"
             )
     return {name: value for name, value in found.items() if value} | {"adapter": str(folder.absolute())}
-
-
-def _rank(values: Mapping[str, Any]) -> int:
-    return values.get("lora_rank", Recipe.lora_rank)
 
 
 def _of_recipe(shipped: recipes.Shipped, port: int) -> Topology:

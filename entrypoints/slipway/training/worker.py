@@ -149,26 +149,31 @@ def load_data(recipe: Recipe, indices: Path) -> Any:
     """NeMo's data module with the samples of the run, and those for evaluations."""
     from slipway.training.data import TokenData
 
-    samples = _samples(recipe, recipe.data, indices / "train.npz", recipe.steps)
-    held_out = None
-    if recipe.eval_data:
-        held_out = _samples(recipe, recipe.eval_data, indices / "eval.npz", None)
+    samples = _samples(recipe, recipe.data, indices, "train", recipe.steps)
+    held_out = _samples(recipe, recipe.eval_data, indices, "eval", None) if recipe.eval_data else None
     return TokenData(samples, held_out, recipe.micro_batch_size, recipe.global_batch_size)
 
 
-def _samples(recipe: Recipe, data: str, index: Path, batches: int | None) -> Any:
+def _samples(recipe: Recipe, data: str, indices: Path, purpose: str, batches: int | None) -> Any:
     """`batches` global batches in random order; None is for an evaluation, in the order of the file."""
+    from slipway.tokens.blend import parts_of
     from slipway.tokens.scan import Index, open_units
+    from slipway.training.preflight import index_file
     from slipway.training.samples import Samples
 
-    units = open_units(Path(data), Index.load(index), recipe.seq_length)
+    parts = parts_of(data)
+    units = [
+        open_units(part.path, Index.load(index_file(indices, purpose, number)), recipe.seq_length)
+        for number, part in enumerate(parts)
+    ]
     shuffled = batches is not None
-    batches = batches or min(recipe.eval_batches, len(units) // recipe.global_batch_size)
+    batches = batches or min(recipe.eval_batches, len(units[0]) // recipe.global_batch_size)
     return Samples(
         units,
         batches * recipe.global_batch_size,
         recipe.seq_length,
         recipe.seed,
+        shares=[part.share for part in parts],
         packed=recipe.pack,
         learn_prompts=recipe.mode == "pretrain",
         shuffled=shuffled,

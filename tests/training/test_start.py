@@ -1,0 +1,179 @@
+"""What `train` finds out and says before NeMo is imported: steps and epochs, several files, adapters, keys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_model
+from slipway import cli
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import UsageError
+from slipway.tokens.blend import as_text, order, parts_of
+from slipway.tokens.indexed import write_index
+from slipway.tokens.lines import as_line
+
+SEQ_LENGTH = 16
+
+
+def write_texts(file: Path, sequences: int) -> Path:
+    """As many windows as asked for, in Megatron's format."""
+    tokens = np.random.default_rng(sequences).integers(5, 500, sequences * SEQ_LENGTH + 1).astype(np.uint16)
+    file.write_bytes(tokens.tobytes())
+    with file.with_suffix(".idx").open("wb") as index:
+        write_index(index, np.uint16, np.array([len(tokens)], np.int32), np.array([True]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A dense model and one with experts, 40 samples, and two files of texts."""
+    root = tmp_path_factory.mktemp("start")
+    for kind in ("llama31", "qwen3_moe"):
+        make_model(root / "hf" / kind, kind, quantized=False)
+        import_checkpoint(str(root / "hf" / kind), str(root / kind))
+    (root / "data.jsonl").write_bytes(b"".join(as_line([5, 6], list(range(5, 7 + n % 9))) for n in range(40)))
+    (root / "long.jsonl").write_bytes(as_line([5, 6], list(range(5, 30))) + as_line([5, 6], [7]))
+    write_texts(root / "web.bin", 60)
+    write_texts(root / "code.bin", 6)
+    return root
+
+
+@pytest.fixture
+def plan(folder, capsys):
+    """(exit code, recipe, what was said) of a dry run."""
+
+    def run(*words: str, kind: str = "llama31", data: str = "data.jsonl") -> tuple[int, dict, str]:
+        data = str(folder / data) if ":" not in data else data
+        given = ["--model", folder / kind, "--data", data, "--out", folder / "out", "--seq-length", SEQ_LENGTH]
+        code = cli.main(["train", *map(str, given), *words, "--dry-run"])
+        said = capsys.readouterr()
+        return code, json.JSONDecoder().raw_decode(said.out)[0] if not code else {}, said.err
+
+    return run
+
+
+def test_epochs_become_steps(plan):
+    """40 samples in global batches of 16: the last step is a whole one."""
+    for epochs, steps in (("1", 3), ("2", 5), ("0.1", 1), ("10", 25)):
+        code, recipe, said = plan("--epochs", epochs, "--global-batch-size", "16")
+        assert code == 0 and recipe["steps"] == steps, said
+    code, recipe, _ = plan("--epochs", "2", "--global-batch-size", "1", "--pack")
+    assert code == 0 and 30 < recipe["steps"] < 80  # two or more samples in most sequences
+
+
+@pytest.mark.parametrize(
+    "words, data, said",
+    [
+        (["--epochs", "1", "--steps", "9"], "data.jsonl", "--epochs and --steps both say how long the run is"),
+        (["--epochs", "0"], "data.jsonl", "--epochs is 0"),
+        (["--epochs", "1"], "BLEND", "--epochs has no meaning for several files"),
+        ([], "web.bin:1,nowhere.bin:2", "nowhere.bin does not exist"),
+        ([], "web.bin:1,code.bin:0", "'code.bin:0' is not PATH:WEIGHT with a weight above 0"),
+        ([], "web.bin:1,web.bin:2", "names web.bin twice"),
+        (["--eval-data", "BLEND"], "web.bin", "names several files; evaluate on one"),
+        (["--wandb-project", "x"], "data.jsonl", "there is no key: set WANDB_API_KEY, or WANDB_MODE=offline"),
+        (["--min-lr", "1"], "data.jsonl", "--min-lr is 1, larger than --lr"),
+    ],
+)
+def test_what_cannot_be_is_one_line(plan, folder, monkeypatch, tmp_path, words, data, said):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    blend = "web.bin:7,code.bin:3"
+    code, _, error = plan(*[word.replace("BLEND", blend) for word in words], data=data.replace("BLEND", blend))
+    assert code == 2 and said in error.splitlines()[-1], error
+
+
+def test_a_key_for_weights_and_biases_may_be_anywhere_it_looks(plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert plan("--wandb-project", "x")[0] == 0
+    (tmp_path / ".netrc").unlink()
+    for name, value in (("WANDB_API_KEY", "x"), ("WANDB_MODE", "offline")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            assert plan("--wandb-project", "x")[0] == 0
+
+
+def test_the_same_rate_at_both_ends_has_no_warm_up(plan):
+    code, recipe, said = plan("--lr", "1e-4", "--min-lr", "1e-4")
+    assert code == 0 and recipe["warmup_steps"] == recipe["constant_steps"] == 0, said
+    assert "--warmup-steps → 0, since --steps is 400, and --min-lr is --lr" in said
+    assert plan("--lr", "1e-4", "--min-lr", "1e-4", "--warmup-steps", "7")[1]["warmup_steps"] == 7
+
+
+def test_too_much_that_is_too_long_is_refused_with_what_to_do(folder, capsys):
+    words = ["--model", folder / "llama31", "--data", folder / "long.jsonl", "--out", folder / "run"]
+    assert cli.main(["train", *map(str, words), "--seq-length", str(SEQ_LENGTH)]) == 65
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "1 samples have 16 tokens or more: 90% of all tokens would be lost" in said
+    assert "use a larger --seq-length, or make the data with `slipway preprocess --seq-length 16`" in said
+    assert not (folder / "run").exists()
+
+
+def test_dora_is_where_nemo_has_it(plan):
+    code, recipe, _ = plan("--mode", "lora", "--dora")
+    assert code == 0 and recipe["dora"] and recipe["lora_targets"] == "linear_qkv,linear_proj,linear_fc1,linear_fc2"
+    code, recipe, said = plan("--mode", "lora", "--dora", kind="qwen3_moe")
+    assert code == 0 and recipe["lora_targets"] == "linear_qkv,linear_proj"
+    assert "--dora cannot be on experts, so its adapters are on linear_qkv,linear_proj" in said
+    code, _, said = plan("--mode", "lora", "--dora", "--lora-targets", "linear_fc1", kind="qwen3_moe")
+    assert code == 2 and "--dora cannot be on experts" in said
+    code, _, said = plan("--mode", "lora", "--dora", "--tensor-parallel-size", "2", "--nproc-per-node", "2")
+    assert code == 2 and "--dora takes --tensor-parallel-size 1" in said
+
+
+def test_a_checkpoint_without_a_tokenizer_is_said(plan, folder):
+    shutil.copytree(folder / "llama31", folder / "bare")
+    shutil.rmtree(folder / "bare" / "context" / "nemo_tokenizer")
+    assert "bare has no tokenizer, so an export of this run will have none" in plan(kind="bare")[2]
+    assert "tokenizer" not in plan()[2]
+
+
+# ---------------------------------------------------------------------------- several files
+
+
+def test_weights_are_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = parts_of("a.bin:3,b.bin:1")
+    assert [(str(part.path), part.share) for part in parts] == [("a.bin", 0.75), ("b.bin", 0.25)]
+    assert [part.share for part in parts_of(as_text(parts))] == [0.75, 0.25]
+    assert [part.share for part in parts_of("only.bin")] == [1.0]
+    odd = tmp_path / "a:1,b.jsonl"
+    odd.touch()
+    assert [part.path for part in parts_of(str(odd))] == [odd]
+    with pytest.raises(UsageError, match=r"'a\.bin' is not PATH:WEIGHT"):
+        parts_of("a.bin,b.bin:1")
+
+
+def test_every_stretch_is_a_blend_and_the_order_does_not_depend_on_the_length():
+    shares = [0.7, 0.2, 0.1]
+    parts, numbers = order(shares, 1000)
+    for end in (10, 50, 1000):
+        found = Counter(parts[:end].tolist())
+        assert all(abs(found[part] - share * end) <= 1 for part, share in enumerate(shares))
+    for part in range(3):
+        assert numbers[parts == part].tolist() == list(range(int((parts == part).sum())))
+    longer = order(shares, 3000)
+    assert (longer[0][:1000] == parts).all() and (longer[1][:1000] == numbers).all()
+
+
+def test_a_blend_reads_each_file_epoch_by_epoch(folder):
+    from slipway.tokens.scan import open_units, scan
+    from slipway.training.samples import Samples
+
+    files = [folder / "web.bin", folder / "code.bin"]
+    units = [open_units(file, scan(file, SEQ_LENGTH, 512), SEQ_LENGTH) for file in files]
+    samples = Samples(units, 60, SEQ_LENGTH, 1, shares=[0.5, 0.5])
+    drawn = [samples.unit_of(number) for number in range(60)]
+    assert len({unit for part, unit in drawn if part == 0}) == 30
+    small = [unit for part, unit in drawn if part == 1]
+    assert all(sorted(small[epoch * 6 : epoch * 6 + 6]) == list(range(6)) for epoch in range(5))
+    part, unit = drawn[7]
+    assert samples[7]["tokens"].tolist() == units[part][unit][0].response[:-1]
