@@ -33,6 +33,7 @@ from slipway.commands import (
     train,
     verify,
     version,
+    watch,
 )
 from slipway.commands import inspect as inspect_checkpoint
 from slipway.commands.demo import demo
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify.verify,
     "preprocess": preprocess.preprocess,
     "train": train.train,
+    "watch": watch.watch,
     "extract-heads": extract_heads.extract_heads,
     "merge-heads": merge_heads.merge_heads,
     "demo": demo.demo,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -26,6 +27,23 @@ def human_seconds(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} s"
+
+
+_is_living = False  # a line is on the terminal that the next one takes the place of
+
+
+def say(line: str, living: bool = False) -> None:
+    """Print a line. On a terminal a living line takes the place of the one before; elsewhere every line stays."""
+    global _is_living
+    if not sys.stdout.isatty():
+        print(*([line] if line else []), sep="", end="\n" if line else "", flush=True)
+        return
+    if living:
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[2K{line[:width]}", end="", flush=True)
+    else:
+        print(*(["\n"] if _is_living else []), line, sep="", end="\n" if line else "", flush=True)
+    _is_living = living
 
 
 @dataclass

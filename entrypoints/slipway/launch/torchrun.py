@@ -25,6 +25,7 @@ from slipway.errors import SlipwayError
 from slipway.launch.failure import Failure, failures_of_node, rank_logs
 from slipway.launch.link import Link
 from slipway.launch.topology import Topology
+from slipway.report import say
 from slipway.signals import END, StopRequests, prepare_child
 
 WORKER = "slipway.training.worker"
@@ -122,6 +123,7 @@ def launch(
         if process.poll() is None:
             _end(process)
     screen.show()  # what was written between the last look and the end
+    say("")
     if process.returncode == 0 and not link.verdict:
         link.finish()
     elif not link.verdict:
@@ -192,6 +194,8 @@ class Screen:
                 return
             if "Traceback (most recent call last)" in line:
                 file.close()
+            elif screen is sys.stdout:
+                say(line.rstrip("\n"), living=line.startswith("step "))
             else:
                 print(line, end="", file=screen, flush=True)
 

@@ -6,10 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from slipway.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def order(shares: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
     Sequence k of a part with share s has its place at (k + ½) / s, so that every stretch of a run is a blend too. The
     beginning does not depend on `count`: a run that goes on for longer continues the same order.
     """
+    import numpy as np  # not above: every --help reads this file
+
     places, parts, numbers = [], [], []
     for part, share in enumerate(shares):
         own = np.arange(math.ceil(count * share) + 1)

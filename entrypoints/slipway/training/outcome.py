@@ -16,7 +16,7 @@ from slipway.launch.topology import Topology
 from slipway.report import Summary
 from slipway.training.preflight import Scanned
 from slipway.training.recipe import Recipe
-from slipway.training.run_folder import RunFolder
+from slipway.training.run_folder import RunFolder, now
 
 CONTINUE = "run the same command again to continue"
 
@@ -48,20 +48,21 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
         tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
-        run.folder.write_status(known | begun)
+        run.folder.write_status(known | begun | {"started": now(), "updated": now()})
     except OSError as error:
         raise WriteError(
             f"{run.folder.path} cannot be written: {error.strerror}; free some space or choose another --out"
         ) from None
 
 
-def note(folder: RunFolder, state: str, why: str) -> None:
-    """Write into the status why the run ended."""
+def note(folder: RunFolder, state: str, why: str, code: int) -> None:
+    """Write into the status why the run ended, and with which exit code."""
     # A full disk has room for the status again once the checkpoint that did not fit is removed.
     with contextlib.suppress(OSError):
         folder.remove_incomplete()
     with contextlib.suppress(OSError):
-        folder.write_status(folder.read_status() | {"state": state, "why": why})
+        ended = {"state": state, "why": why, "exit_code": code, "updated": now()}
+        folder.write_status(folder.read_status() | ended)
 
 
 def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary:

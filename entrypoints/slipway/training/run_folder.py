@@ -3,11 +3,13 @@
 checkpoints/step=N/   NeMo checkpoints; one that has `step=N-unfinished` beside it is not complete
 recipe.json           what is computed
 inputs.json           digests of the data, the model and the tokenizer, when the run began
-status.json           state (starting, running, stopped, done, failed), step, loss, tokens, and why it ended
+status.json           state (starting, running, stopped, done, failed), step, loss, tokens, times, why it ended and the
+                      exit code
 metrics.jsonl         one object per step: step, loss, lr, tokens, seconds
 evaluations.jsonl     one object per evaluation: step, loss
 logs/node0/…           what each rank printed
-loss.png, tensorboard/
+loss.png              the curve so far, drawn again now and then
+tensorboard/
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,11 @@ class RunFolder:
                 part = file.with_suffix(".part")
                 part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
                 os.replace(part, file)
+
+
+def now() -> str:
+    """The time as the status has it, in UTC: 2026-11-25T23:10:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 from slipway.checkpoint import locate
 from slipway.checkpoint.lora import settings_of
 from slipway.checkpoint.torch_dist import Reader
-from slipway.errors import Stopped, UsageError
+from slipway.errors import SlipwayError, Stopped, UsageError
 from slipway.launch import torchrun
 from slipway.launch.failure import FAILED, Failure
 from slipway.launch.link import Link, meet
@@ -96,7 +96,7 @@ def run(request: Request) -> Summary:
             failure = _work(run, Path(scratch), stop, link)
         except Stopped:  # between the claim and the first worker
             if topology.rank == 0:
-                note(run.folder, "stopped", stop.asked_by)
+                note(run.folder, "stopped", stop.asked_by, Stopped.exit_code)
             raise
         link.close()
         return result_of(run, failure, stop.grace_is_over)
@@ -290,7 +290,7 @@ def _work(run: Run, scratch: Path, stop: StopRequests, link: Link) -> Failure | 
         logs.mkdir(parents=True, exist_ok=True)
         failure = torchrun.launch(run.topology, _worker_arguments(scratch, run), stop, logs, link)
         if failure and run.topology.rank == 0:
-            note(run.folder, "failed", failure.said or str(failure))
+            note(run.folder, "failed", failure.said or str(failure), failure.code)
         return failure
 
     def work() -> None:
@@ -303,7 +303,9 @@ def _work(run: Run, scratch: Path, stop: StopRequests, link: Link) -> Failure | 
     except Stopped:
         raise
     except BaseException as error:
-        note(run.folder, "failed", f"{type(error).__name__}: {error}")
+        known = isinstance(error, SlipwayError)
+        why = str(error) if known else f"{type(error).__name__}: {error}"
+        note(run.folder, "failed", why, error.exit_code if isinstance(error, SlipwayError) else SlipwayError.exit_code)
         if isinstance(error, torchrun.GraceIsOver):
             return Failure("rank 0", str(error), FAILED)
         raise

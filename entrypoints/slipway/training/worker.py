@@ -24,7 +24,7 @@ from slipway.training.run_folder import RunFolder
 from slipway.training.troubles import explained
 
 if TYPE_CHECKING:
-    from slipway.training.callbacks import Record
+    from slipway.training.record import Record
 
 
 def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
@@ -62,9 +62,9 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     import nemo.lightning as nl
     from nemo.collections import llm
 
-    from slipway.training.callbacks import Record
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
+    from slipway.training.record import Record
     from slipway.training.repairs import keep_routers_counts, read_and_write_plain_files
 
     gc.freeze()
@@ -213,7 +213,7 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
     import torch
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
-    from slipway.training.callbacks import FrozenBase, StopOnRequest
+    from slipway.training.callbacks import Finite, FrozenBase, StopOnRequest
 
     options = {
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
@@ -238,7 +238,13 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         strategy=nl.MegatronStrategy(**options),
         # Lightning would guess: it finds Slurm's variables, although torchrun has started this process.
         plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
-        callbacks=[StopOnRequest(stop_file, record), *([FrozenBase(record)] if recipe.is_frozen else []), record],
+        # Finite comes last: the record of a step is written before the run ends because of it.
+        callbacks=[
+            StopOnRequest(stop_file, record),
+            *([FrozenBase(record)] if recipe.is_frozen else []),
+            record,
+            Finite(recipe),
+        ],
         **_evaluations(recipe),
         num_sanity_val_steps=0,  # no evaluation before the first step
         log_every_n_steps=1,
@@ -282,7 +288,8 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from slipway.training.callbacks import STEPS_DONE, Checkpoints
+    from slipway.training.callbacks import Checkpoints
+    from slipway.training.record import STEPS_DONE
 
     checkpoint = Checkpoints(
         recipe=recipe,

@@ -1,0 +1,190 @@
+"""What one sees of a run: its line, its curve and its end, from its folder and from another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model, tensor_of
+from safetensors.torch import load_file, save_file
+from slipway import cli
+from slipway.checkpoint.torch_dist import Reader
+from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.errors import DataError, SlipwayError
+from slipway.training.curve import sparkline
+from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder, now
+from test_parallel import write_data
+from test_train import train
+
+STEPS = 8
+
+
+def written(path: Path, state: str, steps: int = 3, **more: object) -> RunFolder:
+    """A run's folder as it is after some steps."""
+    folder = RunFolder(path)
+    path.mkdir()
+    Recipe("m", "d", str(path), steps=STEPS).save(folder.recipe)
+    entries = [
+        {"step": n, "loss": 5.0 - n, "lr": 1e-4, "seconds": 2.0, "tokens_per_second": 1234.0} for n in range(steps)
+    ]
+    folder.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    status = {
+        "state": state,
+        "step": steps,
+        "steps": STEPS,
+        "loss": 5.0 - steps,
+        "seconds_left": 90.0,
+        "updated": now(),
+    }
+    folder.write_status(status | more)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "state, more, code, said",
+    [
+        ("running", {}, 0, "run: running, step 3 of 8, loss 2.000000, lr 0.0001, 1234 tokens/s, "),
+        ("done", {"why": "all steps are done"}, 0, "run: done, step 3 of 8, loss 2.000000: all steps are done"),
+        ("stopped", {"why": "SIGTERM"}, 75, "run: stopped, step 3 of 8, loss 2.000000: SIGTERM"),
+        ("failed", {"why": "no space", "exit_code": 73}, 73, "run: failed, step 3 of 8, loss 2.000000: no space"),
+        ("failed", {"why": "killed"}, 1, "run: failed"),
+        ("running", {"updated": "2026-01-01T00:00:00Z"}, 0, "h: look at "),
+        ("running", {"eval_loss": 1.5}, 0, "(evaluation 1.500000)"),
+    ],
+)
+def test_a_look_says_the_state_and_has_the_exit_code_of_the_run(tmp_path, capsys, state, more, code, said):
+    written(tmp_path / "run", state, **more)
+    assert cli.main(["watch", str(tmp_path / "run"), "--once"]) == code
+    shown = capsys.readouterr().out
+    assert said in shown and "█▅▁ loss 5.0000 → 3.0000" in shown
+    assert cli.main(["watch", str(tmp_path / "run"), "--once", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["state"] == state
+
+
+def test_what_is_no_run_is_said(tmp_path, capsys):
+    assert cli.main(["watch", str(tmp_path)]) == 2
+    assert "is not the folder of a run: it has no status.json" in capsys.readouterr().err
+
+
+def test_a_run_without_a_step_has_no_curve(tmp_path, capsys):
+    written(tmp_path / "run", "starting", steps=0)
+    assert cli.main(["watch", str(tmp_path / "run"), "--once"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_curve_is_a_row_of_means():
+    assert sparkline([{"loss": float(n)} for n in range(8)], 60) == "▁▂▃▄▅▆▇█"
+    assert sparkline([{"loss": float(n // 100)} for n in range(200)], 2) == "▁█"
+    assert sparkline([{"loss": 1.0}] * 3, 60) == "▁▁▁"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("watch")
+    make_model(root / "hf", "llama31", quantized=False)
+    import_checkpoint(str(root / "hf"), str(root / "nemo"))
+    write_data(root)
+    return root
+
+
+def words(folder: Path, out: Path, **flags: object) -> list[str]:
+    chosen = {
+        "model": folder / "nemo", "data": folder / "data.jsonl", "out": out, "mode": "sft", "seq_length": 32,
+        "steps": STEPS, "global_batch_size": 4, "lr": 1e-3,
+    }  # fmt: skip
+    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in (chosen | flags).items())]
+
+
+def test_a_real_run_is_followed_to_its_end(folder, tmp_path, warm):
+    """Also what a step's line, the metrics and the status have."""
+    run, seen = RunFolder(tmp_path / "run"), []
+
+    def watch() -> None:
+        while not run.status.exists():
+            time.sleep(0.02)
+        command = [sys.executable, "-m", "slipway.cli", "watch", str(run.path), "--every", "0.05"]
+        seen.append(subprocess.run(command, capture_output=True, text=True))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    code, output = train(words(folder, run.path), commands=warm)
+    watcher.join()
+    assert code == 0, output
+    assert seen[0].returncode == 0 and f"run: done, step {STEPS} of {STEPS}" in seen[0].stdout.splitlines()[-2]
+    line = next(line for line in output.splitlines() if line.startswith(f"step 2/{STEPS} "))
+    assert all(part in line for part in (" loss ", " lr ", " tokens/s ", " left, grad norm ", " s, ")), line
+    assert all(entry["grad_norm"] > 0 for entry in run.read_metrics())
+    status = run.read_status()
+    assert status["seconds_left"] == 0 and status["started"] <= status["updated"] <= now()
+
+
+def test_a_terminal_has_one_living_line(folder, tmp_path):
+    """Seen through a pseudo-terminal: each step's line takes the place of the one before."""
+    main, other = pty.openpty()
+    command = [sys.executable, "-m", "slipway.cli", *words(folder, tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=other, stderr=subprocess.PIPE, text=True)
+    os.close(other)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(main, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0, process.stderr.read()
+    text = shown.decode()
+    lines = text.split("\r\x1b[2K")
+    assert len(lines) == STEPS + 1 and all(line.startswith(f"step {n}/{STEPS}") for n, line in enumerate(lines[1:], 1))
+    assert not any("\n" in line for line in lines[1:-1]) and "\ntrain: wrote " in text
+
+
+def test_a_base_that_is_no_numbers_ends_with_the_tensor(folder, tmp_path, warm):
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        weights = load_file(file)
+        if (name := "model.layers.1.mlp.down_proj.weight") in weights:
+            weights[name][3, 5] = float("nan")
+            save_file(weights, file, {"format": "pt"})
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "nemo"))
+    assert torch.isnan(tensor_of(Reader(tmp_path / "nemo"), "decoder.layers.mlp.linear_fc2.weight")).any()
+    run = RunFolder(tmp_path / "run")
+    code, output = train(words(folder, run.path, model=tmp_path / "nemo"), commands=warm)
+    assert code == 65 and "Traceback" not in output, output
+    last = output.strip().splitlines()[-1]
+    assert (
+        "decoder.layers.1.mlp.linear_fc2.weight has values that are no numbers (NaN or infinite) before the first"
+        in last
+    )
+    assert run.read_status()["state"] == "failed" and run.read_status()["exit_code"] == 65
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_cure():
+    from slipway.training import cpu
+
+    cpu.enable()
+    from slipway.training.callbacks import Finite
+
+    recipe = Recipe("m", "d", "o", lr=0.5)
+    trainer = SimpleNamespace(global_step=7, callback_metrics={"reduced_train_loss": torch.tensor(float("nan"))})
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        SlipwayError, match=r"the loss of step 7 is nan, and every weight is still a number; lower --lr"
+    ):
+        Finite(recipe).on_train_batch_end(trainer, module)
+    module.weight.data[0, 0] = float("inf")
+    with pytest.raises(SlipwayError, match=r"and weight has values that are no numbers; lower --lr, which is 0\.5"):
+        Finite(recipe).on_train_batch_end(trainer, module)
+    with pytest.raises(DataError, match="before the first step; import the model again"):
+        Finite(recipe).on_train_batch_start(trainer, module)
+    trainer.callback_metrics["reduced_train_loss"] = torch.tensor(1.0)
+    Finite(recipe).on_train_batch_end(trainer, module)
