@@ -139,7 +139,10 @@ def test_pretraining_learns_prompts_too(runs):
 
 
 def test_trained_weights_come_out_for_transformers(runs, tmp_path):
-    """Exported after the last step, the model has the loss there that the last evaluation had here."""
+    """Exported after the last step, the model has the loss there that the last evaluation had here, but for BF16.
+
+    What norms have learned is near the distance of two numbers around 1 in BF16.
+    """
     from transformers import AutoModelForCausalLM
 
     export(str(runs / "evaluated" / "checkpoints" / f"step={STEPS}"), str(tmp_path / "hf"))
@@ -153,4 +156,4 @@ def test_trained_weights_come_out_for_transformers(runs, tmp_path):
         total += functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
         count += len(response)
     first, last = losses(runs, "evaluated")[0], evaluations(runs, "evaluated")[-1]
-    assert total / count == pytest.approx(last, rel=1e-3) and abs(last - first) > 50e-3
+    assert first - last > 0.1 and total / count == pytest.approx(last, abs=0.1 * (first - last))
