@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 from slipway import cli
+from slipway.checkpoint.locate import COMPLETE
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.launch.topology import Topology
 from slipway.tokens.scan import scan
 from slipway.training import agreement, preflight
 from slipway.training.recipe import Recipe
-from slipway.training.run_folder import COMPLETE, RunFolder
+from slipway.training.run_folder import RunFolder
 from test_parallel import write_data
 
 ALONE = Topology(1, 1, 0, "127.0.0.1", 29500, "flags")

@@ -5,11 +5,14 @@ hf://org/name[@revision]   a model of the Hugging Face hub, which is downloaded 
 hf:///folder               that folder
 nemo://name                $NEMO_MODELS_CACHE/name, else $NEMO_HOME/models/name, else ~/.cache/nemo/models/name: the
                            places that NeMo itself uses
+
+The folder of a training run stands for its newest complete checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -22,6 +25,10 @@ from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError
 from slipway.report import LOG_INTERVAL_SECONDS
 
 HUB, NEMO = "hf://", "nemo://"
+RUNS_CHECKPOINTS = "checkpoints"  # in the folder of a run
+# In the context of a run's checkpoint once everything is there. NeMo's own marker is removed before the context is
+# written.
+COMPLETE = ".complete"
 TOKENIZER = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 MODEL = ["*.safetensors", "*.py", *TOKENIZER]
 OLD = ["pytorch_model*.bin", *TOKENIZER]  # where there are no safetensors
@@ -71,11 +78,31 @@ def output(path: str) -> Path:
     """Where a command writes."""
     if path.startswith(HUB):
         raise UsageError(f"cannot write to {path}; give a folder or {NEMO}NAME")
-    return nemo_path(path)
+    return _named(path)
 
 
 def nemo_path(path: str) -> Path:
-    """The path of a NeMo checkpoint, which need not exist."""
+    """The path of a NeMo checkpoint, which need not exist; of a run's folder the newest checkpoint."""
+    found = _named(path)
+    newest = latest_checkpoint(found / RUNS_CHECKPOINTS)
+    if newest is None or (found / "weights").exists():
+        return found
+    print(f"slipway: {path} is a run; its newest checkpoint is {newest[1].name}", file=sys.stderr)
+    return newest[1]
+
+
+def latest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest complete checkpoint in the folder checkpoints/ of a run."""
+    # The names are sorted as numbers: step=1000 comes after step=200.
+    found = []
+    for folder in checkpoints.glob("step=*"):
+        match = re.fullmatch(r"step=(\d+)", folder.name)
+        if match and (folder / "context" / COMPLETE).exists() and not Path(f"{folder}-unfinished").exists():
+            found.append((int(match.group(1)), folder))
+    return max(found, default=None)
+
+
+def _named(path: str) -> Path:
     if path.startswith(HUB + "/"):
         return Path(path.removeprefix(HUB))
     if path.startswith(HUB):

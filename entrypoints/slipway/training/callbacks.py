@@ -15,11 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slipway.checkpoint.locate import COMPLETE
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
-from slipway.training.run_folder import COMPLETE
 from slipway.training.troubles import cannot_write
 
 ZIP_WRITER = re.compile(r"inline_container|PytorchStreamWriter")  # in the RuntimeError of torch.save on a full disk

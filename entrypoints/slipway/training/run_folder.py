@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slipway.checkpoint import locate
+from slipway.checkpoint.locate import COMPLETE
 from slipway.training.recipe import Recipe
-
-# In the context of a checkpoint once everything is there. NeMo's own marker is removed before the context is written.
-COMPLETE = ".complete"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / locate.RUNS_CHECKPOINTS
 
     @property
     def recipe(self) -> Path:
@@ -72,13 +70,7 @@ class RunFolder:
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest complete checkpoint."""
-        # The names are sorted as numbers: step=1000 comes after step=200.
-        found = []
-        for folder in self.checkpoints.glob("step=*"):
-            match = re.fullmatch(r"step=(\d+)", folder.name)
-            if match and (folder / "context" / COMPLETE).exists() and not Path(f"{folder}-unfinished").exists():
-                found.append((int(match.group(1)), folder))
-        return max(found, default=None)
+        return locate.latest_checkpoint(self.checkpoints)
 
     def remove_incomplete(self) -> None:
         """Remove what a killed run was writing. NeMo would save the same step beside it under another name."""
