@@ -39,7 +39,7 @@ lint: setup  ## style, types, shell, Dockerfile, and tables of docs/ (no network
 	@.venv/bin/ruff format --quiet --check .
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/python docs/tables.py --check
-	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/root/usr/local/bin/slipway-entrypoint
+	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint
 	@.venv/bin/hadolint images/Dockerfile
 
 engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)

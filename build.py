@@ -63,8 +63,15 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--variant", action="append", help="full, index or cpu; repeat it for several (default: cpu and index)")
     if name in (*BUILDING, "fetch"):
         add("--source", action="append", metavar="NAME=PLACE", help="take a source from this clone or mirror")
-    if name in BUILDING:
+    if name in (*BUILDING, "fetch"):
         add("--context", action="append", metavar="NAME=PLACE", help="replace a stage or a source tree")
+    if name in BUILDING:
+        add(
+            "--architecture",
+            action="append",
+            metavar="9.0",
+            help="compile for these GPUs only, not all of the manifest",
+        )
     if name in ("archive", "sqsh"):
         add("--out", required=True, metavar="FILE", help="the file to write")
     if name == "wheels":

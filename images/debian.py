@@ -3,14 +3,17 @@
 images/debian.lock names every package of two root file systems: `base` (what runs) and `build` (base and compilers).
 A line holds the sets, the name, the version, the SHA-256 and the path in the archive.
 
-The lock is resolved against the suite bookworm and its area main only. That suite no longer changes, so a locked file
-stays on every mirror; the security suite deletes the files that it replaces.
+The lock is resolved against the area main of bookworm, its updates and its security suite. The security archive deletes
+the files that it replaces: a file that a mirror no longer has is taken from an archive of dated snapshots, at the date
+of the lock.
 
-The mirror is the one that this machine's apt uses, or SLIPWAY_DEBIAN_MIRROR. Its address is not written anywhere.
+The mirror is the one that this machine's apt uses, or SLIPWAY_DEBIAN_MIRROR; the security archive is its sibling, or
+SLIPWAY_DEBIAN_SECURITY_MIRROR. SLIPWAY_DEBIAN_SNAPSHOT is an archive of snapshots. No address is written anywhere.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import subprocess
@@ -25,12 +28,19 @@ from images.store import DOWNLOADS_AT_ONCE, BuildError, download, sha256_of, sto
 
 LOCK = Path(__file__).parent / "debian.lock"
 SUITE = "bookworm"
+UPDATES, SECURITY = f"{SUITE}-updates", f"{SUITE}-security"
+SECURITY_PATHS = "pool/updates/"  # every path in the security archive begins so, and no other path does
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 # What each root file system holds, in addition to Debian's essential packages. When Triton runs a kernel for the first
 # time, it compiles C code that launches it: this needs gcc and the headers of the C library and of Python.
 TRITON = ("gcc", "libc6-dev", "libpython3.11-dev")
-BASE = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata", *TRITON)
+# NCCL opens libibverbs when it starts, and that a driver for each adapter. Without them it takes TCP and says nothing.
+INFINIBAND = ("libibverbs1", "ibverbs-providers", "librdmacm1")
+# What a person expects in an image to build on, or to look into: apt-get and ps.
+PEOPLE = ("apt", "procps")
+RUNTIME = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "python3.11-venv", "tini", "tzdata")
+BASE = (*RUNTIME, *TRITON, *INFINIBAND, *PEOPLE)
 BUILD = (*BASE, "ccache", "g++", "make", "python3.11-dev")
 SETS = {"base": BASE, "build": BUILD}
 
@@ -56,10 +66,27 @@ def read_lock() -> list[Package]:
     return [Package(tuple(sets.split(",")), *rest) for sets, *rest in rows]
 
 
+def locked_on() -> datetime.date:
+    """The day on which images/debian.lock was made."""
+    (day,) = re.findall(r"(?m)^#.* on (\d{4}-\d\d-\d\d)", LOCK.read_text())
+    return datetime.date.fromisoformat(day)
+
+
 def mirror() -> str:
     """The address of a Debian archive, from the environment or from apt; BuildError if neither has one."""
-    if address := os.environ.get("SLIPWAY_DEBIAN_MIRROR"):
+    if address := os.environ.get("SLIPWAY_DEBIAN_MIRROR") or _configured(SUITE):
         return address
+    raise BuildError(f"no mirror of Debian {SUITE} is configured on this machine; set SLIPWAY_DEBIAN_MIRROR to one")
+
+
+def security_mirror() -> str:
+    """The address of Debian's security archive: mirrors have it next to the main one."""
+    configured = os.environ.get("SLIPWAY_DEBIAN_SECURITY_MIRROR") or _configured(SECURITY)
+    return configured or f"{mirror().rstrip('/')}-security"
+
+
+def _configured(suite: str) -> str | None:
+    """The address of a suite in this machine's apt."""
     try:
         listed = subprocess.run(
             ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)", "Created-By: Packages"],
@@ -67,22 +94,24 @@ def mirror() -> str:
             text=True,
         ).stdout
     except FileNotFoundError:
-        listed = ""
+        return None
     for line in listed.splitlines():
         address, _, place = line.partition(" ")
-        if place == f"{SUITE} main" and address.startswith("http"):
+        if place == f"{suite} main" and address.startswith("http"):
             return address
-    raise BuildError(f"no mirror of Debian {SUITE} is configured on this machine; set SLIPWAY_DEBIAN_MIRROR to one")
+    return None
 
 
 class Apt:
     """apt with a folder of its own, where no package is installed; the machine's own apt is not changed."""
 
-    def __init__(self, folder: Path, suite: str) -> None:
+    def __init__(self, folder: Path, suites: dict[str, str]) -> None:
+        """`suites` holds the address of each suite's archive."""
         for name in ("lists/partial", "archives/partial"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "status").touch()
-        (folder / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror()} {suite} main\n")
+        lines = [f"deb [signed-by={KEYRING}] {address} {suite} main\n" for suite, address in suites.items()]
+        (folder / "sources.list").write_text("".join(lines))
         settings = {
             "Dir::Etc::sourcelist": folder / "sources.list",
             "Dir::Etc::sourceparts": "-",
@@ -112,27 +141,27 @@ class Apt:
 def lock() -> None:
     """Resolve both sets again and write images/debian.lock."""
     with tempfile.TemporaryDirectory() as scratch:
-        apt = Apt(Path(scratch), SUITE)
+        apt = Apt(Path(scratch), {SUITE: mirror(), UPDATES: mirror(), SECURITY: security_mirror()})
         known = _available(apt)
-        essential = [name for name, fields in known.items() if fields.get("Essential") == "yes"]
-        sets: dict[str, list[str]] = {}
+        essential = {name for (name, _), fields in known.items() if fields.get("Essential") == "yes"}
+        sets: dict[tuple[str, str], list[str]] = {}
         for name, wanted in SETS.items():
-            plan = apt.run("apt-get", "install", "--simulate", *essential, *wanted)
-            for package in re.findall(r"(?m)^Inst (\S+) ", plan):
+            plan = apt.run("apt-get", "install", "--simulate", *sorted(essential), *wanted)
+            # "Inst NAME (VERSION …": the newest version of all suites.
+            for package in re.findall(r"(?m)^Inst (\S+) \((\S+) ", plan):
                 sets.setdefault(package, []).append(name)
-    lines = [
-        f"{','.join(sets[p])} {p} {known[p]['Version']} {known[p]['SHA256']} {known[p]['Filename']}"
-        for p in sorted(sets)
-    ]
-    head = f"# set package version sha256 path-in-archive; {SUITE} main, made by `build.py lock`\n"
+    lines = [f"{','.join(sets[p])} {p[0]} {p[1]} {known[p]['SHA256']} {known[p]['Filename']}" for p in sorted(sets)]
+    today = datetime.datetime.now(datetime.UTC).date()
+    suites = f"main of {SUITE}, {UPDATES} and {SECURITY} on {today}"
+    head = f"# set package version sha256 path-in-archive; {suites}, made by `build.py lock`\n"
     LOCK.write_text(head + "\n".join(lines) + "\n")
 
 
-def _available(apt: Apt) -> dict[str, dict[str, str]]:
-    """Package → its fields, for every package of the archive."""
+def _available(apt: Apt) -> dict[tuple[str, str], dict[str, str]]:
+    """(package, version) → its fields, for every package of the suites."""
     stanzas = apt.run("apt-cache", "dumpavail").split("\n\n")
     tables = [dict(re.findall(r"(?m)^(\S+): (.*)$", stanza)) for stanza in stanzas]
-    return {fields["Package"]: fields for fields in tables if "Package" in fields}
+    return {(fields["Package"], fields["Version"]): fields for fields in tables if "Package" in fields}
 
 
 def fetch() -> Path:
@@ -140,15 +169,36 @@ def fetch() -> Path:
     folder = store() / "debian"
     missing = [package for package in read_lock() if not (folder / package.file).exists()]
     if missing:
-        address = mirror().rstrip("/")
+        archives = {False: mirror().rstrip("/"), True: security_mirror().rstrip("/")}
 
         def bring(package: Package) -> None:
+            address = archives[package.path.startswith(SECURITY_PATHS)]
             what = f"Debian package {package.name} {package.version}"
-            download(f"{address}/{package.path}", folder / package.file, package.sha256, what)
+            try:
+                download(f"{address}/{package.path}", folder / package.file, package.sha256, what)
+            except BuildError as error:
+                if error.exit_code != 78:
+                    raise
+                _from_snapshot(package, folder / package.file, error)
 
         with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
             list(pool.map(bring, missing))
     return folder
+
+
+def _from_snapshot(package: Package, target: Path, error: BuildError) -> None:
+    """Take a package that the mirror no longer has from an archive of snapshots; BuildError if there is none."""
+    archive = os.environ.get("SLIPWAY_DEBIAN_SNAPSHOT")
+    day = locked_on()
+    if not archive:
+        raise BuildError(
+            f"{error}; if the mirror has newer packages, set SLIPWAY_DEBIAN_SNAPSHOT to an archive of Debian's dated "
+            f"snapshots (the lock is of {day}), or run `make lock`"
+        ) from None
+    # The last state of the day: a lock was made at some time of it.
+    name = "debian-security" if package.path.startswith(SECURITY_PATHS) else "debian"
+    address = f"{archive.rstrip('/')}/{name}/{day:%Y%m%d}T235959Z/{package.path}"
+    download(address, target, package.sha256, f"Debian package {package.name} {package.version}, snapshot of {day}")
 
 
 def root_file_system(name: str) -> Path:

@@ -6,7 +6,6 @@ variable "TAG" {}
 variable "OUTPUT" {}
 variable "PINS" {}
 variable "VERSION" {}
-variable "BUILDER" {}
 variable "MAX_JOBS" {}
 variable "PROOF" {}
 variable "CUDA_ARCHITECTURES" {}
@@ -49,7 +48,6 @@ target "image" {
     "org.slipway.model"                    = MODEL
     "org.slipway.variant"                  = VARIANT
     "org.slipway.pins"                     = PINS
-    "org.slipway.builder"                  = BUILDER
   }
   network = "none"
   attest  = ["type=provenance,disabled=true"]

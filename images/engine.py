@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from images import process
-from images.debian import Apt
+from images.debian import Apt, mirror
 from images.store import BuildError, store
 
 SUITE = "trixie"  # Debian 12's docker is too old for reproducible images; Debian 13's programs run on Debian 12
@@ -116,7 +116,7 @@ def _install() -> None:
     if root.exists() and stamp.exists() and stamp.read_text().split() == list(UNPACKED):
         return
     with tempfile.TemporaryDirectory(dir=store()) as scratch:
-        apt = Apt(Path(scratch) / "apt", SUITE)
+        apt = Apt(Path(scratch) / "apt", {SUITE: mirror()})
         debs = Path(scratch) / "debs"
         debs.mkdir()
         apt.run("apt-get", "download", *UNPACKED, cwd=debs)

@@ -10,25 +10,25 @@ import time
 from pathlib import Path
 
 from images import engine, lock, provenance
-from images.manifest import HERE, check_variant, families, read_manifest, sources
-from images.request import SOURCE_STAGES, Request, fetch_packages, places_of
+from images.machine import compile_jobs
+from images.manifest import HERE, check_variant, families, read_manifest
+from images.request import SOURCE_STAGES, Request, contexts_of, fetch_packages, places_of, wanted
 from images.sources import trees
 from images.staging import stage
 from images.store import FREE_SPACE, BuildError, store
 
 NEEDED_BYTES = 16_000_000_000  # build cache, image and unpacked image
 FULL_BYTES = 1_000_000_000  # a build that failed with less free space than this failed because the disk was full
-BYTES_PER_JOB = 4_000_000_000  # the most memory that one compiler of CUDA or torch code needs
 STAGING = "staging-"
 
 
-def image(model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
+def image(model: str, variant: str, **given: list[str] | None) -> None:
     """Build slipway/MODEL:VARIANT; print its digest and size; leave SBOM and provenance in the store.
 
     Args: those of Request.of.
     """
     started = time.monotonic()
-    request = Request.of(model, variant, source, context)
+    request = Request.of(model, variant, **given)
     fetched = time.monotonic()
     name = request.tag
     # Uncompressed: this engine keeps the image on the disk where it was built. images/publish.py compresses.
@@ -41,19 +41,20 @@ def image(model: str, variant: str, source: list[str] | None = None, context: li
     )
 
 
-def images(variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
+def images(variant: str, **given: list[str] | None) -> None:
     """Build every family's image."""
     for model in families():
-        image(model, variant, source, context)
+        image(model, variant, **given)
 
 
-def fetch(variant: list[str] | None = None, source: list[str] | None = None) -> None:
+def fetch(variant: list[str] | None = None, source: list[str] | None = None, context: list[str] | None = None) -> None:
     """Fetch everything that images of these variants are made of into the store; the default is cpu and index."""
+    contexts = contexts_of(context)
     for name in variant or ("cpu", "index"):
         check_variant(name)
         fetch_packages(name)
         for model in families():
-            trees(sources(read_manifest(model), name), name, places_of(source))
+            trees(wanted(read_manifest(model), name, contexts), name, places_of(source))
 
 
 def build(request: Request, name: str, output: str, *options: str, proof: bool = False) -> None:
@@ -113,16 +114,9 @@ def _variables(staging: Path, request: Request) -> dict[str, str]:
         "STAGING": str(staging),
         "PINS": json.dumps(provenance.pins(request.wanted), sort_keys=True),
         "VERSION": lock.version(),
-        "BUILDER": provenance.builder(),
         "MAX_JOBS": str(compile_jobs()),
         "CUDA_ARCHITECTURES": " ".join(request.manifest.cuda_architectures),
     }
-
-
-def compile_jobs() -> int:
-    """How many compilers may run at once: one per core, fewer if memory is short."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_JOB))
 
 
 def inspect(name: str) -> tuple[str, int]:

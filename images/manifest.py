@@ -18,7 +18,8 @@ PINS = lock.ROOT / "entrypoints" / "slipway" / "pins.toml"
 VARIANTS = ("full", "index", "cpu")
 TYPES = {"family": str, "models": list, "recipe": str, "cuda_architectures": list, "pins": dict}
 PIN_KEYS = ("version", "commit", "repository", "archive", "sha256", "submodules")
-SUBMODULE_KEYS = ("commit", "repository")
+# `paths`: the folders of a submodule that the build reads; all of it where there is no such key.
+SUBMODULE_KEYS = ("commit", "repository", "paths")
 # The sources that a variant builds.
 SOURCES = {
     "cpu": ("nemo", "megatron-core"),
@@ -49,7 +50,7 @@ class Source:
     repository: str
     license: str
     archive: LockedFile | None = None
-    submodules: dict[str, dict[str, str]] = field(default_factory=dict)
+    submodules: dict[str, dict[str, Any]] = field(default_factory=dict)
     replaced: str = ""
 
 
@@ -98,9 +99,7 @@ def read_manifest(model: str) -> Manifest:
 def _check_values(path: Path, table: dict[str, Any]) -> None:
     if table["family"] != path.stem:
         raise _wrong(path, f"family is {table['family']!r}, expected the name of the file, {path.stem!r}")
-    for architecture in table["cuda_architectures"]:
-        if not re.fullmatch(r"\d+\.\d", str(architecture)):
-            raise _wrong(path, f'cuda_architectures has {architecture!r}; write it like "9.0"')
+    check_architectures(table["cuda_architectures"], f"{path.name}: cuda_architectures")
     known = tomllib.loads(PINS.read_text())
     for name, pin in table.get("pins", {}).items():
         _check_keys(path, "pins", {name: pin}, known, needed=set())
@@ -109,7 +108,15 @@ def _check_values(path: Path, table: dict[str, Any]) -> None:
             raise _wrong(path, f"pins.{name} has only one of archive and sha256; add the other or delete both")
         for part, submodule in pin.get("submodules", {}).items():
             where = f"pins.{name}.submodules.{part}"
-            _check_keys(path, where, submodule, SUBMODULE_KEYS, needed=set(SUBMODULE_KEYS))
+            _check_keys(path, where, submodule, SUBMODULE_KEYS, needed={"commit", "repository"})
+
+
+def check_architectures(given: list, where: str) -> None:
+    """BuildError unless each is a compute capability."""
+    for architecture in given:
+        if not re.fullmatch(r"\d+\.\d", str(architecture)):
+            code = 2 if where.startswith("--") else 65
+            raise BuildError(f'{where} has {architecture!r}; write it like "9.0"', exit_code=code)
 
 
 def _check_keys(path: Path, what: str, table: dict, known: Iterable[str], needed: set[str]) -> None:

@@ -29,11 +29,11 @@ def pins(wanted: list[Source]) -> dict[str, str]:
 
 
 @functools.cache
-def builder() -> str:
-    """The versions of Slipway, docker and buildx."""
+def tools() -> dict[str, str]:
+    """The versions of what builds, without which an image has the same digest: they are in no label."""
     words = engine.docker("version", "--format", "{{.Server.Version}}", capture_output=True, text=True).stdout.split()
     buildx = engine.docker("buildx", "version", capture_output=True, text=True).stdout.split()
-    return f"slipway {lock.version()}, docker {words[0]}, buildx {buildx[1]}"
+    return {"docker": words[0], "buildx": buildx[1]}
 
 
 def write(request: Request, name: str, digest: str) -> None:
@@ -73,7 +73,7 @@ def statement(request: Request, name: str, digest: str) -> dict:
                 "internalParameters": {"pins": pins(request.wanted), "cuda_architectures": architectures},
                 "resolvedDependencies": [_dependency(source) for source in request.wanted if not source.replaced],
             },
-            "runDetails": {"builder": {"id": "slipway", "version": {"build.py": _revision(), "with": builder()}}},
+            "runDetails": {"builder": {"id": "slipway", "version": {"build.py": _revision(), **tools()}}},
         },
     }
 

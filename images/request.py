@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from images import debian, engine, lock
-from images.manifest import HERE, READY, Manifest, Source, check_variant, near, read_manifest, sources
+from images.manifest import (
+    HERE,
+    READY,
+    Manifest,
+    Source,
+    check_architectures,
+    check_variant,
+    near,
+    read_manifest,
+    sources,
+)
 from images.sources import trees
 from images.store import BuildError
 
@@ -30,7 +40,14 @@ class Request:
     contexts: dict[str, str]
 
     @classmethod
-    def of(cls, model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> Request:
+    def of(
+        cls,
+        model: str,
+        variant: str,
+        source: list[str] | None = None,
+        context: list[str] | None = None,
+        architecture: list[str] | None = None,
+    ) -> Request:
         """Check every word, check that an engine answers, and fetch what is missing.
 
         Args:
@@ -38,17 +55,21 @@ class Request:
             variant: full, index or cpu.
             source: NAME=PLACE for each source that comes from another clone or mirror than the pinned one.
             context: NAME=PLACE for each stage or source tree that a named build context replaces.
+            architecture: the GPUs to compile for, instead of those of the manifest.
 
         Errors: BuildError, before anything is built.
         """
         check_variant(variant)
         manifest = read_manifest(model)
+        if architecture:
+            check_architectures(architecture, "--architecture")
+            manifest = replace(manifest, cuda_architectures=architecture)
         contexts = contexts_of(context)
-        wanted = [_replaced(source, contexts) for source in sources(manifest, variant)]
-        folders = trees([source for source in wanted if not source.replaced], variant, places_of(source))
+        parts = wanted(manifest, variant, contexts)
+        folders = trees(parts, variant, places_of(source))
         engine.require()
         fetch_packages(variant)
-        return cls(manifest, variant, wanted, folders, contexts)
+        return cls(manifest, variant, parts, folders, contexts)
 
     @property
     def tag(self) -> str:
@@ -58,6 +79,11 @@ class Request:
 def tag(model: str, variant: str) -> str:
     """The image's name."""
     return f"slipway/{model}:{variant}"
+
+
+def wanted(manifest: Manifest, variant: str, contexts: dict[str, str]) -> list[Source]:
+    """The sources of a variant; those that a context replaces name it."""
+    return [_replaced(source, contexts) for source in sources(manifest, variant)]
 
 
 def fetch_packages(variant: str) -> None:

@@ -2,13 +2,16 @@
 
 The variants cpu and index unpack source archives from the package index. `full` takes git commits, with submodules at
 the pinned commits. `--source NAME=PLACE` names another place for a source: a clone or the address of a mirror. The
-place needs no trust: a commit's name is a hash of its tree, and git checks it.
+place needs no trust: a commit's name is a hash of its tree, and every file is checked against it (objects.py).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from images.manifest import Source
+from images.objects import SUBMODULE, Entry, MissingObject, Objects, folder_of_objects, write
 from images.store import BuildError, fetch, store
 
 PREFLIGHT_SECONDS = 15
@@ -26,7 +30,7 @@ def trees(sources: list[Source], variant: str, places: dict[str, str]) -> dict[s
     """Source name → folder with its tree; what is missing is fetched.
 
     Args:
-        sources: what the variant is built from.
+        sources: what the variant is built from. A source that a build context replaces needs no tree.
         variant: full takes git commits; the others take source archives unless a place is given.
         places: source or submodule name → clone or mirror to take it from.
 
@@ -34,8 +38,10 @@ def trees(sources: list[Source], variant: str, places: dict[str, str]) -> dict[s
     """
     if unknown := sorted(places.keys() - _names(sources)):
         known = ", ".join(sorted(_names(sources)))
-        reason = f"unknown source; use one of {known}" if known else "a --context replaces every source; drop one flag"
-        raise BuildError(f"--source {unknown[0]}: {reason}", exit_code=2)
+        raise BuildError(f"--source {unknown[0]}: unknown source; use one of {known}", exit_code=2)
+    sources = [source for source in sources if not source.replaced]
+    for name in sorted(places.keys() - _names(sources)):
+        print(f"--source {name} is not needed: a --context replaces what is built from it", file=sys.stderr)
     by_git = [source for source in sources if variant == "full" or source.name in places]
     if lacking := [s.name for s in sources if s not in by_git and not s.archive]:
         raise BuildError(
@@ -94,7 +100,7 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
     asked: dict[str, str] = {}
     for source in [source for source in sources if not _tree_of(source).exists()]:
         asked[source.name] = places.get(source.name, source.repository)
-        asked |= {name: places.get(name, sub["repository"]) for name, sub in source.submodules.items()}
+        asked |= {name: places.get(name, sub["repository"]) for name, sub in _read(source).items()}
     with ThreadPoolExecutor(max(len(asked), 1)) as pool:
         reached = dict(zip(asked, pool.map(_reachable, asked.values()), strict=True))
     if missing := [name for name, answered in reached.items() if not answered]:
@@ -105,7 +111,14 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
         )
 
 
+def _read(source: Source) -> dict[str, dict]:
+    """The submodules of which the build reads anything."""
+    return {name: sub for name, sub in source.submodules.items() if sub.get("paths") != []}
+
+
 def _reachable(place: str) -> bool:
+    if Path(place).is_dir():
+        return folder_of_objects(Path(place)) is not None
     try:
         return _git("ls-remote", "--quiet", place, "HEAD", timeout=PREFLIGHT_SECONDS).returncode == 0
     except subprocess.TimeoutExpired:
@@ -113,7 +126,11 @@ def _reachable(place: str) -> bool:
 
 
 def _tree_of(source: Source) -> Path:
-    return tree_folder(source.name, source.commit)
+    """The folder of a commit's tree. Its name depends on the submodules too: on their commits and paths."""
+    if not source.submodules:
+        return tree_folder(source.name, source.commit)
+    digest = hashlib.sha256(json.dumps(source.submodules, sort_keys=True).encode()).hexdigest()
+    return tree_folder(source.name, f"{source.commit[:10]}-{digest[:5]}")
 
 
 def _git_tree(source: Source, places: dict[str, str]) -> Path:
@@ -125,25 +142,55 @@ def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
 
     Not with `git clone` and `git submodule update`: those fetch whole histories, from addresses that a commit names.
     """
-    bare = folder.parent / "git"
-    _fetch_commit(bare, source.name, places.get(source.name, source.repository), source.commit)
-    _extract(bare, source.commit, folder)
-    by_commit = {sub["commit"]: (name, sub["repository"]) for name, sub in source.submodules.items()}
-    for path, commit in _links(bare, source.commit):
-        if commit not in by_commit:
+    place = places.get(source.name, source.repository)
+    linked = [entry for entry in _extract(source.name, place, source.commit, folder) if entry.mode == SUBMODULE]
+    by_commit = {sub["commit"]: (name, sub) for name, sub in source.submodules.items()}
+    for entry in linked:
+        if entry.sha not in by_commit:
             raise BuildError(
-                f"{source.name}: submodule {path} is at commit {commit}, which has no pin; add it to pins.toml",
+                f"{source.name}: submodule {entry.path} is at commit {entry.sha}, which has no pin; "
+                "add it to pins.toml",
                 exit_code=65,
             )
-        name, repository = by_commit[commit]
-        _fetch_commit(bare, name, places.get(name, repository), commit)
-        _extract(bare, commit, folder / path)
+        name, sub = by_commit[entry.sha]
+        if name in _read(source):
+            place = places.get(name, sub["repository"])
+            _extract(name, place, entry.sha, folder / entry.path, sub.get("paths"))
+
+
+def _extract(name: str, place: str, commit: str, folder: Path, paths: list[str] | None = None) -> list[Entry]:
+    """Write the files of a commit, or those in `paths`, into `folder`; returns all entries, also submodules."""
+    with tempfile.TemporaryDirectory(dir=folder.parent if folder.parent.exists() else None) as scratch:
+        bare = Path(scratch) / "git"
+        _git("init", "--quiet", "--bare", str(bare))
+        if Path(place).is_dir():
+            _borrow(bare, Path(place))
+        else:
+            _fetch_commit(bare, name, place, commit)
+        try:
+            with Objects(bare) as objects:
+                entries = list(objects.entries(commit, paths))
+                write(objects, (entry for entry in entries if entry.mode != SUBMODULE), folder)
+        except MissingObject as error:
+            raise BuildError(
+                f"{name}: {place} does not have all of commit {commit}: {error}; run `git fetch --refetch ORIGIN "
+                f"{commit}` there (git 2.36 or newer), or pass another clone: --source {name}=CLONE"
+            ) from None
+    return entries
+
+
+def _borrow(bare: Path, clone: Path) -> None:
+    """Let the repository `bare` read the objects of a clone on this machine.
+
+    git does not open the clone itself: neither who owns it nor what its configuration says matters, and nothing that
+    it lacks is fetched from elsewhere.
+    """
+    objects = folder_of_objects(clone.resolve())
+    (bare / "objects" / "info" / "alternates").write_text(f"{objects}\n")
 
 
 def _fetch_commit(bare: Path, name: str, place: str, commit: str) -> None:
     """Fetch one commit, without its history, into the bare repository `bare`."""
-    _git("init", "--quiet", "--bare", str(bare))
-    place = str(Path(place).resolve()) if Path(place).exists() else place
     done = _git("-C", str(bare), "fetch", "--quiet", "--depth=1", place, commit)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -151,22 +198,6 @@ def _fetch_commit(bare: Path, name: str, place: str, commit: str) -> None:
             f"{name}: cannot get commit {commit} from {place} ({reason}); pass a clone that has it: "
             f"--source {name}=CLONE"
         )
-
-
-def _extract(bare: Path, commit: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder.parent / f"{folder.name}.tar"
-    _git("-C", str(bare), "archive", f"--output={archive}", commit)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="tar")
-    archive.unlink()
-
-
-def _links(bare: Path, commit: str) -> list[tuple[str, str]]:
-    """(path, commit) of each submodule in a commit's tree."""
-    listed = _git("-C", str(bare), "ls-tree", "-r", commit).stdout.splitlines()
-    rows = [line.split(maxsplit=3) for line in listed]
-    return [(path, sha) for _, kind, sha, path in rows if kind == "commit"]
 
 
 def _git(*words: str, timeout: float | None = None) -> subprocess.CompletedProcess:

@@ -13,7 +13,9 @@ from images.manifest import COMPILED, HERE, READY
 from images.request import Request
 from images.store import store
 
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 SCRIPTS = ("slim.py", "import_check.py")
+COMPILE = "compile"  # the folder of what only the stages that compile need
 
 
 def stage(folder: Path, request: Request) -> None:
@@ -29,9 +31,9 @@ def stage(folder: Path, request: Request) -> None:
         os.link(debian.root_file_system(name), folder / "rootfs" / f"{name}.tar")
     for script in SCRIPTS:
         shutil.copy(HERE / script, folder / "scripts")
+    shutil.copytree(HERE / COMPILE, folder / "scripts" / COMPILE, ignore=IGNORED)
     shutil.copytree(HERE / "root", folder / "files")
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")  # what `make setup` leaves there
-    shutil.copytree(lock.ROOT / "entrypoints", folder / "entrypoints", ignore=ignore)
+    shutil.copytree(lock.ROOT / "entrypoints", folder / "entrypoints", ignore=IGNORED)
     _stage_packages(folder, request.variant)
     _stage_family(folder / "family", request)
 

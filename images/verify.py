@@ -20,9 +20,9 @@ from images.store import BuildError, sha256_of
 SHOWN = 20  # differing files that are named per layer
 
 
-def verify(model: str, variant: str, source: list[str] | None = None, context: list[str] | None = None) -> None:
+def verify(model: str, variant: str, **given: list[str] | None) -> None:
     """Build twice without cache and compare; BuildError that names layers and files if the digests differ."""
-    request = Request.of(model, variant, source, context)
+    request = Request.of(model, variant, **given)
     require_free(2 * NEEDED_BYTES)
     for name in debian.SETS:
         _compare_root_file_system(name)

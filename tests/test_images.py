@@ -27,7 +27,9 @@ from images import (
     image,
     licences,
     lock,
+    machine,
     manifest,
+    objects,
     process,
     provenance,
     request,
@@ -135,7 +137,48 @@ def test_a_familys_own_pin_changes_that_source_alone(tmp_path, monkeypatch):
 def test_compile_jobs_fit_cores_and_memory(monkeypatch, jobs_of, cores, gigabytes):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 10**9 // 4096}.get)
-    assert image.compile_jobs() == jobs_of
+    monkeypatch.setattr(machine, "_of_engine", lambda: (float("inf"), float("inf")))
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    assert machine.compile_jobs() == jobs_of
+    # An engine on a smaller machine, and one that is not on this machine.
+    monkeypatch.setattr(machine, "_of_engine", lambda: (16.0, 8e9))
+    assert machine.compile_jobs() == min(jobs_of, 2)
+    monkeypatch.setenv("DOCKER_HOST", "tcp://builder.invalid:2376")
+    assert machine.compile_jobs() == 2
+
+
+def _files(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "own, groups, limits",
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "9000\n", "a/b/cpu.max": "max 100000\n", "a/memory.max": "max"}, (None, 9000)),
+        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "700\n", "a/cpu.max": "150000 100000\n"}, (1.5, 700)),
+        # A container whose own groups are mounted at the root.
+        ("0::/seen/from/the/host\n", {"memory.max": "800\n"}, (None, 800)),
+        (
+            "4:memory:/x\n1:cpu,cpuacct:/x\n",
+            {
+                "memory/x/memory.limit_in_bytes": "900\n",
+                "cpu/x/cpu.cfs_quota_us": "200000\n",
+                "cpu/x/cpu.cfs_period_us": "100000\n",
+                "cpu/cpu.cfs_quota_us": "-1\n",
+                "cpu/cpu.cfs_period_us": "100000\n",
+            },
+            (2, 900),
+        ),
+        ("", {}, (None, None)),
+    ],
+)
+def test_limits_of_control_groups_are_read(tmp_path, own, groups, limits):
+    _files(tmp_path / "groups", groups)
+    _files(tmp_path, {"own": own})
+    found = machine.cgroup_limits(tmp_path / "own", tmp_path / "groups")
+    assert found == tuple(float("inf") if limit is None else limit for limit in limits)
 
 
 # ---------------------------------------------------------------------------- sources
@@ -189,7 +232,10 @@ def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"commit": "1" * 40}, "cannot get commit 1111"),
+        (
+            {"commit": "1" * 40},
+            r"does not have all of commit 1111\w+: the commit \(object 1111\w+\) is missing; run `git",
+        ),
         ({"submodules": {}}, r"submodule inner/part is at commit \w+, which has no pin"),
     ],
 )
@@ -205,17 +251,77 @@ def test_a_wrong_source_is_one_line_with_the_names_that_exist(clone):
     with pytest.raises(BuildError, match="--source hole: unknown source; use one of part, whole") as error:
         sources.trees([clone[1]], "full", {"hole": "/"})
     assert error.value.exit_code == 2
-    with pytest.raises(BuildError, match="--source whole: a --context replaces every source"):
-        sources.trees([], "full", {"whole": "/"})
     with pytest.raises(BuildError, match="its pin has no source archive") as error:
         sources.trees([clone[1]], "cpu", {})
     assert error.value.exit_code == 65
 
 
-def test_full_without_a_git_host_is_said_in_seconds():
+def test_a_clone_that_is_not_whole_will_do_if_it_has_what_the_build_reads(clone):
+    """A shallow clone by another owner, with a submodule that lacks a file, and of which the build reads one folder."""
+    folder, source = clone
+    part = folder / "part"
+    _files(part, {"include/a/b.h": "b", "docs/picture": "p" * 1000, "include/run": "r"})
+    (part / "include" / "run").chmod(0o755)
+    (part / "include" / "link").symlink_to("a/b.h")
+    _git(part, "add", ".")
+    _git(part, "commit", "--quiet", "-m", "two")
+    commit = _git(part, "rev-parse", "HEAD").strip()
+    _git(folder / "whole" / "inner" / "part", "fetch", "--quiet", str(part), "HEAD")
+    _git(folder / "whole" / "inner" / "part", "checkout", "--quiet", commit)
+    _git(folder / "whole", "commit", "--quiet", "--all", "-m", "three")
+    top = _git(folder / "whole", "rev-parse", "HEAD").strip()
+    _git(folder, "clone", "--quiet", "--bare", "--depth=1", f"file://{folder}/whole", "shallow")
+    picture = _git(part, "rev-parse", "HEAD:docs/picture").strip()
+    (part / ".git" / "objects" / picture[:2] / picture[2:]).unlink()
+    subprocess.run(["chown", "-R", "4242:4343", part, folder / "shallow"], check=True)
+    places = {"whole": str(folder / "shallow"), "part": str(part)}
+
+    def pinned(**keys: object) -> Source:
+        return replace(source, commit=top, submodules={"part": {"commit": commit, "repository": "x", **keys}})
+
+    with pytest.raises(
+        BuildError, match=rf"part: \S+ does not have all of .*docs/picture \(object {picture}\) is missing"
+    ):
+        sources.trees([pinned()], "full", places)
+    tree = sources.trees([pinned(paths=["include"])], "full", places)["whole"] / "inner" / "part"
+    assert sorted(str(p.relative_to(tree)) for p in tree.rglob("*")) == [
+        "include", "include/a", "include/a/b.h", "include/link", "include/run",
+    ]  # fmt: skip
+    assert (tree / "include" / "link").read_text() == "b" and os.access(tree / "include" / "run", os.X_OK)
+    # A submodule of which nothing is read need not be anywhere.
+    bare = sources.trees([pinned(paths=[])], "full", {"whole": places["whole"], "part": "/nonexistent"})["whole"]
+    assert bare != tree.parents[1] and not (bare / "inner" / "part" / "include").exists()
+
+
+def test_a_file_with_other_content_than_its_hash_says_is_refused(clone):
+    folder, source = clone
+    objects = folder / "whole" / ".git" / "objects"
+    sha = _git(folder / "whole", "rev-parse", "HEAD:file.txt").strip()
+    other = _git(folder / "part", "rev-parse", "HEAD:file.txt").strip()
+    shutil.copy(folder / "part" / ".git" / "objects" / other[:2] / other[2:], objects / "new")
+    os.replace(objects / "new", objects / sha[:2] / sha[2:])
+    with pytest.raises(BuildError, match=rf"file.txt \(object {sha}\) (is missing|has other content)"):
+        sources.trees([source], "full", {"whole": str(folder / "whole"), "part": str(folder / "part")})
+
+
+def test_no_file_of_a_tree_leaves_its_folder():
+    for name in (b"..", b".git", b"a/b"):
+        with pytest.raises(BuildError, match="no valid name in a git tree"):
+            list(objects.parsed("", b"100644 " + name + b"\0" + b"x" * 20))
+
+
+def test_a_source_that_a_context_makes_needless_is_said_and_no_error(clone, capsys):
+    source = clone[1]
+    given = {"whole": "/nonexistent", "part": "/nonexistent"}
+    assert sources.trees([replace(source, replaced="whole-source")], "full", given) == {}
+    assert "--source part is not needed: a --context replaces" in capsys.readouterr().err
+
+
+def test_full_without_a_git_host_is_said_in_seconds(tmp_path):
     words = [sys.executable, ROOT / "build.py", "image", "--variant", "full", "--source", "nemo=/nonexistent"]
     started = time.monotonic()
     environment = {**os.environ, "GIT_SSL_NO_VERIFY": "1", "https_proxy": "http://127.0.0.1:9", "DOCKER_HOST": "x"}
+    environment["SLIPWAY_STORE"] = str(tmp_path)
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 78 and time.monotonic() - started < 60
     assert len(done.stderr.splitlines()) == 1 and "--source nemo=CLONE" in done.stderr and "apex" in done.stderr
@@ -340,7 +446,9 @@ def test_a_wrong_context_is_said_in_one_line(word, code, message):
 
 def test_a_source_that_a_context_replaces_is_not_asked_for_and_not_claimed(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(request, "trees", lambda wanted, *_: asked.extend(source.name for source in wanted) or {})
+    monkeypatch.setattr(
+        request, "trees", lambda wanted, *_: asked.extend(s.name for s in wanted if not s.replaced) or {}
+    )
     monkeypatch.setattr(request, "fetch_packages", lambda _: None)
     monkeypatch.setattr(engine, "require", lambda: None)
     contexts = [f"te-source={tmp_path}", "apex=docker-image://site/apex:1"]

@@ -1,0 +1,123 @@
+"""Files of a commit, read from a git repository that needs no trust and need not be complete.
+
+Git is asked for raw objects only. Every object that is used is hashed here, from the commit down to the files: a
+commit's name is a hash of its tree, and a tree holds the hashes of its files. git itself hashes objects only when it
+fetches them. A clone that lacks other objects will do: a shallow or a partial one, or one that lost a file that no
+build reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from images.store import BuildError
+
+DIRECTORY, LINK, SUBMODULE, EXECUTABLE = "40000", "120000", "160000", "100755"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of a commit's tree: its path, git's mode, and the hash of the object."""
+
+    path: str
+    mode: str
+    sha: str
+
+
+class MissingObject(BuildError):
+    """An object that the repository does not have, or that has other content than its name says."""
+
+
+def folder_of_objects(clone: Path) -> Path | None:
+    """Where a clone keeps its objects: a bare one, one with a working tree, a submodule's or a linked working tree."""
+    git = clone / ".git" if (clone / ".git").exists() else clone
+    if git.is_file():
+        git = clone / git.read_text().removeprefix("gitdir:").strip()
+    if (git / "commondir").is_file():
+        git = git / (git / "commondir").read_text().strip()
+    return git / "objects" if (git / "objects").is_dir() else None
+
+
+class Objects:
+    """The objects of a repository, each checked against its name."""
+
+    def __init__(self, repository: Path) -> None:
+        command = ["git", f"--git-dir={repository}", "cat-file", "--batch"]
+        pipe = subprocess.PIPE
+        self._git = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+
+    def __enter__(self) -> Objects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(BrokenPipeError):
+            self._git.communicate()
+
+    def read(self, sha: str, kind: str, what: str) -> bytes:
+        """The content of an object of this kind; MissingObject that names `what` if it is not there or not as named."""
+        assert self._git.stdin and self._git.stdout
+        self._git.stdin.write(f"{sha}\n".encode())
+        self._git.stdin.flush()
+        head = self._git.stdout.readline().split()
+        if len(head) != 3:  # "SHA missing", or the end
+            raise MissingObject(f"{what} (object {sha}) is missing")
+        content = self._git.stdout.read(int(head[2]))
+        self._git.stdout.read(1)
+        named = hashlib.sha1(b"%s %d\0" % (kind.encode(), len(content)) + content, usedforsecurity=False).hexdigest()
+        if head[1] != kind.encode() or named != sha:
+            raise MissingObject(f"{what} (object {sha}) has other content than its name says")
+        return content
+
+    def entries(self, commit: str, paths: Iterable[str] | None = None) -> Iterator[Entry]:
+        """The files and submodules of a commit; with `paths`, only those that are in these folders."""
+        text = self.read(commit, "commit", "the commit")
+        tree = text.partition(b"\n")[0].removeprefix(b"tree ").decode()
+        yield from self._below("", tree, None if paths is None else set(paths))
+
+    def _below(self, folder: str, tree: str, paths: set[str] | None) -> Iterator[Entry]:
+        for entry in parsed(folder, self.read(tree, "tree", folder or "the tree")):
+            wanted = paths is None or any(_is_in(entry.path, path) for path in paths)
+            if entry.mode == DIRECTORY:
+                above = paths is not None and any(_is_in(path, entry.path) for path in paths)
+                if wanted or above:
+                    yield from self._below(f"{entry.path}/", entry.sha, None if wanted else paths)
+            elif wanted:
+                yield entry
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def parsed(folder: str, tree: bytes) -> Iterator[Entry]:
+    """The entries of one tree object: "MODE NAME\\0" and 20 bytes each."""
+    while tree:
+        head, _, rest = tree.partition(b"\0")
+        mode, _, name = head.decode("utf-8", "surrogateescape").partition(" ")
+        if name in ("", ".", "..", ".git") or "/" in name:
+            raise BuildError(f"{folder}{name}: no valid name in a git tree", exit_code=65)
+        yield Entry(folder + name, mode, rest[:20].hex())
+        tree = rest[20:]
+
+
+def write(objects: Objects, entries: Iterable[Entry], folder: Path) -> None:
+    """Write files into `folder`, which may have others already. No path leads out of it through a link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    links = []
+    for entry in entries:
+        content = objects.read(entry.sha, "blob", entry.path)
+        target = folder / entry.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if entry.mode == LINK:
+            links.append((content, target))  # made last: until then no folder on the way to a file is a link
+            continue
+        target.write_bytes(content)
+        target.chmod(0o755 if entry.mode == EXECUTABLE else 0o644)
+    for content, target in links:
+        os.symlink(content, target)
