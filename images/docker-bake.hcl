@@ -6,6 +6,8 @@ variable "TAG" {}
 variable "OUTPUT" {}
 variable "PINS" {}
 variable "VERSION" {}
+variable "CUDA" {}
+variable "DRIVER" {}
 variable "MAX_JOBS" {}
 variable "PROOF" {}
 variable "CUDA_ARCHITECTURES" {}
@@ -45,9 +47,13 @@ target "image" {
     "org.opencontainers.image.title"       = "slipway/${MODEL}"
     "org.opencontainers.image.description" = "NeMo and Megatron for ${MODEL}, variant ${VARIANT}"
     "org.opencontainers.image.version"     = VERSION
+    "org.opencontainers.image.licenses"    = "Apache-2.0"
     "org.slipway.model"                    = MODEL
     "org.slipway.variant"                  = VARIANT
     "org.slipway.pins"                     = PINS
+    "org.slipway.cuda"                     = CUDA
+    "org.slipway.driver"                   = DRIVER
+    "org.slipway.architectures"            = VARIANT == "cpu" ? "" : CUDA_ARCHITECTURES
   }
   network = "none"
   attest  = ["type=provenance,disabled=true"]

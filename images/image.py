@@ -114,6 +114,8 @@ def _variables(staging: Path, request: Request) -> dict[str, str]:
         "STAGING": str(staging),
         "PINS": json.dumps(provenance.pins(request.wanted), sort_keys=True),
         "VERSION": lock.version(),
+        "CUDA": provenance.cuda(),
+        "DRIVER": provenance.oldest_driver(),
         "MAX_JOBS": str(compile_jobs()),
         "CUDA_ARCHITECTURES": " ".join(request.manifest.cuda_architectures),
     }

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import subprocess
+import tomllib
 from pathlib import Path
 
 from images import debian, engine, lock, sbom
@@ -26,6 +27,18 @@ def pins(wanted: list[Source]) -> dict[str, str]:
         for source in wanted
     }
     return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.LOCK)}
+
+
+def cuda() -> str:
+    """The CUDA version that torch is built with, as "13.0"; also the cpu variant has that torch."""
+    (version,) = (p["version"] for p in lock.locked_packages() if p["name"] == "cuda-toolkit")
+    return ".".join(version.split(".")[:2])
+
+
+def oldest_driver() -> str:
+    """The oldest branch of NVIDIA's driver that runs the image, as "580"; `doctor` reads the same table."""
+    table = tomllib.loads((lock.ROOT / "entrypoints" / "slipway" / "launch" / "drivers.toml").read_text())
+    return str(table[cuda().partition(".")[0]])
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from conftest import free_port
 from forked import LIMIT
 from slipway.commands.doctor import doctor
-from slipway.launch import checks
+from slipway.launch import checks, network
 from slipway.launch.checks import Check
 from slipway.launch.link import meet
 from slipway.launch.topology import Topology
@@ -31,8 +32,8 @@ def test_this_machine_is_described(tmp_path, nemo_model):
     code, table = found("--out", tmp_path / "run", "--model", nemo_model, "--master-port", free_port())
     assert code == 0, table
     assert set(table) == {
-        "GPUs", "driver", "/dev/shm", "locked memory", "RDMA", "master's name", "master's ports", "output",
-        "free space", "all-reduce",
+        "GPUs", "driver", "/dev/shm", "locked memory", "RDMA", "libibverbs", "master's name", "master's ports",
+        "output", "free space", "all-reduce",
     }  # fmt: skip
     assert all(check["cure"] for check in table.values() if check["state"] != "ok")
     assert table["output"]["found"] == f"{tmp_path} is writable" and not list(tmp_path.iterdir())
@@ -43,8 +44,8 @@ def test_the_table_is_for_people(slipway):
     done = slipway("doctor", "--master-port", free_port())
     header, *rows, last = done.stdout.splitlines()
     assert done.returncode == 0 and header.split() == ["check", "found"]
-    assert sum(row.startswith(("ok ", "warn ")) for row in rows) == 8 and any("→ " in row for row in rows)
-    assert last.startswith("doctor: fit (8 checks, ")
+    assert sum(row.startswith(("ok ", "warn ")) for row in rows) == 9 and any("→ " in row for row in rows)
+    assert last.startswith("doctor: fit (9 checks, ")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,8 @@ def test_drivers_and_rdma_are_read_from_the_kernels_files(tmp_path):
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
     old = checks.driver(version)
-    assert old.state == "unfit" and old.found == "535.104.05, torch is built for CUDA 13.0" and "580" in old.cure
+    assert old.state == "unfit" and old.found == "535.104.05, torch is built for CUDA 13.0"
+    assert "driver 580 or newer" in old.cure and "cuda-compat-13-0" in old.cure
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n")
     assert checks.driver(version).state == "ok"
     state = tmp_path / "infiniband" / "mlx5_0" / "ports" / "1" / "state"
@@ -100,6 +102,61 @@ def test_drivers_and_rdma_are_read_from_the_kernels_files(tmp_path):
     assert checks.rdma(2, tmp_path / "infiniband").found == "1 devices, none active"
     state.write_text("4: ACTIVE\n")
     assert checks.rdma(2, tmp_path / "infiniband").found == "1 of 1 devices active: mlx5_0"
+
+
+def _library(folder: Path, name: str, code: str) -> Path:
+    """A library compiled from C."""
+    (folder / f"{name}.c").write_text(code)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / name, folder / f"{name}.c"], check=True)
+    return folder / name
+
+
+def test_a_newer_library_than_the_driver_is_cuda_compat(tmp_path):
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Release Build\n")
+    _library(tmp_path, "libcuda.so.1", "int cuDriverGetVersion(int *v) { *v = 13000; return 0; }")
+    ask = f"from slipway.launch import checks; from pathlib import Path; print(checks.driver(Path({str(version)!r})))"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
+    assert "state='ok'" in done.stdout and "cuda-compat, for CUDA 13.0, is in use" in done.stdout, done
+
+
+def test_the_library_for_infiniband_is_opened_and_its_devices_counted(tmp_path):
+    sees = "void *ibv_get_device_list(int *n) { *n = 1; return n; } void ibv_free_device_list(void *l) {}"
+    library = str(_library(tmp_path, "libibverbs.so.1", sees))
+    kernel = tmp_path / "infiniband"
+    kernel.mkdir()
+    assert checks.verbs(1, kernel, library).found == "sees 1 devices"
+    for name in ("mlx5_0", "mlx5_1"):
+        (kernel / name).mkdir()
+    found = checks.verbs(2, kernel, library)
+    assert found.state == "warn" and found.found == "sees 1 devices, the kernel has 2" and "providers" in found.cure
+    (kernel / "mlx5_1").rmdir()
+    found = checks.verbs(2, kernel, library)
+    assert found.state == "warn" and found.found == "sees 1 devices, but 0 of 1 can be opened"
+    missing = checks.verbs(2, kernel, str(tmp_path / "no.so"))
+    assert missing.state == "warn" and "cannot open" in missing.found and "libibverbs1" in missing.cure
+    (kernel / "mlx5_0").rmdir()
+    assert checks.verbs(1, kernel, str(tmp_path / "no.so")).state == "ok"
+
+
+# Lines in the words of NCCL 2.28, which is in the image.
+@pytest.mark.parametrize(
+    "log, transport, tcp",
+    [
+        ("h:1:2 [0] NCCL INFO Using network Socket\n", "network Socket", True),
+        (
+            "h:1:2 [0] NCCL INFO Using network IB\nh:1:2 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM\n",
+            "network IB, inside a node P2P",
+            False,
+        ),
+        ("h:1:2 [0] NCCL INFO Using network AWS Libfabric\n", "network AWS Libfabric", False),
+        ("h:1:2 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct\n", "inside a node SHM", False),
+        ("nothing of it\n", "", False),
+    ],
+)
+def test_what_nccl_chose_is_read_from_its_log(log, transport, tcp):
+    assert network.chosen_transport(log) == transport and network.is_tcp(transport) is tcp
 
 
 def test_two_nodes_meet_share_a_folder_and_add_up(tmp_path):

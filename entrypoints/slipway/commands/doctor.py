@@ -88,6 +88,7 @@ def doctor(**options: Any) -> Diagnosis:
         checks.shared_memory(topology.processes_per_node),
         checks.locked_memory(),
         checks.rdma(topology.nodes),
+        checks.verbs(topology.nodes),
         checks.master_name(topology),
         checks.master_ports(topology),
     ]

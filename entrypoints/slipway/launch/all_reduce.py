@@ -5,30 +5,47 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
+from pathlib import Path
 
+from slipway.launch.network import chosen_transport
 from slipway.launch.topology import Topology
 from slipway.launch.torchrun import environment, rank_variables
 
 BYTES = {"gloo": 16 << 20, "nccl": 1 << 30}  # large enough that the bandwidth decides, not the latency
 ROUNDS = 5
+# NCCL says which network it takes in its log only. A user's own settings for the log stay.
+LOG = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET,P2P,SHM"}
 
 
 def measure(topology: Topology, timeout: float) -> str:
-    """Start the processes of this node and return what the first of them printed.
+    """Start the processes of this node and return what the first of them printed, with the network that NCCL took.
 
     Args:
         timeout: seconds that a process waits for the others.
 
     Errors: RuntimeError with the last line of a process that failed, TimeoutExpired.
     """
-    processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "nccl"
+        own = {} if "NCCL_DEBUG" in os.environ else LOG | {"NCCL_DEBUG_FILE": str(log)}
+        printed = _run(topology, timeout, own)
+        transport = chosen_transport(log.read_text(errors="replace")) if log.exists() else ""
+    return f"{printed}; {transport}" if transport else printed
+
+
+def _run(topology: Topology, timeout: float, log: dict[str, str]) -> str:
+    """What the first process of this node printed; `log`: variables for its NCCL."""
+    processes: list[subprocess.Popen[str]] = []
     locals_ = range(topology.processes_per_node) if topology.local_rank is None else [topology.local_rank]
     for local_rank in locals_:
         rank = topology.node_rank * topology.processes_per_node + local_rank
         variables = rank_variables(topology) | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         words = [sys.executable, "-m", __name__, str(timeout)]
+        if not processes:
+            variables |= log
         # Not by torchrun, which would hide the message of a rank that fails.
         processes.append(
             subprocess.Popen(

@@ -5,6 +5,7 @@ ok = nothing to do; warn = it will run, but slowly or only in part; unfit = a ru
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -14,18 +15,18 @@ import socket
 import subprocess
 import tempfile
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from slipway.errors import PreflightError
+from slipway.launch import network
 from slipway.launch.link import Link, check_port
 from slipway.launch.topology import Topology
 from slipway.report import human_bytes
 
-# CUDA major version → oldest Linux driver branch that runs it; source: NVIDIA's CUDA release notes, table of minor
-# version compatibility.
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+OLDEST_DRIVER = tomllib.loads((Path(__file__).parent / "drivers.toml").read_text())
 
 SHARED_MEMORY = 1 << 30  # bytes of /dev/shm: NCCL and the data loaders of a node take less
 HEADS_CHECKPOINT = 256 << 20  # heads with their optimizer, even for the widest models
@@ -74,14 +75,20 @@ def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Check:
     match = re.search(r"(\d+)\.\d+(\.\d+)?", proc.read_text()) if proc.exists() else None
     if match is None:
         found = f"none; torch is built for CUDA {cuda}"
-        return Check("driver", "warn", found, "install NVIDIA's driver on the host, if it has a GPU")
-    needed = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+        cure = "install NVIDIA's driver on the host, if it has a GPU"
+        return Check("driver", "warn", found, cure)
+    major, minor = cuda.split(".")[:2]
+    needed = OLDEST_DRIVER.get(major)
     found = f"{match.group()}, torch is built for CUDA {cuda}"
-    if needed and int(match.group(1)) < needed:
-        return Check(
-            "driver", "unfit", found, f"install driver {needed} or newer on the host, or its cuda-compat package"
-        )
-    return Check("driver", "ok", found)
+    if needed is None or int(match.group(1)) >= needed:
+        return Check("driver", "ok", found)
+    if (runs := _cuda_of_driver()) >= int(major) * 1000:
+        return Check("driver", "ok", f"{found}; cuda-compat, for CUDA {runs // 1000}.{runs % 1000 // 10}, is in use")
+    cure = (
+        f"install driver {needed} or newer on the host; if that cannot be and the GPU is a data-centre one, install "
+        f"the package cuda-compat-{major}-{minor} of CUDA's apt repository and put its folder first in LD_LIBRARY_PATH"
+    )
+    return Check("driver", "unfit", found, cure)
 
 
 def shared_memory(processes: int, path: str = "/dev/shm") -> Check:
@@ -102,9 +109,10 @@ def locked_memory(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
         return Check("locked memory", "ok", "unlimited")
     if not _entries(infiniband):
         return Check("locked memory", "ok", f"{human_bytes(limit)}; only RDMA needs more, and there is no device")
+    # The capability IPC_LOCK is no cure: without root, a process of a container does not have it in effect.
     cure = (
-        "set no limit: docker run --ulimit memlock=-1; Kubernetes: the capability IPC_LOCK; Slurm: "
-        "PropagateResourceLimitsExcept=MEMLOCK"
+        "set no limit: docker run --ulimit memlock=-1; Kubernetes: LimitMEMLOCK=infinity for containerd on the node; "
+        "Slurm: LimitMEMLOCK=infinity for slurmd, and PropagateResourceLimitsExcept=MEMLOCK"
     )
     return Check("locked memory", "unfit", human_bytes(limit), cure)
 
@@ -122,6 +130,40 @@ def rdma(nodes: int, infiniband: Path = Path("/sys/class/infiniband")) -> Check:
         "rdma/ resource in Kubernetes"
     )
     return Check("RDMA", "warn", f"{len(devices)} devices, none active", cure)
+
+
+def verbs(nodes: int, infiniband: Path = Path("/sys/class/infiniband"), library: str = network.VERBS) -> Check:
+    """Whether NCCL can use the RDMA devices: it opens a library, and the library opens files of the devices."""
+    kernel, seen, files = len(_entries(infiniband)), network.verbs_devices(library), network.device_files()
+    bad: State = "warn" if nodes > 1 or kernel else "ok"
+    if seen is None:
+        cure = "NCCL will use TCP, which is slow; use the image, or install libibverbs1 and ibverbs-providers"
+        if bad == "ok":
+            return Check("libibverbs", "ok", f"cannot open {library}; only RDMA needs it, and there is no device")
+        return Check("libibverbs", bad, f"cannot open {library}", cure)
+    found = f"sees {seen} devices"
+    if seen < kernel:
+        cure = "NCCL will not use the others; install ibverbs-providers, which has a driver for each kind of adapter"
+        return Check("libibverbs", "warn", f"{found}, the kernel has {kernel}", cure)
+    if files < kernel:
+        cure = (
+            "give the container the devices: docker run --device=/dev/infiniband, or the rdma/ resource in Kubernetes"
+        )
+        return Check("libibverbs", "warn", f"{found}, but {files} of {kernel} can be opened", cure)
+    return Check("libibverbs", "ok", found)
+
+
+def _cuda_of_driver() -> int:
+    """The CUDA version that the driver's library serves, as 13000 for 13.0; 0 without the library.
+
+    The library of the package cuda-compat serves a newer version than the driver in the kernel was made with.
+    """
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def _nvidia_smi(query: str) -> str:
@@ -246,4 +288,7 @@ def all_reduce(topology: Topology, timeout: float) -> Check:
             "NCCL_DEBUG=INFO shows more"
         )
         return Check("all-reduce", "unfit", " ".join(str(error).split())[:300], cure)
+    if network.is_tcp(found) and (devices := network.verbs_devices()):
+        cure = "NCCL took TCP, which is slow; NCCL_DEBUG=INFO shows why it left the RDMA devices (NCCL_IB_HCA, links)"
+        return Check("all-reduce", "warn", f"{found}; {devices} RDMA devices are there", cure)
     return Check("all-reduce", "ok", found)

@@ -24,6 +24,7 @@ labels = json.loads((work / "labels.json").read_text())
 pins = tomllib.loads((root / "entrypoints/slipway/pins.toml").read_text())
 named = json.loads(labels["org.slipway.pins"])
 assert named["nemo"] == f"{pins['nemo']['version']} {pins['nemo']['commit']}", named
+assert int(labels["org.slipway.driver"]) >= 580 and labels["org.slipway.cuda"] == "13.0", labels
 assert not any("buildx" in label for label in labels.values()), labels
 
 store = pathlib.Path(os.environ.get("SLIPWAY_STORE") or pathlib.Path.home() / ".cache/slipway")
