@@ -49,12 +49,12 @@ def images(variant: str, **given: list[str] | None) -> None:
 
 def fetch(variant: list[str] | None = None, source: list[str] | None = None, context: list[str] | None = None) -> None:
     """Fetch everything that images of these variants are made of into the store; the default is cpu and index."""
-    contexts = contexts_of(context)
+    contexts, places = contexts_of(context), places_of(source)
     for name in variant or ("cpu", "index"):
         check_variant(name)
         fetch_packages(name)
         for model in families():
-            trees(wanted(read_manifest(model), name, contexts), name, places_of(source))
+            trees(wanted(read_manifest(model), name, places, contexts), name, places)
 
 
 def build(request: Request, name: str, output: str, *options: str, proof: bool = False) -> None:

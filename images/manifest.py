@@ -19,7 +19,7 @@ VARIANTS = ("full", "index", "cpu")
 TYPES = {"family": str, "models": list, "recipe": str, "cuda_architectures": list, "pins": dict}
 PIN_KEYS = ("version", "commit", "repository", "archive", "sha256", "submodules")
 # `paths`: the folders of a submodule that the build reads; all of it where there is no such key.
-SUBMODULE_KEYS = ("commit", "repository", "paths")
+SUBMODULE_KEYS = ("commit", "repository", "license", "paths")
 # The sources that a variant builds.
 SOURCES = {
     "cpu": ("nemo", "megatron-core"),
@@ -39,8 +39,9 @@ COMPILED: dict[str, tuple[str, ...]] = {
 class Source:
     """One source of an image: its commit and, if the package index has one, its source archive.
 
+    `by_git`: the tree is the commit's; else it is the archive's. Labels, provenance and SBOM name the one that is used.
     `replaced` names the build context that replaces the source. Slipway does not know what such a context holds, so
-    labels, provenance and SBOM name the context and not the pin.
+    they name the context and not the pin.
     """
 
     name: str
@@ -51,7 +52,12 @@ class Source:
     license: str
     archive: LockedFile | None = None
     submodules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_git: bool = False
     replaced: str = ""
+
+    def read_submodules(self) -> dict[str, dict[str, Any]]:
+        """The submodules of which the build reads anything."""
+        return {name: sub for name, sub in self.submodules.items() if sub.get("paths") != []}
 
 
 @dataclass(frozen=True)
@@ -141,10 +147,11 @@ def near(word: str, known: Iterable[str]) -> str:
 def sources(manifest: Manifest, variant: str) -> list[Source]:
     """What this variant of the family is built from: the pins of pins.toml, replaced by the family's own."""
     general = tomllib.loads(PINS.read_text())
-    return [_source(name, general[name], manifest.pins.get(name)) for name in SOURCES[variant]]
+    by_git = variant == "full"
+    return [_source(name, general[name], manifest.pins.get(name), by_git) for name in SOURCES[variant]]
 
 
-def _source(name: str, general: dict[str, Any], own: dict[str, Any] | None) -> Source:
+def _source(name: str, general: dict[str, Any], own: dict[str, Any] | None, by_git: bool) -> Source:
     pin = {**general, **(own or {})}
     # uv.lock holds the archive of the general pin, so a pin of the family's own must name its archive itself.
     archive = own_archive(pin) if own else locked_archive(pin.get("archive_of", pin["distribution"]))
@@ -157,6 +164,7 @@ def _source(name: str, general: dict[str, Any], own: dict[str, Any] | None) -> S
         pin["license"],
         archive,
         pin.get("submodules", {}),
+        by_git,
     )
 
 

@@ -8,11 +8,16 @@ import os
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from images import debian, engine, lock, sbom
 from images.manifest import Source
 from images.request import Request
 from images.store import sha256_of, store
+
+# SLSA wants URIs. These name what docs/images.md describes; they are no addresses.
+BUILD_TYPE = "urn:slipway:build:image:1"
+BUILDER = "urn:slipway:build.py"
 
 
 def folder_of(model: str, variant: str) -> Path:
@@ -21,12 +26,17 @@ def folder_of(model: str, variant: str) -> Path:
 
 
 def pins(wanted: list[Source]) -> dict[str, str]:
-    """What identifies the inputs: version and commit of each source, and the hashes of both locks."""
-    versions = {
-        source.name: f"context {source.replaced}" if source.replaced else f"{source.version} {source.commit}"
-        for source in wanted
-    }
+    """What identifies the inputs: version and commit, or archive, of each source, and the hashes of both locks."""
+    versions = {source.name: _origin(source) for source in wanted}
     return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.LOCK)}
+
+
+def _origin(source: Source) -> str:
+    if source.replaced:
+        return f"context {source.replaced}"
+    if source.by_git or source.archive is None:
+        return f"{source.version} {source.commit}"
+    return f"{source.version} {source.archive.name} sha256:{source.archive.sha256}"
 
 
 def cuda() -> str:
@@ -81,24 +91,43 @@ def statement(request: Request, name: str, digest: str) -> dict:
         "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {
             "buildDefinition": {
-                "buildType": "build.py image",
+                "buildType": BUILD_TYPE,
                 "externalParameters": asked,
                 "internalParameters": {"pins": pins(request.wanted), "cuda_architectures": architectures},
-                "resolvedDependencies": [_dependency(source) for source in request.wanted if not source.replaced],
+                "resolvedDependencies": [*_sources(request.wanted), *_locks()],
             },
-            "runDetails": {"builder": {"id": "slipway", "version": {"build.py": _revision(), **tools()}}},
+            "runDetails": {"builder": {"id": BUILDER, "version": {"build.py": revision(), **tools()}}},
         },
     }
 
 
-def _dependency(source: Source) -> dict:
-    digest = {"gitCommit": source.commit}
-    if source.archive:
-        digest["sha256"] = source.archive.sha256
-    return {"name": source.name, "uri": f"git+{source.repository}", "digest": digest}
+def _sources(wanted: list[Source]) -> list[dict[str, Any]]:
+    """A resource for each source and for each submodule that was read; a context has only its name."""
+    found: list[dict[str, Any]] = []
+    for source in wanted:
+        if source.replaced:
+            found.append({"name": source.name, "uri": f"urn:slipway:context:{source.replaced}"})
+        elif source.by_git or source.archive is None:
+            found.append(_commit(source.name, source.repository, source.commit))
+            found += [_commit(n, sub["repository"], sub["commit"]) for n, sub in source.read_submodules().items()]
+        else:
+            archive = source.archive
+            uri = f"pkg:pypi/{archive.project}@{source.version}?file_name={archive.name}"
+            found.append({"name": source.name, "uri": uri, "digest": {"sha256": archive.sha256}})
+    return found
 
 
-def _revision() -> str:
+def _commit(name: str, repository: str, commit: str) -> dict[str, Any]:
+    return {"name": name, "uri": f"git+{repository}@{commit}", "digest": {"gitCommit": commit}}
+
+
+def _locks() -> list[dict[str, Any]]:
+    """The locks name every Python and Debian package with its hash."""
+    files = {"uv.lock": lock.LOCK, "images/debian.lock": debian.LOCK}
+    return [{"name": n, "uri": f"file:{n}", "digest": {"sha256": sha256_of(path)}} for n, path in files.items()]
+
+
+def revision() -> str:
     """The commit of this checkout, with "-dirty" if files differ from it."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(words, cwd=lock.ROOT, capture_output=True, text=True)

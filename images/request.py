@@ -65,8 +65,9 @@ class Request:
             check_architectures(architecture, "--architecture")
             manifest = replace(manifest, cuda_architectures=architecture)
         contexts = contexts_of(context)
-        parts = wanted(manifest, variant, contexts)
-        folders = trees(parts, variant, places_of(source))
+        places = places_of(source)
+        parts = wanted(manifest, variant, places, contexts)
+        folders = trees(parts, variant, places)
         engine.require()
         fetch_packages(variant)
         return cls(manifest, variant, parts, folders, contexts)
@@ -81,9 +82,10 @@ def tag(model: str, variant: str) -> str:
     return f"slipway/{model}:{variant}"
 
 
-def wanted(manifest: Manifest, variant: str, contexts: dict[str, str]) -> list[Source]:
-    """The sources of a variant; those that a context replaces name it."""
-    return [_replaced(source, contexts) for source in sources(manifest, variant)]
+def wanted(manifest: Manifest, variant: str, places: dict[str, str], contexts: dict[str, str]) -> list[Source]:
+    """The sources of a variant, each with where its tree comes from: git, an archive, or a build context."""
+    found = [_replaced(source, contexts) for source in sources(manifest, variant)]
+    return [replace(source, by_git=source.by_git or source.name in places) for source in found]
 
 
 def fetch_packages(variant: str) -> None:

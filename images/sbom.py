@@ -12,11 +12,13 @@ import uuid
 from typing import Any
 
 from images import debian, licences, lock
-from images.manifest import Manifest, Source, check_variant, read_manifest, sources
+from images.manifest import COMPILED, Manifest, Source, check_variant, read_manifest, sources
 
 SPEC = "1.6"
 _UNKNOWN = licences.named(licences.NOT_STATED)
 # CycloneDX wants a UUID for each bill. A random one would change the image's digest: it is made from the content.
+# Packages of which headers are compiled into what a source builds.
+HEADERS = {"transformer-engine": ("nvidia-mathdx", "nvidia-cuda-cccl"), "apex": ("nvidia-cuda-cccl",)}
 NAMESPACE = uuid.UUID("6f1f1a3c-7f0e-5d2a-9d0b-2b8d0c6f5a11")
 
 
@@ -24,13 +26,13 @@ def sbom(model: str, variant: str) -> None:
     """Print the bill of materials of an image; the image need not be built."""
     check_variant(variant)
     manifest = read_manifest(model)
-    lock.fetch_wheels(_distributions(variant))
+    lock.fetch_wheels([*_distributions(variant), *(name for names in HEADERS.values() for name in names)])
     print(text(manifest, variant, sources(manifest, variant)), end="")
 
 
 def text(manifest: Manifest, variant: str, wanted: list[Source]) -> str:
     """The bill of materials as JSON text."""
-    components = [*map(_source, wanted), *_python(variant, {s.distribution for s in wanted}), *_debian()]
+    components = [*(_source(s, variant) for s in wanted), *_python(variant, wanted), _uv(), *_debian()]
     content = json.dumps(components, sort_keys=True)
     image = {"type": "container", "bom-ref": "image", "name": f"slipway/{manifest.family}", "version": variant}
     document = {
@@ -55,21 +57,47 @@ def _component(purl: str, name: str, version: str, licence: dict, sha256: str | 
     return component | {"licenses": [licence]}
 
 
-def _source(source: Source) -> dict[str, Any]:
-    """A source with its commit and those of its submodules."""
+def _source(source: Source, variant: str) -> dict[str, Any]:
+    """A source as it was taken: a commit with the submodules that were read, an archive, or a build context.
+
+    What a submodule or a package of headers holds is compiled into the source's libraries: it is a part of it.
+    """
+    name = installed_name(source)
     if source.replaced:
         properties = [{"name": "slipway:context", "value": source.replaced}]
-        component = _component(f"pkg:generic/{source.distribution}", source.distribution, "unknown", _UNKNOWN)
-        return component | {"properties": properties}
-    place = urllib.parse.urlsplit(source.repository).path.strip("/").lower()
-    purl = f"pkg:github/{place}@{source.commit}"
-    component = _component(purl, source.distribution, source.version, {"expression": source.license})
-    if source.archive:
-        component["hashes"] = [{"alg": "SHA-256", "content": source.archive.sha256}]
-    properties = [{"name": "slipway:commit", "value": source.commit}]
-    for name, sub in source.submodules.items():
-        properties.append({"name": f"slipway:submodule:{name}", "value": sub["commit"]})
-    return component | {"properties": properties}
+        return _component(f"pkg:generic/{name}", name, "unknown", _UNKNOWN) | {"properties": properties}
+    if not source.by_git and source.archive:
+        purl = f"pkg:pypi/{name}@{source.version}?file_name={source.archive.name}"
+        return _component(purl, name, source.version, {"expression": source.license}, source.archive.sha256)
+    parts = [_submodule(source, part, sub) for part, sub in source.read_submodules().items()]
+    parts += [_headers(source, package) for package in HEADERS.get(source.name, ())]
+    component = _commit(source.repository, source.commit, name, source.version, source.license)
+    component["properties"] = [{"name": "slipway:commit", "value": source.commit}]
+    return component | ({"components": parts} if parts else {})
+
+
+def installed_name(source: Source) -> str:
+    """The distribution that a source is installed as: an archive can be of a part of the source."""
+    of_archive = not source.by_git and not source.replaced and source.archive
+    return source.archive.project if of_archive and source.archive else source.distribution
+
+
+def _commit(repository: str, commit: str, name: str, version: str, license: str | None) -> dict[str, Any]:
+    place = urllib.parse.urlsplit(repository).path.strip("/").lower()
+    licence = {"expression": license} if license else _UNKNOWN
+    return _component(f"pkg:github/{place}@{commit}", name, version, licence)
+
+
+def _submodule(source: Source, name: str, sub: dict[str, Any]) -> dict[str, Any]:
+    part = _commit(sub["repository"], sub["commit"], name, sub["commit"], sub.get("license"))
+    return part | {"bom-ref": f"{source.name}/{part['purl']}"}
+
+
+def _headers(source: Source, name: str) -> dict[str, Any]:
+    """A package of which only headers were used, by the compiler."""
+    (package,) = (package for package in lock.locked_packages() if package["name"] == name)
+    part = _wheel(package)
+    return part | {"bom-ref": f"{source.name}/{part['purl']}"}
 
 
 def _distributions(variant: str) -> dict[str, str]:
@@ -77,17 +105,24 @@ def _distributions(variant: str) -> dict[str, str]:
     return lock.requirements("--no-default-groups", *words)
 
 
-def _python(variant: str, built: set[str]) -> list[dict[str, Any]]:
-    names = _distributions(variant).keys() - built
-    found = []
-    for package in lock.locked_packages():
-        if package["name"] in names:
-            entry = package["wheels"][0] if "wheels" in package else package["sdist"]
-            purl = f"pkg:pypi/{package['name']}@{package['version']}"
-            licence = licences.of_distribution(entry["path"])
-            digest = entry["hash"].removeprefix("sha256:")
-            found.append(_component(purl, package["name"], package["version"], licence, digest))
-    return found
+def _python(variant: str, wanted: list[Source]) -> list[dict[str, Any]]:
+    """The distributions that are installed from wheels, or from archives of pure Python."""
+    names = _distributions(variant).keys() - {installed_name(s) for s in wanted} - set(COMPILED[variant])
+    return [_wheel(package) for package in lock.locked_packages() if package["name"] in names]
+
+
+def _wheel(package: dict) -> dict[str, Any]:
+    entry = package["wheels"][0] if "wheels" in package else package["sdist"]
+    purl = f"pkg:pypi/{package['name']}@{package['version']}"
+    licence = licences.of_distribution(entry["path"])
+    return _component(purl, package["name"], package["version"], licence, entry["hash"].removeprefix("sha256:"))
+
+
+def _uv() -> dict[str, Any]:
+    """The program uv, for images on top."""
+    pin = lock.pins()["uv"]
+    licence = {"expression": "MIT OR Apache-2.0"}
+    return _component(f"pkg:pypi/uv@{pin['version']}", "uv", pin["version"], licence, pin["sha256"])
 
 
 def _debian() -> list[dict[str, Any]]:

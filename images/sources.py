@@ -31,7 +31,7 @@ def trees(sources: list[Source], variant: str, places: dict[str, str]) -> dict[s
 
     Args:
         sources: what the variant is built from. A source that a build context replaces needs no tree.
-        variant: full takes git commits; the others take source archives unless a place is given.
+        variant: for messages.
         places: source or submodule name → clone or mirror to take it from.
 
     Errors: BuildError for an unknown name (2), a pin without an archive (65), a place that cannot be reached (78).
@@ -42,7 +42,7 @@ def trees(sources: list[Source], variant: str, places: dict[str, str]) -> dict[s
     sources = [source for source in sources if not source.replaced]
     for name in sorted(places.keys() - _names(sources)):
         print(f"--source {name} is not needed: a --context replaces what is built from it", file=sys.stderr)
-    by_git = [source for source in sources if variant == "full" or source.name in places]
+    by_git = [source for source in sources if source.by_git or source.name in places]
     if lacking := [s.name for s in sources if s not in by_git and not s.archive]:
         raise BuildError(
             f"{lacking[0]}: its pin has no source archive, and variant {variant} is built from source archives; "
@@ -100,7 +100,7 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
     asked: dict[str, str] = {}
     for source in [source for source in sources if not _tree_of(source).exists()]:
         asked[source.name] = places.get(source.name, source.repository)
-        asked |= {name: places.get(name, sub["repository"]) for name, sub in _read(source).items()}
+        asked |= {name: places.get(name, sub["repository"]) for name, sub in source.read_submodules().items()}
     with ThreadPoolExecutor(max(len(asked), 1)) as pool:
         reached = dict(zip(asked, pool.map(_reachable, asked.values()), strict=True))
     if missing := [name for name, answered in reached.items() if not answered]:
@@ -109,11 +109,6 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
             f"cannot reach {', '.join(f'{name} ({asked[name]})' for name in missing)}; pass clones or mirrors that "
             f"have the pinned commits: {words}; or build VARIANT=index, which needs no git host"
         )
-
-
-def _read(source: Source) -> dict[str, dict]:
-    """The submodules of which the build reads anything."""
-    return {name: sub for name, sub in source.submodules.items() if sub.get("paths") != []}
 
 
 def _reachable(place: str) -> bool:
@@ -153,7 +148,7 @@ def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
                 exit_code=65,
             )
         name, sub = by_commit[entry.sha]
-        if name in _read(source):
+        if name in source.read_submodules():
             place = places.get(name, sub["repository"])
             _extract(name, place, entry.sha, folder / entry.path, sub.get("paths"))
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import tomllib
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -215,7 +214,7 @@ def test_a_commit_and_its_submodules_come_from_the_clones_given(clone):
     tree = sources.trees([source], "full", places)["whole"]
     assert (tree / "file.txt").read_text() == "whole" and (tree / "inner" / "part" / "file.txt").read_text() == "part"
     shutil.rmtree(folder / "whole")  # what is in the store is not asked for again
-    assert sources.trees([source], "full", {})["whole"] == tree
+    assert sources.trees([replace(source, by_git=True)], "full", {})["whole"] == tree
 
 
 def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
@@ -353,8 +352,9 @@ def test_the_bill_of_materials_names_everything_with_a_licence(bill):
     assert {"nemo-toolkit", "megatron-core", "transformer-engine", "torch", "libc6", "tini"} <= names
     assert names >= {package.name for package in debian.read_lock() if "base" in package.sets}
     nemo = next(component for component in components if component["name"] == "nemo-toolkit")
-    pin = tomllib.loads((ROOT / "entrypoints" / "slipway" / "pins.toml").read_text())["nemo"]
-    assert nemo["purl"].endswith(f"@{pin['commit']}") and nemo["licenses"] == [{"expression": "Apache-2.0"}]
+    assert nemo["purl"] == "pkg:pypi/nemo-toolkit@2.7.3?file_name=nemo_toolkit-2.7.3.tar.gz" and nemo["licenses"] == [
+        {"expression": "Apache-2.0"}
+    ]
     assert all(component["licenses"] for component in components)
     silent = [c["name"] for c in components if c["licenses"] == [licences.named(licences.NOT_STATED)]]
     assert len(silent) < 10, silent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import tomllib
 from dataclasses import dataclass
@@ -22,9 +23,13 @@ LIBRARIES = (
 )
 
 
+# In an image: what it was built from, which need not be the general pins.
+BUILT_FROM = Path(__file__).parents[3] / "pins.json"
+
+
 @dataclass
 class Versions:
-    """Component → {"version", "commit" where it is built from git, "pinned" where it is not installed}."""
+    """Component → {"version", its origin ("commit", "archive" or "context"), "pinned" where it is not installed}."""
 
     components: dict[str, dict[str, str]]
 
@@ -37,17 +42,33 @@ class Versions:
 
 
 def version() -> Versions:
-    """Print the versions and commits of everything pinned."""
+    """Print the versions of everything pinned, and in an image what each part was built from."""
     components = {
         "slipway": {"version": slipway.__version__},
         "python": {"version": platform.python_version()},
     }
     pins = tomllib.loads((Path(__file__).parents[1] / "pins.toml").read_text())
+    built = json.loads(BUILT_FROM.read_text()) if BUILT_FROM.exists() else None
     for name, pin in pins.items():
-        components[name] = {**_installed(pin["distribution"], pin["version"]), "commit": pin["commit"]}
+        components[name] = {**_installed(pin["distribution"], pin["version"]), **_origin(name, pin, built)}
     for name in LIBRARIES:
         components[name] = _installed(name)
     return Versions(components)
+
+
+def _origin(name: str, pin: dict[str, Any], built: dict[str, str] | None) -> dict[str, str]:
+    """Where a source comes from: the pin in a checkout, and in an image what its pins.json says.
+
+    That is "VERSION COMMIT", "VERSION ARCHIVE sha256:…" or "context NAME".
+    """
+    if built is None:
+        return {"commit": pin["commit"]}
+    first, *rest = built.get(name, "").split() or [""]
+    if first == "context":
+        return {"context": " ".join(rest)}
+    if not rest:  # this variant is built without it
+        return {}
+    return {"commit": rest[0]} if len(rest) == 1 else {"archive": " ".join(rest)}
 
 
 def _installed(distribution: str, pinned: str = "") -> dict[str, str]:

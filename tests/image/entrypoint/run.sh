@@ -6,7 +6,7 @@ set -euo pipefail
 docker run --rm "$IMAGE" --help | grep 'Usage: slipway COMMAND'
 docker run --rm "$IMAGE" | grep 'Usage: slipway COMMAND'
 docker run --rm "$IMAGE" --version | grep '^slipway '
-docker run --rm "$IMAGE" version --json | python3 -c 'import json, sys; assert json.load(sys.stdin)["nemo"]["commit"]'
+docker run --rm "$IMAGE" version --json | python3 -c 'import json, sys; nemo = json.load(sys.stdin)["nemo"]; assert {"archive", "commit", "context"} & nemo.keys()'
 
 set +e
 docker run --rm "$IMAGE" train --nodez 2 2>"$WORK/error"

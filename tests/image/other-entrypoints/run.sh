@@ -25,7 +25,7 @@ run+=("$IMAGE")
         # type -P: a command of the shell itself is called export too.
         "$(type -P "$command")" --help | grep -q "Usage: slipway $command" || { echo "$command"; exit 1; }
     done' - $(cat "$WORK/commands")
-"${run[@]}" version --json | python3 -c 'import json, sys; assert json.load(sys.stdin)["nemo"]["commit"]'
+"${run[@]}" version --json | python3 -c 'import json, sys; assert json.load(sys.stdin)["nemo"]["version"]'
 
 # Commands that read and write models do their work, some of it in processes of their own.
 "${run[@]}" python -W ignore -c '

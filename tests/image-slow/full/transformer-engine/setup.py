@@ -17,6 +17,7 @@ class BuildCore(build_py):
 
     def run(self):
         super().run()
+        print("Building CMake extension transformer_engine", flush=True)
         common, build = HERE / "transformer_engine" / "common", HERE / "build" / "cmake"
         architectures = f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['NVTE_CUDA_ARCHS']}"
         words = [

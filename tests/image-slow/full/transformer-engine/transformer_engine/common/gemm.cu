@@ -1,6 +1,7 @@
 #include <cublasLt.h>
 #include <cudnn.h>
 #include <nccl.h>
+#include <nvml.h>
 
 #include <cstdio>
 #include <cub/block/block_reduce.cuh>
@@ -16,7 +17,8 @@ __global__ void sum(const float* values, float* result) {
 }  // namespace
 
 extern "C" int nvte_cublas_gemm(const float* values, float* result, cudaStream_t stream) {
-    std::printf("%s: cuBLAS %zu, cuDNN %zu, NCCL %d\n", __FILE__, cublasLtGetVersion(), cudnnGetVersion(), NCCL_MAJOR);
+    std::printf("%s: cuBLAS %zu, cuDNN %zu, NCCL %d, NVML %d\n", __FILE__, cublasLtGetVersion(), cudnnGetVersion(),
+                NCCL_MAJOR, NVML_API_VERSION);
     sum<<<1, 128, 0, stream>>>(values, result);
     return cudaGetLastError();
 }
