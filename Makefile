@@ -22,7 +22,7 @@ transformers5: setup  ## the newest major of transformers, for the tests that co
 lock:  ## resolve the dependencies again and write uv.lock
 	@$(BUILD) lock
 
-audit: setup  ## known vulnerabilities of what uv.lock names (needs a network; says so where there is none)
+audit: setup  ## known vulnerabilities of Python packages, updates of Debian packages (needs a network; says so where there is none)
 	@$(BUILD) audit
 
 demo: setup  ## the whole flow on a tiny model: no GPU, no container engine

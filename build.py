@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "lock": (lock_all, "resolve all dependencies again and write uv.lock and images/debian.lock"),
     "transformers5": (transformers5.setup, "make .venv-transformers5, for the tests that compare with that major"),
     "check": (lock.check, "check that uv.lock fits pyproject.toml"),
-    "audit": (audit.audit, "list known vulnerabilities of the packages in uv.lock"),
+    "audit": (audit.audit, "list known vulnerabilities of Python packages, and updates of Debian packages"),
     "fetch": (image.fetch, "fetch everything that images are made of into the store"),
     "engine": (engine.start, "start a private Docker engine, unless an engine answers"),
     "engine-stop": (engine.stop, "stop the private engine"),
@@ -81,6 +81,8 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--to", required=True, metavar="HOST/NAME:TAG", help="the name in the registry")
     if name in ("push", "archive"):
         add("--compression", default="zstd", help="compression of the layers: zstd or gzip (default: zstd)")
+    if name == "audit":
+        add("--packages", action="append", metavar="FILE", help="a carried list of packages of a Debian suite")
     if name == "docker":
         add("words", nargs="*", help="words for docker, after --")
 

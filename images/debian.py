@@ -14,6 +14,8 @@ SLIPWAY_DEBIAN_SECURITY_MIRROR. SLIPWAY_DEBIAN_SNAPSHOT is an archive of snapsho
 from __future__ import annotations
 
 import datetime
+import gzip
+import lzma
 import os
 import re
 import subprocess
@@ -43,6 +45,8 @@ RUNTIME = ("ca-certificates", "libgomp1", "libstdc++6", "netbase", "python3", "p
 BASE = (*RUNTIME, *TRITON, *INFINIBAND, *PEOPLE)
 BUILD = (*BASE, "ccache", "g++", "make", "python3.11-dev")
 SETS = {"base": BASE, "build": BUILD}
+
+Available = dict[tuple[str, str], dict[str, str]]  # (package, version) → its fields in a suite's list
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ def security_mirror() -> str:
     """The address of Debian's security archive: mirrors have it next to the main one."""
     configured = os.environ.get("SLIPWAY_DEBIAN_SECURITY_MIRROR") or _configured(SECURITY)
     return configured or f"{mirror().rstrip('/')}-security"
+
+
+def suites() -> dict[str, str]:
+    """The suites that the lock is resolved against, each with the address of its archive."""
+    return {SUITE: mirror(), UPDATES: mirror(), SECURITY: security_mirror()}
 
 
 def _configured(suite: str) -> str | None:
@@ -141,7 +150,7 @@ class Apt:
 def lock() -> None:
     """Resolve both sets again and write images/debian.lock."""
     with tempfile.TemporaryDirectory() as scratch:
-        apt = Apt(Path(scratch), {SUITE: mirror(), UPDATES: mirror(), SECURITY: security_mirror()})
+        apt = Apt(Path(scratch), suites())
         known = _available(apt)
         essential = {name for (name, _), fields in known.items() if fields.get("Essential") == "yes"}
         sets: dict[tuple[str, str], list[str]] = {}
@@ -152,16 +161,60 @@ def lock() -> None:
                 sets.setdefault(package, []).append(name)
     lines = [f"{','.join(sets[p])} {p[0]} {p[1]} {known[p]['SHA256']} {known[p]['Filename']}" for p in sorted(sets)]
     today = datetime.datetime.now(datetime.UTC).date()
-    suites = f"main of {SUITE}, {UPDATES} and {SECURITY} on {today}"
-    head = f"# set package version sha256 path-in-archive; {suites}, made by `build.py lock`\n"
+    source = f"main of {SUITE}, {UPDATES} and {SECURITY} on {today}"
+    head = f"# set package version sha256 path-in-archive; {source}, made by `build.py lock`\n"
     LOCK.write_text(head + "\n".join(lines) + "\n")
 
 
-def _available(apt: Apt) -> dict[tuple[str, str], dict[str, str]]:
-    """(package, version) → its fields, for every package of the suites."""
-    stanzas = apt.run("apt-cache", "dumpavail").split("\n\n")
-    tables = [dict(re.findall(r"(?m)^(\S+): (.*)$", stanza)) for stanza in stanzas]
+def _available(apt: Apt) -> Available:
+    """What apt knows of the packages of its suites."""
+    return _stanzas(apt.run("apt-cache", "dumpavail"))
+
+
+def _stanzas(text: str) -> Available:
+    tables = [dict(re.findall(r"(?m)^(\S+): (.*)$", stanza)) for stanza in text.split("\n\n")]
     return {(fields["Package"], fields["Version"]): fields for fields in tables if "Package" in fields}
+
+
+def newer(lists: list[Path] | None = None) -> list[str]:
+    """A line for each locked package of the images of which the suites have a newer version.
+
+    Args:
+        lists: files Packages of suites (also .gz or .xz), carried from elsewhere; else the mirror is asked.
+    """
+    known = _carried(lists) if lists else _of_mirror()
+    versions: dict[str, set[str]] = {}
+    for name, version in known:
+        versions.setdefault(name, set()).add(version)
+    lines = []
+    for package in read_lock():
+        newest = package.version
+        for version in versions.get(package.name, ()):
+            if subprocess.run(["dpkg", "--compare-versions", version, "gt", newest]).returncode == 0:
+                newest = version
+        if "base" in package.sets and newest != package.version:
+            suite = "security" if known[package.name, newest]["Filename"].startswith(SECURITY_PATHS) else "a release"
+            lines.append(f"{package.name} {package.version}: {newest} is in {suite}")
+    return lines
+
+
+def _of_mirror() -> Available:
+    with tempfile.TemporaryDirectory() as scratch:
+        return _available(Apt(Path(scratch), suites()))
+
+
+def _carried(lists: list[Path]) -> Available:
+    opened = {".gz": gzip.open, ".xz": lzma.open}
+    found: Available = {}
+    for path in lists:
+        try:
+            with opened.get(path.suffix, open)(path, "rt") as file:  # type: ignore[operator]
+                found |= _stanzas(file.read())
+        except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+            raise BuildError(f"{path}: cannot read it as a list of packages ({error})", exit_code=65) from None
+    if not found:
+        raise BuildError(f"{lists[0]}: no package in it; expected a file Packages of a Debian suite", exit_code=65)
+    return found
 
 
 def fetch() -> Path:

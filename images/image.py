@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from images import engine, lock, provenance
+from images import debian, engine, lock, provenance
 from images.machine import compile_jobs
 from images.manifest import HERE, check_variant, families, read_manifest
 from images.request import SOURCE_STAGES, Request, contexts_of, fetch_packages, places_of, wanted
@@ -71,6 +73,7 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
     """
     require_free(NEEDED_BYTES)
     remove_abandoned()
+    print(f"locks: {ages()}", file=sys.stderr)
     # In the store, because staging makes hard links to the store's files, and those need the same file system.
     with tempfile.TemporaryDirectory(dir=store(), prefix=f"{STAGING}{os.getpid()}-") as scratch:
         staging = Path(scratch)
@@ -84,6 +87,16 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
         raise BuildError(f"{store()}: the disk is full ({free / 1e9:.1f} GB free); {FREE_SPACE}", exit_code=73)
     if failed:
         raise BuildError(f"the build of {name} failed; see its last lines above", exit_code=1)
+
+
+def ages(today: datetime.date | None = None) -> str:
+    """How old the two locks are: an old one lacks security updates, and `audit` says which."""
+    today = today or datetime.datetime.now(datetime.UTC).date()
+    days = {
+        "Debian packages": debian.locked_on(),
+        "Python packages": datetime.date.fromisoformat(lock.pins()["exclude-newer"]),
+    }
+    return ", ".join(f"{what} of {day} ({(today - day).days} days old)" for what, day in days.items())
 
 
 def require_free(needed: int) -> None:

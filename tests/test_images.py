@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import base64
+import datetime
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -363,6 +366,54 @@ def test_the_bill_of_materials_names_everything_with_a_licence(bill):
 
 def _sources_of(variant: str) -> list[Source]:
     return manifest.sources(manifest.read_manifest("gpt_oss"), variant)
+
+
+# ---------------------------------------------------------------------------- upkeep
+
+
+def test_the_age_of_the_locks_is_said():
+    day = debian.locked_on() + datetime.timedelta(days=40)
+    assert f"Debian packages of {debian.locked_on()} (40 days old), Python packages of " in image.ages(day)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".xz"])
+def test_debian_packages_that_are_behind_are_named_from_a_carried_list(tmp_path, ending):
+    locked = {package.name: package for package in debian.read_lock()}
+    stanza = "Package: {}\nVersion: {}\nFilename: pool/{}\n"
+    table = [
+        stanza.format("libssl3", locked["libssl3"].version + ".1", "updates/main/o/openssl/x.deb"),
+        stanza.format("bash", "1.0", "main/b/bash/x.deb"),  # older than the lock
+        stanza.format("g++", "99", "main/g/x.deb"),  # not in an image
+        stanza.format("tini", locked["tini"].version + "+b9", "main/t/tini/x.deb"),
+    ]
+    path = tmp_path / f"Packages{ending}"
+    {"": open, ".gz": gzip.open, ".xz": lzma.open}[ending](path, "wb").write("\n".join(table).encode())
+    version = locked["libssl3"].version
+    found = debian.newer([path])
+    assert found[0] == f"libssl3 {version}: {version}.1 is in security" and len(found) == 2
+    assert found[1].startswith("tini ") and found[1].endswith(" is in a release")
+    with pytest.raises(BuildError, match="no package in it"):
+        path.write_bytes(b"" if not ending else {".gz": gzip.compress, ".xz": lzma.compress}[ending](b""))
+        debian.newer([path])
+
+
+def test_a_package_that_the_mirror_no_longer_has_comes_from_a_snapshot(tmp_path, monkeypatch):
+    content = b"a package"
+    package = debian.Package(
+        ("base",), "x", "1", hashlib.sha256(content).hexdigest(), "pool/updates/main/x/x_1_all.deb"
+    )
+    monkeypatch.setattr(debian, "read_lock", lambda: [package])
+    monkeypatch.setattr(debian, "locked_on", lambda: datetime.date(2026, 11, 25))
+    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
+    for name in ("SLIPWAY_DEBIAN_MIRROR", "SLIPWAY_DEBIAN_SECURITY_MIRROR"):
+        monkeypatch.setenv(name, f"file://{tmp_path}/mirror")
+    with pytest.raises(BuildError, match=r"set SLIPWAY_DEBIAN_SNAPSHOT to .* \(the lock is of 2026-11-25\)"):
+        debian.fetch()
+    place = tmp_path / "snapshots" / "debian-security" / "20261125T235959Z" / package.path
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    monkeypatch.setenv("SLIPWAY_DEBIAN_SNAPSHOT", f"file://{tmp_path}/snapshots")
+    assert (debian.fetch() / "x_1_all.deb").read_bytes() == content
 
 
 # ---------------------------------------------------------------------------- what is taken out
