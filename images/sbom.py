@@ -32,7 +32,7 @@ def sbom(model: str, variant: str) -> None:
 
 def text(manifest: Manifest, variant: str, wanted: list[Source]) -> str:
     """The bill of materials as JSON text."""
-    components = [*(_source(s, variant) for s in wanted), *_python(variant, wanted), _uv(), *_debian()]
+    components = [*(_source(s, variant) for s in wanted), *_python(variant, wanted), *_programs(), *_debian()]
     content = json.dumps(components, sort_keys=True)
     image = {"type": "container", "bom-ref": "image", "name": f"slipway/{manifest.family}", "version": variant}
     document = {
@@ -118,11 +118,14 @@ def _wheel(package: dict) -> dict[str, Any]:
     return _component(purl, package["name"], package["version"], licence, entry["hash"].removeprefix("sha256:"))
 
 
-def _uv() -> dict[str, Any]:
-    """The program uv, for images on top."""
-    pin = lock.pins()["uv"]
-    licence = {"expression": "MIT OR Apache-2.0"}
-    return _component(f"pkg:pypi/uv@{pin['version']}", "uv", pin["version"], licence, pin["sha256"])
+def _programs() -> list[dict[str, Any]]:
+    """Slipway itself, and uv for images on top. They are no distributions in the image."""
+    pin, version = lock.pins()["uv"], lock.version()
+    uv = _component(
+        f"pkg:pypi/uv@{pin['version']}", "uv", pin["version"], {"expression": "MIT OR Apache-2.0"}, pin["sha256"]
+    )
+    slipway = _component(f"pkg:generic/slipway@{version}", "slipway", version, {"expression": "Apache-2.0"})
+    return [part | {"type": "application"} for part in (slipway, uv)]
 
 
 def _debian() -> list[dict[str, Any]]:

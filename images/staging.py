@@ -13,7 +13,8 @@ from images.manifest import COMPILED, HERE, READY
 from images.request import Request
 from images.store import store
 
-IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
+# What tools leave in a checkout: an image must not depend on it.
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
 SCRIPTS = ("slim.py", "import_check.py")
 COMPILE = "compile"  # the folder of what only the stages that compile need
 

@@ -47,11 +47,12 @@ for source, stated in pins.items():
     # What a pin says is what is installed.
     assert kind == "context" or installed[distributions.get(source, source)] == first, (source, stated)
 
-# Everything that is installed is listed, and everything that is listed is installed. uv is a program and no distribution.
+# Everything that is installed is listed, and everything that is listed is installed, but for the two programs.
 listed = {(c["purl"].partition("/")[0], c["name"], c["version"]) for c in bill["components"]}
 python = {(name, version) for kind, name, version in listed if kind in ("pkg:pypi", "pkg:github", "pkg:generic")}
 contexts = {name for name, version in python if version == "unknown"}
-python = {(name, installed[name] if name in contexts else version) for name, version in python if name != "uv"}
+python = {(name, installed[name] if name in contexts else version) for name, version in python
+          if name not in ("uv", "slipway")}
 assert len(installed) > 150 and python == set(installed.items()), python ^ set(installed.items())
 debian = {tuple(line.split()) for line in (work / "debian").read_text().splitlines()}
 in_bill = {(name, version) for kind, name, version in listed if kind == "pkg:deb"}
@@ -74,9 +75,9 @@ ours = {
     r"/opt/slipway/.*|/usr/local/bin/.*|.*/slipway\.pth": "Slipway",
     r".*/__pycache__/.*\.pyc": "bytecode of a known source",
     r"/opt/venv/(bin/.*|pyvenv\.cfg|\.gitignore|\.lock|CACHEDIR\.TAG|lib64)|.*/_virtualenv\.(py|pth)": "uv venv",
-    r"/var/lib/(dpkg|apt|python|ucf|pam|systemd|misc)/.*": "databases of dpkg and its scripts",
+    r"/var/lib/((dpkg|apt|python|ucf|pam|systemd|misc)/.*|shells\.state)": "databases of dpkg and its scripts",
     r"/etc/(alternatives/.*|ld\.so\.cache|ld\.so\.conf\.d/cuda\.conf|passwd-?|group-?|shadow-?|gshadow-?|subuid-?|subgid-?)": "scripts of packages",
-    r"/etc/(hostname|hosts|resolv\.conf|mtab|localtime|timezone|environment|\.pwd\.lock|shells|nsswitch\.conf|profile|motd|machine-id|apt/.*|dpkg/.*)": "scripts of packages, and the engine",
+    r"/etc/(hostname|hosts|resolv\.conf|mtab|localtime|timezone|environment|\.pwd\.lock|shells|nsswitch\.conf|profile|motd|machine-id|networks|inputrc|fstab|python3/debian_config|apt/.*|dpkg/.*)": "scripts of packages, and the engine",
     r"/etc/(ca-certificates\.conf|ssl/certs/.*|pam\.d/.*|rc.\.d/.*|security/.*)": "scripts of packages",
     r"/(root|etc/skel)/\..*|/usr/share/(base-files|info)/.*|/var/cache/.*|/\.dockerenv": "scripts of packages, and the engine",
 }
