@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from images import audit, debian, engine, image, lock, publish, sbom, setup, size, sqsh, transformers5, verify
+from images import audit, debian, engine, image, lock, publish, sbom, setup, signing, size, sqsh, transformers5, verify
 from images.store import BuildError
 
 
@@ -36,11 +36,13 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "push": (publish.push, "push an image with compressed layers to a registry that docker is logged in to"),
     "archive": (publish.archive, "write an image with compressed layers to one file, an OCI archive"),
     "wheels": (publish.wheels, "write the wheels that an image's sources are built into"),
+    "sign": (signing.sign, "sign an image's provenance with a private key"),
+    "verify-signature": (signing.verify_signature, "check a signed provenance, and that it is of an image or archive"),
     "sqsh": (sqsh.sqsh, "write an image to a squashfs file for enroot and pyxis"),
     "docker": (engine.run_client, "run docker with the engine in use, for example: build.py docker -- ps"),
 }
 BUILDING = ("image", "images", "verify", "push", "archive", "wheels")
-OF_A_MODEL = ("image", "verify", "size", "sbom", "push", "archive", "wheels", "sqsh")
+OF_A_MODEL = ("image", "verify", "size", "sbom", "push", "archive", "wheels", "sqsh", "sign")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +83,14 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--to", required=True, metavar="HOST/NAME:TAG", help="the name in the registry")
     if name in ("push", "archive"):
         add("--compression", default="zstd", help="compression of the layers: zstd or gzip (default: zstd)")
+    if name == "sign":
+        add("--key", required=True, metavar="FILE", help="a private EC or RSA key in PEM")
+        add("--statement", metavar="FILE", help="a statement (default: the one of the image's last build)")
+    if name == "verify-signature":
+        add("file", help="the signed statement, FILE.dsse.json")
+        add("--key", required=True, metavar="FILE", help="the public key in PEM")
+        add("--image", metavar="NAME", help="the image that the statement must be of")
+        add("--archive", metavar="FILE", help="the OCI archive that the statement must be of")
     if name == "audit":
         add("--packages", action="append", metavar="FILE", help="a carried list of packages of a Debian suite")
     if name == "docker":
