@@ -17,6 +17,7 @@ def lock_all() -> None:
     lock.lock()
     transformers5.lock()
     debian.lock()
+    debian.lock_hashes()
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {

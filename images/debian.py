@@ -18,7 +18,9 @@ import gzip
 import lzma
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from images import process
 from images.store import DOWNLOADS_AT_ONCE, BuildError, download, sha256_of, store
 
 LOCK = Path(__file__).parent / "debian.lock"
+HASHES = Path(__file__).parent / "rootfs.lock"
 SUITE = "bookworm"
 UPDATES, SECURITY = f"{SUITE}-updates", f"{SUITE}-security"
 SECURITY_PATHS = "pool/updates/"  # every path in the security archive begins so, and no other path does
@@ -46,6 +49,7 @@ BASE = (*RUNTIME, *TRITON, *INFINIBAND, *PEOPLE)
 BUILD = (*BASE, "ccache", "g++", "make", "python3.11-dev")
 SETS = {"base": BASE, "build": BUILD}
 
+USERS = "and lines for the user in /etc/subuid and /etc/subgid"
 Available = dict[tuple[str, str], dict[str, str]]  # (package, version) → its fields in a suite's list
 
 
@@ -255,28 +259,79 @@ def _from_snapshot(package: Package, target: Path, error: BuildError) -> None:
 
 
 def root_file_system(name: str) -> Path:
-    """The tar of a root file system ("base" or "build"); made once for each state of the lock and kept in the store."""
+    """The tar of a root file system ("base" or "build"); made once for each state of the lock and kept in the store.
+
+    SLIPWAY_ROOTFS names a folder with base.tar and build.tar that another machine made. They are taken if they have the
+    hashes in images/rootfs.lock, so where they come from does not matter.
+    """
     target = store() / "rootfs" / f"{name}-{sha256_of(LOCK)[:16]}.tar"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        make_root_file_system(name, target)
+        if ready := os.environ.get("SLIPWAY_ROOTFS"):
+            _take(Path(ready) / f"{name}.tar", name, target)
+        else:
+            make_root_file_system(name, target)
+            if (digest := sha256_of(target)) != hashes()[name]:
+                print(
+                    f"root file system {name}: SHA-256 {digest}, images/rootfs.lock has {hashes()[name]}: "
+                    "this machine's dpkg or mmdebstrap makes other bytes, and so another digest of the image",
+                    file=sys.stderr,
+                )
     return target
+
+
+def hashes() -> dict[str, str]:
+    """Root file system → its SHA-256, from images/rootfs.lock."""
+    return dict(line.split() for line in HASHES.read_text().splitlines())
+
+
+def _take(ready: Path, name: str, target: Path) -> None:
+    """Copy a root file system that is ready; it appears only if it has the hash in the lock."""
+    if not ready.is_file():
+        raise BuildError(f"SLIPWAY_ROOTFS: {ready} not found; expected base.tar and build.tar there", exit_code=65)
+    part = target.with_suffix(f".{os.getpid()}")
+    shutil.copyfile(ready, part)
+    digest = sha256_of(part)
+    if digest != hashes()[name]:
+        part.unlink()
+        raise BuildError(
+            f"{ready} has SHA-256 {digest}, expected {hashes()[name]} from images/rootfs.lock; make it from the same "
+            "images/debian.lock, with `build.py fetch` on Debian",
+            exit_code=65,
+        )
+    os.replace(part, target)
+
+
+def lock_hashes() -> None:
+    """Make both root file systems of a new lock and write images/rootfs.lock."""
+    HASHES.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = []
+        for name in SETS:
+            made = Path(scratch) / f"{name}.tar"
+            make_root_file_system(name, made)
+            lines.append(f"{name} {sha256_of(made)}\n")
+    HASHES.write_text("".join(lines))
 
 
 def make_root_file_system(name: str, target: Path) -> None:
     """Make a root file system of its locked packages, always the same bytes; `target` appears when it is complete."""
     debs = fetch()
     packages = [package for package in read_lock() if name in package.sets]
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    # In /tmp: without root, mmdebstrap unpacks as another user ID, which may not look into a home.
+    with tempfile.TemporaryDirectory(prefix="slipway-rootfs-") as scratch:
+        Path(scratch).chmod(0o755)
         archive = Path(scratch) / "archive"
         archive.mkdir()
         # mmdebstrap takes packages from an archive: this one holds the locked packages only, so it cannot take others.
         for package in packages:
-            os.link(debs / package.file, archive / package.file)
+            shutil.copyfile(debs / package.file, archive / package.file)
         (archive / "Packages").write_text("\n".join(_stanza(package, archive) for package in packages))
         part = Path(scratch) / "root.tar"
         _mmdebstrap(archive, [package.name for package in packages], part)
-        os.replace(part, target)
+        beside = target.with_suffix(f".{os.getpid()}")
+        shutil.move(part, beside)
+        os.replace(beside, target)
 
 
 def _stanza(package: Package, archive: Path) -> str:
@@ -289,7 +344,8 @@ def _stanza(package: Package, archive: Path) -> str:
 def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
     command = [
         "mmdebstrap",
-        "--mode=root",
+        # Without root: in a user namespace, where the user has one (newuidmap, and a line in /etc/subuid).
+        f"--mode={'root' if os.getuid() == 0 else 'unshare'}",
         "--variant=custom",
         "--architectures=amd64",
         f"--include={','.join(names)}",
@@ -319,6 +375,10 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
     try:
         done = process.run(command, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": "0"})
     except FileNotFoundError:
-        raise BuildError("mmdebstrap not found; run `make engine` to install it (Debian, as root)") from None
+        raise BuildError(
+            "mmdebstrap not found; install it (Debian, Ubuntu), or make base.tar and build.tar on a machine that has "
+            "it and set SLIPWAY_ROOTFS to their folder"
+        ) from None
     if done.returncode:
-        raise BuildError(f"mmdebstrap failed:\n{done.stderr.strip()}", exit_code=1)
+        cure = "" if os.getuid() == 0 else f"; without root it needs the package uidmap, {USERS}"
+        raise BuildError(f"mmdebstrap failed{cure}:\n{done.stderr.strip()}", exit_code=1)

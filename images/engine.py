@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "conta
 INSTALLED = {"iptables": "iptables", "runc": "runc", "mmdebstrap": "mmdebstrap"}  # program → Debian package
 OLDEST_BUILDX = (0, 13)  # the first version that sets the times in layers
 START_SECONDS = 30
+LOCK_SECONDS = 600
+IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 KEEP_CACHE = "40GB"  # of layers that later builds may use; BuildKit deletes the longest unused ones first
 
 
@@ -96,6 +99,35 @@ def require() -> None:
         raise BuildError(f"the Docker client has {what}, expected 0.13 or newer; update it, or run `make engine`")
 
 
+def has_containerd_store() -> bool:
+    """Does the engine keep images as BuildKit wrote them? Docker's older store unpacks layers and has no manifests."""
+    words = ["info", "--format", "{{json .DriverStatus}}"]
+    return "io.containerd.snapshotter" in docker(*words, capture_output=True, text=True).stdout
+
+
+def require_containerd_store(what: str) -> None:
+    """BuildError unless the engine has containerd's image store, which `what` needs."""
+    if not has_containerd_store():
+        raise BuildError(
+            f"{what} needs an engine with containerd's image store, and this one has Docker's older store; set "
+            '"features": {"containerd-snapshotter": true} in its daemon.json (newer Docker has it on), or run '
+            "`make engine` with DOCKER_HOST unset"
+        )
+
+
+def require_architecture() -> None:
+    """BuildError unless this machine and the engine's are x86-64."""
+    words = ["info", "--format", "{{.Architecture}}"]
+    engines = docker(*words, capture_output=True, text=True).stdout.strip()
+    for where, found in (("this machine", platform.machine()), ("the engine's machine", engines)):
+        if found and found not in ("x86_64", "amd64"):
+            raise BuildError(
+                f"{where} is {found}, and images can be built for x86-64 only; missing for {found}: its wheels in "
+                "uv.lock (CUDA's toolkit, Transformer Engine), its packages in images/debian.lock, and a machine on "
+                "which the result was tried; build on an x86-64 machine"
+            )
+
+
 def start() -> None:
     """Start the private engine, unless an engine answers already."""
     if answers():
@@ -104,6 +136,7 @@ def start() -> None:
     if os.getuid() != 0:
         raise BuildError("the private engine needs root; run as root, start Docker, or set DOCKER_HOST to an engine")
     _install()
+    _keep_forwarding()
     _run_daemon()
     print(f"engine: a private engine is running at unix://{socket()}", file=sys.stderr)
 
@@ -135,13 +168,15 @@ def _install() -> None:
 def apt_get(*words: str) -> None:
     """Run the machine's apt-get; if it fails, update its lists, which may be old, and try once more."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # Another apt, such as the daily one of a machine that has just started, holds dpkg's lock for minutes.
+    waiting = f"DPkg::Lock::Timeout={LOCK_SECONDS}"
     for last in (False, True):
-        done = process.run(["apt-get", *words], capture_output=True, text=True, env=environment)
+        done = process.run(["apt-get", "-o", waiting, *words], capture_output=True, text=True, env=environment)
         if done.returncode == 0:
             return
         if last:
             raise BuildError(f"apt-get {words[0]} failed: {done.stderr.strip().splitlines()[-1]}")
-        process.run(["apt-get", "update"], capture_output=True, env=environment)
+        process.run(["apt-get", "-o", waiting, "update"], capture_output=True, env=environment)
 
 
 def _run_daemon() -> None:
@@ -180,6 +215,25 @@ def _run_daemon() -> None:
     raise BuildError(f"the private engine did not start: {' '.join(last)}; see {home() / 'dockerd.log'}")
 
 
+def _keep_forwarding() -> None:
+    """Note whether this machine forwards packets: docker changes that, for every other program too."""
+    policy = subprocess.run(["iptables", "-S", "FORWARD"], capture_output=True, text=True).stdout.split("\n")[0]
+    forwards = IP_FORWARD.read_text().strip() if IP_FORWARD.exists() else ""
+    (home() / "forwarding").write_text(json.dumps({"policy": policy.rpartition(" ")[2], "forwards": forwards}))
+
+
+def _restore_forwarding() -> None:
+    """Set back what docker changed: it leaves FORWARD at DROP, and then virtual machines and routers get no packets."""
+    try:
+        before = json.loads((home() / "forwarding").read_text())
+        if before["policy"] in ("ACCEPT", "DROP"):
+            subprocess.run(["iptables", "-P", "FORWARD", before["policy"]], capture_output=True)
+        if before["forwards"]:
+            IP_FORWARD.write_text(before["forwards"])
+    except (OSError, ValueError, KeyError):
+        return
+
+
 def _pid_file() -> Path:
     return socket().parent / "docker.pid"
 
@@ -197,4 +251,5 @@ def stop() -> None:
             time.sleep(0.1)
     except ProcessLookupError:
         shutil.rmtree(socket().parent, ignore_errors=True)
+        _restore_forwarding()
         print("engine: stopped", file=sys.stderr)

@@ -37,6 +37,8 @@ def image(model: str, variant: str, **given: list[str] | None) -> None:
     build(request, name, f"type=image,name={name},unpack=true,compression=uncompressed")
     digest, size = inspect(name)
     provenance.write(request, name, digest)
+    if not engine.has_containerd_store():
+        print("image: Docker's older image store has no manifest; the digest is the configuration's", file=sys.stderr)
     print(
         f"image: {name} {digest}, {size / 1e9:.2f} GB, fetched in {fetched - started:.0f} s, "
         f"built in {time.monotonic() - fetched:.0f} s"

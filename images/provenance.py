@@ -73,7 +73,7 @@ def write_statement(path: Path, request: Request, name: str, digest: str) -> Non
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
+    part = path.with_name(f".{path.name}.{os.getpid()}")  # two builds at once may write the same file
     part.write_text(text)
     os.replace(part, path)
 

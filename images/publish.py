@@ -32,6 +32,7 @@ def archive(model: str, variant: str, out: str, compression: str = "zstd", **giv
     if not target.parent.is_dir():
         raise BuildError(f"--out {out}: folder {target.parent} not found; create it first", exit_code=73)
     request = _request(model, variant, compression, given)
+    engine.require_containerd_store("archive")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as scratch:
         part = Path(scratch) / "image.tar"
         digest = _export(request, request.tag, f"type=oci,dest={part}", compression)
@@ -54,6 +55,7 @@ def push(model: str, variant: str, to: str, compression: str = "zstd", **given: 
         raise BuildError(f"--to {to}: expected HOST/NAME:TAG, the same form as for `docker push`", exit_code=2)
     started = time.monotonic()
     request = _request(model, variant, compression, given)
+    engine.require_containerd_store("push")
     try:
         digest = _export(request, to, "type=image,push=true,unpack=false", compression)
     finally:

@@ -69,6 +69,7 @@ class Request:
         parts = wanted(manifest, variant, places, contexts)
         folders = trees(parts, variant, places)
         engine.require()
+        engine.require_architecture()
         fetch_packages(variant)
         return cls(manifest, variant, parts, folders, contexts)
 

@@ -63,12 +63,19 @@ def tree_folder(name: str, state: str) -> Path:
 
 
 def _into_place(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Make `target` unless it exists: it is filled in a folder next to it and renamed when complete."""
+    """Make `target` unless it exists: it is filled in a folder next to it and renamed when complete.
+
+    Two builds at once may both fill it; the one that is complete first stays.
+    """
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             fill(Path(scratch) / "tree")
-            os.rename(Path(scratch) / "tree", target)
+            try:
+                os.rename(Path(scratch) / "tree", target)
+            except OSError:
+                if not target.is_dir():
+                    raise
     return target
 
 

@@ -11,12 +11,14 @@ import io
 import json
 import lzma
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -414,6 +416,84 @@ def test_a_package_that_the_mirror_no_longer_has_comes_from_a_snapshot(tmp_path,
     place.write_bytes(content)
     monkeypatch.setenv("SLIPWAY_DEBIAN_SNAPSHOT", f"file://{tmp_path}/snapshots")
     assert (debian.fetch() / "x_1_all.deb").read_bytes() == content
+
+
+def test_a_ready_root_file_system_is_taken_if_it_has_the_locked_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("SLIPWAY_ROOTFS", str(tmp_path))
+    monkeypatch.setattr(debian, "HASHES", tmp_path / "rootfs.lock")
+    (tmp_path / "rootfs.lock").write_text(f"base {hashlib.sha256(b'right').hexdigest()}\nbuild {'0' * 64}\n")
+    with pytest.raises(BuildError, match=r"base\.tar not found"):
+        debian.root_file_system("base")
+    (tmp_path / "base.tar").write_text("wrong")
+    with pytest.raises(BuildError, match=r"base\.tar has SHA-256 \w+, expected \w+ from images/rootfs.lock") as error:
+        debian.root_file_system("base")
+    assert error.value.exit_code == 65 and not list((tmp_path / "store" / "rootfs").iterdir())
+    (tmp_path / "base.tar").write_text("right")
+    assert debian.root_file_system("base").read_text() == "right"
+
+
+def test_the_hashes_in_the_lock_are_of_both_root_file_systems():
+    assert set(debian.hashes()) == set(debian.SETS) and all(len(digest) == 64 for digest in debian.hashes().values())
+
+
+def test_two_builds_at_once_may_make_the_same_tree(clone):
+    folder, source = clone
+    places = {"whole": str(folder / "whole"), "part": str(folder / "part")}
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: sources.trees([source], "full", places)["whole"], range(8)))
+    assert len(set(made)) == 1 and (made[0] / "inner" / "part" / "file.txt").read_text() == "part"
+    assert [path.name for path in made[0].parent.iterdir()] == [made[0].name]
+
+
+@pytest.mark.parametrize("policy", ["ACCEPT", "DROP"])
+def test_the_engine_leaves_packet_forwarding_as_it_was(tmp_path, policy):
+    """In a network namespace of its own, with docker's change made by hand."""
+    program = (
+        "import subprocess; from images import engine; engine.home().mkdir()\n"
+        f"subprocess.run(['iptables', '-P', 'FORWARD', '{policy}'], check=True)\n"
+        "engine.IP_FORWARD.write_text('0'); engine._keep_forwarding()\n"
+        "subprocess.run(['iptables', '-P', 'FORWARD', 'DROP'], check=True); engine.IP_FORWARD.write_text('1')\n"
+        "engine._restore_forwarding()\n"
+        "shown = subprocess.run(['iptables', '-S', 'FORWARD'], capture_output=True, text=True).stdout\n"
+        "print(shown.splitlines()[0], engine.IP_FORWARD.read_text())"
+    )
+    words = [
+        "unshare",
+        "--net",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t proc proc /proc && exec "$@"',
+        "-",
+        sys.executable,
+        "-c",
+    ]
+    environment = {**os.environ, "SLIPWAY_STORE": str(tmp_path)}
+    done = subprocess.run([*words, program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["-P", "FORWARD", policy, "0"], done.stderr
+
+
+@pytest.mark.parametrize("machine_is, engine_is", [("aarch64", ""), ("x86_64", "aarch64")])
+def test_another_architecture_is_refused_with_what_is_missing(tmp_path, monkeypatch, machine_is, engine_is):
+    docker = tmp_path / "docker"
+    docker.write_text(f"#!/bin/sh\necho {engine_is}\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
+    monkeypatch.setattr(platform, "machine", lambda: machine_is)
+    with pytest.raises(BuildError, match=r"is aarch64, .* missing for aarch64: its wheels in uv.lock"):
+        engine.require_architecture()
+
+
+def test_an_engine_with_the_older_image_store_is_told_what_archive_needs(tmp_path, monkeypatch):
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\necho \'[["Backing Filesystem","extfs"],["Native Overlay Diff","true"]]\'\n')
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
+    with pytest.raises(BuildError, match=r'archive needs .*"containerd-snapshotter": true'):
+        engine.require_containerd_store("archive")
 
 
 # ---------------------------------------------------------------------------- what is taken out
