@@ -11,11 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from images import engine, provenance
+from images import engine, provenance, registry, sbom
 from images.image import build
 from images.request import Request
 from images.store import BuildError, sha256_of
 
+PROVENANCE, BILL = "application/vnd.in-toto+json", "application/vnd.cyclonedx+json"
 # zstd is smaller and unpacks faster, but enroot reads it only from version 4.0, and never mixed with gzip.
 COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compression=gzip"}
 
@@ -44,7 +45,9 @@ def archive(model: str, variant: str, out: str, compression: str = "zstd", **giv
 
 
 def push(model: str, variant: str, to: str, compression: str = "zstd", **given: list[str] | None) -> None:
-    """Push an image to a registry that docker is logged in to, and write pushed.json next to the image's provenance.
+    """Push an image to a registry that docker is logged in to, and attach its provenance and SBOM to it there.
+
+    The provenance, pushed.json, is also next to that of the image in the store.
 
     Args:
         model, variant, given: those of image.image.
@@ -62,6 +65,10 @@ def push(model: str, variant: str, to: str, compression: str = "zstd", **given: 
         engine.docker("image", "rm", "--force", to, capture_output=True)
     pushed = provenance.folder_of(model, variant) / "pushed.json"
     provenance.write_statement(pushed, request, to, digest)
+    bill = pushed.with_name("pushed.cdx.json")
+    bill.write_text(sbom.text(request.manifest, request.variant, request.wanted))
+    attached = registry.attach(to, digest, {pushed: PROVENANCE, bill: BILL})
+    print(f"push: attached provenance and SBOM: {' '.join(attached)}")
     print(f"push: {to}@{digest} in {time.monotonic() - started:.0f} s")
 
 

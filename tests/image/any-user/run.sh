@@ -18,9 +18,6 @@ fabricate(Path("/work/hf"), gpt_oss.tiny_config(), texts, quantized=False)'
 docker run --rm --volume "$WORK:/work" "$IMAGE" import /work/hf /work/nemo
 docker run --rm --volume "$WORK:/work" "$IMAGE" \
     preprocess /opt/slipway/entrypoints /work/data.jsonl --tokenizer /work/nemo --seq-length 128
-# `docker run` makes the folder of a bind mount for root; a home that a user can write must be there before.
-mkdir -m 1777 "$WORK/home"
-
 cat >"$WORK/matrix.sh" <<'SCRIPT'
 set -euo pipefail
 out="$(mktemp -d /tmp/run.XXXXXX)"
@@ -42,7 +39,10 @@ chmod 644 "$WORK/matrix.sh"
 cell() { # USER HOME ENTRYPOINT
     local options=(--network none --read-only --tmpfs /tmp:exec --user "$1" --volume "$WORK:/work:ro")
     case "$2" in
-        writable) options+=(--volume "$WORK/home:/myhome" --env HOME=/myhome) ;;
+        writable)
+            # A home of its own for each cell, made before: `docker run` would make it for root.
+            mkdir -m 1777 "$WORK/home-$1-$3"
+            options+=(--mount "type=bind,source=$WORK/home-$1-$3,target=/myhome" --env HOME=/myhome) ;;
         read-only) options+=(--env HOME=/opt) ;;
         none) options+=(--env HOME=) ;;
     esac
