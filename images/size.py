@@ -12,10 +12,10 @@ from images.store import BuildError
 
 # The layers of images/Dockerfile, from the first: a word in the step that makes the layer, and what the layer holds.
 HOLDS = (
-    ("base.tar", "Debian packages: Python, tini, the C compiler that Triton calls"),
+    ("base.tar", "Debian packages: Python, tini, the C compiler that Triton calls, InfiniBand, apt"),
     ("runtime.txt", "locked Python packages, torch and CUDA's libraries"),
     ("/built", "packages built from source: NeMo, Megatron-core; in full and index also Transformer Engine"),
-    ("/mnt/entrypoints", "Slipway's commands"),
+    ("/mnt/entrypoints", "Slipway's commands, uv"),
     ("WORKDIR", "the working folder of commands"),
     ("/mnt/family", "the family's manifest, pins and SBOM"),
 )

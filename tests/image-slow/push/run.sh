@@ -29,6 +29,14 @@ manifest = json.load(urllib.request.urlopen(urllib.request.Request(place, header
 total = sum(layer["size"] for layer in manifest["layers"])
 print(f"{total} bytes in {len(manifest['layers'])} layers")
 assert {layer["mediaType"].rpartition("+")[2] for layer in manifest["layers"]} == {"zstd"} and total <= 4_000_000_000
+
+# Provenance and SBOM are attached. This registry keeps no list of referrers, so the list is under a tag.
+request = urllib.request.Request(place, headers=accept, method="HEAD")
+digest = urllib.request.urlopen(request).headers["Docker-Content-Digest"]
+listed = urllib.request.Request(place.rpartition("/")[0] + "/" + digest.replace(":", "-"),
+                                headers={"Accept": "application/vnd.oci.image.index.v1+json"})
+kinds = {entry["artifactType"] for entry in json.load(urllib.request.urlopen(listed))["manifests"]}
+assert kinds == {"application/vnd.in-toto+json", "application/vnd.cyclonedx+json"}, kinds
 PYTHON
 docker pull --quiet "$to"
 grep -q "$(docker image inspect --format '{{index .RepoDigests 0}}' "$to" | cut -d@ -f2)" "$WORK/pushed"
