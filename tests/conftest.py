@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import resource
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from arena import Arena
 from forked import Commands
 from slipway import errors
 from slipway.families import FAMILIES
@@ -134,6 +137,33 @@ def nemo_model(mxfp4_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("nemo") / "tiny"
     import_checkpoint(str(mxfp4_model), str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def arena() -> Iterator[Arena]:
+    """Runs commands on hostile inputs, with limits; see arena.Arena."""
+    with Arena() as arena:
+        yield arena
+
+
+@pytest.fixture
+def nemo(nemo_model: Path, tmp_path: Path) -> Path:
+    """A NeMo checkpoint of one's own to spoil."""
+    return Path(shutil.copytree(nemo_model, tmp_path / "nemo"))
+
+
+@pytest.fixture
+def model(mxfp4_model: Path, tmp_path: Path) -> Path:
+    """A Hugging Face model of one's own to spoil."""
+    return Path(shutil.copytree(mxfp4_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """Token data for `train`."""
+    file = tmp_path / "data.jsonl"
+    file.write_text((json.dumps({"inputs": {"p_ids": [1, 2], "r_ids": [3, 4, 5]}}) + "\n") * 8)
+    return file
 
 
 def tensor_of(reader: Any, name: str) -> torch.Tensor:

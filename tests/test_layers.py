@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; rooms on one line do not know each other. A module beside the rooms counts as a room.
 LAYERS = [
     {"__init__", "errors"},
-    {"options", "report", "signals"},
+    {"options", "report", "signals", "untrusted"},
     {"tensors"},
     {"families"},
     {"checkpoint"},

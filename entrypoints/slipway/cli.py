@@ -14,13 +14,16 @@ import json
 import os
 import re
 import sys
+import tempfile
 import textwrap
+import traceback
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import slipway
+from slipway import untrusted
 from slipway.commands import (
     dequant,
     doctor,
@@ -40,6 +43,7 @@ from slipway.commands.demo import demo
 from slipway.errors import SlipwayError, UsageError
 from slipway.launch.quiet import quiet
 from slipway.options import Option, Parameter, flag, from_text, given, groups_of, parameters_of, suggestion
+from slipway.untrusted import harmless, without_credentials
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor.doctor,
@@ -58,6 +62,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "version": version.version,
 }
 WIDTH = 100  # of the help's lines
+MOST_OF_AN_ERROR = 300  # characters of a message that is not ours
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except SlipwayError as error:
-        print(f"slipway: {error}", file=sys.stderr)
+        print(f"slipway: {harmless(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("slipway: interrupted; run the same command again to continue", file=sys.stderr)
@@ -77,6 +82,32 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # of any kind: a defect of Slipway, or an input that nobody thought of
+        print(f"slipway: {harmless(_defect(error))}", file=sys.stderr)
+        return SlipwayError.exit_code
+
+
+def _defect(error: Exception) -> str:
+    """One line on an error that should not have been, and where its traceback is."""
+    kind = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_OF_AN_ERROR]
+    while_reading = f" while reading {untrusted.reading}" if untrusted.reading else ""
+    if os.environ.get("SLIPWAY_VERBOSE") == "1":
+        traceback.print_exception(error)
+        where = "the traceback is above"
+    else:
+        where = _kept_traceback(error)
+    return f"an error that Slipway does not know{while_reading} ({kind}); please report it with the traceback: {where}"
+
+
+def _kept_traceback(error: Exception) -> str:
+    """Where the traceback lies: a new file that only this user can read, since it may hold what was read."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="slipway-", suffix=".traceback")
+        with os.fdopen(descriptor, "w", errors="backslashreplace") as file:
+            file.write(without_credentials("".join(traceback.format_exception(error))))
+    except OSError:
+        return "run the command again with SLIPWAY_VERBOSE=1"
+    return f"{name}, or run the command again with SLIPWAY_VERBOSE=1"
 
 
 def _run(argv: list[str]) -> int:

@@ -79,7 +79,7 @@ def test_modelopts_file_is_read_and_stays_behind(tmp_path):
         dequant(str(source), str(tmp_path / "out"))
     for text in ("{", "[]", '{"quantization": 1}'):
         (source / "hf_quant_config.json").write_text(text)
-        with pytest.raises(DataError, match=r"hf_quant_config\.json is damaged"):
+        with pytest.raises(DataError, match=r"hf_quant_config\.json (is damaged|cannot be|is not a JSON)"):
             dequant(str(source), str(tmp_path / "out"))
 
 

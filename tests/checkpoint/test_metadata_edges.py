@@ -28,17 +28,17 @@ def test_what_torch_assumes_of_a_tensor():
 
 def test_objects_of_other_classes_hold_fields_and_run_nothing():
     found = dcp.loads(b"\x80\x02cos\nsystem\n)\x81}X\x01\x00\x00\x00aK\x07sb.")
-    assert type(found).__name__ == "system" and found.a == 7 and isinstance(found, dcp._Fields)
-    assert isinstance(dcp.loads(b"\x80\x02cother\nbfloat16\n)\x81."), dcp._Fields), "a dtype of another module"
+    assert type(found).__name__ == "system" and found.a == 7 and isinstance(found, dcp.Fields)
+    assert isinstance(dcp.loads(b"\x80\x02cother\nbfloat16\n)\x81."), dcp.Fields), "a dtype of another module"
     assert dcp.loads(b"\x80\x02ctorch\nbfloat16\n.") == "BF16"
-    assert isinstance(dcp.loads(b"\x80\x02cother\nMetadata\n)\x81."), dcp._Fields)
+    assert isinstance(dcp.loads(b"\x80\x02cother\nMetadata\n)\x81."), dcp.Fields)
     assert not isinstance(dcp.loads(b"\x80\x02cother\nMetadata\n)\x81."), dcp.Metadata)
     ordered = collections.OrderedDict(a=1)
     for plain in (ordered, {1, 2}):
         found = dcp.loads(pickle.dumps(plain, protocol=4))
         assert found == plain and type(found) is type(plain)
     member = dcp.loads(b"\x80\x02cbuiltins\ngetattr\ncsome\nEnum\nX\x01\x00\x00\x00a\x86R.")
-    assert type(member) is dcp._Fields
+    assert type(member) is dcp.Fields
 
 
 def test_the_folder_with_the_metadata(tmp_path):

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from slipway.checkpoint.dcp import SafeUnpickler
+from slipway.checkpoint.dcp import Fields, SafeUnpickler, Unexpected, ordered
 from slipway.tensors.bits import Bits, bits_type, data, empty
-from slipway.tensors.refs import DTYPE_BYTES
+from slipway.tensors.refs import DTYPE_BYTES, TORCH_NAMES
 
 # dtype, in safetensors' spelling → torch's class for the elements.
 STORAGES = {
@@ -141,7 +141,7 @@ def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tupl
         name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
         if zipped.getinfo(name).file_size > MAX_PICKLE_BYTES:
             raise ValueError("not the pickle of a tensor")
-        (dtype, key), offset, shape, strides = _Unpickler(io.BytesIO(zipped.read(name))).load()
+        (dtype, key), offset, shape, strides = _Unpickler(zipped.read(name)).load()
         stored = zipped.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
     if stored.compress_type != zipfile.ZIP_STORED or tuple(shape) != tuple(wanted):
         raise ValueError("not the tensor that was expected")
@@ -211,9 +211,63 @@ class _Unpickler(SafeUnpickler):
         if module == "torch" and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return ordered
         raise pickle.UnpicklingError(f"unexpected {module}.{name} in the archive of a tensor")
 
     def persistent_load(self, saved: Any) -> tuple[str, str]:
         _, dtype, key, *_ = saved
         return dtype, key
+
+
+# ---------------------------------------------------------------------------- objects that are no tensors
+
+
+def check_object(descriptor: int, start: int, count: int, *, state: bool = False) -> None:
+    """Check the archive of an object which torch or NeMo will load: it names only what torch writes for plain objects.
+
+    Args:
+        state: it is the extra state of a module. Transformer Engine loads the bytes in it as a pickle once more, so
+            there must be none: it keeps some only for training in FP8.
+
+    Errors: those of torch_dist.UNREADABLE; dcp.Unexpected for a name that is not known.
+    """
+    with zipfile.ZipFile(io.BufferedReader(_Extent(descriptor, start, count), 4096)) as zipped:
+        name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
+        if zipped.getinfo(name).compress_type != zipfile.ZIP_STORED or zipped.getinfo(name).file_size > count:
+            raise ValueError("not the pickle of an object")
+        held = [entry.file_size for entry in zipped.infolist() if "/data/" in f"/{entry.filename}"]
+        _PlainUnpickler(zipped.read(name)).load()
+    if state and any(held):
+        raise Unexpected("it holds bytes, which Transformer Engine would load as a pickle")
+
+
+class _Plain(Fields):
+    """In place of everything that an object of torch's may hold beside numbers, words and containers of them."""
+
+
+def _plain(*_: Any) -> _Plain:
+    return _Plain()
+
+
+PLAIN = {
+    ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3"), ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"), ("torch.storage", "UntypedStorage"),
+    ("torch.serialization", "_get_layout"), ("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"), ("_codecs", "encode"),
+    *(("torch", name) for name in (*STORAGE_DTYPES, *TORCH_NAMES.values())),
+}  # fmt: skip
+
+
+class _PlainUnpickler(SafeUnpickler):
+    """Reads an object to know that it can be read; what it names is on the list above, and none of it is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return ordered
+        if (module, name) not in PLAIN:
+            raise Unexpected(f"it names {module}.{name}, which torch does not write there")
+        return _plain
+
+    def persistent_load(self, saved: Any) -> _Plain:
+        return _Plain()

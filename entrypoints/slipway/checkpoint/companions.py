@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from slipway.checkpoint.formats import MODELOPT_FILE
 from slipway.errors import DataError
+from slipway.untrusted import read_object
 
 # What says in which form the weights were quantised: they are written in BF16.
 OF_QUANTIZATION = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
@@ -76,16 +76,15 @@ def _goes_along(file: Path) -> bool:
 
 def _readable_by_both(file: Path) -> bytes | None:
     """tokenizer_config.json in the form of transformers 4; None where it has that form already."""
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        changed = dict(config)
-    except (OSError, ValueError, TypeError):
-        raise DataError(f"{file} cannot be read as a JSON object; download it again") from None
-    if (name := changed.get("tokenizer_class")) in CLASSES:
+    config = read_object(file)
+    changed = dict(config)
+    if isinstance(name := changed.get("tokenizer_class"), str) and name in CLASSES:
         changed["tokenizer_class"] = CLASSES[name]
         changed.pop("backend", None)
     if isinstance(more := changed.get("extra_special_tokens"), list):
         del changed["extra_special_tokens"]
         known = changed.get("additional_special_tokens") or []
+        if not isinstance(known, list):
+            raise DataError(f"{file}: additional_special_tokens is not a list; download it again")
         changed["additional_special_tokens"] = [*known, *(token for token in more if token not in known)]
     return None if changed == config else (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

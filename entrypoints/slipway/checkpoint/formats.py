@@ -10,7 +10,6 @@ Sources: transformers 4.57 and 5.24 (utils/quantization_config.py), compressed-t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from slipway.errors import DataError
 from slipway.families.rules import FLOATS
 from slipway.tensors.refs import TensorInfo
+from slipway.untrusted import read_object
 
 # Where config.json has it; compressed-tensors first called it compression_config. ModelOpt has a file of its own.
 IN_CONFIG = ("quantization_config", "compression_config")
@@ -101,9 +101,8 @@ def _of_modelopt(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))["quantization"]
-        return {"quant_method": "modelopt", **about}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {"quant_method": "modelopt", **read_object(file)["quantization"]}
+    except (KeyError, TypeError):
         raise DataError(f"{file} is damaged, it has no table called quantization; download it again") from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import huggingface, stream, torch_dist
+from slipway.checkpoint.lora import noted_base
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG
 from slipway.checkpoint.source import NAME, source_of
 from slipway.errors import DataError
@@ -88,7 +89,7 @@ def _base_of(weights: Path) -> tuple[dict[str, Any], str]:
     The config is {} if the base was not made by `import`; its checkpoint is the name then, or "".
     """
     note = weights / "adapter_metadata.json"
-    checkpoint = json.loads(note.read_text())["model_ckpt_path"] if note.is_file() else ""
+    checkpoint = str(noted_base(note)) if note.is_file() else ""
     # Training carries hf_config.json over to its own checkpoints. Older ones have it, but not the name in it.
     contexts = [weights.parent / "context", *([Path(checkpoint) / "context"] if checkpoint else [])]
     files = [file for context in contexts if (file := context / SOURCE_CONFIG).is_file()]

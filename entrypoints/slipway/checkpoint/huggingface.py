@@ -27,6 +27,7 @@ from slipway.checkpoint.shards import AGAIN, Stored, read_header
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, contiguous, empty
 from slipway.tensors.refs import DTYPE_BYTES, INDEX, TORCH_NAMES, Ref, TensorInfo
+from slipway.untrusted import read_json
 
 __all__ = ["FP8", "FP8_SCALES", "INDEX", "SINGLE", "Layout", "Reader", "Stored", "one_file", "read_header"]
 SINGLE = "model.safetensors"
@@ -175,12 +176,13 @@ def _other_form(folder: Path) -> str:
 
 def read_index(index: Path) -> dict[str, str]:
     """Tensor → file beside the index; DataError for an index without such a map."""
+    whole = read_json(index)
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = whole["weight_map"]
         # Only names of files in the folder: a foreign index must not lead to other files of this machine.
         if not all(isinstance(file, str) and Path(file).name == file for file in where.values()):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{index} is damaged, it does not map tensors to files; {AGAIN}") from None
     return where
 

@@ -7,7 +7,6 @@ by any number of threads, and comes out the same.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from slipway.errors import UsageError
 from slipway.tensors.bits import Bits, to_bfloat16
 from slipway.tensors.refs import Ref, TensorInfo
+from slipway.untrusted import parse_json
 
 ONES = ("norm.weight",)  # also layernorm.weight
 ZEROS = (".bias", "_bias")
@@ -94,7 +94,7 @@ def changed(config: Mapping[str, Any], settings: Iterable[str]) -> tuple[dict[st
         if not equals or key not in c:
             raise UsageError(f"--set {setting}: expected FIELD=VALUE with a field of config.json: {', '.join(c)}")
         try:
-            c[key] = json.loads(text)
+            c[key] = parse_json(text)
         except ValueError:
             c[key] = text
     layers, kinds = c.get("num_hidden_layers"), c.get("layer_types")

@@ -14,7 +14,6 @@ grouped experts).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, to_float32
 from slipway.tensors.refs import Ref, TensorInfo
+from slipway.untrusted import read_object, read_text
 
 ADAPTER = ".adapter."
 IN, OUT, MAGNITUDE = "linear_in.weight", "linear_out.weight", "weight_magnitude"
@@ -54,12 +54,20 @@ def base_of(adapters: Reader, base: Path | None) -> Path:
     """The base's checkpoint: the one given, else the one that NeMo noted, else the one beside; DataError for none."""
     note = adapters.folder / BASE_NOTE
     if base is None and note.is_file():
-        base = Path(json.loads(note.read_text())["model_ckpt_path"])
+        base = noted_base(note)
     if (base is None or not base.is_dir()) and (beside := adapters.folder.parent / BASE).is_dir():
         return beside
     if base is None or not base.is_dir():
         raise DataError(f"{adapters.folder}: the base of these adapters is not at {base}; give it with --base")
     return base
+
+
+def noted_base(note: Path) -> Path:
+    """What NeMo noted as the base of adapters or heads; DataError for a damaged note."""
+    base = read_object(note, 1 << 20, "copy the checkpoint again").get("model_ckpt_path")
+    if not isinstance(base, str):
+        raise DataError(f"{note} does not name the base; copy the checkpoint again")
+    return Path(base)
 
 
 # ---------------------------------------------------------------------------- what there is
@@ -113,7 +121,7 @@ def settings_of(adapters: Reader) -> Settings:
     """The settings in the context of a checkpoint; DataError where its model.yaml does not contain alpha."""
     # By its lines: the file is YAML with tags of Python objects, which a parser would have to be told about.
     path = adapters.folder.parent / "context" / "model.yaml"
-    text = path.read_text() if path.is_file() else ""
+    text = read_text(path, 16 << 20, "copy the checkpoint again") if path.is_file() else ""
     section = re.search(r"(?ms)^model_transform:\n(.*?)(?=^\S|\Z)", text)
     lines = section.group(1) if section else ""
 

@@ -15,6 +15,7 @@ from typing import Any
 from slipway.families.decoder import Symbol
 
 TOKENIZER = "nemo_tokenizer"
+TOKENIZER_CLASS = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer:AutoTokenizer"
 SOURCE_CONFIG = "hf_config.json"
 HF_FILES = "hf_files"  # the other files of the source, which export restores
 
@@ -111,10 +112,7 @@ def context_files(
     # The defaults of NeMo's classes are float32, whatever the checkpoint holds.
     bf16 = Symbol("torch:bfloat16")
     fields = {**fields, "bf16": True, "params_dtype": bf16, "pipeline_dtype": bf16}
-    tokenizer = Call(
-        "nemo.collections.common.tokenizers.huggingface.auto_tokenizer:AutoTokenizer",
-        {"pretrained_model_name": TOKENIZER},
-    )
+    tokenizer = Call(TOKENIZER_CLASS, {"pretrained_model_name": TOKENIZER})
     arguments = {"config": Call(config, fields), "tokenizer": tokenizer}
     if transform:
         arguments["model_transform"] = transform

@@ -10,7 +10,6 @@ Source: torch 2 (torch/serialization.py, torch/_utils.py).
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import pickle
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from slipway.checkpoint.archive import STORAGE_DTYPES, content_of
-from slipway.checkpoint.dcp import DTYPES, SafeUnpickler
+from slipway.checkpoint.dcp import DTYPES, SafeUnpickler, Size
 from slipway.checkpoint.shards import AGAIN, MAX_HEADER_BYTES, Stored
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
@@ -29,18 +28,6 @@ from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
 
 # What a file of torch before 1.6 begins with: a pickle of its magic number 0x1950A86A20F9469CFC6C.
 OLD_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-# The instructions that torch's pickles of state dicts have. None calls anything but what find_class gave.
-INSTRUCTIONS = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE,
-    pickle.BUILD, pickle.BINPERSID, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
-    pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.EMPTY_DICT,
-    pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_TUPLE,
-    pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT,
-    pickle.LONG_BINPUT, pickle.MEMOIZE,
-)  # fmt: skip
-
-
-PARENT: dict[int, Callable[..., Any]] = dict(SafeUnpickler.dispatch)
 
 
 class _Refused(Exception):
@@ -104,12 +91,13 @@ def _places(file: Path, zipped: zipfile.ZipFile, descriptor: int) -> dict[str, S
     entries = {entry.filename: entry for entry in zipped.infolist()}
     pickled = next(name for name in entries if name.rpartition("/")[2] == "data.pkl")
     folder = pickled.removesuffix("data.pkl")
-    if entries[pickled].file_size > MAX_HEADER_BYTES:
+    # Not compressed, as torch writes it: some bytes could else become as many instructions as the limit allows.
+    if entries[pickled].file_size > MAX_HEADER_BYTES or entries[pickled].compress_type != zipfile.ZIP_STORED:
         raise ValueError("too large")
     order = entries.get(f"{folder}byteorder")
-    if order and zipped.read(order)[:4] == b"big":
+    if order and zipped.open(order).read(4) == b"big":
         raise _Refused("a reader of big-endian numbers")
-    saved = _Unpickler(io.BytesIO(zipped.read(pickled))).load()
+    saved = _Unpickler(zipped.read(pickled)).load()
     if not isinstance(saved, dict):
         raise ValueError("not a state dict")
     places: dict[str, Stored] = {}
@@ -144,7 +132,7 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     """For torch._utils._rebuild_tensor_v2 and v3; v3 has the dtype after the hooks."""
     dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else storage.dtype
-    numbers = [offset, *shape, *strides]
+    numbers = [offset, *Size(shape), *Size(strides)]
     if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers) or dtype not in DTYPE_BYTES:
         raise ValueError("not a tensor")
     return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
@@ -160,7 +148,7 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch.storage", "UntypedStorage"): "U8",
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): Size,
     ("collections", "OrderedDict"): _dict,
     **{("torch", name): dtype for name, dtype in (STORAGE_DTYPES | DTYPES).items()},
 }
@@ -186,20 +174,9 @@ class _Unpickler(SafeUnpickler):
         if not isinstance(self.stack[-1], _Dict):
             raise _Refused("the setting of attributes")
 
-    def set_item(self) -> None:
-        _check_keys(self.stack[-2:-1])
-        PARENT[pickle.SETITEM[0]](self)
+    def is_key(self, value: Any) -> bool:
+        """A state dict has names of tensors and nothing else."""
+        return isinstance(value, str)
 
-    def set_items(self) -> None:
-        _check_keys(self.stack[::2])  # all since the mark
-        PARENT[pickle.SETITEMS[0]](self)
-
-    stack: list[Any]  # of Python's own implementation
-    dispatch: ClassVar[dict[int, Callable[..., Any]]] = {code[0]: PARENT[code[0]] for code in INSTRUCTIONS}
-    dispatch |= {pickle.BUILD[0]: build, pickle.SETITEM[0]: set_item, pickle.SETITEMS[0]: set_items}
-
-
-def _check_keys(keys: list[Any]) -> None:
-    """Only names: hashing tuples of tuples of one another could take for ever."""
-    if not all(isinstance(key, str) for key in keys):
-        raise ValueError("keys that are no names")
+    dispatch: ClassVar[dict[int, Callable[..., Any]]] = {**SafeUnpickler.dispatch, pickle.BUILD[0]: build}
+    del dispatch[pickle.NEWOBJ[0]]  # a state dict has no objects but tensors

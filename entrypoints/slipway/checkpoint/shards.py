@@ -7,7 +7,7 @@ tensor, that it lies inside the file, has as many bytes as its shape and dtype n
 
 from __future__ import annotations
 
-import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any
 
 from slipway.errors import DataError
 from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
+from slipway.untrusted import NotJson, open_file, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 AGAIN = "download it again"
@@ -39,19 +40,19 @@ class Stored:
 def read_header(file: Path) -> dict[str, Stored]:
     """Name → place of every tensor of one file; DataError for a file that is damaged."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)  # fewer bytes if the file is that short
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise DataError(
                     f"{file}: not a safetensors file, or incomplete (header of {length} bytes in {size}); {AGAIN}"
                 )
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except OSError as error:
         raise DataError(f"{file}: cannot read it ({error.strerror}); {AGAIN}") from None
-    except ValueError:
-        raise DataError(f"{file}: the header is not JSON; {AGAIN}") from None
+    except NotJson as error:
+        raise DataError(f"{file}: the header is not JSON ({error}); {AGAIN}") from None
     if not isinstance(header, dict):
         raise DataError(f"{file}: the header is not a JSON object; {AGAIN}")
     header.pop("__metadata__", None)

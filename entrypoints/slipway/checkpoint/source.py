@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from slipway.checkpoint.locate import HUB, locate
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG
+from slipway.untrusted import read_object
 
 NAME = "_name_or_path"  # transformers' own field for it in config.json
 
@@ -21,4 +21,4 @@ def name_of(given: str) -> str:
 def source_of(context: Path) -> str:
     """The model that a NeMo checkpoint was imported from, as `import` noted it; "" where nothing is noted."""
     path = context / SOURCE_CONFIG
-    return str(json.loads(path.read_text()).get(NAME) or "") if path.is_file() else ""
+    return str(read_object(path).get(NAME) or "") if path.is_file() else ""

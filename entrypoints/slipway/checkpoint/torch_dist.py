@@ -22,10 +22,14 @@ from slipway.checkpoint import archive, dcp
 from slipway.errors import DataError, UsageError
 from slipway.tensors.bits import Bits, bits_type, empty
 from slipway.tensors.refs import Ref, TensorInfo
+from slipway.untrusted import read_bytes, read_text
 
 PREFIX = "module."  # NeMo's module around Megatron's model
 FORMAT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
 FORMAT += '"common_backend": "torch", "common_backend_version": 1}'
+AGAIN = "copy the checkpoint again"
+MAX_METADATA_BYTES = 1 << 29  # Megatron's own of DeepSeek-V3 has some ten million
+LARGEST = 1 << 60  # of a number: shapes are multiplied
 FILE_BYTES = 16_000_000_000  # of one file; the next archive begins another
 
 
@@ -38,8 +42,8 @@ def newest(checkpoint: Path) -> Path:
     Errors: DataError for an iteration that is not there, or is in the classic layout.
     """
     try:
-        iteration = (checkpoint / TRACKER).read_text().strip()[:20]
-    except (OSError, ValueError):
+        iteration = read_text(checkpoint / TRACKER, 100).strip()[:20]
+    except DataError:
         return checkpoint
     inner = checkpoint / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release")
     if not inner.is_dir():
@@ -114,16 +118,20 @@ class Reader:
         self._chunks: dict[str, list[_Chunk]] = {}
         self._descriptors: dict[str, int] = {}
         try:
-            metadata = dcp.loads(path.read_bytes())
-            places = {(at.fqn, tuple(at.offset or ())): where for at, where in metadata.storage_data.items()}
+            metadata = dcp.loads(read_bytes(path, MAX_METADATA_BYTES, AGAIN))
+            places = places_of(metadata)
             for where in metadata.storage_data.values():
                 end = max(self.extents.get(where.relative_path, 0), where.offset + where.length)
-                self.extents[_plain_name(where.relative_path)] = end
+                self.extents[where.relative_path] = end
+            # Every chunk has a place of its own. Many tensors with one long list of chunks would have more.
+            left = len(places)
             for key, entry in metadata.state_dict_metadata.items():
                 if hasattr(entry, "chunks"):  # else it is an object that is not a tensor, such as extra state
-                    short = key.removeprefix(PREFIX)
-                    self.tensors[short] = TensorInfo(tuple(entry.size), _known(entry.properties.dtype))
-                    self._chunks[short] = [_chunk(key, tuple(entry.size), chunk, places) for chunk in entry.chunks]
+                    short, shape = key.removeprefix(PREFIX), _numbers(entry.size)
+                    self.tensors[short] = TensorInfo(shape, _known(entry.properties.dtype))
+                    if (left := left - len(entry.chunks)) < 0:
+                        raise ValueError("more chunks than places for them")
+                    self._chunks[short] = [_chunk(key, shape, chunk, places) for chunk in entry.chunks]
         except UNREADABLE as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from None
         for path in self.files() if whole else ():
@@ -180,6 +188,28 @@ class Reader:
         return part
 
 
+def places_of(metadata: Any) -> dict[tuple[str, tuple[int, ...]], Any]:
+    """(key, offsets) → where a chunk or an object lies, checked: in a file of the folder, from 0 on or later.
+
+    Errors: those of UNREADABLE.
+    """
+    places = {}
+    for at, where in metadata.storage_data.items():
+        if not isinstance(at.fqn, str):  # anything else may take for ever to be hashed
+            raise ValueError("a key that is no name")
+        if _plain_name(where.relative_path) and not 0 <= where.offset <= where.offset + where.length < LARGEST:
+            raise ValueError("a place outside its file")
+        places[at.fqn, _numbers(at.offset or ())] = where
+    return places
+
+
+def _numbers(shape: Any) -> tuple[int, ...]:
+    numbers = dcp.Size(shape)
+    if not all(type(number) is int and 0 <= number < LARGEST for number in numbers):
+        raise ValueError("not a shape")
+    return numbers
+
+
 _Box = list[tuple[int, int]]  # [start, stop) in each dimension
 
 
@@ -199,14 +229,11 @@ def _known(dtype: Any) -> str:
 
 
 def _chunk(key: str, shape: tuple[int, ...], chunk: Any, places: Mapping[Any, Any]) -> _Chunk:
-    offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+    offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
     if not all(0 <= o <= o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)):
         raise ValueError(f"chunk of {key} outside the tensor")
     where = places[key, offsets]
-    file, start, length = where.relative_path, where.offset, where.length
-    if not 0 <= start <= start + length:
-        raise ValueError(f"chunk of {key} outside its file")
-    return _Chunk(offsets, sizes, _plain_name(file), start, length)
+    return _Chunk(offsets, sizes, where.relative_path, where.offset, where.length)
 
 
 def _plain_name(file: str) -> str:

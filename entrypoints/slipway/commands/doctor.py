@@ -14,6 +14,7 @@ from slipway.launch import checks
 from slipway.launch.checks import Check
 from slipway.launch.link import meet
 from slipway.launch.placement import Placement
+from slipway.launch.token import Token
 from slipway.launch.topology import Topology, find_topology
 from slipway.options import LARGEST, option, take, with_options
 from slipway.training.recipe import MODES, Recipe
@@ -80,7 +81,8 @@ def doctor(**options: Any) -> Diagnosis:
     share OUT, and how fast an all-reduce over all of them is.
     """
     started = time.monotonic()
-    planned, topology = take(Planned, options), find_topology(take(Placement, options))
+    planned, placement = take(Planned, options), take(Placement, options)
+    topology = find_topology(placement)
     weights = _weights(planned.model) if planned.model else None
     found = [
         checks.gpus(topology.processes_per_node, planned.gpus),
@@ -97,15 +99,17 @@ def doctor(**options: Any) -> Diagnosis:
         found += [checks.output_folder(folder), checks.free_space(folder, weights, planned.mode, planned.keep)]
     # What takes all nodes is tried only where this one is ready for it; the others then miss it and say so.
     if all(check.state != "unfit" for check in found):
-        found += _together(topology, folder, planned.timeout)
+        found += _together(topology, folder, planned.timeout, placement.run_token_file)
     return Diagnosis(found, time.monotonic() - started)
 
 
-def _together(topology: Topology, folder: Path | None, timeout: float) -> list[Check]:
+def _together(topology: Topology, folder: Path | None, timeout: float, token_file: str | None) -> list[Check]:
     found = []
     if topology.nodes > 1:
+        # Without a folder there is nothing to agree on a secret by: then anybody could take part in this check.
+        token = Token.of(checks.existing(folder) if folder else None, token_file)
         try:
-            link = meet(topology, {"the command": "doctor", "--out": str(bool(folder))}, timeout)
+            link = meet(topology, {"the command": "doctor", "--out": str(bool(folder))}, timeout, token)
         except SlipwayError as error:
             return [Check("nodes meet", "unfit", str(error), "run it on all nodes at once, with the same flags")]
         found.append(Check("nodes meet", "ok", f"{topology.nodes} of {topology.nodes} are there"))

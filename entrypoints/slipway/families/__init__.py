@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
+import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +19,13 @@ from slipway.families.checks import Config, Kinds, check_required
 from slipway.families.config import canonical
 from slipway.families.fields import Fields, check_fields
 from slipway.options import suggestion
+from slipway.untrusted import read_object
 
 if TYPE_CHECKING:
     from slipway.families.quantized import Form
     from slipway.families.rules import Rules
 
+LARGEST_CONFIG = 16 << 20  # bytes; some name every module of a quantised model
 # Files here that are no family.
 PARTS = {"checks", "config", "decoder", "fabricate", "fields", "quantized", "rope", "rules"}
 
@@ -84,15 +86,9 @@ def by_model_type() -> dict[str, Family]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json; DataError where there is none or it is no JSON object."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; give the folder of a Hugging Face model") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{path} is not a JSON object; download it again")
-    return config
+    if not os.path.lexists(path):
+        raise DataError(f"{path} is missing; give the folder of a Hugging Face model")
+    return read_object(path, LARGEST_CONFIG)
 
 
 def family_of(config: Config, where: Path) -> Family:

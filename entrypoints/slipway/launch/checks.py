@@ -221,7 +221,7 @@ def master_ports(topology: Topology) -> Check:
 
 def output_folder(folder: Path) -> Check:
     """Whether OUT, or the folder in which it would be created, is writable."""
-    place = _existing(folder)
+    place = existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"doctor")
@@ -235,7 +235,7 @@ def output_folder(folder: Path) -> Check:
 
 def free_space(folder: Path, weights: Path | None, mode: str, keep: int) -> Check:
     """Whether there is room for the checkpoints of the run: `keep` of them and the one that is being written."""
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     if TRAINED[mode] and weights is None:
         return Check("free space", "warn", human_bytes(free), "give --model to learn how much a checkpoint needs")
     size = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) if weights else 0
@@ -246,7 +246,8 @@ def free_space(folder: Path, weights: Path | None, mode: str, keep: int) -> Chec
     return Check("free space", "ok", found)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """The folder itself, or the one in which it would be created."""
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
@@ -255,10 +256,14 @@ def _existing(folder: Path) -> Path:
 
 def shared_folder(folder: Path, topology: Topology, link: Link, timeout: float) -> Check:
     """Whether every node sees what the others write in OUT: each writes a file and looks for all of them."""
-    place = _existing(folder)
+    place = existing(folder)
     files = [place / f".slipway-doctor-{topology.master_port}-{node}" for node in range(topology.nodes)]
     mine = files[topology.node_rank]
-    mine.touch()
+    try:
+        mine.unlink(missing_ok=True)  # of an earlier start, or somebody's link to another file
+        os.close(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+    except OSError as error:
+        return Check("shared output", "unfit", f"{mine}: {error.strerror}", "remove it, or choose another --out")
     try:
         deadline = time.monotonic() + timeout
         while (missing := [file for file in files if not file.exists()]) and time.monotonic() < deadline:

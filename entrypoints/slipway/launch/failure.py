@@ -6,14 +6,16 @@ import json
 import re
 import signal
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slipway.errors import SlipwayError
 from slipway.launch.topology import Topology
+from slipway.untrusted import harmless
 
 LAST_LINES = 20
+MOST_LINES, LONGEST_LINE, LONGEST_WORDS = 20, 300, 2000  # of a report: lines, characters of one, of a field
 
 # From the most to the least likely cause: a rank that was killed or lost makes the others fail, not the reverse.
 KILLED, GONE, FAILED, LOST_A_PEER = range(4)
@@ -45,6 +47,23 @@ class Failure:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def bounded(self) -> Failure:
+        """The same without what makes it too long for a message, and without what a terminal obeys."""
+        who, how, log, said = (harmless(each, LONGEST_WORDS) for each in (self.who, self.how, self.log, self.said))
+        lines = [harmless(line, LONGEST_LINE) for line in self.lines[-MOST_LINES:]]
+        return replace(self, who=who, how=how, log=log, said=said, lines=lines)
+
+    @classmethod
+    def of(cls, said: Any) -> Failure:
+        """What another node reports; TypeError or ValueError for anything else."""
+        failure = cls(**said)
+        texts = [failure.who, failure.how, failure.log, failure.said, *list(failure.lines)]
+        if not all(isinstance(text, str) for text in texts) or failure.blame not in range(LOST_A_PEER + 1):
+            raise ValueError("not a failure")
+        if type(failure.blame) is not int or type(failure.code) is not int or not -256 < failure.code < 256:
+            raise ValueError("not a failure")
+        return failure.bounded()
 
 
 def first_to_blame(failures: list[Failure]) -> Failure:

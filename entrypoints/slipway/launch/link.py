@@ -1,71 +1,48 @@
 """The commands of one run are connected: they meet before the first process starts, and learn when one of them fails.
 
-Each node runs `slipway train`. Node 0 listens on the port after the master's port. The others connect and say what they
-are about to compute. Nothing starts before all nodes are there and agree. The connections stay open during the run, so
-that a dead rank, or a lost node, ends the run on all nodes at once: torchrun's static rendezvous tells other nodes
-nothing, and NCCL waits for minutes. Messages are lines of JSON.
+Each node runs `slipway train`. Node 0 listens on the port after the master's port. The others connect, prove that they
+belong to the run (channel.py) and say what they are about to compute. Nothing starts before all nodes are there and
+agree. The connections stay open during the run, so that a dead rank, or a lost node, ends the run on all nodes at once:
+torchrun's static rendezvous tells other nodes nothing, and NCCL waits for minutes.
+
+Anybody may connect. Whoever cannot prove to belong to the run is told nothing, and is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
+import ipaddress
+import select
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from slipway.errors import DataError, PreflightError
-from slipway.launch.failure import GONE, LOST_A_PEER, Failure, first_to_blame
+from slipway.launch.channel import Broken, Channel
+from slipway.launch.failure import FAILED, GONE, LOST_A_PEER, Failure, first_to_blame
+from slipway.launch.token import Token
 from slipway.launch.topology import Topology
+from slipway.untrusted import harmless
 
 # Seconds for the other nodes to report before the first failure is chosen. When a rank dies, the ranks that were
 # waiting for it fail within milliseconds, and their reports can be the first to arrive. As long as only such ranks are
 # known, it takes longer: torchrun waits up to 30 s for the other processes of its node before it reports the dead one.
 SETTLE, SETTLE_WITHOUT_A_CAUSE = 3.0, 40.0
-# Seconds for a new connection to say who it is. Port scanners and health checks connect and say nothing.
-GREETING = 5.0
+# Seconds for a new connection to prove that it belongs to the run. Port scanners and health checks say nothing.
+GREETING = 10.0
+# Connections that have not proven anything yet. Of more than these the oldest is dropped: a node proves it in a moment.
+MOST_STRANGERS = 256
+LOOK = 0.05  # seconds between two looks at whether all are there
+AGAIN = 0.5  # seconds before a node tries again to reach node 0
 # Seconds for which a node that has finished waits for the others: the last checkpoint takes longer on some nodes.
 GOODBYE = 120.0
-
-
-class Connection:
-    """Lines of JSON over TCP. A machine that is down is noticed within a minute."""
-
-    def __init__(self, made: socket.socket) -> None:
-        made.settimeout(None)
-        # A machine that loses power closes no connection. Nothing is sent during a run, so without keep-alive packets
-        # it would not be noticed: the first after 20 s of silence, then every 10 s, at most 3 without an answer.
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
-            made.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._socket, self._reader, self._lock = made, made.makefile("r", encoding="utf-8"), threading.Lock()
-
-    def send(self, **message: Any) -> None:
-        """Send one message. A broken connection is no error here: the thread that reads from it notices."""
-        # Threads send too (see _decide), and two half lines in one another would be no JSON.
-        with self._lock, contextlib.suppress(OSError):
-            self._socket.sendall((json.dumps(message) + "\n").encode())
-
-    def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """The next message; None if the other side has closed, is silent for `timeout` seconds, or is not Slipway."""
-        self._socket.settimeout(timeout)
-        try:
-            line = self._reader.readline()
-            # A line without an end is what was sent before the other side died: half a message.
-            message = json.loads(line) if line.endswith("\n") else None
-        except (OSError, ValueError):
-            return None
-        finally:
-            self._socket.settimeout(None)
-        return message if isinstance(message, dict) else None
-
-    def close(self) -> None:
-        # close() alone does not wake a thread that reads from the socket.
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+LONGEST_NAME, LONGEST_CLAIM = 255, 250  # characters
+OPEN = Token()
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 class Link:
@@ -75,7 +52,7 @@ class Link:
     of them end with the same message.
     """
 
-    def __init__(self, peers: dict[int, tuple[str, Connection]]) -> None:
+    def __init__(self, peers: dict[int, tuple[str, Channel]]) -> None:
         """`peers`: number of a member → (its name, its connection). Node 0 has all others, the others have node 0."""
         self._peers = peers
         self._gathers = 0 not in peers  # this is node 0
@@ -93,7 +70,8 @@ class Link:
         if self._gathers:
             self._note(failures)
         else:
-            self._tell(failed=[failure.as_dict() for failure in failures])
+            # One is enough: node 0 would choose it from these, and a node can have many processes.
+            self._tell(failed=[first_to_blame(failures).bounded().as_dict()])
         # With a limit, because node 0 can be the one that is lost. Then this node's own failure is all that is known.
         self._settled.wait(SETTLE + SETTLE_WITHOUT_A_CAUSE)
         return self.verdict or first_to_blame(failures)
@@ -118,18 +96,30 @@ class Link:
 
     def _listen(self, number: int) -> None:
         name, connection = self._peers[number]
-        while message := connection.receive():
-            if "failed" in message:
-                self._note([Failure(**failure) for failure in message["failed"]])
-            elif "ended" in message:
-                self._settle(Failure(**message["ended"]))
-            elif "done" in message:
-                with self._changed:
-                    self._done.add(number)
-                    self._changed.notify_all()
+        with contextlib.suppress(Broken):
+            while True:
+                self._heed(number, connection.receive())
         # The connection has ended. That is normal after "done" or after the end of a run that failed.
         if number not in self._done and not self._settled.is_set():
             self._note([Failure(name, "was lost: its command or its machine stopped, or the network failed", GONE)])
+
+    def _heed(self, number: int, message: dict[str, Any]) -> None:
+        """What a member says; one that says it in a way that nobody understands has failed."""
+        if "failed" in message:
+            reports = message["failed"] if isinstance(message["failed"], list) else [None]
+            self._note([self._report(number, report) for report in reports] or [self._report(number, None)])
+        elif "ended" in message:
+            self._settle(self._report(number, message["ended"]))
+        elif "done" in message:
+            with self._changed:
+                self._done.add(number)
+                self._changed.notify_all()
+
+    def _report(self, number: int, said: Any) -> Failure:
+        try:
+            return Failure.of(said)
+        except (TypeError, ValueError):
+            return Failure(self._peers[number][0], "reported a failure that cannot be read", FAILED)
 
     def _note(self, failures: list[Failure]) -> None:
         if not self._gathers:
@@ -145,7 +135,7 @@ class Link:
         if self._settled.is_set():
             return
         verdict = first_to_blame(self._failures)
-        self._tell(ended=verdict.as_dict())
+        self._tell(ended=verdict.bounded().as_dict())
         self._settle(verdict)
 
     def _settle(self, verdict: Failure) -> None:
@@ -155,13 +145,14 @@ class Link:
             self._changed.notify_all()
 
 
-def meet(topology: Topology, claims: dict[str, str], timeout: float) -> Link:
+def meet(topology: Topology, claims: dict[str, str], timeout: float, token: Token = OPEN) -> Link:
     """Wait until the commands of all nodes are connected and have shown that they are about to compute the same.
 
     Args:
         topology: the place of this command in the run.
         claims: what must be the same on all nodes, name → value. The error shows the names.
         timeout: seconds to wait for the other nodes.
+        token: the secret of the run; OPEN lets everybody take part.
 
     Errors: PreflightError if the master does not answer, a node is missing or a port is in use, DataError if claims
     differ.
@@ -173,18 +164,26 @@ def meet(topology: Topology, claims: dict[str, str], timeout: float) -> Link:
         check_port(topology.master_port)  # torchrun's: it would fail later, and with a traceback
     if count == 1:
         return Link({})
+    claims = {name: _short(value) for name, value in claims.items()}
     if number == 0:
-        return _gather(topology, count, claims, timeout)
-    return _join(topology, number, claims, timeout)
+        return _Host(topology, count, claims, time.monotonic() + timeout, token).gather(timeout)
+    return _join(topology, number, claims, timeout, token)
 
 
-def listen(port: int) -> socket.socket:
-    """A listening socket on all addresses; PreflightError if the port is in use."""
+# ---------------------------------------------------------------------------- the port
+
+
+def listen(port: int, address: str = "") -> socket.socket:
+    """A listening socket; PreflightError if the port is in use.
+
+    Args:
+        address: of this machine; empty: all of them.
+    """
     # The master's name may resolve to an IPv6 address on one node and to an IPv4 address on another.
-    both = socket.has_dualstack_ipv6()
+    both = not address and socket.has_dualstack_ipv6()
     try:
-        family = socket.AF_INET6 if both else socket.AF_INET
-        return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
+        family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=1024, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         raise PreflightError(
             f"port {port} cannot be opened on this machine ({getattr(error, 'strerror', error)}); choose another "
@@ -197,122 +196,236 @@ def check_port(port: int) -> None:
     listen(port).close()
 
 
+def narrowest(master: str) -> str:
+    """The one address of this machine at which the other nodes look for node 0; empty where that is not certain."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return ""
+    # Many machines call themselves 127.0.1.1, and the others know them by their address.
+    meant = master in LOOPBACK or master.startswith("127.")
+    usable = [each for each in found if meant or not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
+    return usable[0] if len(usable) == len(found) == 1 and _is_here(usable[0]) else ""
+
+
+def _is_here(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False  # of a load balancer, or of a translated network
+    return True
+
+
+def _short(claim: str) -> str:
+    """A claim that fits into a message with all others; what is cut off still counts."""
+    digest = hashlib.sha256(claim.encode("utf-8", "surrogatepass")).hexdigest()
+    return claim if len(claim) <= LONGEST_CLAIM else f"{claim[:LONGEST_CLAIM]}… (digest {digest[:12]})"
+
+
 def _name(topology: Topology, number: int) -> str:
     return f"node {number}" if topology.local_rank is None else f"rank {number}"
 
 
+# ---------------------------------------------------------------------------- node 0
+
+
 @dataclass(frozen=True)
 class _Guest:
-    """Another member of the run, as it presents itself to node 0."""
+    """Another member of the run, as it presents itself to node 0; it has proven that it is one."""
 
     number: int
     name: str
     claims: dict[str, str]
-    connection: Connection
+    connection: Channel
 
 
-def _gather(topology: Topology, count: int, claims: dict[str, str], timeout: float) -> Link:
-    """On node 0: accept the others, compare, and tell all of them the same."""
-    guests: dict[int, _Guest] = {}
-    stranger = _let_in(guests, topology, count, timeout)
-    problem = (
-        _not_a_member(stranger, count)
-        or _missing(guests, topology, count, timeout)
-        or _difference(claims, guests, topology)
-    )
-    for guest in [*guests.values(), *([stranger] if stranger else [])]:
-        guest.connection.send(refused=str(problem or ""), code=problem.exit_code if problem else 0)
-    if problem:
-        raise problem
-    return Link({number: (guest.name, guest.connection) for number, guest in guests.items()})
+@dataclass
+class _Host:
+    """On node 0: accept the others side by side, compare, and tell all of them the same.
 
+    Args:
+        deadline: time.monotonic() at which the meeting ends, whoever is there.
+    """
 
-def _let_in(guests: dict[int, _Guest], topology: Topology, count: int, timeout: float) -> _Guest | None:
-    """Fill `guests` until all are there or the time is over; returns the first one with a wrong number."""
-    deadline = time.monotonic() + timeout
-    with listen(topology.master_port + 1) as server:
-        while len(guests) < count - 1 and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                connection = Connection(server.accept()[0])
-            except OSError:
-                break
-            guest = _greet(topology, connection)
-            if guest is None:
-                connection.close()  # a port scanner, or a health check; the next one may be a node
-            elif guest.number in guests or not 0 < guest.number < count:
-                return guest
+    topology: Topology
+    count: int
+    claims: dict[str, str]
+    deadline: float
+    token: Token
+    guests: dict[int, _Guest] = field(default_factory=dict)
+    odd: _Guest | None = None  # a member with a number that is taken, or that there is not
+    strangers: list[tuple[str, Channel]] = field(default_factory=list)  # where each is from, in order
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def gather(self, timeout: float) -> Link:
+        secret = self.token.make()
+        try:
+            self._let_in(secret)
+        finally:
+            self.token.remove()
+        problem = self._not_a_member() or self._missing(timeout) or self._difference()
+        guests = [*self.guests.values(), *([self.odd] if self.odd else [])]
+        for guest in guests:
+            guest.connection.send(refused=str(problem or "")[:8000], code=problem.exit_code if problem else 0)
+        if problem:
+            for guest in guests:
+                guest.connection.close()
+            raise problem
+        return Link({number: (guest.name, guest.connection) for number, guest in self.guests.items()})
+
+    def _let_in(self, secret: bytes) -> None:
+        """Fill `guests` until all are there, one is odd, or the time is over."""
+        with listen(self.topology.master_port + 1, narrowest(self.topology.master_addr)) as server:
+            ready = select.poll()
+            ready.register(server, select.POLLIN)
+            while time.monotonic() < self.deadline:
+                with self.lock:
+                    if self._is_over():
+                        break
+                if ready.poll(LOOK * 1000):
+                    self._accept(server, secret)
+        with self.lock:
+            for _, connection in self.strangers:
+                connection.close()
+
+    def _is_over(self) -> bool:
+        """All are there, or one is odd; who has lost its connection meanwhile comes again."""
+        if len(self.guests) == self.count - 1:
+            self.guests = {number: guest for number, guest in self.guests.items() if guest.connection.is_open()}
+        return self.odd is not None or len(self.guests) == self.count - 1
+
+    def _accept(self, server: socket.socket, secret: bytes) -> None:
+        """Give whoever has connected a thread of its own, so that nobody holds the others up."""
+        try:
+            made, (source, *_) = server.accept()
+            connection = Channel(made)
+        except OSError:  # it has gone already, or there are no more descriptors
+            self._drop_the_oldest(MOST_STRANGERS // 2)
+            time.sleep(LOOK)
+            return
+        with self.lock:
+            self.strangers.append((source, connection))
+        self._drop_the_oldest(MOST_STRANGERS)
+        threading.Thread(target=self._welcome, args=(source, connection, secret), daemon=True).start()
+
+    def _drop_the_oldest(self, most: int) -> None:
+        """Of those who have proven nothing, from where most of them come: no machine shuts out the others."""
+        with self.lock:
+            while len(self.strangers) > most:
+                (busiest, _), *_ = Counter(source for source, _ in self.strangers).most_common(1)
+                place = next(n for n, (source, _) in enumerate(self.strangers) if source == busiest)
+                self.strangers.pop(place)[1].close()
+
+    def _welcome(self, source: str, connection: Channel, secret: bytes) -> None:
+        """Take a member in; anybody else is dropped without a word."""
+        by = min(self.deadline, time.monotonic() + GREETING)
+        try:
+            connection.prove_to_guest(secret, by)
+            guest = self._presented(connection, connection.receive(by))
+        except Broken:
+            guest = None
+        with self.lock:
+            if (source, connection) in self.strangers:
+                self.strangers.remove((source, connection))
+            if guest is None or self._is_over():
+                return connection.close()
+            before = self.guests.get(guest.number)
+            if before and not before.connection.is_open():  # it has lost its connection and comes again
+                before = None
+            if before or not 0 < guest.number < self.count:
+                self.odd = guest
             else:
-                guests[guest.number] = guest
-    return None
+                self.guests[guest.number] = guest
 
+    def _presented(self, connection: Channel, hello: dict[str, Any]) -> _Guest | None:
+        """Who has connected; None for what no node of ours says."""
+        number, host, claims = hello.get("number"), hello.get("host"), hello.get("claims")
+        if type(number) is not int or not isinstance(host, str) or not isinstance(claims, dict):
+            return None
+        if not all(isinstance(value, str) for value in claims.values()):
+            return None
+        name = f"{_name(self.topology, number)} ({harmless(host, LONGEST_NAME)})"
+        return _Guest(number, name, claims, connection)
 
-def _greet(topology: Topology, connection: Connection) -> _Guest | None:
-    """Who has connected; None for a program that is not Slipway."""
-    hello = connection.receive(GREETING) or {}
-    try:
-        number, host, claims = int(hello["number"]), hello["host"], dict(hello["claims"])
-    except (KeyError, TypeError, ValueError):
+    def _not_a_member(self) -> PreflightError | None:
+        if self.odd is None:
+            return None
+        return PreflightError(
+            f"duplicate or out-of-range --node-rank: {self.odd.name} joined, but the numbers are 0 to "
+            f"{self.count - 1} and each is used once; give every node its own"
+        )
+
+    def _missing(self, timeout: float) -> PreflightError | None:
+        missing = [_name(self.topology, number) for number in range(1, self.count) if number not in self.guests]
+        if not missing:
+            return None
+        few = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        return PreflightError(
+            f"{few} did not connect to port {self.topology.master_port + 1} of this machine within "
+            f"{timeout:.0f} s; start the same command there, with the address of this machine as --master-addr and "
+            "the same --out or --run-token-file"
+        )
+
+    def _difference(self) -> DataError | None:
+        here = _name(self.topology, 0)
+        for guest in self.guests.values():
+            differing = [key for key in self.claims | guest.claims if self.claims.get(key) != guest.claims.get(key)]
+            if differing:
+                said = "; ".join(
+                    f"{key} is {self.claims.get(key)} on {here} and {guest.claims.get(key)} on {guest.name}"
+                    for key in differing
+                )
+                return DataError(f"{harmless(said)}; they must be the same on all nodes")
         return None
-    return _Guest(number, f"{_name(topology, number)} ({host})", claims, connection)
 
 
-def _not_a_member(guest: _Guest | None, count: int) -> PreflightError | None:
-    if guest is None:
-        return None
-    return PreflightError(
-        f"duplicate or out-of-range --node-rank: {guest.name} joined, but the numbers are 0 to {count - 1} and each is "
-        "used once; give every node its own"
-    )
+# ---------------------------------------------------------------------------- every other node
 
 
-def _missing(guests: dict[int, _Guest], topology: Topology, count: int, timeout: float) -> PreflightError | None:
-    missing = [_name(topology, number) for number in range(1, count) if number not in guests]
-    if not missing:
-        return None
-    return PreflightError(
-        f"{', '.join(missing)} did not connect to port {topology.master_port + 1} of this machine within "
-        f"{timeout:.0f} s; start the same command there, with the address of this machine as --master-addr"
-    )
-
-
-def _difference(claims: dict[str, str], guests: dict[int, _Guest], topology: Topology) -> DataError | None:
-    here = _name(topology, 0)
-    for guest in guests.values():
-        differing = [key for key in claims | guest.claims if claims.get(key) != guest.claims.get(key)]
-        if differing:
-            said = "; ".join(
-                f"{key} is {claims.get(key)} on {here} and {guest.claims.get(key)} on {guest.name}" for key in differing
-            )
-            return DataError(f"{said}; they must be the same on all nodes")
-    return None
-
-
-def _join(topology: Topology, number: int, claims: dict[str, str], timeout: float) -> Link:
-    """On every other node: connect to node 0, say what will be computed here, and wait for its answer."""
+def _join(topology: Topology, number: int, claims: dict[str, str], timeout: float, token: Token) -> Link:
+    """Connect to node 0, say what will be computed here, and wait for its answer."""
     address, port = topology.master_addr, topology.master_port + 1
     deadline, reason = time.monotonic() + timeout, "no answer"
+    hello = {"number": number, "host": socket.gethostname()[:LONGEST_NAME], "claims": claims}
     while (left := deadline - time.monotonic()) > 0:
         try:
-            connection = Connection(socket.create_connection((address, port), timeout=min(left, 10.0)))
-        except OSError as error:
+            made = socket.create_connection((address, port), timeout=min(left, 10.0))
+        except (OSError, UnicodeError) as error:
             # Normal at the start: node 0 is not listening yet, or its name is not in the DNS yet.
-            reason = error.strerror or str(error)
-            time.sleep(min(0.5, left))
-            continue
-        connection.send(number=number, host=socket.gethostname(), claims=claims)
-        # Node 0 answers when all nodes are there. It began to wait before this node connected, so its time ends first.
-        answer = connection.receive(timeout)
-        if answer is None:
-            connection.close()
-            reason = "the service on that port is not Slipway, or it ended"
-            time.sleep(0.5)
-        elif answer.get("refused"):
-            raise (DataError if answer["code"] == DataError.exit_code else PreflightError)(answer["refused"])
+            reason = getattr(error, "strerror", "") or str(error)
         else:
-            return Link({0: (f"{_name(topology, 0)} ({address})", connection)})
+            joined = _joined(Channel(made), hello, timeout, token)
+            if isinstance(joined, Channel):
+                return Link({0: (f"{_name(topology, 0)} ({address})", joined)})
+            reason = joined
+        time.sleep(max(0.0, min(AGAIN, deadline - time.monotonic())))
     raise PreflightError(
         f"the master does not answer at {address}:{port} within {timeout:.0f} s ({reason}); check that the same "
         f"command runs on node 0, that {address} is its address, and that no firewall blocks its ports {port - 1} and "
         f"{port}"
     )
+
+
+def _joined(connection: Channel, hello: dict[str, Any], timeout: float, token: Token) -> Channel | str:
+    """The connection once node 0 has taken this node in; why it has not, in words. Its refusal is raised."""
+    joined = False
+    try:
+        # Node 0 makes it before it listens: what is read now is of this start.
+        if (secret := token.read()) is None:
+            return f"there is no {token.place}: --out must be shared by all nodes, else give --run-token-file"
+        connection.prove_to_host(secret, time.monotonic() + GREETING)
+        connection.send(**hello)
+        # Node 0 answers when all nodes are there. It began to wait before this node connected, so its time ends first.
+        answer = connection.receive(time.monotonic() + timeout)
+        if refused := answer.get("refused"):
+            kind = DataError if answer.get("code") == DataError.exit_code else PreflightError
+            raise kind(harmless(str(refused)))
+        joined = True
+        return connection
+    except Broken as error:
+        return f"the service on that port is not Slipway, or it ended: {error}"
+    finally:
+        if not joined:
+            connection.close()

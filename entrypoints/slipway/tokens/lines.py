@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slipway.errors import DataError
+from slipway.untrusted import parse_json
 
 Span = tuple[int, int]  # [start, end)
 
@@ -147,7 +148,7 @@ def inputs_of(entry: Any) -> Sample:
 def read_line(line: bytes, where: str) -> Sample:
     """The sample of one line; DataError names `where` if it is anything else."""
     try:
-        return inputs_of(json.loads(line))
+        return inputs_of(parse_json(line))
     except (ValueError, LookupError, TypeError):
         raise DataError(
             f'{where}: not a sample, which is {{"inputs": {{"p_ids": [...], "r_ids": [...]}}}} with token ids; '

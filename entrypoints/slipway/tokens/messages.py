@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from slipway.untrusted import NotJson, parse_json
+
 Message = dict[str, Any]
 
 
@@ -83,8 +85,8 @@ def parsed(value: Any) -> Any:
     """A value that may be given as JSON in a text: csv has nothing else, and tables often have it."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parse_json(value)
+        except NotJson:
             return value
     return value
 

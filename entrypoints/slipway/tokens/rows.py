@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 from slipway.errors import DataError
 from slipway.tokens.inputs import LARGEST_ROW, Piece
 from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, VALUES
+from slipway.untrusted import NotJson, parse_json, parse_next
 
 Row = tuple[str, Any]  # where it stands, and its JSON value
-DECODER = json.JSONDecoder()
 BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -29,9 +28,10 @@ def _of_lines(piece: Piece) -> Iterator[Row]:
             continue
         where = f"{piece.file}:{number}"
         try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except NotJson as error:
             raise DataError(f"{where}: {_not_json(error)}") from None
+        yield where, value
 
 
 def _of_values(piece: Piece) -> Iterator[Row]:
@@ -42,8 +42,8 @@ def _of_values(piece: Piece) -> Iterator[Row]:
         line += text.count("\n", at, begins)
         where = f"{piece.file}:{line}, row {number}"
         try:
-            value, at = DECODER.raw_decode(text, begins)
-        except (ValueError, RecursionError) as error:
+            value, at = parse_next(text, begins)
+        except NotJson as error:
             raise DataError(f"{where}: {_not_json(error)}") from None
         yield where, value
         line, number = line + text.count("\n", begins, at), number + 1
@@ -98,10 +98,8 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _not_json(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
-    said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    if isinstance(error, json.JSONDecodeError):
-        said = f"{error.msg} at column {error.colno}"
+def _not_json(error: NotJson) -> str:
+    said = str(error)
+    if said.startswith("not UTF-8"):
+        return f"{said}; convert the file to UTF-8"
     return f"not JSON ({said}); fix or delete it"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slipway.errors import DataError
+from slipway.untrusted import NotJson, parse_json
 
 HEAD_BYTES = 1 << 16  # what is looked at of a file
 BLOCK_BYTES = 1 << 18
@@ -212,7 +212,7 @@ def _json_kind(text: str) -> str:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except NotJson:
         return False
     return True

@@ -5,13 +5,13 @@ Read from the files themselves, as transformers reads them: to import transforme
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import locate
 from slipway.errors import DataError, UsageError
+from slipway.untrusted import read_object
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,10 @@ class Folder:
 def folder_of(path: Path) -> Folder:
     """The folder's words; DataError where its config is not JSON."""
     file = path / "tokenizer_config.json"
-    try:
-        config = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        raise DataError(f"{file} is not JSON; copy it again") from None
+    config = read_object(file) if file.is_file() else {}
     # Older models have their special tokens in a file of their own.
     old = path / "special_tokens_map.json"
-    return Folder(path, {**json.loads(old.read_text()), **config} if old.is_file() else config)
+    return Folder(path, {**read_object(old), **config} if old.is_file() else config)
 
 
 def tokenizer_folder(model: str) -> Path:

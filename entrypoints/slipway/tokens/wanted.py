@@ -9,6 +9,7 @@ from datetime import date
 
 from slipway.errors import UsageError
 from slipway.options import LARGEST, check_group, option, suggestion
+from slipway.untrusted import NotJson, parse_json
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Wanted:
     def arguments(self) -> str:
         """The object of --template-args, as JSON."""
         try:
-            found = json.loads(self.template_args)
-        except (ValueError, RecursionError):
+            found = parse_json(self.template_args)
+        except NotJson:
             found = None
         if not isinstance(found, dict):
             raise UsageError(f"--template-args {self.template_args} is not a JSON object; give '{{\"name\": value}}'")

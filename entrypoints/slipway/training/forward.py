@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slipway.checkpoint import handover
 from slipway.checkpoint.compare import Different, Model
 from slipway.checkpoint.torch_dist import PREFIX
 from slipway.errors import DataError
@@ -43,6 +44,9 @@ def compare_logits(first: Model, second: Model, tolerance: float | None) -> Logi
     Args:
         tolerance: largest allowed difference of two logits; None = TOLERANCE, or TOLERANCE_ON_GPU on a GPU.
     """
+    for model in (first, second):
+        if model.nemo:  # both, before either of them takes half a minute
+            handover.check(model.path)
     import torch
 
     if tolerance is None:
@@ -77,6 +81,7 @@ def logits_of_nemo(checkpoint: Path, tokens: Tensor) -> Tensor:
 
 def load(checkpoint: Path) -> GPTModel:
     """NeMo's model in float32 and in evaluation mode. Its weights are loaded by megatron-core's own reader."""
+    handover.check(checkpoint)
     quiet()
     import torch
 
@@ -90,7 +95,7 @@ def load(checkpoint: Path) -> GPTModel:
     from slipway.training.repairs import keep_latent_epsilon, read_and_write_plain_files
 
     read_and_write_plain_files()
-    from nemo.lightning.io import load_context
+    from slipway.training.context import model_of
 
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
@@ -98,7 +103,7 @@ def load(checkpoint: Path) -> GPTModel:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = load_context(checkpoint / "context", subpath="model")
+    model = model_of(checkpoint)
     if on_gpu:  # in BF16 a router may choose other experts, and the logits would differ very much
         model.config.bf16 = False
         model.config.params_dtype = model.config.pipeline_dtype = model.config.autocast_dtype = torch.float32

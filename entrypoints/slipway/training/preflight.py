@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint.lora import Adapters
+from slipway.checkpoint import handover
+from slipway.checkpoint.lora import BASE_NOTE, Adapters
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG, TOKENIZER
 from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError, PreflightError, UsageError, WriteError
@@ -25,7 +25,9 @@ from slipway.training import memory
 from slipway.training.agreement import changed
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
+from slipway.untrusted import read_object, read_text
 
+NOTE_BYTES = 1 << 20
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 # What may change between two starts of one run.
 MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
@@ -38,6 +40,22 @@ def check_checkpoint(model: Path) -> None:
         raise UsageError(f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
+
+
+def check_handover(recipe: Recipe, folder: RunFolder, begins_at: int) -> None:
+    """DataError unless everything that NeMo will load here may be handed to it; NeMo would say so after a minute."""
+    handover.check(Path(recipe.model))
+    if recipe.adapter:
+        handover.check_weights(Path(recipe.adapter))
+    latest = folder.latest_checkpoint() if begins_at else None
+    if latest is None:
+        return
+    handover.check(latest[1])
+    # NeMo loads the base from where these notes say.
+    note = latest[1] / "weights" / BASE_NOTE
+    base = read_object(note, NOTE_BYTES).get("model_ckpt_path") if note.is_file() else recipe.model
+    if not isinstance(base, str) or Path(base).resolve() != Path(recipe.model).resolve():
+        raise DataError(f"{note} names another base than --model {recipe.model}; restore it or choose another --out")
 
 
 def check_data(data: str, eval_data: str) -> None:
@@ -78,9 +96,9 @@ def without_tokenizer(model: Path) -> list[str]:
 
 def vocab_size(model: Path) -> int:
     """The vocabulary of a NeMo checkpoint's model, from its model.yaml."""
-    for line in (model / "context" / "model.yaml").read_text().splitlines():
+    for line in read_text(model / "context" / "model.yaml", 16 << 20).splitlines():
         key, _, value = line.strip().partition(": ")
-        if key == "vocab_size" and value.isdigit():
+        if key == "vocab_size" and value.isdecimal() and len(value) < 12:
             return int(value)
     raise DataError(f"{model / 'context' / 'model.yaml'} has no vocab_size; import the model again")
 
@@ -136,7 +154,7 @@ def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None
     """
     if not begins_at or not folder.inputs.is_file():
         return
-    if differences := changed(json.loads(folder.inputs.read_text()), now):
+    if differences := changed(read_object(folder.inputs, NOTE_BYTES), now):
         raise UsageError(
             f"{folder.path} holds a run on other inputs: {'; '.join(differences)}; restore them or choose another --out"
         )

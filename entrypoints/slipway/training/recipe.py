@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import UsageError
+from slipway.errors import DataError, UsageError
 from slipway.options import LARGEST, check_group, option
 from slipway.tokens.blend import parts_of
+from slipway.untrusted import read_object
 
 MODES = ("heads", "lora", "sft", "pretrain")
 
@@ -218,5 +219,12 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text()))
+        """Read what `save` wrote; DataError for a file that it did not write."""
+        values = read_object(path, 1 << 20, "restore it or choose another --out")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := next((name for name in values if name not in known), ""):
+            raise DataError(f"{path}: there is no {unknown!r} in a recipe; restore the file or choose another --out")
+        try:
+            return cls(**values)
+        except TypeError:
+            raise DataError(f"{path} is not a whole recipe; restore it or choose another --out") from None

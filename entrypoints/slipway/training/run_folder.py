@@ -24,8 +24,11 @@ from typing import Any
 
 from slipway.checkpoint import locate
 from slipway.checkpoint.locate import COMPLETE
+from slipway.errors import DataError
 from slipway.training.recipe import Recipe
+from slipway.untrusted import NotJson, parse_json, read_bytes, read_object
 
+CURE = "restore it, or choose another --out"
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -80,7 +83,7 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any]:
         """The content of the status file, or {} if there is none."""
-        return json.loads(self.status.read_text()) if self.status.exists() else {}
+        return read_object(self.status, cure=CURE) if self.status.exists() else {}
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Replace the status file; a reader sees the old or the new one, never a part."""
@@ -115,4 +118,8 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file. Half a line is ignored: the disk was full, or the line is being written."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]
+    lines = read_bytes(file, cure=CURE).splitlines(True)
+    try:
+        return [parse_json(line) for line in lines if line.endswith(b"\n")]
+    except NotJson as error:
+        raise DataError(f"{file}: a line is not JSON ({error}); {CURE}") from None

@@ -21,6 +21,7 @@ from slipway.launch import torchrun
 from slipway.launch.failure import FAILED, Failure
 from slipway.launch.link import Link, meet
 from slipway.launch.placement import Patience, Placement
+from slipway.launch.token import Token
 from slipway.launch.topology import ALONE, Topology, find_topology, gpus_here
 from slipway.options import flag
 from slipway.report import Summary
@@ -89,7 +90,8 @@ def run(request: Request) -> Summary:
         preflight.make_folder(run.folder)
         agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
-        link = meet(topology, agreed, request.patience.rendezvous_timeout)
+        token = Token.of(run.folder.path, request.placement.run_token_file)
+        link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
         if topology.rank == 0:
             claim_folder(run, {name: agreed[name] for name in STAY})
         try:
@@ -150,6 +152,8 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     begins_at, notes = preflight.first_step(recipe, folder, request.resume)
     for line in [*said, *notes, *preflight.without_tokenizer(model)]:
         print(f"train: {line}", file=sys.stderr)
+    if not dry_run and begins_at < recipe.steps:
+        preflight.check_handover(recipe, folder, begins_at)
     return Run(recipe, topology, folder, begins_at, started, scanned), config
 
 

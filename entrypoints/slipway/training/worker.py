@@ -118,13 +118,12 @@ def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
 
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     """NeMo's model from the checkpoint's context, configured for the mode and the machine. Its weights come later."""
-    from nemo.lightning.io import load_context
-
+    from slipway.training.context import model_of
     from slipway.training.modes import MODES
     from slipway.training.repairs import scale_auxiliary_loss
     from slipway.training.steps import TokenLoss, data_step
 
-    model = load_context(Path(recipe.model) / "context", subpath="model")
+    model = model_of(Path(recipe.model))
     config = model.config
     config.seq_length = recipe.seq_length
     config.calculate_per_token_loss = True  # see TokenLoss

@@ -1,0 +1,181 @@
+"""What comes from outside, made safe to use: files and lines of JSON, and text that is printed.
+
+A foreign file may be a device that never ends, may be nested so deeply that Python gives up, or may say a thing twice
+so that two readers understand it in two ways. Each of these is one sentence here, for every file that is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from slipway.errors import DataError
+
+# Of a file: the index of a model with a million tensors has 100 MB, and a tokenizer.json 30 MB.
+LARGEST_FILE = 256 << 20
+DEEPEST = 100  # brackets in one another; a chat with tools, the deepest that is read, has about ten
+AGAIN = "download it again"
+# A terminal obeys control characters, and a surrogate is no character. The others change the direction of what follows
+# or end a line: a name could be shown as another one.
+HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+CREDENTIALS = re.compile(r"([a-zA-Z][\w+.-]*://)[^\s/?#\"<>]*@")
+
+
+class NotJson(ValueError):
+    """Why some bytes are not JSON that is read, in words."""
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text; NotJson for anything else, for brackets too deep, and for a name that stands twice."""
+    with _said():
+        value = json.loads(text, object_pairs_hook=_named_once)
+    check_depth(text, value)
+    return value
+
+
+def parse_next(text: str, begins: int) -> tuple[Any, int]:
+    """(the value that begins there, where it ends) of a text with several; NotJson as above."""
+    with _said():
+        value, ends = DECODER.raw_decode(text, begins)
+    check_depth(text[begins:ends], value)
+    return value, ends
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What Python's reader raises as a NotJson."""
+    try:
+        yield
+    except RecursionError:
+        raise NotJson("nested too deeply") from None
+    except NotJson:
+        raise
+    except UnicodeDecodeError as error:
+        raise NotJson(f"not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise NotJson(f"{error.msg} at {place}") from None
+    except ValueError:  # of Python, for a whole number of thousands of digits
+        raise NotJson("a number is too long") from None
+
+
+def check_depth(text: bytes | str, value: Any) -> None:
+    """NotJson where a value, read from this text, is nested too deeply: whoever walks it may call itself each time."""
+    opens: Any = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, opens)) > DEEPEST and _is_deeper(value, DEEPEST):
+        raise NotJson("nested too deeply")
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise NotJson(f"the name {harmless(repr(twice), 80)} is given twice")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_named_once)
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        if not (level := [child for parent in level for child in _held(parent) if isinstance(child, (dict, list))]):
+            return False
+    return True
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+reading = ""  # the last file or place that was read, for the message of an error that nobody expected
+
+
+def note(place: Path | str) -> None:
+    """From here on this is what is read."""
+    global reading
+    reading = str(place)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file that others gave, opened; OSError for what is no file.
+
+    Not waiting: whoever opens a FIFO waits for a writer, and a device such as /dev/zero never ends.
+    """
+    note(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, str(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file but a device, a pipe or a folder")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> bytes:
+    """The content of a file that others gave; DataError for one that is no file, is larger or cannot be read."""
+    try:
+        with open_file(path) as file:
+            content = file.read(most + 1)  # not by its size: files of /proc, and those that grow, do not tell it
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; {cure}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {cure}") from None
+    if len(content) > most:
+        raise DataError(f"{path} has more than {most:,} bytes, the most that such a file has; {cure}")
+    return content
+
+
+def read_text(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> str:
+    """The same as text; DataError for what is not UTF-8."""
+    try:
+        return read_bytes(path, most, cure).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); {cure}") from None
+
+
+def read_json(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> Any:
+    """The value of a JSON file that others gave; DataError, in one line, for everything else."""
+    try:
+        return parse_json(read_bytes(path, most, cure))
+    except NotJson as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); {cure}") from None
+
+
+def read_object(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> dict[str, Any]:
+    """The same of a file that holds one object."""
+    value = read_json(path, most, cure)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object; {cure}")
+    return value
+
+
+def harmless(text: str, most: int = 4000) -> str:
+    """A text on its way to a terminal or a log: no controls, nothing that is no character, no passwords in URLs.
+
+    Args:
+        most: characters; what is longer loses its middle.
+    """
+    text = without_credentials(HARMFUL.sub(_spelled, text))
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def _spelled(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def without_credentials(text: str) -> str:
+    """The text with `***` in place of user and password in every URL."""
+    return CREDENTIALS.sub(r"\1***@", text)

@@ -1,0 +1,131 @@
+"""Where attacks are tried: a command in a process of its own, with limits, and what came of it.
+
+Run as a program it is a server, which imports what commands share once and forks a process for each attempt. Each line
+of its input is {"words": [...], "environment": {...}, "stdin": FILE}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 10  # of the processor: what an input may take
+PATIENCE = 120  # seconds on the clock, for what waits and computes nothing; a safety net on a busy machine
+MEMORY = 600 << 20  # bytes beyond what the imports take
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Args:
+        code: the exit code; negative is the signal that ended it.
+        memory: bytes that it took beyond the imports.
+        seconds: of the processor.
+    """
+
+    code: int
+    out: str
+    err: str
+    memory: int
+    seconds: float
+
+    def check(self, *codes: int, lines: int | None = 1) -> str:
+        """What it said; AssertionError unless it ended with one of the codes, in that many lines and no traceback."""
+        assert self.code in codes, (self.code, self.seconds, self.memory, self.err[-2000:])
+        assert "Traceback" not in self.err + self.out, self.err[-2000:]
+        said = self.err.strip().split("\n")
+        assert lines is None or len(said) == lines, self.err
+        assert self.memory < MEMORY, f"{self.memory >> 20} MB"
+        assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in self.err.replace("\n", "")), repr(self.err)
+        return said[-1]
+
+
+class Arena:
+    """Runs commands with limits; a context manager."""
+
+    def __enter__(self) -> Arena:
+        words = [sys.executable, "-W", "ignore", __file__]
+        self._server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+
+    def run(self, *words: object, environment: dict[str, str] | None = None, stdin: str | None = None) -> Outcome:
+        """One command."""
+        job = {"words": list(map(str, words)), "environment": environment or {}, "stdin": stdin or "/dev/null"}
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        return Outcome(**json.loads(self._server.stdout.readline()))
+
+
+def serve() -> None:
+    """Until the input ends."""
+    import numpy  # noqa: F401 (for the forks)
+    from slipway import cli  # noqa: F401
+    from slipway.checkpoint import compare, convert, handover, inspection, locate, peft_import  # noqa: F401
+    from slipway.tokens import tokenise  # noqa: F401
+    from slipway.training import start  # noqa: F401
+
+    with contextlib.suppress(ImportError):
+        import jinja2.ext  # noqa: F401
+        import tokenizers  # noqa: F401
+    answers = os.dup(1)
+    for line in sys.stdin:
+        os.write(answers, json.dumps(attempt(json.loads(line))).encode() + b"\n")
+
+
+def attempt(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job in a fork of this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if not (child := os.fork()):
+            _play(job, out, err)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.alarm(PATIENCE)
+        _, status, used = os.wait4(child, 0)
+        signal.alarm(0)
+        return {
+            "code": os.waitstatus_to_exitcode(status),
+            "out": out.read_text(errors="replace")[:100_000],
+            "err": err.read_text(errors="replace")[:100_000],
+            "memory": max(0, used.ru_maxrss - before) << 10,
+            "seconds": used.ru_utime + used.ru_stime,
+        }
+
+
+def _play(job: dict[str, Any], out: Path, err: Path) -> None:
+    for number, file, flags in ((0, job["stdin"], os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
+        os.dup2(os.open(file, flags | (os.O_CREAT if number else 0), 0o600), number)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    # Address space, which threads and mappings take too: only what runs away meets this limit.
+    resource.setrlimit(resource.RLIMIT_AS, (now + (4 << 30),) * 2)
+    os.environ.update(job["environment"])
+    code = 99
+    try:
+        from slipway import cli
+
+        code = cli.main(job["words"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
