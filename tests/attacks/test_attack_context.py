@@ -122,6 +122,10 @@ ATTACKS: dict[str, tuple[Callable[[Node], Any], str]] = {
     "a value is a function": (added(CONFIG, "data_step_fn", symbol("os", "system")), "os:system"),
     "a value is an attribute": (added(CONFIG, "init_method", symbol("torch", "hub.load")), "torch:hub.load"),
     "an object of another class": (lambda c: first(c)["type"].update(module="x.y", name="Z"), "x.y:Z"),
+    "a function of ours": (
+        lambda c: calls(c)[1].update(module="slipway.training.start", name="run"),
+        "slipway.training.start:run",
+    ),
     "a partial": (
         lambda c: [o["type"].update(module="fiddle._src.partial", name="Partial") for o in c["objects"].values()],
         "fiddle._src.partial:Partial",

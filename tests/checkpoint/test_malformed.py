@@ -73,7 +73,7 @@ CASES = {
         "rope_scaling.factor",
     ),
     "no weights": (lambda m: [f.unlink() for f in m.glob("model*")], "has neither"),
-    "index no JSON": (lambda m: (m / INDEX).write_text("nope"), "is damaged"),
+    "index no JSON": (lambda m: (m / INDEX).write_text("nope"), "cannot be read as JSON"),
     "index without map": (lambda m: (m / INDEX).write_text("{}"), "is damaged"),
     "index leads elsewhere": (
         lambda m: edit_json(m / INDEX, lambda i: i["weight_map"].update({"lm_head.weight": "../../x.safetensors"})),

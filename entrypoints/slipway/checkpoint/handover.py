@@ -39,12 +39,11 @@ BESIDE_THE_MODEL = {
     "nemo.lightning.pytorch.optim.megatron:MegatronOptimizerModule",
     "nemo.lightning.pytorch.optim.lr_scheduler:CosineAnnealingScheduler",
     "megatron.core.optimizer.optimizer_config:OptimizerConfig",
-    "slipway.training.heads_on_nemo:HeadsTransform",
-    "slipway.training.modes:LoRA",
     "nemo.collections.llm.peft.lora:LoRA",
     "nemo.collections.llm.peft.dora:DoRA",
     "nemo.collections.llm.peft.canonical_lora:CanonicalLoRA",
 }
+OURS = "slipway.training."  # what Slipway's own training attaches, and how its learning rate goes
 # Values of a configuration's fields that are not numbers or words: dtypes, activations, what NeMo's classes have set.
 VALUES = {
     *(f"torch:{name}" for name in TORCH_NAMES.values()),
@@ -227,7 +226,7 @@ class _Context:
             for target in _targets(value):
                 package = re.split(r"[.:]", target)[0]
                 elsewhere = package in PACKAGES and package not in HARMFUL and key not in reached
-                if target not in known and (target in strict or not elsewhere):
+                if target not in known and not target.startswith(OURS) and (target in strict or not elsewhere):
                     raise _Refused(f"it names {target}, which is not on the list")
 
 
@@ -292,7 +291,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 def _check_beside(value: Any) -> None:
     for part in _flat(value):
         if isinstance(part, Called):
-            if part.target not in BESIDE_THE_MODEL:
+            if part.target not in BESIDE_THE_MODEL and not part.target.startswith(OURS):
                 raise _Refused(f"it calls {part.target}, which is not on the list")
             _check_beside(list(part.arguments.values()))
         elif isinstance(part, _Named) and part.target not in VALUES:

@@ -197,9 +197,10 @@ def master_name(topology: Topology) -> Check:
     """Whether the master's name can be resolved on this machine."""
     try:
         found = socket.getaddrinfo(topology.master_addr, topology.master_port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
         cure = "check the spelling or give an IP address; Kubernetes: add a headless Service, set the pod's `subdomain`"
-        return Check("master's name", "unfit", f"{topology.master_addr}: {error.strerror}", cure)
+        why = getattr(error, "strerror", error)
+        return Check("master's name", "unfit", f"{topology.master_addr}: {why}", cure)
     return Check("master's name", "ok", f"{topology.master_addr} is {found[0][4][0]}")
 
 

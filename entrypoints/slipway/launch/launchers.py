@@ -6,6 +6,7 @@ can be recognised by its other variables.
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -94,7 +95,7 @@ def slurm(env: Environment) -> Hints | None:
     hints = {
         "nodes": _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"),
         "node_rank": _number(env, "SLURM_NODEID"),
-        "master_addr": Said(expand(env["SLURM_STEP_NODELIST"])[0], "SLURM_STEP_NODELIST"),
+        "master_addr": _first_host(env, "SLURM_STEP_NODELIST"),
         "gpus": gpus,
     }
     if tasks.value > 1:
@@ -103,11 +104,20 @@ def slurm(env: Environment) -> Hints | None:
     return Hints("slurm", **hints)
 
 
+def _first_host(env: Environment, name: str) -> Said:
+    hosts = [host for host in expand(env[name], name) if host]
+    if not hosts:
+        raise _no_list(env[name], name)
+    return Said(hosts[0], name)
+
+
 def _tasks_per_node(env: Environment) -> Said:
     name = "SLURM_STEP_TASKS_PER_NODE"
     text = env.get(name, "1")
-    if not (match := re.fullmatch(r"(\d+)(\(x\d+\))?", text)):
-        raise UsageError(f"{name} is {text!r}; every node needs the same number of tasks: set srun --ntasks-per-node")
+    if not (match := re.fullmatch(r"([1-9][0-9]{0,5})(\(x[0-9]+\))?", text)):
+        raise UsageError(
+            f"{name} is {text[:SHOWN]!r}; every node needs the same number of tasks: set srun --ntasks-per-node"
+        )
     return Said(int(match.group(1)), name)
 
 
@@ -121,20 +131,47 @@ def _check_tasks_per_gpu(env: Environment, tasks: Said, gpus: Said | None) -> No
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and len(visible.split(",")) != tasks.value:
         raise UsageError(
-            f"{tasks.by} is {tasks.value}, but this task sees only CUDA_VISIBLE_DEVICES={visible}; every task must see "
-            "all GPUs of its node: use srun --gpus-per-node, not --gpus-per-task"
+            f"{tasks.by} is {tasks.value}, but this task sees only CUDA_VISIBLE_DEVICES={visible[:SHOWN]}; every task "
+            "must see all GPUs of its node: use srun --gpus-per-node, not --gpus-per-task"
         )
 
 
-def expand(names: str) -> list[str]:
-    """The hosts of a Slurm node list: "a[08-10,12]-ib,b1" → a08-ib, a09-ib, a10-ib, a12-ib, b1."""
+def expand(names: str, by: str = "the node list") -> list[str]:
+    """The hosts of a Slurm node list: "a[08-10,12]-ib,b1" → a08-ib, a09-ib, a10-ib, a12-ib, b1.
+
+    Args:
+        by: the variable that it is from, for the message of the UsageError where it is no node list.
+    """
     hosts: list[str] = []
-    for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", names):
+    if not re.fullmatch(rf"{GROUP}(,{GROUP})*", names):
+        raise _no_list(names, by)
+    for group in filter(None, re.findall(GROUP, names)):
+        parts = [(literal, ranges) for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", group)]
+        if len(hosts) + math.prod(_count(ranges, names, by) for _, ranges in parts if ranges) > MOST_HOSTS:
+            raise UsageError(f"{by} is {names[:SHOWN]!r}: it names more than {MOST_HOSTS:,} hosts; give --master-addr")
         expanded = [""]
-        for literal, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
+        for literal, ranges in parts:
             expanded = [host + part for host in expanded for part in ([literal] if literal else _numbers(ranges))]
         hosts += expanded
     return hosts
+
+
+# A name with numbers in brackets; a pattern without choices that overlap, so that matching takes no time.
+GROUP = r"[^,\[\]\s]*(?:\[[0-9,-]+\][^,\[\]\s]*)*"
+MOST_HOSTS = 100_000
+SHOWN = 60  # characters of a value in a message
+
+
+def _no_list(names: str, by: str) -> UsageError:
+    return UsageError(f"{by} is {names[:SHOWN]!r}, not a list of nodes such as a[08-10,12]; give --master-addr")
+
+
+def _count(ranges: str, names: str, by: str) -> int:
+    """How many numbers "08-10,12" has; UsageError for what is no list of ranges."""
+    parts = [re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part) for part in ranges.split(",")]
+    if not all(parts):
+        raise _no_list(names, by)
+    return sum(max(0, int(match[2] or match[1]) - int(match[1]) + 1) for match in parts if match)
 
 
 def _numbers(ranges: str) -> list[str]:
@@ -257,6 +294,7 @@ def _number(env: Environment, *names: str, besides: tuple[str, ...] = ()) -> Sai
     if said is None or said.value in besides:
         return None
     low, colon, high = said.value.partition(":")
-    if not low.isdigit() or (colon and high != low):
-        raise UsageError(f"{said.by} is {said.value!r}; it must be one whole number: set one, or unset it")
+    # Not isdigit(), which takes ² too; and int() takes some thousand digits at most.
+    if not re.fullmatch(r"[0-9]{1,9}", low) or (colon and high != low):
+        raise UsageError(f"{said.by} is {said.value[:SHOWN]!r}; it must be one whole number: set one, or unset it")
     return Said(int(low), said.by)

@@ -24,13 +24,13 @@ class Placement:
     master_port: int | None = option(
         None, "port on node 0; the next one is used too", low=1, high=LAST_PORT, otherwise="29500"
     )
+    nproc_per_node: int | None = option(None, "processes per node", low=1, high=MOST, otherwise="one per GPU")
     run_token_file: str | None = option(
         None,
         "file with the secret by which the nodes of a run know each other, the same on all of them; nobody else may be "
         "able to read it",
         otherwise="a file that node 0 makes in --out",
     )
-    nproc_per_node: int | None = option(None, "processes per node", low=1, high=MOST, otherwise="one per GPU")
 
     def check(self) -> None:
         """UsageError for values that are wrong under any launcher."""

@@ -7,6 +7,7 @@ the run: if each node of a job believes that it is alone, all of them train the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typing import Any
 
 from slipway.errors import UsageError
 from slipway.launch.launchers import LAUNCHERS, Hints, Said
-from slipway.launch.placement import Placement
+from slipway.launch.placement import LAST_PORT, MOST, Placement
 
 DEFAULT_PORT = 29500
 ALONE = "(single machine, no launcher found)"  # the source if no flag and no launcher gives the topology
@@ -26,6 +27,18 @@ MUST_AGREE = {
     "node_rank": "the number of this node",
     "processes_per_node": "the number of processes per node",
 }
+
+
+# What a launcher may say; the flags have the same ranges.
+RANGES = {
+    "nodes": (1, MOST),
+    "node_rank": (0, MOST),
+    "master_port": (1, LAST_PORT),
+    "processes_per_node": (1, MOST),
+    "local_rank": (0, MOST),
+    "gpus": (0, MOST),
+}
+ADDRESS = re.compile(r"[\w.:%-]{1,255}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,9 @@ def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> 
         _refuse_disagreement(name, sources)
     if not any(hints.nodes for hints in sources):
         _refuse_to_be_alone(env)
+    for name, (low, high) in RANGES.items():
+        _refuse_out_of_range(name, low, high, sources)
+    _refuse_addresses(sources)
     count, counted_by = _pick("nodes", sources, 1)
     if count == 1:
         return _one_node(flags, sources, counted_by or ALONE, env)
@@ -141,6 +157,18 @@ def _refuse_disagreement(name: str, sources: list[Hints]) -> None:
             )
 
 
+def _refuse_out_of_range(name: str, low: int, high: int, sources: list[Hints]) -> None:
+    for said in (getattr(hints, name) for hints in sources):
+        if said is not None and not low <= said.value <= high:
+            raise UsageError(f"{said.by} is {said.value}; it must be {low} to {high}: correct it, or unset it")
+
+
+def _refuse_addresses(sources: list[Hints]) -> None:
+    for said in (hints.master_addr for hints in sources):
+        if said is not None and not ADDRESS.fullmatch(said.value):
+            raise UsageError(f"{said.by} is {said.value[:60]!r}; it must be a host name or an IP address")
+
+
 def _refuse_to_be_a_worker(env: Mapping[str, str]) -> None:
     if "TORCHELASTIC_RUN_ID" in env:
         raise UsageError(
@@ -158,13 +186,13 @@ def _refuse_to_be_alone(env: Mapping[str, str]) -> None:
         )
     if (nodes := env.get("SLURM_JOB_NUM_NODES", "1")) != "1":
         raise UsageError(
-            f"SLURM_JOB_NUM_NODES is {nodes}, but this command is not a step of that job; start it with srun "
+            f"SLURM_JOB_NUM_NODES is {nodes[:60]}, but this command is not a step of that job; start it with srun "
             "--ntasks-per-node=1, or give --nodes 1 to use this node only"
         )
     if (world := env.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(
-            f"WORLD_SIZE is {world}, but it can be a number of processes or of nodes; give --nodes, --node-rank and "
-            "--master-addr, or unset it"
+            f"WORLD_SIZE is {world[:60]}, but it can be a number of processes or of nodes; give --nodes, --node-rank "
+            "and --master-addr, or unset it"
         )
 
 

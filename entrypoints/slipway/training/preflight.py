@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import handover
-from slipway.checkpoint.lora import BASE_NOTE, Adapters
+from slipway.checkpoint.lora import BASE_NOTE, Adapters, noted_base
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG, TOKENIZER
 from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError, PreflightError, UsageError, WriteError
@@ -42,19 +42,22 @@ def check_checkpoint(model: Path) -> None:
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
 
 
-def check_handover(recipe: Recipe, folder: RunFolder, begins_at: int) -> None:
-    """DataError unless everything that NeMo will load here may be handed to it; NeMo would say so after a minute."""
+def check_base(recipe: Recipe) -> None:
+    """DataError unless the base and its adapters may be handed to NeMo, which would say so after a minute."""
     handover.check(Path(recipe.model))
     if recipe.adapter:
         handover.check_weights(Path(recipe.adapter))
-    latest = folder.latest_checkpoint() if begins_at else None
-    if latest is None:
+
+
+def check_newest(recipe: Recipe, folder: RunFolder) -> None:
+    """The same for the checkpoint that a run goes on from."""
+    if (latest := folder.latest_checkpoint()) is None:
         return
     handover.check(latest[1])
-    # NeMo loads the base from where these notes say.
+    # NeMo loads the base from where this note says.
     note = latest[1] / "weights" / BASE_NOTE
-    base = read_object(note, NOTE_BYTES).get("model_ckpt_path") if note.is_file() else recipe.model
-    if not isinstance(base, str) or Path(base).resolve() != Path(recipe.model).resolve():
+    base = noted_base(note) if note.is_file() else Path(recipe.model)
+    if base.resolve() != Path(recipe.model).resolve():
         raise DataError(f"{note} names another base than --model {recipe.model}; restore it or choose another --out")
 
 

@@ -90,6 +90,7 @@ def run(request: Request) -> Summary:
         preflight.make_folder(run.folder)
         agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
+        preflight.check_newest(run.recipe, run.folder)
         token = Token.of(run.folder.path, request.placement.run_token_file)
         link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
         if topology.rank == 0:
@@ -153,7 +154,7 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     for line in [*said, *notes, *preflight.without_tokenizer(model)]:
         print(f"train: {line}", file=sys.stderr)
     if not dry_run and begins_at < recipe.steps:
-        preflight.check_handover(recipe, folder, begins_at)
+        preflight.check_base(recipe)
     return Run(recipe, topology, folder, begins_at, started, scanned), config
 
 
