@@ -30,6 +30,7 @@ from slipway.untrusted import NotJson, parse_json, read_bytes, read_object
 
 CURE = "restore it, or choose another --out"
 
+
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
