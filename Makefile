@@ -29,7 +29,7 @@ demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 	@.venv/bin/slipway demo --model $(MODEL)
 
 test: setup transformers5 lint  ## unit and integration tests
-	@.venv/bin/pytest tests --ignore tests/image
+	@.venv/bin/pytest tests --ignore tests/image --numprocesses auto --maxprocesses 4 --dist loadfile
 
 docs: setup  ## fill the tables of docs/ and the comments of the recipes from the code
 	@.venv/bin/python docs/tables.py
