@@ -58,6 +58,8 @@ IN_CI = [
     ("qwen3_moe", "sft", "tp2"),
     ("qwen3_dense", "pretrain", "dp2"),
     ("deepseek_v3", "heads", "padded"),
+    ("gpt_oss", "heads", "padded"),
+    ("qwen3_moe", "heads", "padded"),
     ("deepseek_v3", "sft", "padded"),
     ("deepseek_v3", "lora", "padded"),
     ("gpt_oss", "sft", "padded"),
