@@ -80,7 +80,8 @@ def _export(name: str, root: Path) -> None:
         if created.returncode:
             raise BuildError(f"{name}: {created.stderr.strip().splitlines()[-1]}", exit_code=1)
         command = [engine.client(), "export", container]
-        words = ["tar", "--extract", "--numeric-owner", "--same-permissions", f"--directory={root}"]
+        # Without devices, as enroot's own importer has it: nobody but root can unpack them, and enroot makes its own.
+        words = ["tar", "--extract", "--numeric-owner", "--same-permissions", "--exclude=dev/*", f"--directory={root}"]
         with subprocess.Popen(command, env=engine.environment(), stdout=subprocess.PIPE) as export:
             unpacked = subprocess.run(words, stdin=export.stdout, capture_output=True, text=True)
         if unpacked.returncode or export.returncode:

@@ -22,6 +22,12 @@ class DataError(SlipwayError):
     exit_code = 65
 
 
+class LostPeer(SlipwayError):
+    """A node or a rank of another node was lost; the same command goes on from the newest checkpoint without it."""
+
+    exit_code = 69
+
+
 class WriteError(SlipwayError):
     """The output cannot be written: full disk, read-only target, no permission."""
 

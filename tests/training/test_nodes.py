@@ -205,7 +205,7 @@ def test_a_command_that_vanishes_ends_the_run_and_leaves_no_process(nemo_model, 
 
     words = [command(nemo_model, data, run.path, port, steps=ENOUGH_STEPS, **node(rank)) for rank in (0, 1)]
     (code, output), (other, _) = run_all(words, meanwhile=vanish)
-    assert other == -signal.SIGKILL and code == 1
+    assert other == -signal.SIGKILL and code == 69
     assert re.search(r"train: node 1 \(.*\) was lost: its command or its machine stopped", last_line(output)), output
     assert len(family) == 2
     wait_for_the_end_of(family)

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model, tensor_of
+from forked import Gate
 from safetensors.torch import load_file, save_file
 from slipway import cli
 from slipway.checkpoint.torch_dist import Reader
@@ -188,3 +190,29 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_cure():
         Finite(recipe).on_train_batch_start(trainer, module)
     trainer.callback_metrics["reduced_train_loss"] = torch.tensor(1.0)
     Finite(recipe).on_train_batch_end(trainer, module)
+
+
+def test_two_runs_do_not_go_into_one_folder(folder, tmp_path, warm):
+    run = RunFolder(tmp_path / "run")
+    first = warm.start(words(folder, run.path, steps=10**6, save_every=10**6), tmp_path / "first")
+    while not run.metrics.exists():
+        assert first.poll() is None, first.output.read_text()
+        time.sleep(0.05)
+    code, output = train(words(folder, run.path, steps=10**6, save_every=10**6), commands=warm)
+    assert code == 78 and "is held by a run on" in output.splitlines()[-1] and "Traceback" not in output, output
+    first.send_signal(signal.SIGTERM)
+    assert first.finish()[0] == 75 and not run.owner.exists()
+
+
+def test_starts_that_are_stopped_before_a_step_do_not_go_on_for_ever(folder, tmp_path, warm):
+    """Twice it may happen; the third time a scheduler must not queue the run again."""
+    run, codes = RunFolder(tmp_path / "run"), []
+    for number in range(3):
+        gate = Gate(tmp_path / f"gate{number}")
+        code, output = train(words(folder, run.path), commands=warm, gate=gate)
+        codes.append(code)
+    assert codes == [75, 75, 1], output
+    assert "3 starts in a row were stopped at step 0, before a new step was saved" in output.splitlines()[-1]
+    code, output = train(words(folder, run.path), commands=warm)
+    assert code == 0, output
+    assert run.read_status()["in_vain"] == 0 or run.read_status()["state"] == "done"

@@ -6,12 +6,13 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
-from slipway.launch.failure import Failure
+from slipway.errors import DataError, LostPeer, PreflightError, SlipwayError, Stopped, UsageError, WriteError
+from slipway.launch.failure import GONE, LOST_A_PEER, Failure
 from slipway.launch.topology import Topology
 from slipway.report import Summary
 from slipway.training.preflight import Scanned
@@ -19,6 +20,7 @@ from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder, now
 
 CONTINUE = "run the same command again to continue"
+IN_VAIN = 3  # starts in a row that were stopped before they saved a new step, before it is an error
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,33 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
         tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
+        begun |= {"begun_at": run.begins_at, "in_vain": _in_vain(run, before)}
         run.folder.write_status(known | begun | {"started": now(), "updated": now()})
     except OSError as error:
         raise WriteError(
             f"{run.folder.path} cannot be written: {error.strerror}; free some space or choose another --out"
         ) from None
+
+
+def _in_vain(run: Run, before: Mapping[str, Any]) -> int:
+    """How many starts before this one, in a row, were stopped without a new step."""
+    was_stopped = before.get("state") in ("starting", "running", "stopped")
+    return before.get("in_vain", 0) + 1 if was_stopped and before.get("begun_at") == run.begins_at else 0
+
+
+def stopped(run: Run, said: str) -> SlipwayError:
+    """What a stopped start ends with: Stopped, but an error where every start is stopped before a new step is saved.
+
+    A scheduler starts the job again at Stopped, and would do so for ever.
+    """
+    status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
+    saved = latest[0] if latest else 0
+    if saved > run.begins_at or status.get("in_vain", 0) + 1 < IN_VAIN:
+        return Stopped(said)
+    return SlipwayError(
+        f"train: {IN_VAIN} starts in a row were stopped at step {saved}, before a new step was saved; give them more "
+        "time before the stop, or make a step shorter with a smaller --global-batch-size in another --out"
+    )
 
 
 def note(folder: RunFolder, state: str, why: str, code: int) -> None:
@@ -72,9 +96,9 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
         return _summary(run, latest[1], status)
     saved = latest[0] if latest else 0
     if not failure and status.get("state") == "stopped":
-        raise Stopped(f"train: stopped and saved at step {saved} of {run.recipe.steps}; {CONTINUE}")
+        raise stopped(run, f"train: stopped and saved at step {saved} of {run.recipe.steps}; {CONTINUE}")
     if grace_is_over and status.get("step", 0) == saved:
-        raise Stopped(f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; {CONTINUE}")
+        raise stopped(run, f"train: stopped at step {saved} of {run.recipe.steps}, nothing is lost; {CONTINUE}")
     if grace_is_over:
         raise SlipwayError(
             f"train: no checkpoint was saved within --grace; the last one is at step {saved}: increase --grace"
@@ -99,4 +123,6 @@ def _error(failure: Failure) -> SlipwayError:
     kinds = {kind.exit_code: kind for kind in (UsageError, DataError, WriteError, PreflightError)}
     if failure.said and failure.code in kinds:
         return kinds[failure.code](f"{failure.said} ({failure.who})")
+    if failure.blame in (GONE, LOST_A_PEER):
+        return LostPeer(f"train: {failure}; {CONTINUE}")
     return SlipwayError(f"train: {failure.said or failure}")

@@ -3,6 +3,7 @@
 checkpoints/step=N/   NeMo checkpoints; one that has `step=N-unfinished` beside it is not complete
 recipe.json           what is computed
 inputs.json           digests of the data, the model and the tokenizer, when the run began
+owner.json            who runs into the folder, as long as it runs
 status.json           state (starting, running, stopped, done, failed), step, loss, tokens, times, why it ended and the
                       exit code
 metrics.jsonl         one object per step: step, loss, lr, tokens, seconds
@@ -51,6 +52,10 @@ class RunFolder:
     @property
     def inputs(self) -> Path:
         return self.path / "inputs.json"
+
+    @property
+    def owner(self) -> Path:
+        return self.path / "owner.json"
 
     @property
     def status(self) -> Path:

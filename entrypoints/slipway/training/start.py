@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -29,7 +30,8 @@ from slipway.signals import StopRequests
 from slipway.tokens.blend import as_text, parts_of
 from slipway.training import layout, memory, preflight, recipes
 from slipway.training.agreement import STAY, claims
-from slipway.training.outcome import Run, claim_folder, note, result_of
+from slipway.training.claim import Claim
+from slipway.training.outcome import Run, claim_folder, note, result_of, stopped
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.targets import ALL
@@ -92,17 +94,18 @@ def run(request: Request) -> Summary:
         preflight.check_inputs(run.folder, run.begins_at, agreed)
         preflight.check_newest(run.recipe, run.folder)
         token = Token.of(run.folder.path, request.placement.run_token_file)
-        link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
-        if topology.rank == 0:
-            claim_folder(run, {name: agreed[name] for name in STAY})
-        try:
-            failure = _work(run, Path(scratch), stop, link)
-        except Stopped:  # between the claim and the first worker
+        with Claim(run.folder.owner) if topology.rank == 0 else contextlib.nullcontext():
+            link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
             if topology.rank == 0:
-                note(run.folder, "stopped", stop.asked_by, Stopped.exit_code)
-            raise
-        link.close()
-        return result_of(run, failure, stop.grace_is_over)
+                claim_folder(run, {name: agreed[name] for name in STAY})
+            try:
+                failure = _work(run, Path(scratch), stop, link)
+            except Stopped as error:  # between the claim and the first worker
+                if topology.rank == 0:
+                    note(run.folder, "stopped", stop.asked_by, Stopped.exit_code)
+                raise stopped(run, str(error)) from None
+            link.close()
+            return result_of(run, failure, stop.grace_is_over)
 
 
 def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, Any] | None]:

@@ -13,6 +13,10 @@ unsquashfs -cat "$WORK/image.sqsh" etc/rc | tee "$WORK/rc" | bash -n
 grep -q 'exec /usr/bin/tini -- /usr/local/bin/slipway-entrypoint "$@"' "$WORK/rc"
 unsquashfs -cat "$WORK/image.sqsh" etc/environment | grep '^PATH=/opt/venv/bin'
 
+# An ordinary user unpacks it, as every step under pyxis does: devices are for root alone to make.
+install -d -o 65534 -g 65534 "$WORK/user"
+setpriv --reuid=65534 --regid=65534 --clear-groups unsquashfs -no-progress -d "$WORK/user/root" "$WORK/image.sqsh" >"$WORK/said"
+
 # Mounted, it runs a command as pyxis does: found on PATH, without the entrypoint.
 mkdir "$WORK/root"
 mount -o loop,ro "$WORK/image.sqsh" "$WORK/root"
