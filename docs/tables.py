@@ -55,6 +55,13 @@ def common_fields() -> str:
     return "\n".join(["| what becomes of it | fields |", "|---|---|", *rows]) + "\n"
 
 
+def shown(name: str) -> str:
+    """A file of deploy/ as it is."""
+    path = DOCS.parent / "deploy" / name
+    kind = {".sbatch": "bash", ".yaml": "yaml"}[path.suffix]
+    return f"```{kind}\n{path.read_text()}```\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "recipe keys": lambda: table(Recipe),
@@ -62,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "placement flags": lambda: table(Placement),
     "patience flags": lambda: table(Patience),
     "common fields": common_fields,
+    **{f"deploy/{name}": functools.partial(shown, name) for name in ("slurm.sbatch", "kubernetes/job.yaml")},
     **{f"fields of {name}": functools.partial(fields, family) for name, family in FAMILIES.items()},
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from slipway.cli import COMMANDS, parse
+from slipway.errors import DataError, LostPeer, PreflightError, Stopped, UsageError
 from slipway.launch import launchers
 
 ROOT = Path(__file__).parent.parent
@@ -76,13 +77,88 @@ def test_the_jobs_service_finds_its_pods():
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
     assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
-    assert job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 65, 78]
+
+
+def jobs() -> dict[str, dict[str, Any]]:
+    """File → the spec of the Job whose pods run, at whatever level it is."""
+    jobset = documents(DEPLOY / "kubernetes" / "jobset.yaml")[0]["spec"]
+    runtime = documents(DEPLOY / "kubernetes" / "trainjob.yaml")[0]["spec"]["template"]["spec"]
+    found = {
+        name: spec["replicatedJobs"][0]["template"]["spec"]
+        for name, spec in (("jobset", jobset), ("trainjob", runtime))
+    }
+    return found | {"job": documents(DEPLOY / "kubernetes" / "job.yaml")[1]["spec"]}
+
+
+@pytest.mark.parametrize("name", ["job", "jobset", "trainjob"])
+def test_a_stop_or_a_lost_node_is_no_failure_and_what_cannot_work_is_not_tried_again(name):
+    spec = jobs()[name]
+    (container,) = spec["template"]["spec"]["containers"]
+    ignored, drained, given_up = spec["podFailurePolicy"]["rules"]
+    codes = {"containerName": container["name"], "operator": "In"}
+    assert ignored == {"action": "Ignore", "onExitCodes": {**codes, "values": [LostPeer.exit_code, Stopped.exit_code]}}
+    assert drained == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    final = [UsageError.exit_code, DataError.exit_code, PreflightError.exit_code]
+    assert given_up == {"action": "FailJob", "onExitCodes": {**codes, "values": final}}
+
+
+def test_sets_of_jobs_end_where_another_try_would_fail_too():
+    jobset = documents(DEPLOY / "kubernetes" / "jobset.yaml")[0]["spec"]
+    runtime = documents(DEPLOY / "kubernetes" / "trainjob.yaml")[0]["spec"]["template"]["spec"]
+    for spec in (jobset, runtime):
+        (rule,) = spec["failurePolicy"]["rules"]
+        assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+        assert 1 <= spec["failurePolicy"]["maxRestarts"] <= 10
+
+
+# The definitions of JobSet and the Trainer, which are not ours to ship.
+CRDS = ROOT.parent / "shared" / "crd"
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema in which a field that it does not name is an error, as the API server has it."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: strict(part) for name, part in schema.items()}
+    is_open = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if schema.get("type") == "object" and not is_open:
+        found["additionalProperties"] = False
+    if schema.get("x-kubernetes-int-or-string"):
+        found.pop("type", None)
+    return found
+
+
+def crd_of(document: dict[str, Any]) -> dict[str, Any]:
+    """The strict schema for a manifest of JobSet or the Trainer."""
+    group, _, version = document["apiVersion"].partition("/")
+    for path in CRDS.glob("*.yaml"):
+        crd = yaml.safe_load(path.read_text())
+        if crd["spec"]["group"] == group and crd["spec"]["names"]["kind"] == document["kind"]:
+            (found,) = [v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == version]
+            schema = strict(found)
+            schema["properties"]["metadata"] = {"type": "object"}
+            return schema
+    raise AssertionError(f"no CRD for {document['kind']}")
+
+
+@pytest.mark.skipif(not CRDS.is_dir(), reason="the CRDs of JobSet and the Trainer are not beside the repository")
+@pytest.mark.parametrize("name", ["jobset.yaml", "trainjob.yaml"])
+def test_sets_of_jobs_fit_the_definitions_of_their_kinds(name):
+    import jsonschema
+
+    for document in documents(DEPLOY / "kubernetes" / name):
+        jsonschema.validate(document, crd_of(document))
+        document["spec"]["nonsense"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="nonsense"):
+            jsonschema.validate(document, crd_of(document))
 
 
 def test_the_trainjob_uses_its_runtime():
     runtime, job = documents(DEPLOY / "kubernetes" / "trainjob.yaml")
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
-    assert job["spec"]["runtimeRef"]["kind"] == runtime["kind"] and runtime["spec"]["mlPolicy"]["torch"]
+    assert job["spec"]["runtimeRef"]["kind"] == runtime["kind"] and runtime["spec"]["mlPolicy"]["torch"] == {}
     assert pod_of(DEPLOY / "kubernetes" / "trainjob.yaml")["containers"][0]["name"] == "node"
 
 
@@ -132,4 +208,6 @@ def test_sbatch_asks_for_a_stop_in_time_and_queues_again():
     assert {"--wait=60", "--kill-on-bad-exit=1"} <= set(words)
     arguments = parse("train", COMMANDS["train"], words[words.index("train") + 1 :])[1]
     assert int(options["signal"].partition("@")[2]) > arguments["grace"]
-    assert '"$code" -eq 75' in text and "scontrol requeue" in text
+    tail = text[text.index('case "$code" in') :]
+    assert f"{Stopped.exit_code}) scontrol requeue" in tail and f"{LostPeer.exit_code}) [ " in tail
+    assert tail.count("scontrol requeue") == 2 and "MOST_LOSSES:-5" in tail

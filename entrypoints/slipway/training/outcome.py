@@ -109,7 +109,7 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
         )
     if failure.lines:  # the traceback of a worker that did not know its error
         print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
-    raise _error(failure)
+    raise error_of(failure)
 
 
 def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
@@ -118,7 +118,7 @@ def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
     return Summary("train", str(checkpoint), size, time.time() - run.started, details, streamed=False)
 
 
-def _error(failure: Failure) -> SlipwayError:
+def error_of(failure: Failure) -> SlipwayError:
     """The worker's own message if it knew what was wrong, else who failed and how."""
     kinds = {kind.exit_code: kind for kind in (UsageError, DataError, WriteError, PreflightError)}
     if failure.said and failure.code in kinds:

@@ -31,7 +31,7 @@ from slipway.tokens.blend import as_text, parts_of
 from slipway.training import layout, memory, preflight, recipes
 from slipway.training.agreement import STAY, claims
 from slipway.training.claim import Claim
-from slipway.training.outcome import Run, claim_folder, note, result_of, stopped
+from slipway.training.outcome import Run, claim_folder, error_of, note, result_of, stopped
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.targets import ALL
@@ -298,7 +298,7 @@ def _work(run: Run, scratch: Path, stop: StopRequests, link: Link) -> Failure | 
         logs.mkdir(parents=True, exist_ok=True)
         failure = torchrun.launch(run.topology, _worker_arguments(scratch, run), stop, logs, link)
         if failure and run.topology.rank == 0:
-            note(run.folder, "failed", failure.said or str(failure), failure.code)
+            note(run.folder, "failed", failure.said or str(failure), error_of(failure).exit_code)
         return failure
 
     def work() -> None:
