@@ -9,6 +9,7 @@ An executable that carries a command's name runs that command, so that a link `t
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -62,6 +63,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "version": version.version,
 }
 WIDTH = 100  # of the help's lines
+# What the file system says of a path that a person gave, and no command foresees at each place.
+OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 MOST_OF_AN_ERROR = 300  # characters of a message that is not ours
 
 
@@ -83,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # of any kind: a defect of Slipway, or an input that nobody thought of
+        if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
+            print(f"slipway: {harmless(str(error.filename), 300)}: {error.strerror}; check the path", file=sys.stderr)
+            return UsageError.exit_code
         print(f"slipway: {harmless(_defect(error))}", file=sys.stderr)
         return SlipwayError.exit_code
 
@@ -126,7 +132,7 @@ def _run(argv: list[str]) -> int:
         return 0
     as_json, arguments = parse(name, function, argv[1:])
     result = function(**arguments)
-    print(json.dumps(result.as_dict()) if as_json else result)
+    print(without_credentials(json.dumps(result.as_dict()) if as_json else str(result)))
     return getattr(result, "exit_code", 0)
 
 
@@ -170,6 +176,7 @@ def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[boo
         raise UsageError(f"{name}: unexpected argument {words[len(positional)]!r}; see `slipway {name} --help`")
     arguments: dict[str, Any] = {}
     for key, text in [*zip(positional, words, strict=False), *flags]:
+        _refuse_unnameable(f"{name}: {flag(key)}", text)
         value = from_text(f"{name}: {flag(key)}", parameters[key], text)
         if isinstance(value, list):
             value = [*arguments.get(key, []), *value]
@@ -181,6 +188,16 @@ def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[boo
             spelled = key.upper() if key in positional else flag(key)
             raise UsageError(f"{name}: {spelled} is missing; see `slipway {name} --help`")
     return as_json, arguments
+
+
+def _refuse_unnameable(where: str, text: str) -> None:
+    """UsageError for what no file, host or program can be called: a NUL, half of a surrogate pair."""
+    try:
+        good = "\0" not in text and bool(os.fsencode(text) or not text)
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise UsageError(f"{where} is {text[:40]!r}; it has a character that no name can have")
 
 
 def _split(

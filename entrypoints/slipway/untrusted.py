@@ -25,7 +25,8 @@ AGAIN = "download it again"
 # A terminal obeys control characters, and a surrogate is no character. The others change the direction of what follows
 # or end a line: a name could be shown as another one.
 HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-CREDENTIALS = re.compile(r"([a-zA-Z][\w+.-]*://)[^\s/?#\"<>]*@")
+# Also with one slash, as a path of Python's shows a URL.
+CREDENTIALS = re.compile(r"([a-zA-Z][\w+.-]*:/{1,2})[^\s/?#\"<>]*@")
 
 
 class NotJson(ValueError):
@@ -179,3 +180,8 @@ def _spelled(match: re.Match[str]) -> str:
 def without_credentials(text: str) -> str:
     """The text with `***` in place of user and password in every URL."""
     return CREDENTIALS.sub(r"\1***@", text)
+
+
+def shown_url(value: str) -> str:
+    """A setting that may be a URL, without user and password and without what follows a question mark."""
+    return re.sub(r"(://[^?\s]*)\?\S*", r"\1?***", harmless(value, 300))

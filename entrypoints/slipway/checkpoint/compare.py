@@ -17,10 +17,10 @@ import numpy as np
 from slipway.checkpoint import convert, huggingface, inspection, stream, torch_dist
 from slipway.errors import SlipwayError
 from slipway.families import Family, read_config, rules, understood
-from slipway.families.checks import Config
+from slipway.families.checks import Config, check_stored
 from slipway.families.decoder import has_mtp, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, contiguous, to_float32
-from slipway.tensors.refs import Ref, TensorInfo
+from slipway.tensors.refs import Ref, TensorInfo, stored_bytes
 
 
 class Different(SlipwayError):
@@ -84,6 +84,7 @@ def _open_merged(path: Path) -> Model:
     reader = huggingface.Reader(path, huggingface.read_folder(path), config)
     base = {n.removeprefix(inspection.BASE): i for n, i in reader.tensors.items() if n.startswith(inspection.BASE)}
     known = config if has_mtp(config, base) else without_mtp(config)
+    check_stored(known, where, stored_bytes(base))
     model = family.rules(known)
     rules.check_tensors(base, model.hf, str(path))
 

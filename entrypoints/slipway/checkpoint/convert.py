@@ -22,10 +22,10 @@ from slipway.checkpoint.source import NAME, source_of
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError
 from slipway.families import Family, read_config, rules, understood
-from slipway.families.checks import Config
+from slipway.families.checks import Config, check_stored
 from slipway.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, data
-from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo
+from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo, stored_bytes
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BLOCK_BYTES = 32 << 20
@@ -74,6 +74,7 @@ def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
             )
     if not has_mtp(config, reader.tensors):
         config = without_mtp(config)  # transformers drops the layer for multi-token prediction, but not its field
+    check_stored(config, where, stored_bytes(reader.tensors))
     model = family.rules(config)
     surplus.unstack(reader, model.hf)
     rules.check_tensors(reader.tensors, model.hf, str(folder))
@@ -243,6 +244,7 @@ def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
     if not path.is_file():
         raise DataError(f"{context} has no {path.name}; this command needs a checkpoint created by `slipway import`")
     family, config = understood(read_config(path), path)
+    check_stored(config, path, stored_bytes(reader.tensors))
     config.pop(NAME, None)  # `import` noted it; what is exported need not be that any more
     model = family.rules(config)
     found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}

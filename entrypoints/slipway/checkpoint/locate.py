@@ -23,6 +23,7 @@ from typing import Any
 from slipway.checkpoint.stream import existing_folder, write_errors
 from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError
 from slipway.report import LOG_INTERVAL_SECONDS
+from slipway.untrusted import shown_url
 
 HUB, NEMO = "hf://", "nemo://"
 RUNS_CHECKPOINTS = "checkpoints"  # in the folder of a run
@@ -161,7 +162,7 @@ def _explained(error: Exception, where: str) -> SlipwayError | None:
     from huggingface_hub import constants, errors
 
     status = _status(error)
-    endpoint = constants.ENDPOINT
+    endpoint = shown_url(constants.ENDPOINT)
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return PreflightError(
             f"{where}: {endpoint} refuses access; accept the model's terms on its page and set HF_TOKEN to your token"

@@ -13,7 +13,9 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import UsageError, WriteError
+from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress, human_bytes
+from slipway.untrusted import HARMFUL, read_text
 
 JOURNAL_SECONDS = 2.0  # the most work that a killed run loses; a sync more often would slow the disk down
 COPIES_IN_MEMORY = 4  # of a piece: as read, decoded, transformed and serialised
@@ -32,6 +35,9 @@ COPIES_IN_MEMORY = 4  # of a piece: as read, decoded, transformed and serialised
 BLOCK = 4096
 MEMORY_ALIGNMENT = 512
 DIRECT_BYTES = 1 << 18  # below this, waiting for the disk costs more than the page cache does
+LONGEST_NAME = 255  # bytes, of every file system here
+LARGEST_JOURNAL = 1 << 28
+PREPARING, DONE = "preparing", " done"  # in plan.json: the files are being created; after the plan's own: all is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Write = tuple[str, int, "memoryview | bytes"]  # file, offset, data
@@ -90,12 +96,14 @@ def parse_size(text: str, flag: str) -> int:
 def identity_of_files(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """(path, bytes, time of the last change) of each file; it tells whether a source has changed."""
     stats = ((file, file.stat()) for file in files)
-    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return [(str(file), about.st_size, about.st_mtime_ns) for file, about in stats]
 
 
 def existing_folder(path: str) -> Path:
     """The folder; UsageError if there is none, with the most similar name that is there."""
     folder = Path(path)
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise UsageError(f"{path[:40]}… has a name of more than {LONGEST_NAME} bytes; give the folder of a model")
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -106,12 +114,46 @@ def existing_folder(path: str) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """UsageError if the output exists, or if a part of its path is a file."""
-    if out.exists() or out.is_symlink():
+    """UsageError if the output exists, if a part of its path is a file, or if no folder can have its name."""
+    check_name(out)
+    if os.path.lexists(out):
         raise UsageError(f"{out} exists; remove it or choose another name")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise UsageError(f"{parent} is a file, so {out} cannot be created; choose another name")
+
+
+def check_name(out: Path) -> None:
+    """UsageError for the name of an output that a file system, or a terminal, would not take."""
+    if HARMFUL.search(str(out)):
+        raise UsageError(f"{out} has characters that are not for names; choose another name")
+    for part in out.parts:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            raise UsageError(f"{part[:40]}… is longer than {LONGEST_NAME} bytes, as names can be; choose another name")
+    if len(os.fsencode(partial_of(out).name)) > LONGEST_NAME:
+        raise UsageError(f"{out.name[:40]}… is too long for the name of the folder of the work; choose a shorter name")
+
+
+def partial_of(out: Path) -> Path:
+    """Where an output is while it is being made."""
+    return out.with_name(f".{out.name}.partial") if out.name else out
+
+
+def is_plain_folder(partial: Path) -> bool:
+    """There is a folder, not a link to one, in which nothing is a link: no work of ours is written through it."""
+    if not os.path.lexists(partial):
+        return False
+    if not stat.S_ISDIR(partial.lstat().st_mode) or any(path.is_symlink() for path in partial.rglob("*")):
+        raise not_ours(partial)
+    return True
+
+
+def not_ours(partial: Path) -> UsageError:
+    """For a folder where the work would be, which Slipway did not make."""
+    return UsageError(
+        f"{partial} is not a folder of unfinished work of Slipway, which would stand there; move it away, or choose "
+        "another name"
+    )
 
 
 def run(plan: Plan, out: Path, title: str, memory: int) -> None:
@@ -123,7 +165,7 @@ def run(plan: Plan, out: Path, title: str, memory: int) -> None:
     Errors: WriteError if the disk is full or cannot be written; the work so far is kept for the next run.
     """
     refuse_existing(out)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_of(out)
     with write_errors(out):
         done = _prepare(plan, partial)
         _fill(plan, partial, done, title, memory)
@@ -136,7 +178,10 @@ def run(plan: Plan, out: Path, title: str, memory: int) -> None:
         # Everything is on disk before the new name is: after a power cut there is a whole output or none.
         for file in partial.rglob("*"):
             sync(file)
-        # In this order: plan.json without a journal tells the next run that all pieces are done.
+        # In this order: plan.json that says so, without a journal, tells the next run that all pieces are done.
+        note = partial / "plan.json"
+        note.write_text(_fingerprint(plan) + DONE)
+        sync(note)
         (partial / "journal").unlink()
         (partial / "plan.json").unlink()
         sync(partial)
@@ -171,18 +216,18 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
 
     Errors: WriteError if there is less space than the plan needs.
     """
-    fingerprint = hashlib.sha256(json.dumps([plan.identity, plan.sizes], sort_keys=True).encode()).hexdigest()
-    note = partial / "plan.json"
-    if note.exists() and note.read_text() == fingerprint:
-        journal = partial / "journal"
-        if not journal.exists():
+    fingerprint, note = _fingerprint(plan), partial / "plan.json"
+    if is_plain_folder(partial):
+        said = _noted(note)
+        if said == fingerprint + DONE:
             return set(range(len(plan.pieces)))
-        lines = journal.read_text().split("\n")[:-1]  # without a last line that was cut off: "12" may have been "123"
-        journal.write_text("".join(f"{line}\n" for line in lines))
-        return {int(line) for line in lines}
-    if partial.exists():
+        if said == fingerprint and (done := _pieces_done(partial / "journal", len(plan.pieces))) is not None:
+            return done
+        if said is None and not _is_what_was_made(plan, partial):
+            raise not_ours(partial)
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    note.write_text(PREPARING)  # from here on it can be seen whose folder this is
     free = shutil.disk_usage(partial.parent).free
     if plan.bytes > free:
         raise WriteError(
@@ -201,6 +246,40 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
     for path in (note, partial, partial.parent):
         sync(path)
     return set()
+
+
+def _fingerprint(plan: Plan) -> str:
+    return hashlib.sha256(json.dumps([plan.identity, plan.sizes], sort_keys=True).encode()).hexdigest()
+
+
+def _noted(note: Path) -> str | None:
+    """What plan.json says; None where nothing of ours does. Half of it was written when the power went."""
+    try:
+        said = read_text(note, 100)
+    except DataError:
+        return None
+    return said if re.fullmatch(rf"[0-9a-f]*({DONE})?|{PREPARING}", said) else None
+
+
+def _pieces_done(journal: Path, count: int) -> set[int] | None:
+    """The pieces that a journal names; None where it is not there, or names what is no piece."""
+    try:
+        # Without a last line that was cut off: "12" may have been "123".
+        lines = read_text(journal, LARGEST_JOURNAL).split("\n")[:-1]
+    except DataError:
+        return None
+    if not all(re.fullmatch(r"[0-9]{1,12}", line) and int(line) < count for line in lines):
+        return None
+    journal.write_text("".join(f"{line}\n" for line in lines))
+    return {int(line) for line in lines}
+
+
+def _is_what_was_made(plan: Plan, partial: Path) -> bool:
+    """Nothing but whole files of this plan, as it stands just before it gets its name; or nothing at all."""
+    small = {name: len(content) for name, content in plan.small.items()}
+    sizes = {**plan.sizes, **small, **{name: source.stat().st_size for name, source in plan.copies.items()}}
+    files = [file for file in partial.rglob("*") if not file.is_dir()]
+    return all(sizes.get(str(file.relative_to(partial))) == file.stat().st_size for file in files)
 
 
 def _fill(plan: Plan, partial: Path, done: set[int], title: str, memory: int) -> None:

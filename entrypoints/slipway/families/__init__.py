@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from slipway.errors import DataError
-from slipway.families.checks import Config, Kinds, check_required
+from slipway.families.checks import Config, Kinds, check_limits, check_required
 from slipway.families.config import canonical
 from slipway.families.fields import Fields, check_fields
 from slipway.options import suggestion
@@ -110,6 +110,7 @@ def understood(config: Config, where: Path) -> tuple[Family, dict[str, Any]]:
     c = canonical(config, family.ALIASES, family.defaults(config), where)
     check_fields(c, where, family.FIELDS)
     check_required(c, where, family.REQUIRED)
+    check_limits(c, where)
     family.check(c, where)
     return family, c
 

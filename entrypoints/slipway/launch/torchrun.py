@@ -27,6 +27,7 @@ from slipway.launch.link import Link
 from slipway.launch.topology import Topology
 from slipway.report import say
 from slipway.signals import END, StopRequests, prepare_child
+from slipway.untrusted import shown_url
 
 WORKER = "slipway.training.worker"
 POLL = 0.1  # seconds between looks at the processes and their logs
@@ -72,14 +73,31 @@ def command(topology: Topology, worker_arguments: Sequence[str], logs: Path) -> 
     ]
 
 
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+# Beside the defaults, what decides how a run goes and holds no secret: only of these the values are shown. A list of
+# what is secret would not know the next name.
+SHOWN = {
+    *(f"NCCL_{name}" for name in (
+        "ALGO", "BUFFSIZE", "CROSS_NIC", "DEBUG", "DEBUG_SUBSYS", "IB_DISABLE", "IB_GID_INDEX", "IB_HCA",
+        "IB_RETRY_CNT", "IB_SL", "IB_TC", "IB_TIMEOUT", "MAX_NCHANNELS", "MIN_NCHANNELS", "NET", "NET_GDR_LEVEL",
+        "NET_PLUGIN", "NTHREADS", "P2P_DISABLE", "P2P_LEVEL", "PROTO", "SHM_DISABLE", "SOCKET_FAMILY",
+        "SOCKET_IFNAME", "TOPO_FILE",
+    )),
+    *(f"CUDA_{name}" for name in ("DEVICE_ORDER", "LAUNCH_BLOCKING", "MODULE_LOADING", "VISIBLE_DEVICES")),
+    *(f"HF_{name}" for name in ("ENDPOINT", "HOME", "HUB_CACHE", "HUB_OFFLINE", "HUB_DISABLE_XET")),
+    *(f"WANDB_{name}" for name in ("BASE_URL", "DIR", "ENTITY", "MODE", "NAME", "PROJECT", "RUN_GROUP")),
+    "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN", "NVTE_DEBUG", "SLIPWAY_VERBOSE", "TORCH_LOGS",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_SHOW_CPP_STACKTRACES",
+}  # fmt: skip
+# Of others with these beginnings only the name is shown.
 TOLD = re.compile(r"^(NCCL|NVTE|TORCH|WANDB|HF|CUDA|PYTORCH|SLIPWAY)_")
 
 
 def shown_environment() -> dict[str, str]:
-    """The variables of the workers that decide how they run, with secrets masked."""
-    found = {key: value for key, value in environment().items() if key in ENVIRONMENT_DEFAULTS or TOLD.match(key)}
-    return {key: "***" if SECRET.search(key) else value for key, value in sorted(found.items())}
+    """The variables of the workers that decide how they run; the values of those that are known to hold no secret."""
+    variables = environment().items()
+    known = {*ENVIRONMENT_DEFAULTS, *SHOWN}
+    found = {key: value for key, value in variables if key in known or TOLD.match(key)}
+    return {key: shown_url(value) if key in known else "***" for key, value in sorted(found.items())}
 
 
 def environment() -> dict[str, str]:

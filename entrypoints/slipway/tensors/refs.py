@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 INDEX = "model.safetensors.index.json"  # beside the shards of a Hugging Face model: which tensor lies in which
@@ -56,3 +57,8 @@ class Ref:
         if self.rows is not None:
             at += self.rows[0] * math.prod(whole[len(self.index) + 1 :])
         return at
+
+
+def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of all of them."""
+    return sum(info.bytes for info in tensors.values())
