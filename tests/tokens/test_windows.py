@@ -232,3 +232,29 @@ def test_nemo_s_batches_learn_the_assistant_s_words_alone(model, tmp_path):
         for row in zip(labels, mask, strict=True)
     ]
     assert learned == ["b<|end|>d<|end|>", "y<|end|>"]
+
+
+# ---------------------------------------------------------------------------- again
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.bin"])
+def test_the_same_command_again_writes_nothing_and_another_is_refused(model, tmp_path, name):
+    data = rows(model, *({"text": f"text {n} " * 20} for n in range(50)))
+    flags = {"tokenizer": str(model), "eval_split": "20%", "show": 0}
+    out = tmp_path / name
+    first = preprocess(str(data), str(out), **flags)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = preprocess(str(data), str(out), **flags)
+    assert again.details.pop("notes") and again.details == first.details
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match="was made from another source or with other flags"):
+        preprocess(str(data), str(out), **flags | {"append_eos": False})
+    with data.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(UsageError, match="was made from another source or with other flags"):
+        preprocess(str(data), str(out), **flags)
+    replaced = preprocess(str(data), str(out), **flags, overwrite=True)
+    assert replaced.details["samples"] + replaced.details["eval_samples"] == 51
+    out.write_bytes(out.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="exists; remove it, choose another OUT, or --overwrite"):
+        preprocess(str(data), str(out), **flags)

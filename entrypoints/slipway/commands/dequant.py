@@ -15,6 +15,7 @@ def dequant(
     shard_size: str = "5GB",
     memory: str = "1GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    overwrite: bool = False,
     dry_run: bool = False,
 ) -> Summary | Forecast:
     """Write the BF16 form of a quantised (FP8, MXFP8, MXFP4 or NVFP4) Hugging Face model.
@@ -28,6 +29,7 @@ def dequant(
         shard_size: largest safetensors file.
         memory: memory for the tensors in work.
         device: what decodes; auto = every GPU there is, else the CPU.
+        overwrite: replace what is at the output, once the new one is whole.
         dry_run: plan, measure on a small sample, and print bytes, files and time; nothing is written.
     """
     from slipway.checkpoint import convert, locate
@@ -41,5 +43,6 @@ def dequant(
         dst,
         memory,
         lambda: convert.dequant_plan(locate.folder(src), limit, devices(device)),
+        overwrite=overwrite,
         dry_run=dry_run,
     )

@@ -14,6 +14,7 @@ def export(
     base: str | None = None,
     shard_size: str = "5GB",
     memory: str = "1GB",
+    overwrite: bool = False,
     dry_run: bool = False,
 ) -> Summary | Forecast:
     """Turn a NeMo checkpoint, saved by any number of ranks, into a Hugging Face model in BF16.
@@ -27,6 +28,7 @@ def export(
         base: NeMo checkpoint of the adapters' base, if it has moved since the training.
         shard_size: largest safetensors file.
         memory: memory for the tensors in work.
+        overwrite: replace what is at the output, once the new one is whole.
         dry_run: plan, measure on a small sample, and print bytes, files and time; nothing is written.
     """
     from slipway.checkpoint import convert, locate
@@ -40,5 +42,6 @@ def export(
         out,
         memory,
         lambda: convert.adapter_plan(source, below) if adapter else convert.export_plan(source, limit, below),
+        overwrite=overwrite,
         dry_run=dry_run,
     )

@@ -16,6 +16,7 @@ def import_checkpoint(
     mtp: bool = False,
     memory: str = "1GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    overwrite: bool = False,
     dry_run: bool = False,
 ) -> Summary | Forecast:
     """Turn a Hugging Face model into a NeMo checkpoint.
@@ -35,6 +36,7 @@ def import_checkpoint(
         mtp: keep the layers for multi-token prediction (DeepSeek V3 has one); without this flag they are left out.
         memory: memory for the tensors in work.
         device: what decodes; auto = every GPU there is, else the CPU.
+        overwrite: replace what is at the output, once the new one is whole.
         dry_run: plan, measure on a small sample, and print bytes, files and time; nothing is written.
     """
     from slipway.checkpoint import convert, locate, peft_import
@@ -50,4 +52,4 @@ def import_checkpoint(
         given = locate.folder(adapter)
         return peft_import.plan(source, given, locate.output(dst), name_of(src), mtp, devices(device))
 
-    return carry_out("import", dst, memory, plan, dry_run=dry_run)
+    return carry_out("import", dst, memory, plan, overwrite=overwrite, dry_run=dry_run)

@@ -21,7 +21,9 @@ class Beginning:
 
 
 @with_options(Beginning)
-def init(config: str, out: str, *, memory: str = "1GB", dry_run: bool = False, **options: Any) -> Summary | Forecast:
+def init(
+    config: str, out: str, *, memory: str = "1GB", overwrite: bool = False, dry_run: bool = False, **options: Any
+) -> Summary | Forecast:
     """Write a NeMo checkpoint with random weights, to pretrain from nothing.
 
     Matrices are drawn from a normal distribution with config.json's initializer_range, norms are 1 and biases 0, as
@@ -31,6 +33,7 @@ def init(config: str, out: str, *, memory: str = "1GB", dry_run: bool = False, *
         config: folder of a Hugging Face model, or hf://org/name[@revision]; its weights are not read.
         out: NeMo checkpoint to write, a folder or nemo://name.
         memory: memory for the tensors in work.
+        overwrite: replace what is at the output, once the new one is whole.
         dry_run: plan, measure on a small sample, and print bytes, files and time; nothing is written.
     """
     from slipway.checkpoint import convert, locate
@@ -42,5 +45,6 @@ def init(config: str, out: str, *, memory: str = "1GB", dry_run: bool = False, *
         out,
         memory,
         lambda: convert.init_plan(locate.configuration(config), begin.set or [], begin.seed),
+        overwrite=overwrite,
         dry_run=dry_run,
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from slipway.report import Summary
 
 
-def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB") -> Summary:
+def merge_heads(
+    heads: str, base: str, out: str, *, shard_size: str = "5GB", memory: str = "1GB", overwrite: bool = False
+) -> Summary:
     """Join extracted heads and their Hugging Face base into one model, streamed.
 
     Args:
@@ -14,6 +16,7 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
         out: folder to write.
         shard_size: largest safetensors file.
         memory: memory for the tensors in work.
+        overwrite: replace what is at the output, once the new one is whole.
     """
     from slipway.checkpoint import convert, locate
     from slipway.checkpoint.heads import read
@@ -27,4 +30,5 @@ def merge_heads(heads: str, base: str, out: str, *, shard_size: str = "5GB", mem
         out,
         memory,
         lambda: convert.merge_plan(*read(existing_folder(heads)), locate.folder(base), limit, name_of(base)),
+        overwrite=overwrite,
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from slipway.checkpoint import finished
 from slipway.checkpoint.stream import sync
 from slipway.errors import DataError
 from slipway.tokens.encoder import CONTENT, ENDS, HELD_OUT, LENGTHS, Encoded
@@ -101,13 +102,23 @@ class Output:
         sync(self.folder)
         self._committed = time.monotonic()
 
-    def finish(self, dtype: type[np.integer]) -> int:
+    def finish(self, dtype: type[np.integer], about: dict[str, Any]) -> int:
         """Give the output its name; returns its bytes.
 
         Args:
             dtype: of the tokens in a .bin.
+            about: what the command says of the output, for its note (finished.py).
         """
         self._commit()
+        # The note comes first: it counts only once all files that it names are there.
+        sizes = {
+            target.name: (self.folder / (before + CONTENT)).stat().st_size for before, target in self.targets.items()
+        }
+        note = self.folder / "note"
+        note.write_bytes(finished.note(self.identity, sizes, about))
+        sync(note)
+        os.replace(note, finished.note_of(self.target))
+        sync(self.target.absolute().parent)
         return sum(self._name(before, target, dtype) for before, target in self.targets.items())
 
     def _name(self, before: str, target: Path, dtype: type[np.integer]) -> int:

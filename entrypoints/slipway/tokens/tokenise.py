@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from slipway.checkpoint import finished
 from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress
 from slipway.tokens.encoder import MAPPED, Encoder, Settings
@@ -25,15 +26,17 @@ from slipway.tokens.wanted import Wanted
 
 MOST_LOST = 0.05  # of all tokens, before `--long refuse` stops
 EARLY = 20  # pieces after which the loss is looked at for the first time: not only after hours of work
+ALREADY = "it is there already, made from the same data with the same flags: nothing was written"
 ALWAYS_SAID = ("samples", "tokens", "learned", "dropped_too_long", "dropped_empty")
 
 
-def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[int, dict[str, int]]:
-    """Write the tokens of `data` to `target`; (bytes written, what was counted, by name).
+def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[int, dict[str, Any]]:
+    """Write the tokens of `data` to `target`; (its bytes, what was counted, by name; a note if it was there already).
 
     Args:
         data: a file, a folder, or hf://datasets/org/name[:split].
-        target: the .jsonl or .bin file to write; it must not exist yet.
+        target: the .jsonl or .bin file to write. If it is there, made from the same data with the same flags, there is
+            nothing to do.
         seq_length: of the training.
 
     Errors: UsageError for arguments, DataError for input that cannot be used, WriteError for a target that cannot be
@@ -41,19 +44,24 @@ def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[
     """
     wanted.check()
     held_out = target.with_name(f"{target.stem}.eval{target.suffix}") if wanted.eval_split else None
-    _check_targets(target, held_out)
+    before = None if wanted.overwrite else finished.noted(target)
+    _check_targets(target, held_out, may_exist=wanted.overwrite or before is not None)
     folder, split = located(data)
     inputs = inputs_of(folder, wanted.split or split)
     settings = _settings(wanted, seq_length, target, inputs)
+    identity = _identity(inputs.sources, settings)
+    if before is not None:
+        finished.check_same(before, identity, target)
+        return target.stat().st_size, {**before["about"], "notes": [ALREADY]}
     encoder = Encoder(settings)
     preview(folder, inputs, encoder, wanted.show)
     workers = _processes(wanted.workers, inputs.sources)
     try:
-        with Output(target, held_out, _identity(inputs.sources, settings)) as output:
+        with Output(target, held_out, identity) as output:
             _fill(output, inputs.sources, encoder, workers)
             _check_counts(data, output.counts, settings)
-            size = output.finish(encoder.dtype)
-            return size, _said(output.counts)
+            counts = _said(output.counts)
+            return output.finish(encoder.dtype, counts), counts
     except OSError as error:
         raise WriteError(f"cannot write {target}: {error.strerror}; free some space or choose another OUT") from None
 
@@ -88,7 +96,7 @@ def _fill(output: Output, sources: list[Source], encoder: Encoder, workers: int)
                 _check_lost(output.counts, encoder.settings)
 
 
-def _check_targets(target: Path, held_out: Path | None) -> None:
+def _check_targets(target: Path, held_out: Path | None, may_exist: bool) -> None:
     if target.suffix not in (".jsonl", ".bin"):
         raise UsageError(f"OUT is {target}; its name must end in .jsonl (samples) or .bin (whole texts, for Megatron)")
     written = [path for path in (target, held_out) if path]
@@ -96,8 +104,8 @@ def _check_targets(target: Path, held_out: Path | None) -> None:
     # With a partial folder beside them, the files besides OUT are from a run of ours that ended between its last steps.
     began = Output.partial(target).exists()
     for path in written:
-        if path.exists() and (path == target or not began):
-            raise UsageError(f"{path} exists; remove it or choose another OUT")
+        if path.exists() and (path == target or not began) and not may_exist:
+            raise UsageError(f"{path} exists; remove it, choose another OUT, or --overwrite")
 
 
 def _check_counts(data: str, counts: Mapping[str, int], settings: Settings) -> None:

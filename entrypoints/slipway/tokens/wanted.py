@@ -47,6 +47,7 @@ class Wanted:
     split: str | None = option(None, "split of a folder or of a data set of the hub", otherwise="train")
     eval_split: str = option("", "share of the rows to hold out, such as 2%; they go to OUT.eval.jsonl or OUT.eval.bin")
     append_eos: bool = option(True, "add the tokenizer's eos_token after each text and each completion")
+    overwrite: bool = option(False, "replace OUT, once the new output is whole")
     show: int = option(1, "samples to print at the start, with what is learned in ⟦ ⟧", low=0, high=1000)
     workers: int | None = option(None, "processes that tokenise", low=1, high=LARGEST, otherwise="one per core")
 
