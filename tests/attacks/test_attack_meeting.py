@@ -139,7 +139,14 @@ def node(rank: int, port: int, count: int = 4, *words: object) -> subprocess.Pop
     """A real node: `doctor` meets the others as `train` does, and then adds up with them."""
     command = [sys.executable, "-m", "slipway.cli", "doctor", "--json", f"--nodes={count}", f"--node-rank={rank}"]
     command += ["--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1", f"--timeout={LIMIT}"]
-    return subprocess.Popen([*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str, int]:
