@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import UsageError
+from slipway.errors import DataError, UsageError
+from slipway.untrusted import read_object
 
 NOTE = ".slipway.json"
 
@@ -43,10 +44,10 @@ def note(identity: Any, sizes: Mapping[str, int], about: Any = None) -> bytes:
 def noted(out: Path) -> dict[str, Any] | None:
     """The note of an output whose files all have their sizes; None where there is none, or a file is not as it was."""
     try:
-        found = json.loads(note_of(out).read_bytes())
+        found = read_object(note_of(out))
         folder = note_of(out).parent
         whole = all((folder / name).stat().st_size == size for name, size in found["sizes"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return found if whole else None
 

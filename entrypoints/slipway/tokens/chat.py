@@ -13,17 +13,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
 from slipway.tokens.messages import ASSISTANT, Chat, Malformed, Message
 
 Segments = list[tuple[str, bool]]  # (text, it is learned)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SECONDS, MEMORY = 5.0, 512 << 20  # for one chat: a template takes some milliseconds and megabytes
+LONGEST_TEXT, LARGEST_NUMBER = 1 << 24, 1 << 40
 ABSENT = "\ufdd2"  # a character that no text has
 
 
@@ -61,7 +68,8 @@ class Template:
     ) -> None:
         # Random, so that no text can hold them.
         self._open, self._close = (f"\ufdd0{os.urandom(8).hex()}{end}\ufdd1" for end in "()")
-        self._compiled = compiled(source, self._open, self._close, day)
+        with bounded():
+            self._compiled = compiled(source, self._open, self._close, day)
         self._marks = bool(GENERATION.search(source))
         self._knows_calls, self._knows_tools = "tool_calls" in source, bool(re.search(r"\btools\b", source))
         self._wants_null = bool(re.search(r"\bis (not )?none\b|[!=]= ?none\b", source, re.IGNORECASE))
@@ -80,8 +88,10 @@ class Template:
         if not turns:
             return Rendered([])
         kept = Chat(chat.messages[: turns[-1] + 1], chat.learned, chat.tools, chat.arguments)
-        kept, whole = self._accepted(kept)
-        found = Rendered([self._marked(kept, whole, turns)]) if self._marks else self._by_prefixes(kept, whole, turns)
+        with bounded():
+            kept, whole = self._accepted(kept)
+            marks = self._marks
+            found = Rendered([self._marked(kept, whole, turns)]) if marks else self._by_prefixes(kept, whole, turns)
         found.calls_as_text = 0 if self._knows_calls else sum("tool_calls" in message for message in kept.messages)
         found.without_tools = bool(chat.tools) and not self._knows_tools
         return found
@@ -91,13 +101,11 @@ class Template:
     def _render(self, chat: Chat, count: int, cue: bool = False, extra: Message | None = None) -> str:
         """The text of the first `count` messages, with the template's marks."""
         messages = chat.messages[:count] + ([extra] if extra else [])
-        return self._compiled.render(
-            messages=messages,
-            tools=chat.tools or None,
-            documents=None,
-            add_generation_prompt=cue,
-            **{**self._fixed, **chat.arguments},
-        )
+        told = {"messages": messages, "tools": chat.tools or None, "documents": None, "add_generation_prompt": cue}
+        text = self._compiled.render({**self._fixed, **chat.arguments, **told})
+        if len(text) > LONGEST_TEXT:
+            raise Malformed(f"the chat template writes more than {LONGEST_TEXT:,} characters for one chat")
+        return text
 
     def _accepted(self, chat: Chat) -> tuple[Chat, str]:
         """The chat in a form that the template takes, and its text.
@@ -112,6 +120,8 @@ class Template:
             suited = Chat(messages, chat.learned, chat.tools, chat.arguments)
             try:
                 text = self._render(suited, len(messages))
+            except Malformed:
+                raise
             except Exception as error:  # of any kind: the template is a stranger's
                 said = said or " ".join(str(error).split()) or type(error).__name__
                 continue
@@ -225,15 +235,57 @@ def compiled(source: str, opening: str, closing: str, day: date) -> Any:
         def _marked(self, caller: Callable[[], str]) -> str:
             return f"{opening}{caller()}{closing}"
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Marking, loopcontrols]
-    )
+    class Sandbox(ImmutableSandboxedEnvironment):
+        # Of these one alone can take hours, in which no signal is heard.
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            numbers = [each for each in (left, right) if isinstance(each, int)]
+            if any(abs(number) > LARGEST_NUMBER for number in numbers) or (operator == "**" and abs(right) > 64):
+                raise ValueError("it computes with a number that is too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Marking, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": day.strftime}
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise Malformed(f"the chat template is not one: {error.message} in line {error.lineno} of it") from None
+    except Exception as error:  # of any kind: some of it is computed already
+        raise Malformed(f"the chat template cannot be read ({type(error).__name__})") from None
+
+
+class _TooLong(BaseException):
+    """The time is over; no `except Exception` of a template's helpers catches it."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Limits of time and memory for a stranger's template: Malformed beyond SECONDS of the processor or MEMORY."""
+
+    def end(*_: object) -> None:
+        raise _TooLong
+
+    hears = threading.current_thread() is threading.main_thread()  # a signal reaches no other
+    before, limits = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+    least = min((each for each in (taken, *limits) if each >= 0), default=taken)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (least, limits[1]))
+        if hears:
+            signal.signal(signal.SIGVTALRM, end)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        yield
+    except _TooLong:
+        raise Malformed(f"the chat template takes more than {SECONDS:.0f} s for one chat") from None
+    except MemoryError:
+        raise Malformed("the chat template takes too much memory for one chat") from None
+    finally:
+        if hears:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -21,9 +21,10 @@ from slipway.tokens.lines import Sample, Span, as_line
 from slipway.tokens.messages import Chat, Malformed
 from slipway.tokens.rows import decoded, rows_of
 from slipway.tokens.sources import TEXT
-from slipway.tokens.vocabulary import folder_of
+from slipway.tokens.vocabulary import folder_of, loaded, panics_named
 
 CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"  # the parts of a piece of the output
+LONGEST_ENCODED = 1 << 20  # characters that are encoded at once; a text of more is encoded in parts
 HELD_OUT = "eval-"  # before the name of a part: of what is held out
 MAPPED = "map "  # before the name of a count: rows that had a key of --map
 
@@ -84,10 +85,13 @@ class Encoder:
     """Encodes with `tokenizers`, and chats with the model's chat template."""
 
     def __init__(self, settings: Settings) -> None:
-        from tokenizers import Tokenizer
-
         self.settings, self.folder = settings, folder_of(settings.tokenizer)
-        self.tokenizer = Tokenizer.from_file(str(self.folder.path / "tokenizer.json"))
+        self.tokenizer = loaded(self.folder.path)
+        with panics_named(self.folder.path / "tokenizer.json"):
+            self._learn_of(settings)
+
+    def _learn_of(self, settings: Settings) -> None:
+        """What has to be known of the tokenizer."""
         self.begin = self.folder.begin(self.tokenizer)
         self.end = [self.folder.end(self.tokenizer)] if settings.append_eos else []
         # Megatron chooses the dtype in the same way, so that both write the same bytes.
@@ -178,7 +182,8 @@ class Encoder:
 
         Each part is encoded alone: so the tokens before an answer are those that the model will see when it is asked.
         """
-        parts = self._with_offsets(segments) if self._adds_space else [(self.encode(t), on) for t, on in segments]
+        joined = self._adds_space and sum(len(text) for text, _ in segments) <= LONGEST_ENCODED
+        parts = self._with_offsets(segments) if joined else [(self.encode(t), on) for t, on in segments]
         parts = [(ids, learned) for ids, learned in parts if ids]
         while parts and not parts[-1][1]:
             parts.pop()  # nothing learned follows
@@ -201,11 +206,20 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
+        if len(text) > LONGEST_ENCODED:  # the library takes some 180 bytes for each character
+            return [token for part in _parts_of(text) for token in self.encode(part)]
         try:
             # Of a batch of one: a quarter faster, since it does not note where in the text each token stands.
+            with panics_named(self.folder.path / "tokenizer.json"):
+                return self._encoded(text)
+        except _NoText:
+            raise Malformed("half of a surrogate pair, which is no character; fix the text") from None
+
+    def _encoded(self, text: str) -> list[int]:
+        try:
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:  # JSON may spell what no text can hold
-            raise Malformed("half of a surrogate pair, which is no character; fix the text") from None
+            raise _NoText from None
 
     def _begun(self, ids: list[int]) -> list[int]:
         """The tokens of a text with what comes before a text; once, also where the text has it already."""
@@ -270,6 +284,22 @@ class Encoder:
         counts[f"{before}samples"] += ends
         counts[f"{before}tokens"] += len(sample.prompt) + len(sample.response)
         counts[f"{before}learned"] += len(sample.response) - unlearned
+
+
+class _NoText(DataError):
+    """A text that no file can hold."""
+
+
+def _parts_of(text: str) -> Iterator[str]:
+    """A text in parts that can be encoded, each of which begins with white space where there is some."""
+    at = 0
+    while at < len(text):
+        end = at + LONGEST_ENCODED
+        if end < len(text):
+            end = max(text.rfind(mark, at + LONGEST_ENCODED // 2, end) for mark in " \n")
+            end = end if end > at else at + LONGEST_ENCODED
+        yield text[at:end]
+        at = end
 
 
 class _Parts:

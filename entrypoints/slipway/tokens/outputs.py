@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from slipway.checkpoint import finished
-from slipway.checkpoint.stream import sync
+from slipway.checkpoint.stream import check_name, is_plain_folder, not_ours, partial_of, sync
 from slipway.errors import DataError
 from slipway.tokens.encoder import CONTENT, ENDS, HELD_OUT, LENGTHS, Encoded
 from slipway.tokens.indexed import index_of, write_index
+from slipway.untrusted import read_object
 
+JOURNAL = "journal.json"
 COMMIT_SECONDS = 2.0  # the most work that a killed run loses
 
 
@@ -48,10 +50,13 @@ class Output:
 
     @staticmethod
     def partial(target: Path) -> Path:
-        """The folder for the work on a target."""
-        return target.with_name(f".{target.name}.partial")
+        """The folder for the work on a target; UsageError for a name that no file can have."""
+        check_name(target)
+        return partial_of(target)
 
     def __enter__(self) -> Output:
+        if is_plain_folder(self.folder) and not self._is_ours():
+            raise not_ours(self.folder)
         begun = self._read_journal()
         if begun["identity"] != self.identity:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -67,15 +72,26 @@ class Output:
         sync(self.folder.absolute().parent)
         return self
 
+    def _names(self) -> list[str]:
+        return [before + name for before in (HELD_OUT, "") for name in (CONTENT, LENGTHS, ENDS)]
+
+    def _is_ours(self) -> bool:
+        """Nothing is in the folder but what this class writes there."""
+        names = {*self._names(), JOURNAL, f"{JOURNAL}.new", "index", "note"}
+        return all(file.name in names and file.is_file() for file in self.folder.iterdir())
+
     def _read_journal(self) -> dict[str, Any]:
         """What an earlier run has written down; of no identity where there is nothing to continue."""
         try:
-            begun = json.loads((self.folder / "journal.json").read_text())
+            begun = read_object(self.folder / JOURNAL)
+            sizes, counts, pieces = begun["sizes"], begun["counts"], begun["pieces"]
+            sound = sizes.keys() <= {*self._names()} and all(type(n) is int for n in [pieces, *counts.values()])
             # A run that ended just after it had moved its files away left a journal of files that are gone.
-            whole = all((self.folder / name).stat().st_size >= size for name, size in begun["sizes"].items())
-        except (OSError, ValueError):
-            whole = False
-        return begun if whole else {"identity": None}
+            whole = sound and all((self.folder / name).stat().st_size >= size >= 0 for name, size in sizes.items())
+            known = {before + CONTENT for before in self.targets} <= sizes.keys()
+        except (DataError, OSError, LookupError, TypeError, AttributeError):
+            return {"identity": None}
+        return begun if whole and known and pieces >= 0 else {"identity": None}
 
     def add(self, piece: Encoded) -> None:
         """Write the next piece."""
@@ -95,10 +111,10 @@ class Output:
         sizes = {name: file.tell() for name, file in self._files.items()}
         journal = {"identity": self.identity, "sizes": sizes, "pieces": self.pieces, "counts": self.counts}
         # A new file that replaces the old one: after a power cut there is one of the two, never a mixture.
-        new = self.folder / "journal.json.new"
+        new = self.folder / f"{JOURNAL}.new"
         new.write_text(json.dumps(journal))
         sync(new)
-        os.replace(new, self.folder / "journal.json")
+        os.replace(new, self.folder / JOURNAL)
         sync(self.folder)
         self._committed = time.monotonic()
 

@@ -23,6 +23,8 @@ PART = 400  # characters of each part of a sample
 def preview(data: Path, inputs: Inputs, encoder: Encoder, count: int) -> None:
     """Say on standard error what is read, of which form the rows are, and how the first samples look."""
     _say(inputs.describe(data))
+    if "auto_map" in encoder.folder.config:
+        _say("the tokenizer has code of its own (auto_map), which is never run: tokenizer.json alone is used")
     first = next(pieces(inputs.sources), None)
     if first is None:
         return

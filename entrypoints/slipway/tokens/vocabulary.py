@@ -5,13 +5,60 @@ Read from the files themselves, as transformers reads them: to import transforme
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import locate
-from slipway.errors import DataError, UsageError
-from slipway.untrusted import read_object
+from slipway.errors import DataError, SlipwayError, UsageError
+from slipway.untrusted import harmless, read_bytes, read_object, read_text
+
+COPY = "copy it again"
+LARGEST_TEMPLATE = 1 << 20  # the largest of published models has 30,000 characters
+
+
+def loaded(path: Path) -> Any:
+    """The tokenizer of a folder; DataError for a tokenizer.json that is none. No code of a model is run for it."""
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    content = read_bytes(file, cure=COPY)
+    with panics_named(file), quiet_panics():
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.encode("a", add_special_tokens=True)
+        tokenizer.get_vocab_size()
+    return tokenizer
+
+
+@contextmanager
+def panics_named(file: Path) -> Iterator[None]:
+    """What the library raises for a tokenizer that is none as a DataError: its panics are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, SlipwayError):
+        raise
+    except BaseException as error:
+        said = harmless(" ".join(str(error).split()), 120)
+        raise DataError(f"{file} cannot be used as a tokenizer ({said}); {COPY}") from None
+
+
+@contextmanager
+def quiet_panics() -> Iterator[None]:
+    """The library writes a panic to standard error itself, before anybody can catch it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -45,7 +92,8 @@ class Folder:
             number = tokenizer.token_to_id(token) if token and self.config.get("add_bos_token", True) else None
             return [] if number is None else [number]
         with_them, plain = (tokenizer.encode("a", add_special_tokens=each).ids for each in (True, False))
-        return with_them[: next(n for n in range(len(with_them)) if with_them[n : n + len(plain)] == plain)]
+        places = (n for n in range(len(with_them)) if with_them[n : n + len(plain)] == plain)
+        return with_them[: next(places, 0)]
 
     def template(self, with_tools: bool) -> str:
         """The chat template; DataError without one."""
@@ -67,12 +115,21 @@ class Folder:
         found = self.config.get("chat_template") or {}
         if isinstance(found, str):
             found = {"default": found}
+        where = self.path / "tokenizer_config.json"
         if isinstance(found, list):
-            found = {each["name"]: each["template"] for each in found}
+            try:
+                found = {each["name"]: each["template"] for each in found}
+            except (LookupError, TypeError):
+                raise DataError(f"{where}: chat_template is not a list of names and templates; copy it again") from None
+        if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+            raise DataError(f"{where}: chat_template is not a text; copy it again")
         own = self.path / "chat_template.jinja"
         others = sorted((self.path / "additional_chat_templates").glob("*.jinja"))
-        found |= {file.stem: file.read_text() for file in others}
-        return found | ({"default": own.read_text()} if own.is_file() else {})
+        found |= {file.stem: read_text(file, LARGEST_TEMPLATE, COPY) for file in others if file.is_file()}
+        found |= {"default": read_text(own, LARGEST_TEMPLATE, COPY)} if own.is_file() else {}
+        if any(len(each) > LARGEST_TEMPLATE for each in found.values()):
+            raise DataError(f"{self.path}: a chat template has more than {LARGEST_TEMPLATE:,} characters; {COPY}")
+        return found
 
 
 def folder_of(path: Path) -> Folder:
