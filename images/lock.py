@@ -7,6 +7,7 @@ So the lock works behind any mirror, and a user of this repository needs no part
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from images.store import BuildError, LockedFile, fetch, index_address, store
+from images.store import BuildError, LockedFile, fetch, index_address, sha256_of, store
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "uv.lock"
@@ -61,12 +62,14 @@ def uv() -> Path:
     """The pinned uv, fetched by hash and unpacked into the store when it is first used."""
     pin = pins()["uv"]
     binary = store() / "tools" / f"uv-{pin['version']}"
-    if not binary.exists():
-        fetch([LockedFile("uv", pin["file"], pin["sha256"])], store() / "tools")
-        with zipfile.ZipFile(store() / "tools" / pin["file"]) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith("/scripts/uv"))
-            with tempfile.NamedTemporaryFile(dir=binary.parent, delete=False) as part:
-                part.write(wheel.read(member))
+    fetch([LockedFile("uv", pin["file"], pin["sha256"])], store() / "tools")
+    with zipfile.ZipFile(store() / "tools" / pin["file"]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith("/scripts/uv"))
+        content = wheel.read(member)
+    # Each time: a store that was carried in may hold another program under this name.
+    if not binary.is_file() or sha256_of(binary) != hashlib.sha256(content).hexdigest():
+        with tempfile.NamedTemporaryFile(dir=binary.parent, delete=False) as part:
+            part.write(content)
         os.chmod(part.name, 0o755)
         os.replace(part.name, binary)
     return binary

@@ -8,6 +8,7 @@ configured with on this machine, unless UV_DEFAULT_INDEX, UV_INDEX_URL or PIP_IN
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html.parser
 import json
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DOWNLOADS_AT_ONCE = 8
 CHUNK_BYTES = 1 << 20
@@ -58,6 +60,27 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def holds(path: Path, sha256: str) -> bool:
+    """The file has this content. What was found once is not read again: it is noted outside of the store, which others
+    may have made, with the times that only the kernel sets."""
+    about = path.stat()
+    state = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    note = verified() / hashlib.sha256(f"{path.absolute()} {sha256} {state}".encode()).hexdigest()
+    if note.exists():
+        return True
+    if sha256_of(path) != sha256:
+        return False
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    return True
+
+
+def verified() -> Path:
+    """The folder with a note for every file whose content was compared with the lock on this machine."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "slipway" / "verified"
+
+
 def download(url: str, target: Path, sha256: str, what: str) -> None:
     """Fetch `url` to `target`; the file appears there only when it is complete and has the hash `sha256`.
 
@@ -87,20 +110,42 @@ def download(url: str, target: Path, sha256: str, what: str) -> None:
             Path(part.name).unlink(missing_ok=True)
 
 
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows a server to another address of http or https. The login goes along to the same host alone."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        new, old = urllib.parse.urlsplit(newurl), urllib.parse.urlsplit(req.full_url)
+        if new.scheme not in SCHEMES:
+            raise urllib.error.URLError(f"the server leads to {new.scheme}:, and only http and https are read")
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        login = req.unredirected_hdrs.get("Authorization")
+        if request and login and (new.scheme, new.netloc) == (old.scheme, old.netloc):
+            request.add_unredirected_header("Authorization", login)
+        return request
+
+
+SCHEMES = ("http", "https")
+OPENER = urllib.request.build_opener(_SameHost)
+
+
 def open_url(url: str, what: str, accept: str = "*/*"):
     """A response to read from; user:password@ in the address becomes an Authorization header.
 
     A server's fault (5xx) or a lost connection is tried TRIES times.
     """
     parts = urllib.parse.urlsplit(url)
-    headers = {"Accept": accept, "User-Agent": "slipway-build"}
+    if parts.scheme not in SCHEMES:
+        raise BuildError(f"{what}: its address begins with {parts.scheme}:, but only http and https are read")
+    netloc = parts.netloc.rpartition("@")[2]
+    bare = urllib.parse.urlunsplit(parts._replace(netloc=netloc))
+    request = urllib.request.Request(bare, headers={"Accept": accept, "User-Agent": "slipway-build"})
     if parts.username:
         login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-        url = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        # Unredirected: where the server leads elsewhere, nobody else may see it.
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
     for last in [False] * (TRIES - 1) + [True]:
         try:
-            return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+            return OPENER.open(request, timeout=60)
         except urllib.error.HTTPError as error:
             if last or error.code < 500:
                 raise BuildError(
@@ -172,17 +217,28 @@ def _with_login(address: str, index: str) -> str:
     """The address with the index's user and password, but only on the index's own host: no other may see them."""
     login, _, host = urllib.parse.urlsplit(index).netloc.rpartition("@")
     parts = urllib.parse.urlsplit(address)
-    return (
-        urllib.parse.urlunsplit(parts._replace(netloc=f"{login}@{host}")) if login and parts.netloc == host else address
-    )
+    same = parts.netloc == host and parts.scheme == urllib.parse.urlsplit(index).scheme
+    return urllib.parse.urlunsplit(parts._replace(netloc=f"{login}@{host}")) if login and same else address
 
 
 def fetch(files: Iterable[LockedFile], folder: Path) -> int:
     """Make `folder` hold every one of `files`, verified; returns how many had to be fetched.
 
-    A file that is already there was verified when it was fetched, and is not read again.
+    What is there already may have been carried in, so it is compared with the lock too.
+
+    Errors: BuildError (65) for a file with another content than the lock names.
     """
-    missing = [file for file in files if not (folder / file.name).exists()]
+    wanted = list(files)
+    missing = [file for file in wanted if not (folder / file.name).exists()]
+    there = [file for file in wanted if (folder / file.name).exists()]
+    with ThreadPoolExecutor() as pool:
+        for file, same in zip(there, pool.map(lambda f: holds(folder / f.name, f.sha256), there), strict=True):
+            if not same:
+                raise BuildError(
+                    f"{folder / file.name} is not what the lock names: its SHA-256 is not {file.sha256}; remove it to "
+                    "have it fetched again, and ask whoever filled this store",
+                    exit_code=65,
+                )
     if not missing:
         return 0
     index = index_address()
