@@ -11,9 +11,12 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,48 @@ def attempt(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+def _handover(checkpoint: str) -> None:
+    from slipway.checkpoint import handover
+
+    handover.check(Path(checkpoint))
+
+
+def _topology() -> None:
+    from slipway.launch.placement import Placement
+    from slipway.launch.topology import find_topology
+
+    print(find_topology(Placement()))
+
+
+def _packet(file: str) -> None:
+    """What a stranger says to node 0, and what a member says once it has proven that it is one."""
+    from slipway.launch.channel import Broken, Channel
+    from slipway.launch.failure import Failure
+    from slipway.untrusted import NotJson, parse_json
+
+    content = Path(file).read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stranger = socket.create_connection(server.getsockname())
+        channel = Channel(server.accept()[0])
+    threading.Thread(target=lambda: (stranger.sendall(content), stranger.close()), daemon=True).start()
+    with contextlib.suppress(Broken):
+        channel.prove_to_guest(b"secret", time.monotonic() + 5)
+    with contextlib.suppress(NotJson, TypeError, ValueError):
+        str(Failure.of(parse_json(content)))
+
+
+def _run_folder(folder: str) -> None:
+    from slipway.training.recipe import Recipe
+    from slipway.training.run_folder import RunFolder
+
+    run = RunFolder(Path(folder))
+    run.read_status(), run.read_metrics(), run.latest_checkpoint()
+    Recipe.load(run.recipe)
+
+
+READERS = {"@handover": _handover, "@topology": _topology, "@packet": _packet, "@run": _run_folder}
+
+
 def _play(job: dict[str, Any], out: Path, err: Path) -> None:
     for number, file, flags in ((0, job["stdin"], os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(file, flags | (os.O_CREAT if number else 0), 0o600), number)
@@ -118,7 +163,10 @@ def _play(job: dict[str, Any], out: Path, err: Path) -> None:
     try:
         from slipway import cli
 
-        code = cli.main(job["words"])
+        words = job["words"]
+        if words[0].startswith("@"):  # a reader that no command has for itself
+            cli._run = lambda _: READERS[words[0]](*words[1:]) or 0
+        code = cli.main(words)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
