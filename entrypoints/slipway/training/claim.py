@@ -17,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slipway.errors import PreflightError
+from slipway.errors import DataError, PreflightError
 from slipway.report import human_seconds
 from slipway.training.run_folder import now
+from slipway.untrusted import read_object
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one, after which the owner is gone
@@ -128,10 +129,9 @@ def _is_here(owner: dict[str, Any]) -> bool | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):  # it has just been made, or was cut off by a full disk
+        return read_object(file)
+    except (DataError, OSError):  # it has just been made, or was cut off by a full disk
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _touched(file: Path) -> int | None:
