@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import base64
 import datetime
+import functools
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import lzma
@@ -17,7 +19,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from graphlib import TopologicalSorter
@@ -399,7 +403,17 @@ def test_debian_packages_that_are_behind_are_named_from_a_carried_list(tmp_path,
         debian.newer([path])
 
 
-def test_a_package_that_the_mirror_no_longer_has_comes_from_a_snapshot(tmp_path, monkeypatch):
+@pytest.fixture
+def web(tmp_path) -> Iterator[str]:
+    """The address of a server of the files in tmp_path."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_package_that_the_mirror_no_longer_has_comes_from_a_snapshot(tmp_path, monkeypatch, web):
     content = b"a package"
     package = debian.Package(
         ("base",), "x", "1", hashlib.sha256(content).hexdigest(), "pool/updates/main/x/x_1_all.deb"
@@ -408,13 +422,13 @@ def test_a_package_that_the_mirror_no_longer_has_comes_from_a_snapshot(tmp_path,
     monkeypatch.setattr(debian, "locked_on", lambda: datetime.date(2026, 11, 25))
     monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
     for name in ("SLIPWAY_DEBIAN_MIRROR", "SLIPWAY_DEBIAN_SECURITY_MIRROR"):
-        monkeypatch.setenv(name, f"file://{tmp_path}/mirror")
+        monkeypatch.setenv(name, f"{web}/mirror")
     with pytest.raises(BuildError, match=r"set SLIPWAY_DEBIAN_SNAPSHOT to .* \(the lock is of 2026-11-25\)"):
         debian.fetch()
     place = tmp_path / "snapshots" / "debian-security" / "20261125T235959Z" / package.path
     place.parent.mkdir(parents=True)
     place.write_bytes(content)
-    monkeypatch.setenv("SLIPWAY_DEBIAN_SNAPSHOT", f"file://{tmp_path}/snapshots")
+    monkeypatch.setenv("SLIPWAY_DEBIAN_SNAPSHOT", f"{web}/snapshots")
     assert (debian.fetch() / "x_1_all.deb").read_bytes() == content
 
 
