@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images import process
-from images.store import DOWNLOADS_AT_ONCE, BuildError, download, sha256_of, store
+from images.store import DOWNLOADS_AT_ONCE, BuildError, download, holds, is_noted, require, sha256_of, store
 
 LOCK = Path(__file__).parent / "debian.lock"
 HASHES = Path(__file__).parent / "rootfs.lock"
@@ -225,6 +225,9 @@ def fetch() -> Path:
     """Fetch every locked package into the store; returns the folder."""
     folder = store() / "debian"
     missing = [package for package in read_lock() if not (folder / package.file).exists()]
+    with ThreadPoolExecutor() as pool:  # what is there may have been carried in
+        there = [package for package in read_lock() if package not in missing]
+        list(pool.map(lambda package: require(folder / package.file, package.sha256), there))
     if missing:
         archives = {False: mirror().rstrip("/"), True: security_mirror().rstrip("/")}
 
@@ -265,7 +268,12 @@ def root_file_system(name: str) -> Path:
     hashes in images/rootfs.lock, so where they come from does not matter.
     """
     target = store() / "rootfs" / f"{name}-{sha256_of(LOCK)[:16]}.tar"
-    if not target.exists():
+    made = target.with_suffix(".made")
+    if target.exists():
+        # Of other bytes than the lock names it is used only where this machine made it, which is noted elsewhere.
+        own = made.read_text().strip() if made.exists() and _was_made_here(made) else hashes()[name]
+        require(target, own)
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
         if ready := os.environ.get("SLIPWAY_ROOTFS"):
             _take(Path(ready) / f"{name}.tar", name, target)
@@ -277,7 +285,14 @@ def root_file_system(name: str) -> Path:
                     "this machine's dpkg or mmdebstrap makes other bytes, and so another digest of the image",
                     file=sys.stderr,
                 )
+                made.write_text(digest)
+                holds(made, sha256_of(made))
     return target
+
+
+def _was_made_here(note: Path) -> bool:
+    """This machine wrote the note: it was noted outside of the store, which is never carried."""
+    return is_noted(note, sha256_of(note))
 
 
 def hashes() -> dict[str, str]:

@@ -63,17 +63,36 @@ def sha256_of(path: Path) -> str:
 def holds(path: Path, sha256: str) -> bool:
     """The file has this content. What was found once is not read again: it is noted outside of the store, which others
     may have made, with the times that only the kernel sets."""
-    about = path.stat()
-    state = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
-    note = verified() / hashlib.sha256(f"{path.absolute()} {sha256} {state}".encode()).hexdigest()
-    if note.exists():
+    if is_noted(path, sha256):
         return True
     if sha256_of(path) != sha256:
         return False
     with contextlib.suppress(OSError):
+        note = _note_of(path, sha256)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
     return True
+
+
+def is_noted(path: Path, sha256: str) -> bool:
+    """This machine has found once that the file has this content, and it is as it was then."""
+    return _note_of(path, sha256).exists()
+
+
+def _note_of(path: Path, sha256: str) -> Path:
+    about = path.stat()
+    state = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    return verified() / hashlib.sha256(f"{path.absolute()} {sha256} {state}".encode()).hexdigest()
+
+
+def require(path: Path, sha256: str) -> None:
+    """BuildError (65) unless a file of the store has the content that a lock names."""
+    if not holds(path, sha256):
+        raise BuildError(
+            f"{path} is not what the lock names: its SHA-256 is not {sha256}; remove it to have it fetched or made "
+            "again, and ask whoever filled this store",
+            exit_code=65,
+        )
 
 
 def verified() -> Path:
@@ -232,13 +251,7 @@ def fetch(files: Iterable[LockedFile], folder: Path) -> int:
     missing = [file for file in wanted if not (folder / file.name).exists()]
     there = [file for file in wanted if (folder / file.name).exists()]
     with ThreadPoolExecutor() as pool:
-        for file, same in zip(there, pool.map(lambda f: holds(folder / f.name, f.sha256), there), strict=True):
-            if not same:
-                raise BuildError(
-                    f"{folder / file.name} is not what the lock names: its SHA-256 is not {file.sha256}; remove it to "
-                    "have it fetched again, and ask whoever filled this store",
-                    exit_code=65,
-                )
+        list(pool.map(lambda file: require(folder / file.name, file.sha256), there))
     if not missing:
         return 0
     index = index_address()
