@@ -100,7 +100,14 @@ def shortened(name: str):
     return spoil
 
 
+def without_a_pickle(nemo: Path, marker: Path) -> None:
+    """The fuzzer found it: an archive that has everything but data.pkl."""
+    path = nemo / "weights" / "common.pt"
+    path.write_bytes(path.read_bytes().replace(b"data.pkl", b"data.pkm"))
+
+
 ATTACKS = {
+    "common.pt without its pickle": (without_a_pickle, "damaged"),
     ".metadata": (in_metadata, "system"),
     ".metadata, by attributes": (by_attributes, "reads an attribute"),
     "an extra state": (in_an_object, "system"),

@@ -80,6 +80,7 @@ UNREADABLE = (
     LookupError,
     MemoryError,
     RuntimeError,
+    StopIteration,  # of an archive without the entry that is looked for
     TypeError,
     ValueError,
     struct.error,
