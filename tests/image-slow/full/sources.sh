@@ -4,7 +4,7 @@
 #
 # NeMo and Megatron are the real sources; small sources in the folders next to this file take the place of Transformer
 # Engine and Apex. They have the traits of the real ones that once broke the build: a .python-version for another Python,
-# a header of NVML, extensions that import only after torch, an order of files that depends on the file system.
+# a header of NVML, twelve extensions, an order of files that depends on the file system.
 small="$(dirname "${BASH_SOURCE[0]}")"
 
 # Fixed dates give the same commits each time, so that the store keeps one tree of each.
