@@ -5,7 +5,7 @@ import os
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-# Apex's other extensions, empty. They are linked to torch's library, so they import only after torch.
+# Apex's other extensions, empty.
 EMPTY = (
     "fused_dense_cuda",
     "fused_layer_norm_cuda",
