@@ -78,7 +78,8 @@ def test_overwrite_keeps_the_old_one_until_the_new_one_is_whole(model, tmp_path,
     assert bytes_of(tmp_path / "nemo") == before
     assert run("import", other, tmp_path / "nemo", "--overwrite") == 0
     assert bytes_of(tmp_path / "nemo") == bytes_of(tmp_path / "wanted")
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    notes = {f".{name}{finished.NOTE}" for name in ("nemo", "wanted")}
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == notes
 
 
 @pytest.mark.parametrize("name", ["a file", "a folder of mine", "a link"])
@@ -104,6 +105,8 @@ def test_a_dry_run_of_what_is_there_says_what_it_would_take(model, tmp_path, cap
 
 
 def test_a_note_that_says_nothing_counts_as_none(tmp_path):
-    for content in ("", "[]", '{"sizes": 3}', json.dumps({"made_from": "x", "sizes": {"a": 1}})):
-        (tmp_path / finished.NOTE).write_text(content)
-        assert finished.noted(tmp_path) is None
+    out = tmp_path / "out"
+    out.mkdir()
+    for content in ("", "[]", '{"files": 3}', json.dumps({"made_from": "x", "files": {"a": [1, 2]}})):
+        finished.note_of(out).write_text(content)
+        assert finished.noted(out) is None

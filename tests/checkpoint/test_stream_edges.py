@@ -134,8 +134,14 @@ def test_the_journal_tells_what_is_done(tmp_path):
     assert (partial / "journal").read_text() == "0\n12\n" and (partial / "a").read_bytes() == b"abc"
 
 
-def test_a_plan_without_a_journal_is_done(tmp_path):
-    assert begun(tmp_path, "x", None)[0] == set(range(13))
+def test_a_plan_without_a_journal_is_done_if_its_note_says_so(tmp_path):
+    done, partial = begun(tmp_path, "x", None)
+    assert done == set(), "a journal that is lost says nothing"
+    (partial / "journal").unlink()
+    note = partial / "plan.json"
+    note.write_text(note.read_text() + stream.DONE)
+    plan = plan_of({"a": 3}, [Piece(1, lambda: [])] * 13, identity="x")
+    assert stream._prepare(plan, partial) == set(range(13))
 
 
 @pytest.mark.parametrize("changes", [{"identity": "y"}, {"sizes": {"a": 4}}])

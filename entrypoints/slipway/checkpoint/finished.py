@@ -1,7 +1,8 @@
 """An output that is there already: was it made from the same source with the same flags?
 
-Every output has a hidden note, `.slipway.json` in a folder, `.NAME.slipway.json` beside a file, with a digest of
-everything that its bytes depend on. So a chain of commands that is started again passes over the steps that are done.
+Beside every output is a hidden note, `.NAME.slipway.json`, with a digest of everything that the bytes depend on. So a
+chain of commands that is started again passes over the steps that are done. The note is not inside: the same model has
+the same bytes, whatever it was made from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slipway.checkpoint.stream import sync
 from slipway.errors import DataError, UsageError
 from slipway.untrusted import read_object
 
@@ -22,7 +24,7 @@ NOTE = ".slipway.json"
 
 def note_of(out: Path) -> Path:
     """Where the note of an output is."""
-    return out / NOTE if out.is_dir() else out.with_name(f".{out.name}{NOTE}")
+    return out.with_name(f".{out.name}{NOTE}")
 
 
 def digest(identity: Any) -> str:
@@ -30,26 +32,44 @@ def digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def note(identity: Any, sizes: Mapping[str, int], about: Any = None) -> bytes:
-    """The content of a note.
+def write_note(out: Path, identity: Any, files: Mapping[str, Path], about: Any = None) -> None:
+    """Write the note of an output, which may get its name only afterwards: the note counts once the files are there.
 
     Args:
         identity: everything that the bytes depend on.
-        sizes: file → bytes, relative to the output's folder.
+        files: name in the output's folder, or beside an output that is a file → where the file is now.
         about: what the command says of the output once more.
     """
-    return json.dumps({"made_from": digest(identity), "sizes": dict(sizes), "about": about}, indent=1).encode() + b"\n"
+    states = {name: _state(path) for name, path in files.items()}
+    text = json.dumps({"made_from": digest(identity), "files": states, "about": about}, indent=1) + "\n"
+    new = note_of(out).with_suffix(".new")
+    new.write_text(text)
+    sync(new)
+    os.replace(new, note_of(out))
+    sync(out.absolute().parent)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Every file of a folder, by its name there."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def noted(out: Path) -> dict[str, Any] | None:
-    """The note of an output whose files all have their sizes; None where there is none, or a file is not as it was."""
+    """The note of an output whose files are as they were; None where there is none, or a file has changed."""
     try:
         found = read_object(note_of(out))
-        folder = note_of(out).parent
-        whole = all((folder / name).stat().st_size == size for name, size in found["sizes"].items())
+        folder = out if out.is_dir() else out.parent
+        whole = all(_state(folder / name) == state for name, state in found["files"].items())
+        named = not out.is_dir() or files_of(out).keys() == found["files"].keys()
     except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return found if whole else None
+    return found if whole and named else None
+
+
+def _state(path: Path) -> list[int]:
+    """Bytes and time of the last change."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
 
 
 def check_same(found: Mapping[str, Any], identity: Any, out: Path) -> None:
@@ -64,7 +84,7 @@ def check_replaceable(out: Path) -> None:
     """UsageError for what --overwrite must not replace: anything but a model or an output of Slipway."""
     if out.is_symlink() or not out.is_dir():
         raise UsageError(f"{out} is no folder, and --overwrite replaces only models; remove it or choose another name")
-    marks = (NOTE, "config.json", "weights", "adapter_config.json")
+    marks = ("config.json", "weights", "adapter_config.json")
     if not any((out / name).exists() for name in marks) and any(out.iterdir()):
         raise UsageError(f"{out} holds no model, so --overwrite leaves it alone; remove it or choose another name")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -56,13 +55,17 @@ def carry_out(
             refuse_existing(target)
         place = target
     made, details = plan()
+    identity = [made.identity, dict(made.sizes)]
     if dry_run:
         return forecast(made, place, command, budget, started)
     if place == target and there and before is not None:
-        finished.check_same(before, [made.identity, made.sizes], target)
+        finished.check_same(before, identity, target)
         return _done_already(command, target, made, started)
-    noted = finished.note([made.identity, made.sizes], made.sizes)
-    run(replace(made, small={**made.small, finished.NOTE: noted}), place, command, budget)
+
+    def note(folder: Path) -> None:
+        finished.write_note(target, identity, finished.files_of(folder))
+
+    run(made, place, command, budget, before_naming=note)
     if place != target:
         finished.put_in_place(place, target)
     return Summary(command, str(target), made.bytes, time.monotonic() - started, details)

@@ -156,11 +156,14 @@ def not_ours(partial: Path) -> UsageError:
     )
 
 
-def run(plan: Plan, out: Path, title: str, memory: int) -> None:
+def run(
+    plan: Plan, out: Path, title: str, memory: int, before_naming: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Create `out` as the plan says.
 
     Args:
         memory: most bytes for all pieces that are at work; a piece that needs more works alone.
+        before_naming: is called with the folder once everything is in it, before it gets its name.
 
     Errors: WriteError if the disk is full or cannot be written; the work so far is kept for the next run.
     """
@@ -185,6 +188,7 @@ def run(plan: Plan, out: Path, title: str, memory: int) -> None:
         (partial / "journal").unlink()
         (partial / "plan.json").unlink()
         sync(partial)
+        before_naming(partial)
         os.rename(partial, out)
         sync(out.absolute().parent)
 

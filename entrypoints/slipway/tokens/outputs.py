@@ -127,14 +127,8 @@ class Output:
         """
         self._commit()
         # The note comes first: it counts only once all files that it names are there.
-        sizes = {
-            target.name: (self.folder / (before + CONTENT)).stat().st_size for before, target in self.targets.items()
-        }
-        note = self.folder / "note"
-        note.write_bytes(finished.note(self.identity, sizes, about))
-        sync(note)
-        os.replace(note, finished.note_of(self.target))
-        sync(self.target.absolute().parent)
+        files = {target.name: self.folder / (before + CONTENT) for before, target in self.targets.items()}
+        finished.write_note(self.target, self.identity, files, about)
         return sum(self._name(before, target, dtype) for before, target in self.targets.items())
 
     def _name(self, before: str, target: Path, dtype: type[np.integer]) -> int:
