@@ -114,3 +114,12 @@ def loss_in_transformers(folder: Path, adapter: Path) -> float:
             loss = model(input_ids=ids, labels=labels).loss
         total, count = total + float(loss) * len(inputs["r_ids"]), count + len(inputs["r_ids"])
     return total / count
+
+
+def test_an_adapter_of_another_base_is_refused_before_nemo_is_imported(folder, tmp_path, capsys):
+    make_model(tmp_path / "hf", "llama31", {"hidden_size": 128}, quantized=False)
+    assert cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "nemo")]) == 0
+    assert cli.main(words(folder, tmp_path / "run", model=tmp_path / "nemo")) == 65
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "linear_qkv" in error and "nemo" in error, error
+    assert not (tmp_path / "run").exists()
