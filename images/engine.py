@@ -1,7 +1,8 @@
 """A Docker engine: the running one, or a private one (Debian, as root).
 
 The private engine is docker, containerd and buildx of Debian 13, which apt verifies against Debian's signatures. It is
-unpacked into the store and has its own socket, data and state. An engine that is installed or running is not changed.
+unpacked beside the store, not in it: it runs as root, so it may not come from a folder that others have filled. It has
+its own socket, data and state. An engine that is installed or running is not changed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from images import process
 from images.debian import Apt, mirror
-from images.store import BuildError, store
+from images.store import BuildError, local
 
 SUITE = "trixie"  # Debian 12's docker is too old for reproducible images; Debian 13's programs run on Debian 12
 UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
@@ -34,7 +35,7 @@ KEEP_CACHE = "40GB"  # of layers that later builds may use; BuildKit deletes the
 
 def home() -> Path:
     """The private engine's folder."""
-    return store() / "engine"
+    return local() / "engine"
 
 
 def socket() -> Path:
@@ -148,7 +149,8 @@ def _install() -> None:
     root, stamp = home() / "root", home() / "unpacked"
     if root.exists() and stamp.exists() and stamp.read_text().split() == list(UNPACKED):
         return
-    with tempfile.TemporaryDirectory(dir=store()) as scratch:
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home()) as scratch:
         apt = Apt(Path(scratch) / "apt", {SUITE: mirror()})
         debs = Path(scratch) / "debs"
         debs.mkdir()

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from images import debian
-from images.store import sha256_of, store
+from images.store import local, sha256_of, store
 
 NOT_STATED = "not stated by the package"
 LONGEST = 80  # a longer `License` field is the text of a licence, not its name
@@ -64,15 +64,16 @@ def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def of_debian() -> dict[str, str]:
     """Package → its licences, for every locked package of the set `base`.
 
-    The result is kept in the store: every image needs it, and reading all packages takes seconds.
+    The result is kept on this machine: every image needs it, and reading all packages takes seconds.
     """
-    kept = store() / "debian" / f"licences-{sha256_of(debian.LOCK)[:16]}.json"
+    kept = local() / f"licences-{sha256_of(debian.LOCK)[:16]}.json"
     if not kept.exists():
         debian.fetch()
         locked = {package.name: package for package in debian.read_lock() if "base" in package.sets}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             files = dict(zip(locked, pool.map(_copyright_file, locked.values()), strict=True))
         found = {name: _licences(_follow(name, files)) for name in locked}
+        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.with_suffix(".part").write_text(json.dumps(found, indent=1))
         os.replace(kept.with_suffix(".part"), kept)
     return json.loads(kept.read_text())

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from images.store import BuildError, LockedFile, fetch, index_address, sha256_of, store
+from images.store import BuildError, LockedFile, fetch, index_address, local, sha256_of, store
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "uv.lock"
@@ -76,8 +76,8 @@ def uv() -> Path:
 
 
 def uv_cache() -> Path:
-    """Where uv keeps unpacked wheels: in the store, one copy for all clones."""
-    return Path(os.environ.get("UV_CACHE_DIR") or store() / "uv")
+    """Where uv keeps unpacked wheels: one copy for all clones. Not in the store, since uv believes what it finds."""
+    return Path(os.environ.get("UV_CACHE_DIR") or local() / "uv")
 
 
 def run_uv(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:

@@ -1,11 +1,11 @@
 """make setup: .venv as uv.lock says, from one copy of every file for any number of clones.
 
-Three things in the store make one copy:
+Three things make one copy:
 
 - The wheels: STORE/wheelhouse. `uv sync` would read them through each clone's own link to that folder, and uv's cache
   names an unpacked wheel by the path where the wheel was read: every clone would add a copy of 6 GB. So uv gets the
   lock as a list of requirements, and the store's own path, which is the same for every clone.
-- The unpacked wheels: STORE/uv is uv's cache, and a .venv holds hard links to its files. An installed file must
+- The unpacked wheels: LOCAL/uv is uv's cache, and a .venv holds hard links to its files. An installed file must
   therefore never be changed in place: the change would be in every clone.
 - The bytecode: what the first clone compiles is linked into the cache, next to its source. The next clone gets it with
   the source.
@@ -50,8 +50,13 @@ def setup() -> None:
 def install(wanted: dict[str, str]) -> None:
     """Make .venv hold these requirements (package → line with hashes) and this project, and nothing else."""
     run_uv("venv", "--allow-existing", str(VENV))
-    if VENV.stat().st_dev != store().stat().st_dev:
-        print(f"setup: {VENV} and {store()} are on different disks, so every file is copied", file=sys.stderr)
+    uv_cache().mkdir(parents=True, exist_ok=True)
+    if VENV.stat().st_dev != uv_cache().stat().st_dev:
+        print(
+            f"setup: {VENV} and {uv_cache()} are on different disks, so every file is copied; set SLIPWAY_LOCAL to a "
+            "folder on the disk of the clones to have one copy",
+            file=sys.stderr,
+        )
     with tempfile.TemporaryDirectory() as scratch:
         locked, listed = Path(scratch) / "locked.txt", Path(scratch) / "requirements.txt"
         locked.write_text("".join(wanted.values()))

@@ -1,5 +1,8 @@
 """Source trees: what the stages of the Dockerfile compile. Each is verified, then kept in the store.
 
+A tree in the store may have been carried in, so it is verified again each time: against the archive that it was
+unpacked from, or against the commit. For that the commit and its folders, as git has them, are kept beside the tree.
+
 The variants cpu and index unpack source archives from the package index. `full` takes git commits, with submodules at
 the pinned commits. `--source NAME=PLACE` names another place for a source: a clone or the address of a mirror. The
 place needs no trust: a commit's name is a hash of its tree, and every file is checked against it (objects.py).
@@ -17,9 +20,23 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from images.manifest import Source
-from images.objects import SUBMODULE, Entry, MissingObject, Objects, folder_of_objects, write
+from images.objects import (
+    EXECUTABLE,
+    FILE,
+    LINK,
+    SUBMODULE,
+    Entry,
+    MissingObject,
+    Objects,
+    Proof,
+    Trees,
+    folder_of_objects,
+    listing,
+    write,
+)
 from images.store import BuildError, fetch, store
 
 PREFLIGHT_SECONDS = 15
@@ -93,7 +110,24 @@ def _archive_tree(source: Source) -> Path:
         (top,) = (folder.parent / "all").iterdir()
         os.rename(top, folder)
 
-    return _into_place(tree_folder(source.name, archive.sha256), unpack)
+    target = _into_place(tree_folder(source.name, archive.sha256), unpack)
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack(Path(scratch) / "tree")
+        _require_tree(target, listing(Path(scratch) / "tree"), f"the archive {archive.name}")
+    return target
+
+
+def _require_tree(folder: Path, expected: dict[str, tuple[str, str]], what: str) -> None:
+    """BuildError (65) unless a tree of the store holds what `what` does, and nothing else."""
+    found = listing(folder)
+    for path in sorted(found.keys() | expected.keys()):
+        if found.get(path) != expected.get(path):
+            why = "missing" if path not in found else "not in it" if path not in expected else "other content"
+            raise BuildError(
+                f"{folder} is not what {what} holds ({path}: {why}); remove {folder} to have it made again, and ask "
+                "whoever filled this store",
+                exit_code=65,
+            )
 
 
 # ---------------------------------------------------------------------------- git commits
@@ -105,7 +139,7 @@ def preflight(sources: list[Source], places: dict[str, str]) -> None:
     A build of `full` may take an hour: a missing source must be found before it starts.
     """
     asked: dict[str, str] = {}
-    for source in [source for source in sources if not _tree_of(source).exists()]:
+    for source in [source for source in sources if not _is_kept(source)]:
         asked[source.name] = places.get(source.name, source.repository)
         asked |= {name: places.get(name, sub["repository"]) for name, sub in source.read_submodules().items()}
     with ThreadPoolExecutor(max(len(asked), 1)) as pool:
@@ -135,18 +169,57 @@ def _tree_of(source: Source) -> Path:
     return tree_folder(source.name, f"{source.commit[:10]}-{digest[:5]}")
 
 
+def _proof_of(source: Source) -> Path:
+    """The file with the commit and its folders, beside the tree."""
+    tree = _tree_of(source)
+    return tree.with_name(f"{tree.name}.objects")
+
+
+def _is_kept(source: Source) -> bool:
+    return _tree_of(source).exists() and _proof_of(source).exists()
+
+
 def _git_tree(source: Source, places: dict[str, str]) -> Path:
-    return _into_place(_tree_of(source), lambda folder: _check_out(source, places, folder))
+    target, proof = _tree_of(source), _proof_of(source)
+    if not _is_kept(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _check_out(source, places, Path(scratch) / "tree").save(Path(scratch) / "proof")
+            os.replace(Path(scratch) / "proof", proof)
+            _into_place(target, lambda folder: os.rename(Path(scratch) / "tree", folder))
+    try:
+        kept = Proof.load(proof)
+        expected = {path: (_plain(entry.mode), entry.sha) for path, entry in _files(source, kept).items()}
+    except MissingObject as error:
+        raise BuildError(
+            f"{proof} does not hold all folders of commit {source.commit} ({error}); remove it to have it made again",
+            exit_code=65,
+        ) from None
+    _require_tree(target, expected, f"commit {source.commit}")
+    return target
 
 
-def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
-    """Fill `folder` with the tree of the source's commit and the trees of its submodules.
+def _plain(mode: str) -> str:
+    """The mode of a file as it is written: old trees have 100664 too."""
+    return mode if mode in (LINK, EXECUTABLE) else FILE
+
+
+def _check_out(source: Source, places: dict[str, str], folder: Path) -> Proof:
+    """Fill `folder` with the tree of the source's commit and the trees of its submodules; what it was made from.
 
     Not with `git clone` and `git submodule update`: those fetch whole histories, from addresses that a commit names.
     """
-    place = places.get(source.name, source.repository)
-    linked = [entry for entry in _extract(source.name, place, source.commit, folder) if entry.mode == SUBMODULE]
+    proof = Proof()
+    entries = _extract(source.name, places.get(source.name, source.repository), source.commit, folder, proof)
+    for entry, name, sub in _read_submodules(source, entries):
+        _extract(name, places.get(name, sub["repository"]), entry.sha, folder / entry.path, proof, sub.get("paths"))
+    return proof
+
+
+def _read_submodules(source: Source, entries: list[Entry]) -> list[tuple[Entry, str, dict[str, Any]]]:
+    """(where it is, its name, its pin) of each submodule of which the build reads anything."""
     by_commit = {sub["commit"]: (name, sub) for name, sub in source.submodules.items()}
+    linked = [entry for entry in entries if entry.mode == SUBMODULE]
     for entry in linked:
         if entry.sha not in by_commit:
             raise BuildError(
@@ -154,13 +227,22 @@ def _check_out(source: Source, places: dict[str, str], folder: Path) -> None:
                 "add it to pins.toml",
                 exit_code=65,
             )
-        name, sub = by_commit[entry.sha]
-        if name in source.read_submodules():
-            place = places.get(name, sub["repository"])
-            _extract(name, place, entry.sha, folder / entry.path, sub.get("paths"))
+    found = [(entry, *by_commit[entry.sha]) for entry in linked]
+    return [(entry, name, sub) for entry, name, sub in found if name in source.read_submodules()]
 
 
-def _extract(name: str, place: str, commit: str, folder: Path, paths: list[str] | None = None) -> list[Entry]:
+def _files(source: Source, objects: Trees) -> dict[str, Entry]:
+    """Path → entry of every file that the source's tree has, its submodules' too."""
+    entries = list(objects.entries(source.commit))
+    found = {entry.path: entry for entry in entries}
+    for at, _, sub in _read_submodules(source, entries):
+        found |= {f"{at.path}/{entry.path}": entry for entry in objects.entries(at.sha, sub.get("paths"))}
+    return {path: entry for path, entry in found.items() if entry.mode != SUBMODULE}
+
+
+def _extract(
+    name: str, place: str, commit: str, folder: Path, proof: Proof, paths: list[str] | None = None
+) -> list[Entry]:
     """Write the files of a commit, or those in `paths`, into `folder`; returns all entries, also submodules."""
     with tempfile.TemporaryDirectory(dir=folder.parent if folder.parent.exists() else None) as scratch:
         bare = Path(scratch) / "git"
@@ -170,7 +252,7 @@ def _extract(name: str, place: str, commit: str, folder: Path, paths: list[str] 
         else:
             _fetch_commit(bare, name, place, commit)
         try:
-            with Objects(bare) as objects:
+            with Objects(bare, proof) as objects:
                 entries = list(objects.entries(commit, paths))
                 write(objects, (entry for entry in entries if entry.mode != SUBMODULE), folder)
         except MissingObject as error:

@@ -1,7 +1,10 @@
 """The store: every file that an installation or an image is made of, kept by name and verified by hash.
 
 Its folder is SLIPWAY_STORE (default ~/.cache/slipway). It can be copied to a site without a network: a file that is in
-the store is not fetched again. No address of a package index is written here. The address is the one that pip is
+the store is not fetched again. So nothing in it is believed: each file is compared with a lock before it is used. What
+cannot be compared, since this machine unpacked or built it, lies in another folder, which is never copied: local().
+
+No address of a package index is written here. The address is the one that pip is
 configured with on this machine, unless UV_DEFAULT_INDEX, UV_INDEX_URL or PIP_INDEX_URL is set.
 """
 
@@ -52,6 +55,11 @@ class LockedFile:
 def store() -> Path:
     """The folder that keeps everything fetched."""
     return Path(os.environ.get("SLIPWAY_STORE") or Path.home() / ".cache" / "slipway")
+
+
+def local() -> Path:
+    """The folder for what this machine has unpacked or built from the store: it is run as it lies there."""
+    return Path(os.environ.get("SLIPWAY_LOCAL") or Path.home() / ".cache" / "slipway-local")
 
 
 def sha256_of(path: Path) -> str:

@@ -24,6 +24,8 @@ from slipway import errors
 from slipway.families import FAMILIES
 from slipway.families.fabricate import fabricate
 
+from images.manifest import Source
+
 
 @pytest.fixture
 def slipway():
@@ -198,3 +200,29 @@ def write_torch_dist(weights: Path, tensors: dict[str, torch.Tensor]) -> None:
     weights.mkdir(parents=True)
     (weights / "__0_0.distcp").write_bytes(content)
     (weights / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(state, storage_data=storage)))
+
+
+def git(folder: Path, *words: str) -> str:
+    """What git prints in a folder."""
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always"]
+    return subprocess.run(["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> tuple[Path, Source]:
+    """A folder with repositories `whole` and its submodule `part`, and the pin of the commit; the store is empty."""
+    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
+    for name in ("part", "whole"):
+        (tmp_path / name).mkdir()
+        git(tmp_path / name, "init", "--quiet")
+        (tmp_path / name / "file.txt").write_text(name)
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "--quiet", "-m", "one")
+    whole = tmp_path / "whole"
+    git(whole, "submodule", "add", "--quiet", str(tmp_path / "part"), "inner/part")
+    git(whole, "commit", "--quiet", "-m", "two")
+    commits = {name: git(tmp_path / name, "rev-parse", "HEAD").strip() for name in ("part", "whole")}
+    nowhere = "https://host.invalid/part"
+    submodules = {"part": {"commit": commits["part"], "repository": nowhere}}
+    source = Source("whole", "whole", "1", commits["whole"], nowhere, "MIT", submodules=submodules)
+    return tmp_path, source

@@ -28,6 +28,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import git
 
 from images import (
     debian,
@@ -192,31 +193,6 @@ def test_limits_of_control_groups_are_read(tmp_path, own, groups, limits):
 # ---------------------------------------------------------------------------- sources
 
 
-def _git(folder: Path, *words: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always"]
-    return subprocess.run(["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture
-def clone(tmp_path, monkeypatch) -> tuple[Path, Source]:
-    """A repository with a submodule, and the pin of its commit; the store is empty."""
-    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
-    for name in ("part", "whole"):
-        (tmp_path / name).mkdir()
-        _git(tmp_path / name, "init", "--quiet")
-        (tmp_path / name / "file.txt").write_text(name)
-        _git(tmp_path / name, "add", ".")
-        _git(tmp_path / name, "commit", "--quiet", "-m", "one")
-    whole = tmp_path / "whole"
-    _git(whole, "submodule", "add", "--quiet", str(tmp_path / "part"), "inner/part")
-    _git(whole, "commit", "--quiet", "-m", "two")
-    commits = {name: _git(tmp_path / name, "rev-parse", "HEAD").strip() for name in ("part", "whole")}
-    nowhere = "https://host.invalid/part"
-    submodules = {"part": {"commit": commits["part"], "repository": nowhere}}
-    source = Source("whole", "whole", "1", commits["whole"], nowhere, "MIT", submodules=submodules)
-    return tmp_path, source
-
-
 def test_a_commit_and_its_submodules_come_from_the_clones_given(clone):
     folder, source = clone
     places = {"whole": str(folder / "whole"), "part": str(folder / "part")}
@@ -271,15 +247,15 @@ def test_a_clone_that_is_not_whole_will_do_if_it_has_what_the_build_reads(clone)
     _files(part, {"include/a/b.h": "b", "docs/picture": "p" * 1000, "include/run": "r"})
     (part / "include" / "run").chmod(0o755)
     (part / "include" / "link").symlink_to("a/b.h")
-    _git(part, "add", ".")
-    _git(part, "commit", "--quiet", "-m", "two")
-    commit = _git(part, "rev-parse", "HEAD").strip()
-    _git(folder / "whole" / "inner" / "part", "fetch", "--quiet", str(part), "HEAD")
-    _git(folder / "whole" / "inner" / "part", "checkout", "--quiet", commit)
-    _git(folder / "whole", "commit", "--quiet", "--all", "-m", "three")
-    top = _git(folder / "whole", "rev-parse", "HEAD").strip()
-    _git(folder, "clone", "--quiet", "--bare", "--depth=1", f"file://{folder}/whole", "shallow")
-    picture = _git(part, "rev-parse", "HEAD:docs/picture").strip()
+    git(part, "add", ".")
+    git(part, "commit", "--quiet", "-m", "two")
+    commit = git(part, "rev-parse", "HEAD").strip()
+    git(folder / "whole" / "inner" / "part", "fetch", "--quiet", str(part), "HEAD")
+    git(folder / "whole" / "inner" / "part", "checkout", "--quiet", commit)
+    git(folder / "whole", "commit", "--quiet", "--all", "-m", "three")
+    top = git(folder / "whole", "rev-parse", "HEAD").strip()
+    git(folder, "clone", "--quiet", "--bare", "--depth=1", f"file://{folder}/whole", "shallow")
+    picture = git(part, "rev-parse", "HEAD:docs/picture").strip()
     (part / ".git" / "objects" / picture[:2] / picture[2:]).unlink()
     subprocess.run(["chown", "-R", "4242:4343", part, folder / "shallow"], check=True)
     places = {"whole": str(folder / "shallow"), "part": str(part)}
@@ -304,8 +280,8 @@ def test_a_clone_that_is_not_whole_will_do_if_it_has_what_the_build_reads(clone)
 def test_a_file_with_other_content_than_its_hash_says_is_refused(clone):
     folder, source = clone
     objects = folder / "whole" / ".git" / "objects"
-    sha = _git(folder / "whole", "rev-parse", "HEAD:file.txt").strip()
-    other = _git(folder / "part", "rev-parse", "HEAD:file.txt").strip()
+    sha = git(folder / "whole", "rev-parse", "HEAD:file.txt").strip()
+    other = git(folder / "part", "rev-parse", "HEAD:file.txt").strip()
     shutil.copy(folder / "part" / ".git" / "objects" / other[:2] / other[2:], objects / "new")
     os.replace(objects / "new", objects / sha[:2] / sha[2:])
     with pytest.raises(BuildError, match=rf"file.txt \(object {sha}\) (is missing|has other content)"):
@@ -457,14 +433,14 @@ def test_two_builds_at_once_may_make_the_same_tree(clone):
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: sources.trees([source], "full", places)["whole"], range(8)))
     assert len(set(made)) == 1 and (made[0] / "inner" / "part" / "file.txt").read_text() == "part"
-    assert [path.name for path in made[0].parent.iterdir()] == [made[0].name]
+    assert sorted(path.name for path in made[0].parent.iterdir()) == [made[0].name, f"{made[0].name}.objects"]
 
 
 @pytest.mark.parametrize("policy", ["ACCEPT", "DROP"])
 def test_the_engine_leaves_packet_forwarding_as_it_was(tmp_path, policy):
     """In a network namespace of its own, with docker's change made by hand."""
     program = (
-        "import subprocess; from images import engine; engine.home().mkdir()\n"
+        "import subprocess; from images import engine; engine.home().mkdir(parents=True)\n"
         f"subprocess.run(['iptables', '-P', 'FORWARD', '{policy}'], check=True)\n"
         "engine.IP_FORWARD.write_text('0'); engine._keep_forwarding()\n"
         "subprocess.run(['iptables', '-P', 'FORWARD', 'DROP'], check=True); engine.IP_FORWARD.write_text('1')\n"
@@ -483,7 +459,7 @@ def test_the_engine_leaves_packet_forwarding_as_it_was(tmp_path, policy):
         sys.executable,
         "-c",
     ]
-    environment = {**os.environ, "SLIPWAY_STORE": str(tmp_path)}
+    environment = {**os.environ, "SLIPWAY_LOCAL": str(tmp_path)}
     done = subprocess.run([*words, program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["-P", "FORWARD", policy, "0"], done.stderr
 

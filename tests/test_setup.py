@@ -107,6 +107,7 @@ def clones(tmp_path, monkeypatch) -> list[Path]:
         shutil.copy(ROOT / "build.py", tmp_path / name)
         shutil.copytree(ROOT / "images", tmp_path / name / "images", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("SLIPWAY_STORE", str(own))
+    monkeypatch.setenv("SLIPWAY_LOCAL", str(tmp_path / "local"))
     for variable in ("UV_CACHE_DIR", "UV_LINK_MODE"):
         monkeypatch.delenv(variable, raising=False)
     return [tmp_path / "one", tmp_path / "two"]
@@ -131,16 +132,31 @@ def files_of(clone: Path) -> dict[str, int]:
 
 def test_a_second_clone_adds_no_copy_of_anything(clones):
     one, two = clones
-    own_store = Path(os.environ["SLIPWAY_STORE"])
+    shared = [Path(os.environ[name]) for name in ("SLIPWAY_STORE", "SLIPWAY_LOCAL")]
     assert setup(one).returncode == 0
-    before_store, before_all = disk_of(own_store), disk_of(own_store, one)
+    before_shared, before_all = disk_of(*shared), disk_of(*shared, one)
     assert setup(two).returncode == 0
     # What a clone does add: folders, and the metadata of this project, in blocks of 4 KB.
-    assert disk_of(own_store) - before_store < 200_000
-    assert disk_of(own_store, one, two) - before_all < 2_000_000
+    assert disk_of(*shared) - before_shared < 200_000
+    assert disk_of(*shared, one, two) - before_all < 2_000_000
     files = files_of(one)
     assert files == files_of(two)
     assert len([path for path in files if path.endswith(".pyc")]) == MODULES + 1 and "thing/library.so" in files
+
+
+def test_unpacked_wheels_in_the_store_are_not_installed(clones):
+    """A store that somebody carries in, with the cache of uv that was made where it was filled."""
+    one, two = clones
+    own_store, local = Path(os.environ["SLIPWAY_STORE"]), Path(os.environ["SLIPWAY_LOCAL"])
+    assert setup(one).returncode == 0 and sorted(path.name for path in own_store.iterdir()) == ["tools", "wheelhouse"]
+    shutil.rmtree(one / ".venv")
+    local.rename(own_store / "planted")
+    (own_store / "planted" / "uv").rename(own_store / "uv")
+    spoiled = list((own_store / "uv").glob("archive-v0/*/thing/__init__.py"))
+    for file in spoiled:
+        file.write_text("evil")
+    assert spoiled and setup(two).returncode == 0
+    assert next(two.glob(".venv/lib/python3.11/site-packages/thing/__init__.py")).read_text() == ""
 
 
 RUN = """

@@ -1,22 +1,20 @@
-"""Servers that lead elsewhere, and a store that others have filled.
+"""Servers that lead elsewhere.
 
-What they do: an index answers with an address on another host, which then gets the index's password; or with file://. A
-store that was carried in holds another program under the name of uv, or another wheel under a name of the lock.
+What they do: an index answers with an address on another host, which then gets the index's password; or with file://.
 
-What must happen: the login stays with its host, only http and https are read, what differs from the lock is not used.
+What must happen: the login stays with its host, only http and https are read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from images import lock, store
-from images.store import BuildError, LockedFile
+from images import store
+from images.store import BuildError
 
 LOGIN = "user:pa%40ss"
 
@@ -75,30 +73,3 @@ def test_other_kinds_of_addresses(url):
 def test_the_login_is_not_given_to_another_scheme():
     assert "@" not in store._with_login("http://host/x", f"https://{LOGIN}@host/simple")
     assert store._with_login("https://host/x", f"https://{LOGIN}@host/simple") == f"https://{LOGIN}@host/x"
-
-
-def test_a_file_of_the_store_is_compared_with_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    (tmp_path / "a.whl").write_bytes(b"good")
-    good = LockedFile("a", "a.whl", hashlib.sha256(b"good").hexdigest())
-    assert store.fetch([good], tmp_path) == 0 == store.fetch([good], tmp_path)
-    (tmp_path / "a.whl").write_bytes(b"evil")
-    with pytest.raises(BuildError, match="is not what the lock names"):
-        store.fetch([good], tmp_path)
-
-
-def test_another_uv_in_the_store_is_not_run(tmp_path, monkeypatch):
-    """The store of this machine, as it would be carried in, with a program of somebody's in place of uv."""
-    import shutil
-
-    pin = lock.pins()["uv"]
-    real = store.store() / "tools" / pin["file"]
-    if not real.is_file():
-        pytest.skip("this machine was set up without the store")
-    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    tools = tmp_path / "store" / "tools"
-    tools.mkdir(parents=True)
-    shutil.copy(real, tools)
-    (tools / f"uv-{pin['version']}").write_text("#!/bin/sh\nexec evil\n")
-    assert lock.uv().read_bytes()[:4] == b"\x7fELF"
