@@ -83,6 +83,7 @@ def serve() -> None:
 
     with contextlib.suppress(ImportError):
         import jinja2.ext  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
         import tokenizers  # noqa: F401
     answers = os.dup(1)
     for line in sys.stdin:
@@ -93,7 +94,8 @@ def attempt(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job in a fork of this process."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not this process's maximum: that one came with it through exec, from whoever started it.
+        before = _pages()[1]
         if not (child := os.fork()):
             _play(job, out, err)
         signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
@@ -104,9 +106,15 @@ def attempt(job: dict[str, Any]) -> dict[str, Any]:
             "code": os.waitstatus_to_exitcode(status),
             "out": out.read_text(errors="replace")[:100_000],
             "err": err.read_text(errors="replace")[:100_000],
-            "memory": max(0, used.ru_maxrss - before) << 10,
+            "memory": max(0, (used.ru_maxrss << 10) - before),
             "seconds": used.ru_utime + used.ru_stime,
         }
+
+
+def _pages() -> tuple[int, int]:
+    """Bytes of this process: (its address space, what of it is in memory)."""
+    space, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(space) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
 def _handover(checkpoint: str) -> None:
@@ -140,22 +148,33 @@ def _packet(file: str) -> None:
 
 
 def _run_folder(folder: str) -> None:
+    from slipway.errors import PreflightError
+    from slipway.training.claim import Claim
     from slipway.training.recipe import Recipe
     from slipway.training.run_folder import RunFolder
 
     run = RunFolder(Path(folder))
-    run.read_status(), run.read_metrics(), run.latest_checkpoint()
-    Recipe.load(run.recipe)
+    with contextlib.suppress(PreflightError), Claim(run.owner, beat=0.001, silent=0.002):
+        run.read_status(), run.read_metrics(), run.latest_checkpoint()
+        Recipe.load(run.recipe)
 
 
-READERS = {"@handover": _handover, "@topology": _topology, "@packet": _packet, "@run": _run_folder}
+def _scan(*files: str) -> None:
+    """Token data, as `train` reads it before anything else."""
+    from slipway.training.preflight import scan_data
+
+    for file in files:
+        scan_data(file, "", 16, 1000, file.endswith(".jsonl"))
+
+
+READERS = {"@handover": _handover, "@topology": _topology, "@packet": _packet, "@run": _run_folder, "@scan": _scan}
 
 
 def _play(job: dict[str, Any], out: Path, err: Path) -> None:
     for number, file, flags in ((0, job["stdin"], os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(file, flags | (os.O_CREAT if number else 0), 0o600), number)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    now = _pages()[0]
     # Address space, which threads and mappings take too: only what runs away meets this limit.
     resource.setrlimit(resource.RLIMIT_AS, (now + (4 << 30),) * 2)
     os.environ.update(job["environment"])

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from slipway import errors
 from slipway.families import FAMILIES
 from slipway.families.fabricate import fabricate
 
-from images.manifest import Source
+if TYPE_CHECKING:
+    from images.manifest import Source
 
 
 @pytest.fixture
@@ -211,6 +212,8 @@ def git(folder: Path, *words: str) -> str:
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> tuple[Path, Source]:
     """A folder with repositories `whole` and its submodule `part`, and the pin of the commit; the store is empty."""
+    from images.manifest import Source
+
     monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
     for name in ("part", "whole"):
         (tmp_path / name).mkdir()

@@ -44,7 +44,7 @@ from slipway.commands.demo import demo
 from slipway.errors import SlipwayError, UsageError
 from slipway.launch.quiet import quiet
 from slipway.options import Option, Parameter, flag, from_text, given, groups_of, parameters_of, suggestion
-from slipway.untrusted import harmless, without_credentials
+from slipway.untrusted import harmless, harmless_lines, without_credentials
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor.doctor,
@@ -132,7 +132,10 @@ def _run(argv: list[str]) -> int:
         return 0
     as_json, arguments = parse(name, function, argv[1:])
     result = function(**arguments)
-    print(without_credentials(json.dumps(result.as_dict()) if as_json else str(result)))
+    if as_json:
+        print(without_credentials(json.dumps(result.as_dict())))
+    else:  # a result with colours has made its words harmless itself
+        print(str(result) if getattr(result, "coloured", False) else harmless_lines(str(result)))
     return getattr(result, "exit_code", 0)
 
 

@@ -10,7 +10,10 @@ import errno
 import json
 import os
 import re
+import secrets
 import stat
+import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +24,16 @@ from slipway.errors import DataError
 # Of a file: the index of a model with a million tensors has 100 MB, and a tokenizer.json 30 MB.
 LARGEST_FILE = 256 << 20
 DEEPEST = 100  # brackets in one another; a chat with tools, the deepest that is read, has about ten
+LARGEST_TOML = 1 << 16  # a recipe with all its comments has a tenth
 AGAIN = "download it again"
+LONGEST_LINE = 100_000  # characters of a line that is printed
+LONGEST_BESIDE = 100  # characters of a file's name that the name of a file beside it repeats; names have 255 bytes
 # A terminal obeys control characters, and a surrogate is no character. The others change the direction of what follows
 # or end a line: a name could be shown as another one.
 HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-# Also with one slash, as a path of Python's shows a URL.
-CREDENTIALS = re.compile(r"([a-zA-Z][\w+.-]*:/{1,2})[^\s/?#\"<>]*@")
+# Also with one slash, as a path of Python's shows a URL. It begins where a word does: at each letter of a long word it
+# would search the rest of the word again.
+CREDENTIALS = re.compile(r"(?<![\w+.-])([\w+.-]+:/{1,2})[^\s/?#\"<>]*@", re.ASCII)
 
 
 class NotJson(ValueError):
@@ -163,6 +170,21 @@ def read_object(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> dict
     return value
 
 
+def read_toml(path: Path, cure: str) -> dict[str, Any]:
+    """The tables of a TOML file that others gave; DataError, in one line, for everything else."""
+    text = read_text(path, LARGEST_TOML, cure)
+    if any(line.count(".") > DEEPEST for line in text.splitlines()):  # the reader's memory grows as their square
+        raise DataError(f"{path} has a line of more than {DEEPEST} dots; {cure}")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise DataError(f"{path} is nested too deeply; {cure}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path}: {error}; {cure}") from None
+    except ValueError:  # of Python, for a whole number of thousands of digits
+        raise DataError(f"{path}: a number is too long; {cure}") from None
+
+
 def harmless(text: str, most: int = 4000) -> str:
     """A text on its way to a terminal or a log: no controls, nothing that is no character, no passwords in URLs.
 
@@ -171,6 +193,37 @@ def harmless(text: str, most: int = 4000) -> str:
     """
     text = without_credentials(HARMFUL.sub(_spelled, text))
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def harmless_lines(text: str) -> str:
+    """The same of a text of several lines, whose ends are ours."""
+    return "\n".join(harmless(line, LONGEST_LINE) for line in text.split("\n"))
+
+
+def tell(text: str) -> None:
+    """Print to standard error what may hold words of others."""
+    print(harmless_lines(text), file=sys.stderr, flush=True)
+
+
+def replace_file(path: Path, content: bytes, durable: bool = True) -> None:
+    """Give a file this content; a reader sees the old file or the new one.
+
+    By way of a name that nobody can know: at a fixed one somebody could have put a link to another file of the user's.
+
+    Args:
+        durable: on disk before it has its name.
+    """
+    part = path.with_name(f".{path.name[:LONGEST_BESIDE]}.{secrets.token_hex(8)}")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _spelled(match: re.Match[str]) -> str:

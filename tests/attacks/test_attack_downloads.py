@@ -43,7 +43,7 @@ def hosts() -> Iterator[tuple[str, str, list[tuple[int, str, str | None]]]]:
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler(number)) for number in (0, 1)]
     names = [f"127.0.0.1:{server.server_port}" for server in servers]
     for server in servers:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield names[0], names[1], asked
     for server in servers:
         server.shutdown()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import shutil
 import time
 from collections import namedtuple
@@ -77,17 +77,22 @@ def test_the_rest_is_estimated_from_what_was_tried(tmp_path, monkeypatch):
     assert forecast.forecast(none, tmp_path / "out", "import", 77, 90.0).seconds == 0
 
 
-def test_the_bytes_are_really_written(tmp_path, monkeypatch):
-    class Full:
-        def __enter__(self):
-            return self
+def test_what_triton_keeps_goes_away(tmp_path, monkeypatch):
+    """Only a GPU compiles; where it would write is seen without one."""
+    for before in ("elsewhere", None):
+        monkeypatch.setenv("TRITON_CACHE_DIR", before) if before else monkeypatch.delenv("TRITON_CACHE_DIR")
+        seen: list[Path] = []
 
-        def __exit__(self, *_):
-            pass
+        def work(seen=seen):
+            seen.append(Path(os.environ["TRITON_CACHE_DIR"]))
+            (seen[0] / "kernel").touch()
+            yield "a", 0, b"abc"
 
-        def write(self, data):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        forecast.forecast(Plan({"a": 3}, [Piece(3, work)], {}, {}, "x"), tmp_path / "out", "import", 1 << 20, 0.0)
+        assert not seen[0].exists() and os.environ.get("TRITON_CACHE_DIR") == before
 
-    monkeypatch.setattr(forecast.tempfile, "TemporaryFile", lambda dir: Full())
-    with pytest.raises(WriteError, match="the disk is full"):
-        forecast.forecast(plan_of(tmp_path, []), tmp_path / "out", "import", 1 << 20, 0.0)
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK | os.X_OK))
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}/a/out: {tmp_path} is read-only"):
+        forecast.forecast(plan_of(tmp_path, []), tmp_path / "a" / "out", "import", 1 << 20, 0.0)

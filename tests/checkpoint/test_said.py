@@ -97,8 +97,8 @@ def test_as_json():
 def test_a_forecast_in_words():
     found = Forecast("import", "out", 3_000_000, 2_000_000, 4, 5, 2_000_000, 90.0, 0.25)
     assert str(found) == (
-        "import: would read 3 MB and write 2 MB (4 files, 5 pieces) to out in about 1.5 min; "
-        "the disk has 2 MB free: enough (planned in 0.2 s)"
+        "import: would read 3 MB and write 2 MB (4 files, 5 pieces) to out in about 1.5 min if that disk keeps up; "
+        "it has 2 MB free: enough (planned in 0.2 s)"
     )
     found.free -= 1
     assert ": NOT ENOUGH, free some space (" in str(found) and found.as_dict()["free"] == 1_999_999

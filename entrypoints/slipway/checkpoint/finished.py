@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint.stream import sync
 from slipway.errors import DataError, UsageError
-from slipway.untrusted import read_object
+from slipway.untrusted import LONGEST_BESIDE, read_object, replace_file
 
 NOTE = ".slipway.json"
 
@@ -42,10 +43,7 @@ def write_note(out: Path, identity: Any, files: Mapping[str, Path], about: Any =
     """
     states = {name: _state(path) for name, path in files.items()}
     text = json.dumps({"made_from": digest(identity), "files": states, "about": about}, indent=1) + "\n"
-    new = note_of(out).with_suffix(".new")
-    new.write_text(text)
-    sync(new)
-    os.replace(new, note_of(out))
+    replace_file(note_of(out), text.encode())
     sync(out.absolute().parent)
 
 
@@ -63,7 +61,7 @@ def noted(out: Path) -> dict[str, Any] | None:
         named = not out.is_dir() or files_of(out).keys() == found["files"].keys()
     except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return found if whole and named else None
+    return found if whole and named and isinstance(found.get("made_from"), str) else None
 
 
 def _state(path: Path) -> list[int]:
@@ -96,8 +94,8 @@ def new_beside(out: Path) -> Path:
 
 def put_in_place(new: Path, out: Path) -> None:
     """Give the finished folder `new` the name of the old one, and remove the old one."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(out, old)
+    # In a new folder: what lies at any name that can be foreseen may be somebody's own.
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:LONGEST_BESIDE]}.old-"))
+    os.rename(out, aside / "old")
     os.rename(new, out)
-    shutil.rmtree(old)
+    shutil.rmtree(aside)

@@ -15,6 +15,7 @@ from slipway.errors import DataError
 from slipway.families import read_config
 from slipway.tensors.bits import as_dtype
 from slipway.tensors.refs import Ref
+from slipway.untrusted import AGAIN
 
 FILE = "heads.safetensors"
 NAMES = [
@@ -95,6 +96,8 @@ def _base_of(weights: Path) -> tuple[dict[str, Any], str]:
     files = [file for context in contexts if (file := context / SOURCE_CONFIG).is_file()]
     config = read_config(files[0]) if files else {}
     config.pop(NAME, None)
+    if files and not isinstance(config.get("model_type"), str):
+        raise DataError(f"{files[0]} has no model_type; {AGAIN}")
     return config, next(filter(None, map(source_of, contexts)), checkpoint)
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import struct
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from slipway.checkpoint.shards import AGAIN, Stored, read_header
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, contiguous, empty
 from slipway.tensors.refs import DTYPE_BYTES, INDEX, TORCH_NAMES, Ref, TensorInfo
-from slipway.untrusted import read_json
+from slipway.untrusted import read_json, tell
 
 __all__ = ["FP8", "FP8_SCALES", "INDEX", "SINGLE", "Layout", "Reader", "Stored", "one_file", "read_header"]
 SINGLE = "model.safetensors"
@@ -133,7 +132,7 @@ def read_folder(folder: Path, notes: list[str] | None = None) -> dict[str, Store
         notes += found
     if any(name.endswith(".bin") for name in files.names):
         # Said before the work and not only in the summary: such files are programs, and people are right to ask.
-        print(f"{folder / files.names[0]}: only its tensors are read; no code in it is run", file=sys.stderr)
+        tell(f"{folder / files.names[0]}: only its tensors are read; no code in it is run")
     return stored
 
 

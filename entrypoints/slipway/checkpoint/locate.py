@@ -23,7 +23,7 @@ from typing import Any
 from slipway.checkpoint.stream import existing_folder, write_errors
 from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError
 from slipway.report import LOG_INTERVAL_SECONDS
-from slipway.untrusted import shown_url
+from slipway.untrusted import shown_url, tell
 
 HUB, NEMO = "hf://", "nemo://"
 RUNS_CHECKPOINTS = "checkpoints"  # in the folder of a run
@@ -88,7 +88,7 @@ def nemo_path(path: str) -> Path:
     newest = latest_checkpoint(found / RUNS_CHECKPOINTS)
     if newest is None or (found / "weights").exists():
         return found
-    print(f"slipway: {path} is a run; its newest checkpoint is {newest[1].name}", file=sys.stderr)
+    tell(f"slipway: {path} is a run; its newest checkpoint is {newest[1].name}")
     return newest[1]
 
 
@@ -206,6 +206,6 @@ def _progress() -> dict[str, Any]:
             super().__init__(*arguments, **{**options, "mininterval": LOG_INTERVAL_SECONDS, "file": StringIO()})
 
         def display(self, *_: Any, **__: Any) -> None:
-            print(f"download: {self.n} of {self.total} files", file=sys.stderr, flush=True)
+            tell(f"download: {self.n} of {self.total} files")
 
     return {"tqdm_class": Lines}

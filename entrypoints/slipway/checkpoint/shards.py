@@ -70,9 +70,10 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, size: int) -> St
         # Not isinstance: True is an int. JSON has numbers of any length, and what follows multiplies them.
         if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
             raise ValueError
+        known = info.dtype in DTYPE_BYTES  # TypeError for a list
     except (TypeError, KeyError, ValueError):
         raise DataError(f"{file}: the header entry of tensor {name} is damaged; {AGAIN}") from None
-    if info.dtype not in DTYPE_BYTES:
+    if not known:
         raise DataError(f"{file}: tensor {name} has the unknown dtype {info.dtype!r}; {AGAIN}")
     if begin + info.bytes != end:
         raise DataError(f"{file}: tensor {name} has {end - begin} bytes, but its shape needs {info.bytes}; {AGAIN}")

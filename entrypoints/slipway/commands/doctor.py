@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from slipway.checkpoint import locate
 from slipway.errors import PreflightError, SlipwayError, UsageError
@@ -18,6 +18,7 @@ from slipway.launch.token import Token
 from slipway.launch.topology import Topology, find_topology
 from slipway.options import LARGEST, option, take, with_options
 from slipway.training.recipe import MODES, Recipe
+from slipway.untrusted import harmless
 
 STYLES = {"ok": "green", "warn": "yellow", "unfit": "bold red"}
 WIDTH_OF_LOGS = 140
@@ -29,6 +30,7 @@ class Diagnosis:
 
     checks: list[Check]
     seconds: float
+    coloured: ClassVar[bool] = True
 
     @property
     def exit_code(self) -> int:
@@ -45,9 +47,10 @@ class Diagnosis:
 
         table = Table("", "check", "found", box=None, pad_edge=False)
         for check in self.checks:
-            table.add_row(Text(check.state, STYLES[check.state]), Text(check.what), Text(check.found))
-            if check.cure:
-                table.add_row("", "", Text(f"→ {check.cure}", "dim"))
+            found, cure = harmless(check.found), harmless(check.cure)
+            table.add_row(Text(check.state, STYLES[check.state]), Text(check.what), Text(found))
+            if cure:
+                table.add_row("", "", Text(f"→ {cure}", "dim"))
         console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_LOGS)
         with console.capture() as shown:
             console.print(table)

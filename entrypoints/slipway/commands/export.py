@@ -29,8 +29,7 @@ def export(
         shard_size: largest safetensors file.
         memory: memory for the tensors in work.
         overwrite: replace what is at the output, once the new one is whole.
-        dry_run: plan, measure on a small sample, and print bytes, files and time; the sample is written beside OUT, to
-            a file without a name, and is gone at the end.
+        dry_run: plan, convert a small sample in memory, and print bytes, files and time; write nothing.
     """
     from slipway.checkpoint import convert, locate
     from slipway.checkpoint.job import carry_out

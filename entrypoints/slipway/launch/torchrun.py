@@ -27,7 +27,7 @@ from slipway.launch.link import Link
 from slipway.launch.topology import Topology
 from slipway.report import say
 from slipway.signals import END, StopRequests, prepare_child
-from slipway.untrusted import shown_url
+from slipway.untrusted import harmless, shown_url, tell
 
 WORKER = "slipway.training.worker"
 POLL = 0.1  # seconds between looks at the processes and their logs
@@ -131,7 +131,7 @@ def launch(
         link: to the commands on the other nodes.
     """
     words = command(topology, worker_arguments, logs)
-    print(f"train: {shlex.join(words)}", file=sys.stderr, flush=True)
+    tell(f"train: {shlex.join(words)}")
     process = _start(topology, words, logs)
     screen = Screen(topology, logs)
     with stop.while_saving(lambda: process.send_signal(END)):
@@ -213,9 +213,9 @@ class Screen:
             if "Traceback (most recent call last)" in line:
                 file.close()
             elif screen is sys.stdout:
-                say(line.rstrip("\n"), living=line.startswith("step "))
+                say(harmless(line.rstrip("\n")), living=line.startswith("step "))
             else:
-                print(line, end="", file=screen, flush=True)
+                tell(line.rstrip("\n"))
 
 
 def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) -> None:

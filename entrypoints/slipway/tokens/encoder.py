@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import blake2b
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from slipway.errors import DataError
+from slipway.tokens import limits
 from slipway.tokens.chat import Segments, Template
 from slipway.tokens.forms import Example, Form, Pair, form_of, present
 from slipway.tokens.inputs import Piece
@@ -21,10 +23,11 @@ from slipway.tokens.lines import Sample, Span, as_line
 from slipway.tokens.messages import Chat, Malformed
 from slipway.tokens.rows import decoded, rows_of
 from slipway.tokens.sources import TEXT
-from slipway.tokens.vocabulary import folder_of, loaded, panics_named
+from slipway.tokens.vocabulary import folder_of, loaded, panics_named, quiet_panics
 
 CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"  # the parts of a piece of the output
-LONGEST_ENCODED = 1 << 20  # characters that are encoded at once; a text of more is encoded in parts
+# Characters that are encoded at once; a text of more is encoded in parts. The library takes some 180 bytes for each.
+LONGEST_ENCODED = 1 << 20
 HELD_OUT = "eval-"  # before the name of a part: of what is held out
 MAPPED = "map "  # before the name of a count: rows that had a key of --map
 
@@ -87,6 +90,7 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.folder = settings, folder_of(settings.tokenizer)
         self.tokenizer = loaded(self.folder.path)
+        self.longest = int(LONGEST_ENCODED / limits.check(self.tokenizer, self.folder.path / "tokenizer.json"))
         with panics_named(self.folder.path / "tokenizer.json"):
             self._learn_of(settings)
 
@@ -104,13 +108,22 @@ class Encoder:
     def __call__(self, piece: Piece) -> Encoded:
         """The output for a piece; DataError names the file and the line that are malformed."""
         result, lines = Encoded(), _Parts(self.settings.indexed, self.dtype)
-        for document in self.documents(piece, result.counts):
-            held = self._is_held_out(document)
-            for sample in self._fitting(document.samples, result.counts):
-                lines.add(HELD_OUT if held else "", sample, document.ends)
-                self._count(sample, document.ends, held, result.counts)
+        with self.guarded():
+            for document in self.documents(piece, result.counts):
+                held = self._is_held_out(document)
+                for sample in self._fitting(document.samples, result.counts):
+                    lines.add(HELD_OUT if held else "", sample, document.ends)
+                    self._count(sample, document.ends, held, result.counts)
         result.parts = lines.joined()
         return result
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around the work on one piece: a tokenizer that panics says one line, and one that never ends is ended."""
+        file = self.folder.path / "tokenizer.json"
+        slow = f"{file} takes more than {limits.SECONDS:.0f} s for a piece of the data; give another --tokenizer"
+        with limits.limited(slow, limits.SECONDS), quiet_panics():
+            yield
 
     def documents(self, piece: Piece, counts: Counter[str]) -> Iterator[Document]:
         """The rows of a piece as tokens, or the part of a text that it is."""
@@ -182,7 +195,7 @@ class Encoder:
 
         Each part is encoded alone: so the tokens before an answer are those that the model will see when it is asked.
         """
-        joined = self._adds_space and sum(len(text) for text, _ in segments) <= LONGEST_ENCODED
+        joined = self._adds_space and sum(len(text) for text, _ in segments) <= self.longest
         parts = self._with_offsets(segments) if joined else [(self.encode(t), on) for t, on in segments]
         parts = [(ids, learned) for ids, learned in parts if ids]
         while parts and not parts[-1][1]:
@@ -206,8 +219,8 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        if len(text) > LONGEST_ENCODED:  # the library takes some 180 bytes for each character
-            return [token for part in _parts_of(text) for token in self.encode(part)]
+        if len(text) > self.longest:
+            return [token for part in _parts_of(text, self.longest) for token in self.encode(part)]
         try:
             # Of a batch of one: a quarter faster, since it does not note where in the text each token stands.
             with panics_named(self.folder.path / "tokenizer.json"):
@@ -290,14 +303,14 @@ class _NoText(DataError):
     """A text that no file can hold."""
 
 
-def _parts_of(text: str) -> Iterator[str]:
+def _parts_of(text: str, longest: int) -> Iterator[str]:
     """A text in parts that can be encoded, each of which begins with white space where there is some."""
     at = 0
     while at < len(text):
-        end = at + LONGEST_ENCODED
+        end = at + longest
         if end < len(text):
-            end = max(text.rfind(mark, at + LONGEST_ENCODED // 2, end) for mark in " \n")
-            end = end if end > at else at + LONGEST_ENCODED
+            end = max(text.rfind(mark, at + longest // 2, end) for mark in " \n")
+            end = end if end > at else at + longest
         yield text[at:end]
         at = end
 

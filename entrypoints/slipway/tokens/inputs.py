@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slipway.errors import DataError
-from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, TABLES, VALUES, Source, damage_named
+from slipway.tokens.sources import ARROW, CSV, PARQUET, TABLES, TEXT, VALUES, Source, damage_named
+from slipway.untrusted import DEEPEST
 
 PIECE_BYTES = 1 << 20  # enough work to be worth sending to another process, little enough to keep in memory
+LARGEST_TEXT = 1 << 24  # bytes of a line of text that stay together; a longer one is cut where there is a space
+DELIMITERS, MOST_FIELDS = ",;\t", 1 << 20  # of a csv
 LARGEST_ROW = 1 << 26  # bytes; a row that does not end by then is a bracket or a quote that is never closed
 # Whole strings, so that brackets in them do not count; a quote alone begins a string that goes on in the next block.
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)
@@ -82,14 +85,30 @@ def _by_place(source: Source) -> Iterator[Piece]:
     with source.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start, line, taken = source.mark, 1, 0
         while start < size:
-            newline = content.find(b"\n", min(start + PIECE_BYTES, size) - 1)
-            end = newline + 1 or size
+            end = start + _whole(source, content, start, size - start)
             yield Piece(
                 source.path, source.kind, end - taken, line,
                 start=start, end=end, begins_file=not taken, ends_file=end == size,
             )  # fmt: skip
             line += content[start:end].count(b"\n")
             start = taken = end
+
+
+def _whole(source: Source, content: bytearray | mmap.mmap, start: int, size: int) -> int:
+    """How many of `size` bytes from `start` on make a piece: to the end of a line, of which the longest are cut."""
+    most = LARGEST_TEXT if source.kind == TEXT else LARGEST_ROW + PIECE_BYTES
+    newline = content.find(b"\n", start + min(PIECE_BYTES, size) - 1, start + most)
+    if newline >= 0:
+        return newline + 1 - start
+    if size <= most:
+        return size
+    if source.kind != TEXT:
+        _check_row(source, size)
+    space = content.rfind(b" ", start + most // 2, start + most)
+    end = space if space >= 0 else start + most
+    while content[end] & 0xC0 == 0x80:  # inside of a character
+        end -= 1
+    return end - start
 
 
 def _streamed(source: Source) -> Iterator[Piece]:
@@ -108,10 +127,12 @@ def _whole_lines(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
     for block in blocks:
         held += block
         newline = held.rfind(b"\n") + 1 if len(held) >= PIECE_BYTES else 0
+        if not newline and source.kind == TEXT and len(held) > LARGEST_TEXT:
+            newline = _whole(source, held, 0, len(held))
         if newline:
             yield bytes(held[:newline])
             del held[:newline]
-        elif source.kind == LINES:
+        elif source.kind != TEXT:
             _check_row(source, len(held))
     if held:
         yield bytes(held)
@@ -129,8 +150,8 @@ def _marked_last(contents: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 
 def _taken(raw: BinaryIO, source: Source, ends: bool) -> int:
-    """Bytes of the file that have been read."""
-    return source.path.stat().st_size if ends else raw.tell()
+    """Bytes of the file that have been read; a reader of what is packed may have closed it at its end."""
+    return source.path.stat().st_size if ends or raw.closed else raw.tell()
 
 
 def _check_row(source: Source, size: int) -> None:
@@ -150,7 +171,7 @@ def _of_values(source: Source) -> Iterator[Piece]:
     with source.path.open("rb") as raw:
         line, row, taken = 1, 1, 0
         for content, rows in _cut_values(source, source.blocks(raw)):
-            size = raw.tell() - taken
+            size = _taken(raw, source, False) - taken
             yield Piece(source.path, VALUES, size, line, row, content=content)
             line, row, taken = line + content.count(b"\n"), row + rows, taken + size
 
@@ -161,8 +182,11 @@ def _cut_values(source: Source, blocks: Iterable[bytes]) -> Iterator[tuple[bytes
     The bracket of the array itself is turned into a space, which leaves every line where it was.
     """
     held, at, depth, outer, done, rows = bytearray(), 0, 0, -1, 0, 0
-    for block in blocks:
+    enough = 0  # bytes, before which it is not looked again: an open string is searched from its beginning each time
+    for block in chain(blocks, [b""]):
         held += block
+        if block and len(held) < enough:
+            continue
         if outer < 0 and (begins := held.lstrip()[:1]):
             outer = 1 if begins == b"[" else 0
             if outer:
@@ -174,10 +198,13 @@ def _cut_values(source: Source, blocks: Iterable[bytes]) -> Iterator[tuple[bytes
             mark = token.group()
             if mark == b'"':
                 at = token.start()
+                enough = 2 * len(held) - at
                 break
             at = token.end()
             if mark in b"{[":
                 depth += 1
+                if depth > DEEPEST + 1:
+                    raise DataError(f"{source.path}: nested too deeply; a row has a few brackets in one another")
             elif mark in b"}]":
                 depth -= 1
                 if depth == outer:
@@ -192,7 +219,7 @@ def _cut_values(source: Source, blocks: Iterable[bytes]) -> Iterator[tuple[bytes
         if done >= PIECE_BYTES:
             yield view[:done], rows
             del held[:done]
-            at, done, rows = at - done, 0, 0
+            at, enough, done, rows = at - done, enough - done, 0, 0
         _check_row(source, len(held))
     if outer == 1 or depth:
         raise DataError(f"{source.path} ends in the middle of a value: it was cut off; copy it again")
@@ -217,7 +244,7 @@ def _of_csv(source: Source) -> Iterator[Piece]:
     """Pieces of whole records; the first record has the names of the columns."""
     csv.field_size_limit(LARGEST_ROW)
     with source.path.open("rb") as raw:
-        lines = Recorded(_lines_of(source, raw))
+        lines = Recorded(_lines_of(source, raw), source)
         delimiter = _delimiter(source, lines)
         records = csv.reader(lines, delimiter=delimiter, strict=True)
         line, taken, names = 1, 0, tuple[str, ...]()
@@ -227,21 +254,21 @@ def _of_csv(source: Source) -> Iterator[Piece]:
                     names = tuple(name.strip() for name in record)
                     line, _ = 1 + records.line_num, lines.take()
                 elif lines.size >= PIECE_BYTES:
-                    size, content = raw.tell() - taken, lines.take()
+                    size, content = _taken(raw, source, False) - taken, lines.take()
                     yield Piece(source.path, CSV, size, line, content=content, columns=(delimiter, *names))
                     line, taken = 1 + records.line_num, taken + size
         except csv.Error as error:
             raise DataError(f"{source.path}:{line + len(lines.held)}: not csv: {error}; correct its quotes") from None
         if lines.held:
-            size = raw.tell() - taken
+            size = _taken(raw, source, False) - taken
             yield Piece(source.path, CSV, size, line, content=lines.take(), columns=(delimiter, *names))
 
 
 class Recorded:
     """Lines that are given on, and kept until they are taken: the csv reader does not say what it has read."""
 
-    def __init__(self, lines: Iterator[str]) -> None:
-        self.lines, self.held, self.size = lines, list[str](), 0
+    def __init__(self, lines: Iterator[str], source: Source) -> None:
+        self.lines, self.source, self.held, self.size = lines, source, list[str](), 0
         self.again: list[str] = []
 
     def __iter__(self) -> Recorded:
@@ -251,6 +278,10 @@ class Recorded:
         line = self.again.pop() if self.again else next(self.lines)
         self.held.append(line)
         self.size += len(line)
+        _check_row(self.source, self.size)  # a record may have any number of lines
+        fields = max(map(line.count, DELIMITERS)) if len(line) > MOST_FIELDS else 0
+        if max(fields, len(self.held)) > MOST_FIELDS + PIECE_BYTES:  # each of them takes more than its bytes
+            raise DataError(f"{self.source.path}: a record has more than {MOST_FIELDS:,} fields; correct its quotes")
         return line
 
     def take(self) -> bytes:
@@ -279,7 +310,7 @@ def _delimiter(source: Source, lines: Recorded) -> str:
     except StopIteration:
         return ","
     lines.again, lines.held, lines.size = [first], [], 0
-    return "\t" if ".tsv" in source.path.suffixes else max(",;\t", key=first.count)
+    return "\t" if ".tsv" in source.path.suffixes else max(DELIMITERS, key=first.count)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -308,10 +339,13 @@ def _batches(source: Source) -> tuple[int, Iterator[Any]]:
 
     if source.kind == PARQUET:
         file = parquet.ParquetFile(source.path)
-        bytes_of_all = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        bytes_of_all = sum(group.total_byte_size for group in groups)
+        for group in groups:  # before it is unpacked
+            _check_row(source, group.total_byte_size // max(1, group.num_rows))
         rows = max(1, min(1 << 12, PIECE_BYTES * file.metadata.num_rows // max(bytes_of_all, 1)))
         # Unpacked, rows that repeat themselves may be much larger than the file says.
-        return file.metadata.num_rows, chain.from_iterable(map(_split, file.iter_batches(batch_size=rows)))
+        return file.metadata.num_rows, _split(source, file.iter_batches(batch_size=rows))
     assert source.kind == ARROW
     mapped = arrow.memory_map(str(source.path))
     if mapped.read(6) == b"ARROW1":
@@ -320,10 +354,14 @@ def _batches(source: Source) -> tuple[int, Iterator[Any]]:
     else:
         mapped.seek(0)
         batches = iter(arrow.ipc.open_stream(mapped))
-    return 0, chain.from_iterable(map(_split, batches))
+    return 0, _split(source, batches)
 
 
-def _split(batch: Any) -> Iterator[Any]:
-    """A batch in slices of about PIECE_BYTES."""
-    rows = max(1, PIECE_BYTES * batch.num_rows // max(batch.nbytes, 1))
-    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
+def _split(source: Source, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches in slices of about PIECE_BYTES."""
+    for batch in batches:
+        rows = max(1, PIECE_BYTES * batch.num_rows // max(batch.nbytes, 1))
+        for start in range(0, batch.num_rows, rows):
+            part = batch.slice(start, rows)
+            _check_row(source, part.nbytes // part.num_rows)
+            yield part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from slipway.tokens.inputs import Piece, pieces
 from slipway.tokens.lines import Sample
 from slipway.tokens.rows import rows_of
 from slipway.tokens.sources import TEXT
+from slipway.untrusted import tell
 
 TEXT_BYTES = 2000  # of a text, to be shown
 PART = 400  # characters of each part of a sample
@@ -30,7 +30,8 @@ def preview(data: Path, inputs: Inputs, encoder: Encoder, count: int) -> None:
         return
     if first.kind == TEXT:
         first = replace(first, content=first.read()[:TEXT_BYTES].decode(errors="ignore").encode(), ends_file=False)
-    samples = list(islice(_samples(first, encoder), max(count, 1)))  # a malformed row is named here, before any work
+    with encoder.guarded():  # a malformed row is named here, before any work
+        samples = list(islice(_samples(first, encoder), max(count, 1)))
     if first.kind != TEXT:
         _say_form(first, encoder)
     for number, sample in enumerate(samples[:count], 1):
@@ -74,4 +75,4 @@ def _part(encoder: Encoder, ids: list[int], learned: bool) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"preprocess: {line}", file=sys.stderr, flush=True)
+    tell(f"preprocess: {line}")

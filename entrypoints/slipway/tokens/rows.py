@@ -71,7 +71,12 @@ def _of_table(piece: Piece) -> Iterator[Row]:
 
     number = piece.row
     for batch in arrow.ipc.open_stream(piece.read()):
-        for value in batch.to_pylist():
+        try:
+            values = batch.to_pylist()
+        except (UnicodeDecodeError, ValueError, OverflowError) as error:  # a text that is none, a day of no calendar
+            where, said = f"{piece.file}: row {number} or one after it", " ".join(str(error).split())
+            raise DataError(f"{where}: a value cannot be read ({said}); copy the file again") from None
+        for value in values:
             # In a table every object has the keys of all: what one does not have is null.
             yield f"{piece.file}: row {number}", _without_nulls(value)
             number += 1

@@ -15,6 +15,7 @@ from typing import Any
 
 from slipway.checkpoint import locate
 from slipway.errors import DataError, SlipwayError, UsageError
+from slipway.tokens import limits
 from slipway.untrusted import harmless, read_bytes, read_object, read_text
 
 COPY = "copy it again"
@@ -29,6 +30,10 @@ def loaded(path: Path) -> Any:
     content = read_bytes(file, cure=COPY)
     with panics_named(file), quiet_panics():
         tokenizer = Tokenizer.from_buffer(content)
+        # What a file says of these is for batches of inference: a text must be neither cut off nor filled up.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        limits.check(tokenizer, file)
         tokenizer.encode("a", add_special_tokens=True)
         tokenizer.get_vocab_size()
     return tokenizer

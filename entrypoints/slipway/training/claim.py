@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Any
 from slipway.errors import DataError, PreflightError
 from slipway.report import human_seconds
 from slipway.training.run_folder import now
-from slipway.untrusted import read_object
+from slipway.untrusted import harmless, read_object, tell
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one, after which the owner is gone
+LONGEST_WORDS = 300  # characters of what an owner says of itself
 
 
 class Claim:
@@ -45,7 +45,7 @@ class Claim:
         while not self._create():
             self._wait_until_it_is_stale()
             with contextlib.suppress(FileNotFoundError):
-                self.file.unlink()
+                self._remove()
         self._thread.start()
         return self
 
@@ -65,6 +65,12 @@ class Claim:
             json.dump(_me(), file)
         return True
 
+    def _remove(self) -> None:
+        try:
+            self.file.unlink()
+        except (IsADirectoryError, PermissionError) as error:
+            raise PreflightError(f"{self.file}: {error.strerror}; remove it, or choose another --out") from None
+
     def _live(self) -> None:
         while not self._end.wait(self.beat):
             with contextlib.suppress(OSError):
@@ -82,7 +88,7 @@ class Claim:
         while not here and silent_for < self.silent:
             if not silent_for:
                 said = f"{_words(owner)}; waiting up to {human_seconds(self.silent)} for a sign of life"
-                print(f"train: {self.file.parent} is held by {said}", file=sys.stderr, flush=True)
+                tell(f"train: {self.file.parent} is held by {said}")
             time.sleep(min(1.0, self.beat / 2))
             silent_for += min(1.0, self.beat / 2)
             if (touched := _touched(self.file)) is None:
@@ -146,4 +152,4 @@ def _words(owner: dict[str, Any]) -> str:
     parts = [f"a run on {owner.get('host', 'an unknown host')}"]
     parts += [f"process {owner['pid']}"] if "pid" in owner else []
     parts += [f"job {owner['job']}"] if owner.get("job") else []
-    return ", ".join(parts) + (f", since {owner['started']}" if "started" in owner else "")
+    return harmless(", ".join(parts) + (f", since {owner['started']}" if "started" in owner else ""), LONGEST_WORDS)

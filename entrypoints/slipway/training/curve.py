@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
 BARS = "▁▂▃▄▅▆▇█"
+NOT_FINITE = "×"
 
 
 def plot_losses(folder: RunFolder) -> None:
@@ -42,5 +44,7 @@ def sparkline(metrics: list[dict[str, Any]], width: int) -> str:
     count = min(width, len(losses))
     groups = [losses[len(losses) * i // count : len(losses) * (i + 1) // count] for i in range(count)]
     means = [sum(group) / len(group) for group in groups]
-    low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join(BARS[min(len(BARS) - 1, int((mean - low) / span * len(BARS)))] for mean in means)
+    finite = [mean for mean in means if math.isfinite(mean)] or [0.0]
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    heights = [(mean - low) / span * len(BARS) for mean in means]
+    return "".join(BARS[min(len(BARS) - 1, int(h))] if math.isfinite(h) else NOT_FINITE for h in heights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from slipway.report import Summary
 from slipway.training.preflight import Scanned
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder, now
+from slipway.untrusted import replace_file, tell
 
 CONTINUE = "run the same command again to continue"
 IN_VAIN = 3  # starts in a row that were stopped before they saved a new step, before it is an error
@@ -44,7 +44,7 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
     try:
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
-        run.folder.inputs.write_text(json.dumps(inputs, indent=1) + "\n")
+        replace_file(run.folder.inputs, (json.dumps(inputs, indent=1) + "\n").encode())
         before = run.folder.read_status()
         # A run that continues shows the loss of the step from which it continues.
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
@@ -108,7 +108,7 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
             f"train: the workers ended without a result, {run.folder.status} is {status}; look at {run.folder.logs}"
         )
     if failure.lines:  # the traceback of a worker that did not know its error
-        print(f"train: last lines of {failure.who}:", *failure.lines, sep="\n", file=sys.stderr)
+        tell("\n".join([f"train: last lines of {failure.who}:", *failure.lines]))
     raise error_of(failure)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from slipway.training import memory
 from slipway.training.agreement import changed
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
-from slipway.untrusted import read_object, read_text
+from slipway.untrusted import read_object, read_text, tell
 
 NOTE_BYTES = 1 << 20
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
@@ -200,13 +199,13 @@ def scan_data(data: str, eval_data: str, seq_length: int, vocab_size: int, pack:
     found = []
     for part in parts_of(data):
         index = scan(part.path, seq_length, vocab_size, pack)
-        print(f"train: {part.path.name}: {index.describe(seq_length)}", file=sys.stderr)
+        tell(f"train: {part.path.name}: {index.describe(seq_length)}")
         _check_lost(part.path, index, seq_length)
         found.append(index)
     if not eval_data:
         return Scanned(found, None)
     held_out = scan(Path(eval_data), seq_length, vocab_size, pack)
-    print(f"train: evaluation on {Path(eval_data).name}: {held_out.describe(seq_length)}", file=sys.stderr)
+    tell(f"train: evaluation on {Path(eval_data).name}: {held_out.describe(seq_length)}")
     _check_lost(Path(eval_data), held_out, seq_length)
     return Scanned(found, held_out)
 

@@ -13,7 +13,7 @@ from typing import Any
 from slipway.errors import DataError, UsageError
 from slipway.options import LARGEST, check_group, option
 from slipway.tokens.blend import parts_of
-from slipway.untrusted import read_object
+from slipway.untrusted import read_object, replace_file
 
 MODES = ("heads", "lora", "sft", "pretrain")
 
@@ -215,7 +215,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        replace_file(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import DataError, UsageError
+from slipway.errors import UsageError
 from slipway.options import NAMES, Parameter, check, from_text, option, parameters_of, suggestion
 from slipway.training.recipe import MODES, Recipe
+from slipway.untrusted import read_toml
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 GPUS = (80, 141)  # GB of memory
@@ -88,10 +89,7 @@ def load(name: str, mode: str, gpu: int) -> Shipped:
     file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not file.is_file():
         raise UsageError(f"there is no recipe {name}{suggestion(name, names())}; there are {', '.join(names())}")
-    try:
-        tables = tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}") from None
+    tables = read_toml(file, "correct it, or choose another --recipe")
     _check_tables(file, tables)
     if mode not in tables:
         raise UsageError(f"{file} has no table [{mode}]; add one, or choose another --mode or --recipe")

@@ -16,9 +16,9 @@ tensorboard/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,21 @@ from slipway.checkpoint import locate
 from slipway.checkpoint.locate import COMPLETE
 from slipway.errors import DataError
 from slipway.training.recipe import Recipe
-from slipway.untrusted import NotJson, parse_json, read_bytes, read_object
+from slipway.untrusted import NotJson, harmless, parse_json, read_bytes, read_object, replace_file
 
 CURE = "restore it, or choose another --out"
+WHEN = "%Y-%m-%dT%H:%M:%SZ"
+# What the readers of these files rely on, where it is there. A loss that is not finite is JSON's NaN; the time left is
+# null where it is not known.
+NUMBER, COUNT, TEXT = (int, float), (int,), (str,)
+IN_STATUS = {
+    "state": TEXT, "why": TEXT, "updated": TEXT, "step": COUNT, "steps": COUNT, "tokens": COUNT, "exit_code": COUNT,
+    "in_vain": COUNT, "loss": NUMBER, "eval_loss": NUMBER, "seconds_left": (*NUMBER, type(None)),
+}  # fmt: skip
+IN_METRICS = {"step": COUNT, "loss": NUMBER, "lr": NUMBER, "tokens_per_second": NUMBER, "seconds": NUMBER}
+IN_EVALUATIONS = {"step": COUNT, "loss": NUMBER}
+Shape = Mapping[str, tuple[type, ...]]
+LARGEST = 1 << 53  # of a count; beyond it a number of JSON is not exact
 
 
 @dataclass(frozen=True)
@@ -88,44 +100,62 @@ class RunFolder:
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
     def read_status(self) -> dict[str, Any]:
-        """The content of the status file, or {} if there is none."""
-        return read_object(self.status, cure=CURE) if self.status.exists() else {}
+        """The content of the status file, or {} if there is none; DataError for values that no run writes."""
+        if not self.status.exists():
+            return {}
+        status = read_object(self.status, cure=CURE)
+        _check(self.status, status, IN_STATUS, needed=("state",))
+        if not 0 <= status.get("exit_code", 0) < 256:
+            raise DataError(f"{self.status}: exit_code is not from 0 to 255; {CURE}")
+        return status
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Replace the status file; a reader sees the old or the new one, never a part."""
-        part = self.status.with_suffix(".part")
-        part.write_text(json.dumps(status, indent=1) + "\n")
-        os.replace(part, self.status)
+        replace_file(self.status, (json.dumps(status, indent=1) + "\n").encode(), durable=False)  # it comes each step
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One dict per step, in order."""
-        return _read_lines(self.metrics)
+        return _read_lines(self.metrics, IN_METRICS)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """One dict per evaluation, in order; `step` is the number of the step before it."""
-        return _read_lines(self.evaluations)
+        return _read_lines(self.evaluations, IN_EVALUATIONS)
 
     def forget_from(self, step: int) -> None:
         """Remove the records from `step` on: a run that continues computes these steps again."""
-        for file in (self.metrics, self.evaluations):
-            kept = [entry for entry in _read_lines(file) if entry["step"] < step]
+        for file, entries in ((self.metrics, self.read_metrics()), (self.evaluations, self.read_evaluations())):
+            kept = [entry for entry in entries if entry["step"] < step]
             if file == self.metrics or file.exists():
-                part = file.with_suffix(".part")
-                part.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-                os.replace(part, file)
+                replace_file(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
 def now() -> str:
     """The time as the status has it, in UTC: 2026-11-25T23:10:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(WHEN, time.gmtime())
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _read_lines(file: Path, shape: Shape) -> list[dict[str, Any]]:
     """The objects of a file. Half a line is ignored: the disk was full, or the line is being written."""
     if not file.exists():
         return []
     lines = read_bytes(file, cure=CURE).splitlines(True)
     try:
-        return [parse_json(line) for line in lines if line.endswith(b"\n")]
+        found = [parse_json(line) for line in lines if line.endswith(b"\n")]
     except NotJson as error:
         raise DataError(f"{file}: a line is not JSON ({error}); {CURE}") from None
+    for entry in found:
+        if not isinstance(entry, dict):
+            raise DataError(f"{file}: a line is not an object; {CURE}")
+        _check(file, entry, shape, needed=shape)
+    return found
+
+
+def _check(file: Path, entry: dict[str, Any], shape: Shape, needed: Iterable[str]) -> None:
+    """DataError for a value of another type or size than a run writes."""
+    for name in needed:
+        if name not in entry:
+            raise DataError(f"{file}: {name} is missing; {CURE}")
+    for name, types in shape.items():
+        value = entry.get(name, None if type(None) in types else types[0]())
+        if type(value) not in types or (isinstance(value, int) and abs(value) > LARGEST):
+            raise DataError(f"{file}: {name} is {harmless(repr(value), 60)}; {CURE}")

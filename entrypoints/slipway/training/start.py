@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping
@@ -36,6 +35,7 @@ from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.targets import ALL
 from slipway.training.targets import resolved as targets_of
+from slipway.untrusted import tell
 
 # Of warm-up and constant steps, the part of a run that they take by default.
 SHARES = {"warmup_steps": Recipe.steps // Recipe.warmup_steps, "constant_steps": Recipe.steps // Recipe.constant_steps}
@@ -87,8 +87,8 @@ def run(request: Request) -> Summary:
         scanned = run.scanned or _scan(vars(run.recipe))
         preflight.check_held_out(run.recipe, scanned)
         scanned.save(Path(scratch))
-        print(f"train: {scanned.epochs(run.recipe)}", file=sys.stderr)
-        print(topology, file=sys.stderr)
+        tell(f"train: {scanned.epochs(run.recipe)}")
+        tell(str(topology))
         preflight.make_folder(run.folder)
         agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
@@ -155,7 +155,7 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     folder = RunFolder.of(recipe)
     begins_at, notes = preflight.first_step(recipe, folder, request.resume)
     for line in [*said, *notes, *preflight.without_tokenizer(model)]:
-        print(f"train: {line}", file=sys.stderr)
+        tell(f"train: {line}")
     if not dry_run and begins_at < recipe.steps:
         preflight.check_base(recipe)
     return Run(recipe, topology, folder, begins_at, started, scanned), config

@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import SlipwayError, Stopped, UsageError
+from slipway.errors import DataError, SlipwayError, Stopped, UsageError
 from slipway.report import human_seconds
 from slipway.training.curve import sparkline
-from slipway.training.run_folder import RunFolder
+from slipway.training.run_folder import CURE, WHEN, RunFolder, now
+from slipway.untrusted import harmless_lines
 
 ENDED = ("done", "stopped", "failed")
 WIDTH = 60  # bars of the curve
@@ -91,7 +92,10 @@ def look(run: Path) -> Look:
     if not (status := folder.read_status()):
         raise UsageError(f"{run} is not the folder of a run: it has no status.json; give the --out of `slipway train`")
     updated = status.get("updated")
-    then = datetime.strptime(updated, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp() if updated else 0
+    try:
+        then = datetime.strptime(updated, WHEN).replace(tzinfo=UTC).timestamp() if updated else 0
+    except ValueError:
+        raise DataError(f"{folder.status}: updated is not a time such as {now()}; {CURE}") from None
     silent = max(0.0, time.time() - (then or folder.status.stat().st_mtime))
     return Look(folder, status, folder.read_metrics(), silent)
 
@@ -106,10 +110,11 @@ def follow(run: Path, every: float) -> Look:
     while True:
         found = look(run)
         if sys.stdout.isatty():
-            print(f"\x1b[{height}A\x1b[J" if height else "", found, sep="", flush=True)
-            height = str(found).count("\n") + 1
+            shown_now = harmless_lines(str(found))
+            print(f"\x1b[{height}A\x1b[J" if height else "", shown_now, sep="", flush=True)
+            height = shown_now.count("\n") + 1
         elif (step := f"{found.status['state']} {found.status.get('step')}") != shown and not found.has_ended:
-            print(found.line(), flush=True)
+            print(harmless_lines(found.line()), flush=True)
             shown = step
         if found.has_ended:
             if height:

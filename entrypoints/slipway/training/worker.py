@@ -22,6 +22,7 @@ from slipway.training.patches import LIGHTNING, NEMO, replace, wrap
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.troubles import explained
+from slipway.untrusted import tell
 
 if TYPE_CHECKING:
     from slipway.training.record import Record
@@ -334,7 +335,7 @@ def main() -> None:
         run(Recipe.load(arguments.recipe), arguments.indices, arguments.stop_file, arguments.nodes, arguments.started)
     except SlipwayError as error:
         leave_word(arguments.stop_file.parent, int(os.environ["LOCAL_RANK"]), error)
-        print(f"slipway: {error}", file=sys.stderr)
+        tell(f"slipway: {error}")
         sys.exit(error.exit_code)
 
 
