@@ -8,7 +8,7 @@ VARIANT ?= full
 # Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
 
-.PHONY: help setup transformers5 lock audit demo docs test lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
+.PHONY: help setup transformers5 lock audit demo docs test test-slurm slurm-slow lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,13 @@ demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 test: setup transformers5 lint  ## unit and integration tests
 	@.venv/bin/pytest tests --ignore tests/image --numprocesses auto --maxprocesses 4 --dist loadfile
 
+test-slurm: setup  ## `submit` and the commands on a real Slurm of their own (as root; installs Debian's packages)
+	@.venv/bin/pytest tests/slurm --numprocesses 3 --dist loadfile
+
+slurm-slow: setup  ## 100 random faults on real Slurms, and NeMo-Run on the same cluster: tables for docs/launching.md
+	@.venv/bin/python tests/slurm/faults.py
+	@.venv/bin/python tests/slurm/against_nemo_run.py
+
 docs: setup  ## fill the tables of docs/ and the comments of the recipes from the code
 	@.venv/bin/python docs/tables.py
 
@@ -39,7 +46,7 @@ lint: setup  ## style, types, shell, Dockerfile, and tables of docs/ (no network
 	@.venv/bin/ruff format --quiet --check .
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/python docs/tables.py --check
-	@.venv/bin/shellcheck .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint
+	@.venv/bin/shellcheck --shell=bash .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint entrypoints/slipway/cluster/remote.sh
 	@.venv/bin/hadolint images/Dockerfile
 
 engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)

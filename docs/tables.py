@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from slipway.cluster import settings
 from slipway.families import FAMILIES, Family
 from slipway.families.fields import COMMON
 from slipway.launch.placement import Patience, Placement
@@ -69,6 +70,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "placement flags": lambda: table(Placement),
     "patience flags": lambda: table(Patience),
     "common fields": common_fields,
+    "keys of lab.toml": lambda: table(settings.Common, flags=False),
+    "keys of lab.toml for Slurm": lambda: table(settings.OnSlurm, flags=False),
+    "keys of lab.toml for Kubernetes": lambda: table(settings.OnKubernetes, flags=False),
     **{f"deploy/{name}": functools.partial(shown, name) for name in ("slurm.sbatch", "kubernetes/job.yaml")},
     **{f"fields of {name}": functools.partial(fields, family) for name, family in FAMILIES.items()},
 }

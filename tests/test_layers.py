@@ -13,11 +13,13 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__init__", "errors"},
     {"options", "report", "signals", "untrusted"},
+    {"arguments"},
     {"tensors"},
     {"families"},
     {"checkpoint"},
     {"tokens", "launch"},
     {"training"},
+    {"cluster"},
     {"commands"},
     {"cli"},
 ]

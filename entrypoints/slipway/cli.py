@@ -1,7 +1,6 @@
 """The command line: one dictionary, command → function.
 
-A command is a function whose parameters are its arguments; what stands before `*` may be given as plain words. Groups
-of options that several commands share (options.py) are added by `with_options`. Everything is checked against these
+A command is a function whose parameters are its arguments (arguments.py). Everything is checked against their
 declarations, and converted to their types, before anything heavy is imported and before any work is done.
 
 An executable that carries a command's name runs that command, so that a link `train → slipway` is `train`.
@@ -13,18 +12,18 @@ import errno
 import inspect
 import json
 import os
-import re
 import sys
 import tempfile
 import textwrap
 import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import slipway
 from slipway import untrusted
+from slipway.arguments import arguments_of, parse
 from slipway.commands import (
     dequant,
     doctor,
@@ -34,6 +33,7 @@ from slipway.commands import (
     init,
     merge_heads,
     preprocess,
+    submit,
     train,
     verify,
     version,
@@ -43,7 +43,7 @@ from slipway.commands import inspect as inspect_checkpoint
 from slipway.commands.demo import demo
 from slipway.errors import SlipwayError, UsageError
 from slipway.launch.quiet import quiet
-from slipway.options import Option, Parameter, flag, from_text, given, groups_of, parameters_of, suggestion
+from slipway.options import Parameter, suggestion
 from slipway.untrusted import harmless, harmless_lines, without_credentials
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "preprocess": preprocess.preprocess,
     "train": train.train,
     "watch": watch.watch,
+    "submit": submit.submit,
     "extract-heads": extract_heads.extract_heads,
     "merge-heads": merge_heads.merge_heads,
     "demo": demo.demo,
@@ -139,123 +140,6 @@ def _run(argv: list[str]) -> int:
     return getattr(result, "exit_code", 0)
 
 
-# ---------------------------------------------------------------------------- what a command takes
-
-
-def arguments_of(function: Callable[..., Any]) -> tuple[dict[str, Parameter], list[str]]:
-    """(name → Parameter of everything that the command takes, the names that may be given as plain words)."""
-    hints = typing.get_type_hints(function)
-    explained = _explained(function)
-    found: dict[str, Parameter] = {}
-    words = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue  # the groups of options
-        default = ... if parameter.default is parameter.empty else parameter.default
-        about = Option(explained.get(parameter.name, ""))
-        found[parameter.name] = Parameter(parameter.name, given(hints.get(parameter.name, str)), default, about)
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            words.append(parameter.name)
-    for group in groups_of(function):
-        found |= {name: parameter for name, parameter in parameters_of(group).items() if name not in found}
-    return found, words
-
-
-def _explained(function: Callable[..., Any]) -> dict[str, str]:
-    """Argument → what the docstring says of it, in one line."""
-    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"(?m)^    (\w+): (.*(?:\n {8}.*)*)", section)
-    return {name: " ".join(text.split()) for name, text in entries}
-
-
-# ---------------------------------------------------------------------------- reading the command line
-
-
-def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[bool, dict[str, Any]]:
-    """(--json given?, argument name → value of its declared type); UsageError for anything else."""
-    parameters, positional = arguments_of(function)
-    as_json, words, flags = _split(name, parameters, argv)
-    if len(words) > len(positional):
-        raise UsageError(f"{name}: unexpected argument {words[len(positional)]!r}; see `slipway {name} --help`")
-    arguments: dict[str, Any] = {}
-    for key, text in [*zip(positional, words, strict=False), *flags]:
-        _refuse_unnameable(f"{name}: {flag(key)}", text)
-        value = from_text(f"{name}: {flag(key)}", parameters[key], text)
-        if isinstance(value, list):
-            value = [*arguments.get(key, []), *value]
-        elif key in arguments:
-            raise UsageError(f"{name}: {flag(key)} is given twice")
-        arguments[key] = value
-    for key, parameter in parameters.items():
-        if parameter.default is ... and key not in arguments:
-            spelled = key.upper() if key in positional else flag(key)
-            raise UsageError(f"{name}: {spelled} is missing; see `slipway {name} --help`")
-    return as_json, arguments
-
-
-def _refuse_unnameable(where: str, text: str) -> None:
-    """UsageError for what no file, host or program can be called: a NUL, half of a surrogate pair."""
-    try:
-        good = "\0" not in text and bool(os.fsencode(text) or not text)
-    except UnicodeEncodeError:
-        good = False
-    if not good:
-        raise UsageError(f"{where} is {text[:40]!r}; it has a character that no name can have")
-
-
-def _split(
-    name: str, parameters: Mapping[str, Parameter], argv: list[str]
-) -> tuple[bool, list[str], list[tuple[str, str]]]:
-    """Plain words and (parameter, text) pairs, with every flag known."""
-    as_json, words, flags, rest = False, [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            words += rest
-            break
-        if word == "--json":
-            as_json = True
-        elif not word.startswith("-") or word == "-" or _is_number(word):
-            words.append(word)
-        else:
-            spelled, equals, text = word.partition("=")
-            key, negated = _parameter(name, spelled, parameters)
-            if negated:
-                text = "false"
-            elif not equals:
-                if parameters[key].kind is bool:
-                    text = "true"
-                elif not rest:
-                    raise UsageError(f"{name}: {spelled} needs a value")
-                else:
-                    text = rest.pop(0)
-            flags.append((key, text))
-    return as_json, words, flags
-
-
-def _parameter(name: str, spelled: str, parameters: Mapping[str, Parameter]) -> tuple[str, bool]:
-    """The parameter that `--flag`, `-f` or `--no-flag` means, and whether it is negated."""
-    key = spelled.lstrip("-").replace("-", "_")
-    if spelled.startswith("--"):
-        if key in parameters:
-            return key, False
-        positive = key.removeprefix("no_")
-        if positive in parameters and parameters[positive].kind is bool:
-            return positive, True
-    elif len(short := [p for p in parameters if p[0] == key]) == 1:
-        return short[0], False
-    known = [flag(parameter) for parameter in parameters]
-    raise UsageError(f"{name}: unknown flag {spelled}{suggestion(spelled, known)}; see `slipway {name} --help`")
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 # ---------------------------------------------------------------------------- help
 
 
@@ -283,7 +167,7 @@ def _first_line(function: Callable[..., Any]) -> str:
 def help_text(name: str, function: Callable[..., Any]) -> str:
     """Usage, description, and every argument with its type, range and default."""
     parameters, positional = arguments_of(function)
-    words = "".join(f" {key.upper()}" if parameters[key].default is ... else f" [{key.upper()}]" for key in positional)
+    words = "".join(_word(parameters[key]) for key in positional)
     flags = {key: parameter for key, parameter in parameters.items() if key not in positional}
     needed = "".join(f" {one.flag} {_value(one)}" for one in flags.values() if one.default is ...)
     description = (inspect.getdoc(function) or "").partition("\nArgs:\n")[0].strip()
@@ -295,6 +179,12 @@ def help_text(name: str, function: Callable[..., Any]) -> str:
         lines += _entry(f"{parameter.flag} {_value(parameter)}".rstrip(), parameter)
     lines += ["  --json", "      print the result as one JSON object"]
     return "\n".join(lines)
+
+
+def _word(parameter: Parameter) -> str:
+    """A plain word as the usage line shows it: SRC, [RUN], WORDS ..."""
+    spelled = parameter.name.upper() + (" ..." if parameter.kind == list[str] else "")
+    return f" {spelled}" if parameter.default is ... else f" [{spelled}]"
 
 
 def _entry(head: str, parameter: Parameter) -> list[str]:

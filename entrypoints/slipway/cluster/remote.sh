@@ -1,0 +1,242 @@
+# What `slipway submit` runs on the login node, as text over ssh; variables and a call of `main` follow it.
+# A record is a line: slipway, a tab, its kind, and fields with tabs between. Everything else is text for people.
+# shellcheck disable=SC2015 # what stands behind || is for both
+set -uo pipefail
+export LC_ALL=C
+
+record() { local IFS=$'\t'; printf 'slipway\t%s\n' "$*"; }
+
+# Ends with a sentence for the person, and the exit code of `slipway submit`.
+refuse() { record refused "$1" "${*:2}"; exit 0; }
+
+one_line() { tr '\n\t' '  ' | sed 's/  */ /g; s/ $//'; }
+
+main() {
+    "$@"
+    record end
+    exit 0
+}
+
+# ------------------------------------------------------------------- submit
+
+submit() {
+    trap '' HUP PIPE INT # a client that goes away leaves a whole chain or none
+    command -v sbatch >/dev/null || refuse 78 "there is no sbatch on $(hostname); host in lab.toml must be a login node of Slurm"
+    local i said
+    said=$(answers) || refuse 78 "Slurm's controller does not answer: $said; nothing was submitted"
+    check_files
+    fit_to_the_nodes
+    for i in "${!NAMES[@]}"; do
+        said=$(sbatch --test-only ${CPUS[i]:+--cpus-per-task=${CPUS[i]}} <<<"${SCRIPTS[i]}" 2>&1) ||
+            refuse 78 "${NAMES[i]#*-}: Slurm refuses the job: $(sbatch_says "$said"); nothing was submitted"
+    done
+    umask 077
+    mkdir "$DIR" 2>/dev/null || refuse 78 "$DIR cannot be made on $(hostname); give a job_dir that you can write to"
+    for i in "${!NAMES[@]}"; do queue "$i"; done
+    printf '%s' "$META" >"$DIR/run.json.part" && mv "$DIR/run.json.part" "$DIR/run.json" || undo "$DIR cannot be written"
+    # Held until all are there: a chain that was submitted in part never begins.
+    said=$(scontrol release "${IDS[0]}" 2>&1) || undo "Slurm does not release the first job: $(one_line <<<"$said")"
+    record submitted "${IDS[@]}"
+}
+
+# The commands of Slurm wait for a minute for a controller that is away; this one does not.
+answers() {
+    local said
+    said=$(timeout 15 scontrol ping 2>&1 | one_line)
+    [[ $said == *UP* ]] || { echo "${said:-scontrol ping says nothing}"; return 1; }
+}
+
+check_files() {
+    local path
+    (umask 077 && mkdir -p "$JOB_DIR" 2>/dev/null) && [ -w "$JOB_DIR" ] ||
+        refuse 78 "$JOB_DIR cannot be made or written on $(hostname); give a job_dir of yours"
+    for path in "${SOURCES[@]}"; do
+        [ -e "$path" ] || refuse 78 "$path is not there on $(hostname), but mounts names it: make it with mkdir (or name it in local_mounts, if it is on the nodes alone)"
+    done
+    [ -z "$IMAGE_FILE" ] || [ -r "$IMAGE_FILE" ] || refuse 78 "the image $IMAGE_FILE is not there on $(hostname); make it with \`build.py sqsh\` and copy it there"
+    [ -z "$SECRETS" ] || case "$(stat -L -c '%a %u' "$SECRETS" 2>&1)" in
+    [46]"00 $(id -u)") ;;
+    *) refuse 78 "the file of secrets, $SECRETS, must be yours on $(hostname), with mode 600: chmod 600 $SECRETS" ;;
+    esac
+}
+
+# CPUS[i] is empty for a step with GPUs; else what it asks for, at most what the smallest node has.
+fit_to_the_nodes() {
+    local i smallest
+    smallest=$(sinfo -h -N -o %c ${PARTITION:+-p "$PARTITION"} 2>/dev/null | sort -n | head -1)
+    for i in "${!CPUS[@]}"; do
+        [[ -z ${CPUS[i]} || ! $smallest =~ ^[0-9]+$ || $smallest -ge ${CPUS[i]} ]] || CPUS[i]=$smallest
+    done
+}
+
+# The one line of several that says what is wrong.
+sbatch_says() {
+    local line
+    line=$(grep -m 1 'error' <<<"$1" || tail -n 1 <<<"$1")
+    sed 's/^sbatch: //; s/^error: //; s/^Batch job submission failed: //; s/^allocation failure: //' <<<"$line" | one_line
+}
+
+queue() { # NUMBER
+    local file="$DIR/${NAMES[$1]}.sbatch" said id
+    printf '%s' "${SCRIPTS[$1]}" >"$file" && printf '%s' "${OUTS[$1]}" >"$DIR/${NAMES[$1]}.out" || undo "$DIR cannot be written"
+    local after=(--hold)
+    [ "$1" -eq 0 ] || after=("--dependency=afterok:${IDS[$1 - 1]}" --kill-on-invalid-dep=yes)
+    said=$(sbatch --parsable "${after[@]}" ${CPUS[$1]:+--cpus-per-task=${CPUS[$1]}} "$file" 2>&1) ||
+        undo "${NAMES[$1]#*-}: Slurm refuses the job: $(sbatch_says "$said")"
+    id=$(grep -oE '^[0-9]+(;.*)?$' <<<"$said" | tail -1)
+    IDS+=("${id%%;*}")
+    echo "${id%%;*}" >"$DIR/${NAMES[$1]}.id"
+}
+
+undo() {
+    [ "${#IDS[@]}" -eq 0 ] || scancel "${IDS[@]}"
+    rm -rf -- "$DIR"
+    refuse 78 "$*; nothing was submitted"
+}
+
+# ------------------------------------------------------------------- a run that was submitted
+
+# DIR of the run that is asked for, or of the newest.
+find_run() {
+    [ -d "$JOB_DIR" ] || refuse 2 "there is no run yet: $JOB_DIR is not there on $(hostname)"
+    [ -n "$RUN" ] || RUN=$(runs | tail -n 1)
+    [ -n "$RUN" ] || refuse 2 "there is no run yet in $JOB_DIR on $(hostname)"
+    DIR="$JOB_DIR/$RUN"
+    [ -d "$DIR" ] || refuse 2 "there is no run $RUN in $JOB_DIR on $(hostname); the newest are $(runs | tail -n 3 | paste -sd' ')"
+    IDS=() NAMES=()
+    local file
+    for file in "$DIR"/*.id; do
+        [ -e "$file" ] || continue
+        NAMES+=("$(basename "$file" .id)")
+        IDS+=("$(cat "$file")")
+    done
+    record run "$RUN"
+}
+
+runs() { find "$JOB_DIR" -mindepth 1 -maxdepth 1 -type d -name '[0-9]*-[0-9]*-*' -printf '%f\n' | sort; }
+
+joined() { local IFS=,; echo "$*"; }
+
+status() {
+    find_run
+    record now "$(date +%s)"
+    record meta "$(base64 -w0 "$DIR/run.json" 2>/dev/null)"
+    local said i state gone=() queue=
+    if ! said=$(answers); then
+        record silent "$said"
+    elif ! queue=$(squeue -h -t all -j "$(joined "${IDS[@]}")" -o '%i|%T|%r|%N|%M|%l|%S' 2>&1); then
+        grep -q 'Invalid job id' <<<"$queue" || record silent "$(one_line <<<"$queue")"
+        queue=
+    fi
+    for i in "${!NAMES[@]}"; do
+        state="$DIR/${NAMES[i]}"
+        record step "${NAMES[i]}" "${IDS[i]}" "$(cat "$state.exit" 2>/dev/null)" "$(marks "$state")" \
+            "$(cat "$state.last" 2>/dev/null)" "$(wc -l 2>/dev/null <"$state.starts" || echo 0)"
+        grep "^${IDS[i]}|" <<<"$queue" | while IFS='|' read -r _ job reason nodes elapsed limit begins; do
+            record queue "${NAMES[i]}" "$job" "$reason" "$nodes" "$elapsed" "$limit" "$begins"
+        done
+        [ -e "$state.exit" ] || grep -q "^${IDS[i]}|" <<<"$queue" || gone+=("${IDS[i]}")
+        said=$(cat "$state.out" 2>/dev/null)
+        [ -z "$said" ] || [ ! -r "$said/status.json" ] || record progress "${NAMES[i]}" "$said" "$(base64 -w0 "$said/status.json")"
+    done
+    # Without accounting, sacct fails: then nothing more is known.
+    [ "${#gone[@]}" -eq 0 ] || timeout 10 sacct -n -P -X -j "$(joined "${gone[@]}")" -o JobID,State 2>/dev/null |
+        while IFS='|' read -r id job; do record sacct "$id" "${job%% *}"; done
+}
+
+marks() { # what a person did to a step
+    local mark
+    for mark in cancelled stop; do [ ! -e "$1.$mark" ] || echo "$mark"; done | paste -sd,
+}
+
+# The step that WANTED names, or the newest that has printed something.
+find_log() {
+    local i
+    LOG=
+    for i in "${!NAMES[@]}"; do
+        case "$WANTED" in
+        "") [ ! -e "$DIR/${NAMES[i]}.log" ] || LOG="$DIR/${NAMES[i]}.log" ;;
+        "${NAMES[i]}" | "${NAMES[i]#*-}" | "${NAMES[i]%%-*}") LOG="$DIR/${NAMES[i]}.log" ;;
+        esac
+    done
+    [ -n "$LOG" ] || [ -z "$WANTED" ] || refuse 2 "the run $RUN has no step $WANTED; there are $(joined "${NAMES[@]#*-}")"
+}
+
+logs() {
+    find_run
+    find_log
+    [ -n "$LOG" ] && [ -e "$LOG" ] || refuse 2 "the run $RUN has printed nothing yet; see \`slipway submit status\`"
+    tail -n "$LINES_SHOWN" "$LOG"
+}
+
+# Prints what the logs get and how far a run is, until all steps have ended.
+follow() {
+    find_run
+    exec 3<&0
+    { cat <&3 >/dev/null; kill $$; } & # the client has gone
+    trap 'kill $(jobs -p) 2>/dev/null' EXIT
+    local -A shown=() told=()
+    local turn=0 i state size progress
+    while true; do
+        for i in "${!NAMES[@]}"; do
+            state="$DIR/${NAMES[i]}"
+            size=$(stat -c %s "$state.log" 2>/dev/null || echo 0)
+            if [ "$size" -gt "${shown[$i]:-0}" ]; then
+                [ "${told[log]:-}" = "$i" ] || record heading "${NAMES[i]}" "${IDS[i]}"
+                told[log]=$i
+                tail -c "+$((${shown[$i]:-0} + 1))" "$state.log" | head -c "$((size - ${shown[$i]:-0}))"
+                shown[$i]=$size
+            fi
+            progress=$(cat "$(cat "$state.out" 2>/dev/null)/status.json" 2>/dev/null | base64 -w0)
+            if [ -n "$progress" ] && [ "$progress" != "${told[$i]:-}" ] && [ $((turn % 5)) -eq 0 ] && [ ! -e "$state.exit" ]; then
+                told[$i]=$progress
+                record progress "${NAMES[i]}" "$(cat "$state.out")" "$progress"
+            fi
+        done
+        has_ended $((turn % 15)) && return
+        turn=$((turn + 1))
+        sleep 1
+    done
+}
+
+# Whether no step will do anything more; Slurm is asked only where TURN is 0.
+has_ended() { # TURN
+    local i open=()
+    for i in "${!NAMES[@]}"; do [ -e "$DIR/${NAMES[i]}.exit" ] || open+=("${IDS[i]}"); done
+    [ "${#open[@]}" -eq 0 ] && return 0
+    [ "$1" -eq 0 ] || return 1
+    local said
+    answers >/dev/null || return 1
+    said=$(squeue -h -j "$(joined "${open[@]}")" -o %i 2>&1)
+    case "$said" in "" | *"Invalid job id"*) return 0 ;; *) return 1 ;; esac
+}
+
+# Every job that goes saves and ends; those that have not begun are taken out of the queue.
+stop() {
+    find_run
+    local i state said
+    said=$(answers) || refuse 78 "Slurm's controller does not answer: $said; try again"
+    for i in "${!NAMES[@]}"; do [ -e "$DIR/${NAMES[i]}.exit" ] || touch "$DIR/${NAMES[i]}.stop"; done
+    for ((i = ${#NAMES[@]} - 1; i >= 0; i--)); do
+        [ ! -e "$DIR/${NAMES[i]}.exit" ] || continue
+        state=$(squeue -h -j "${IDS[i]}" -o %T 2>&1)
+        case "$state" in
+        RUNNING | SUSPENDED)
+            scontrol update "JobId=${IDS[i]}" Requeue=0 >/dev/null 2>&1
+            scancel --signal=USR1 "${IDS[i]}" && record stopping "${NAMES[i]}" "${IDS[i]}"
+            ;;
+        *) scancel "${IDS[i]}" >/dev/null 2>&1 && record taken "${NAMES[i]}" "${IDS[i]}" ;;
+        esac
+    done
+}
+
+cancel() {
+    find_run
+    local i said
+    said=$(answers) || refuse 78 "Slurm's controller does not answer: $said; try again"
+    for ((i = ${#NAMES[@]} - 1; i >= 0; i--)); do
+        [ ! -e "$DIR/${NAMES[i]}.exit" ] && [ ! -e "$DIR/${NAMES[i]}.cancelled" ] || continue
+        touch "$DIR/${NAMES[i]}.stop"
+        scancel "${IDS[i]}" 2>/dev/null && touch "$DIR/${NAMES[i]}.cancelled" && record taken "${NAMES[i]}" "${IDS[i]}"
+    done
+}

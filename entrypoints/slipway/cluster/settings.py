@@ -1,0 +1,387 @@
+"""lab.toml: where jobs run and with what. The one declaration of its keys; checks and the docs' tables come from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slipway.errors import UsageError
+from slipway.options import Parameter, check, option, parameters_of, suggestion
+from slipway.untrusted import HARMFUL, without_credentials
+
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # as Kubernetes has them
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|passphrase|credentials?|(api|access|private)_?key)$")
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # days-hours:minutes:seconds
+# Flags of sbatch that say what another key says, or that would break the chain.
+OURS = {
+    "nodes": "nodes", "time": "time", "partition": "partition", "account": "account", "qos": "qos",
+    "gpus-per-node": "gpus_per_node", "cpus-per-task": "cpus", "exclusive": "exclusive", "signal": "stop_before",
+    "job-name": "name", "chdir": "job_dir", "container-image": "image", "container-mounts": "mounts",
+}  # fmt: skip
+NOT_OURS = ("dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "requeue", "no-requeue", "parsable",
+            "test-only", "wrap", "array", "hold", "wait", "ntasks", "ntasks-per-node", "export")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Common:
+    """Keys that both kinds of cluster have."""
+
+    kind: str = option("slurm", "what runs the jobs", choices=("slurm", "kubernetes"))
+    name: str = option("slipway", "what the names of jobs begin with: lower case letters, digits, -")
+    image: str | None = option(
+        None,
+        "container image: a squashfs file of the cluster, or a name such as ghcr.io/org/slipway:1",
+        otherwise="none: the commands are installed on the nodes",
+    )
+    command: str = option("slipway", "what stands before the words of a step, such as /shared/venv/bin/slipway")
+    mounts: list[str] | None = option(
+        None, "SOURCE:TARGET, a folder of the cluster (Kubernetes: a claim) and where the containers see it"
+    )
+    secrets: str | None = option(
+        None, "file on the cluster with NAME=VALUE lines, mode 600 (Kubernetes: name of a Secret), such as HF_TOKEN"
+    )
+    nodes: int = option(1, "nodes of `train` and `doctor`; every other step has one", low=1, high=100_000)
+    gpus_per_node: int = option(
+        8, "GPUs of each node for `train` and `doctor`; other steps ask for none", low=0, high=64
+    )
+    cpus: int = option(
+        16, "processors of a step that asks for no GPUs; fewer where the smallest node has fewer", low=1, high=4096
+    )
+    stop_before: int = option(
+        600, "how long before its end a job is told to save; --grace of `train` is 60 s less", unit="seconds", low=120,
+        high=86_400,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnSlurm:
+    """Keys of Slurm alone."""
+
+    host: str | None = option(
+        None, "the login node, as in `ssh HOST`", otherwise="none: this machine has sbatch itself"
+    )
+    job_dir: str | None = option(
+        None, "folder for scripts, logs and states of runs, which all nodes see; must be given", otherwise=""
+    )
+    partition: str | None = option(None, "partition", otherwise="the cluster's")
+    account: str | None = option(None, "account", otherwise="the user's")
+    qos: str | None = option(None, "quality of service", otherwise="the user's")
+    time: str = option("24:00:00", "time limit of a job; it saves before, and is queued again", unit="[D-]HH:MM:SS")
+    exclusive: bool = option(True, "`train` and `doctor` get whole nodes with all their memory")
+    local_mounts: list[str] | None = option(
+        None, "like `mounts`, for folders that are on the nodes alone, so that nobody looks for them before"
+    )
+    most_restarts: int = option(100, "how often a step is queued again at most", low=0, high=10_000)
+    most_losses: int = option(5, "how often of these because a node was lost", low=0, high=1000)
+
+
+@dataclass(frozen=True)
+class OnKubernetes:
+    """Keys of Kubernetes alone."""
+
+    context: str | None = option(None, "context of kubectl", otherwise="the current one")
+    namespace: str | None = option(None, "namespace", otherwise="the context's")
+    queue: str | None = option(None, "Kueue's local queue", otherwise="none: no Kueue")
+    trainer: bool = option(False, "a TrainJob of Kubeflow Trainer v2 instead of a JobSet, for a chain with one `train`")
+    shared_memory: str = option("64Gi", "size of /dev/shm of `train` and `doctor`")
+    restarts: int = option(5, "how often JobSet starts all pods again after an error", low=0, high=100)
+
+
+@dataclass(frozen=True)
+class Slurm(OnSlurm, Common):
+    """All keys of a Slurm cluster."""
+
+
+@dataclass(frozen=True)
+class Kubernetes(OnKubernetes, Common):
+    """All keys of a Kubernetes cluster."""
+
+
+KINDS: dict[str, type[Slurm] | type[Kubernetes]] = {"slurm": Slurm, "kubernetes": Kubernetes}
+TABLES = {"slurm": ("env", "sbatch", "step"), "kubernetes": ("env", "limits", "node_selector", "step")}
+OF_A_STEP = ("image", "command", "nodes", "gpus_per_node", "cpus", "stop_before", "partition", "account", "qos", "time",
+             "exclusive")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A lab.toml that was read.
+
+    Args:
+        own: its keys.
+        env: variables of every step.
+        flags: [sbatch], as words of the command line.
+        limits, node_selector: of the pods.
+        steps: verb → the keys that it has otherwise; "flags" are those of its own [step.VERB.sbatch].
+    """
+
+    file: Path
+    own: Slurm | Kubernetes
+    env: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, verb: str, whole: bool) -> Any:
+        """The keys as they are for one step.
+
+        Args:
+            whole: it takes all nodes and their GPUs; else it has one node and no GPU.
+        """
+        changed = {key: value for key, value in self.steps.get(verb, {}).items() if key != "flags"}
+        alone = {} if whole else {"nodes": 1, "gpus_per_node": 0}
+        return dataclasses.replace(self.own, **(alone | changed))
+
+    def flags_of(self, verb: str) -> dict[str, str]:
+        """The flags of sbatch for one step: its own come before those of all."""
+        return self.flags | self.steps.get(verb, {}).get("flags", {})
+
+    @property
+    def mounts(self) -> list[tuple[str, str]]:
+        """(source, target) of every mount, without its flags."""
+        listed = [*(self.own.mounts or []), *(getattr(self.own, "local_mounts", None) or [])]
+        return [(one.split(":")[0], one.split(":")[1].rstrip("/") or "/") for one in listed]
+
+    def on_the_host(self, path: str) -> str | None:
+        """The path of a container as the cluster's own machines see it; None where no mount holds it."""
+        if not self.own.image:
+            return path
+        for source, target in sorted(self.mounts, key=lambda mount: -len(mount[1])):
+            if path == target or path.startswith(target.rstrip("/") + "/"):
+                return source.rstrip("/") + path[len(target.rstrip("/")) :]
+        return None
+
+
+def read(file: Path, verbs: Mapping[str, bool]) -> Lab:
+    """The lab.toml of a cluster, with everything checked that can be checked here.
+
+    Args:
+        verbs: what can be a step → whether it takes the whole cluster.
+
+    Errors: UsageError for what it cannot be.
+    """
+    tables = _load(file)
+    kind = tables.get("kind", "slurm")
+    if kind not in KINDS:
+        near = suggestion(str(kind), KINDS)
+        raise UsageError(f"{file}: kind is {kind!r:.40}; it must be one of {', '.join(KINDS)}{near}")
+    own = {key: value for key, value in tables.items() if key not in TABLES[kind]}
+    lab = Lab(
+        file,
+        KINDS[kind](**_values(f"{file}:", own, kind, KINDS[kind])),
+        _env(file, _table(file, tables, "env")),
+        _flags(f"{file}: [sbatch]", _table(file, tables, "sbatch")),
+        _texts(f"{file}: [limits]", _table(file, tables, "limits")),
+        _texts(f"{file}: [node_selector]", _table(file, tables, "node_selector")),
+        _steps(file, _table(file, tables, "step"), kind, verbs),
+    )
+    _check(lab)
+    return lab
+
+
+def seconds(time: str) -> int | None:
+    """The seconds of Slurm's time, such as 1-12:00:00, 24:00:00 or 90 (minutes); None for what is none."""
+    if not (match := TIME.fullmatch(time)):
+        return None
+    days, one, two, three = (int(part) if part else None for part in match.groups())
+    if days is not None:
+        return days * 86_400 + (one or 0) * 3600 + (two or 0) * 60 + (three or 0)
+    if two is None:
+        return (one or 0) * 60
+    return (one or 0) * 60 + two if three is None else (one or 0) * 3600 + two * 60 + three
+
+
+# ---------------------------------------------------------------------------- the file
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no {file}; name the file of your cluster with --cluster (docs/launching.md shows one)"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {error}") from None
+
+
+def _table(file: Path, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(found := tables.get(name, {}), dict):
+        raise UsageError(f"{file}: {name} must be a table: write [{name}] and its keys below")
+    return found
+
+
+def _values(where: str, values: Mapping[str, Any], kind: str, group: type) -> dict[str, Any]:
+    """The values, each a known key of its declared type and in its range."""
+    known = parameters_of(group)
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{where} unknown key {key}{_hint(key, kind, [*known, *TABLES[kind]])}")
+        _check_value(f"{where} {key}", known[key], value)
+    return dict(values)
+
+
+def _hint(key: str, kind: str, known: list[str]) -> str:
+    for other, group in KINDS.items():
+        if other != kind and key in (*parameters_of(group), *TABLES[other]):
+            return f"; it belongs to kind = {other!r}"
+    return suggestion(key, known) or f"; it takes {', '.join(sorted(known))}"
+
+
+def _check_value(where: str, parameter: Parameter, value: Any) -> None:
+    if typing.get_origin(parameter.kind) is list:
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise UsageError(f'{where} must be a list of texts, such as ["/data:/data"]')
+        for one in value:
+            _check_text(where, one)
+        return
+    check(where, parameter, value)
+    if isinstance(value, str):
+        _check_text(where, value)
+
+
+def _check_text(where: str, text: str) -> None:
+    """UsageError for a text that would end a line of a script, or that shows a password."""
+    if HARMFUL.search(text) or not text:
+        raise UsageError(f"{where} is {text[:40]!r}; it must be one line of ordinary characters")
+    if without_credentials(text) != text:
+        raise UsageError(f"{where} is a URL with a password; put it into the file of `secrets` and leave it out here")
+
+
+def _texts(where: str, table: Mapping[str, Any]) -> dict[str, str]:
+    """The values of a table as texts: numbers too."""
+    for key, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise UsageError(f"{where} {key} must be a text or a whole number")
+        _check_text(f"{where} {key}", str(value))
+    return {key: str(value) for key, value in table.items()}
+
+
+def _env(file: Path, table: Mapping[str, Any]) -> dict[str, str]:
+    for name in table:
+        if not VARIABLE.fullmatch(name):
+            raise UsageError(f"{file}: [env] {name!r:.40} is not the name of a variable")
+        if SECRET.search(name):
+            raise UsageError(
+                f"{file}: [env] {name} looks like a secret; put it into a file on the cluster that only you can read, "
+                "and name that file with the key `secrets`"
+            )
+    return _texts(f"{file}: [env]", table)
+
+
+def _flags(where: str, table: Mapping[str, Any]) -> dict[str, str]:
+    """Flags of sbatch → their values; "" for a flag without one."""
+    found = {}
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if name in OURS:
+            raise UsageError(f"{where} {key}: give it with the key `{OURS[name]}`")
+        if name in NOT_OURS:
+            raise UsageError(f"{where} {key}: `slipway submit` sets this flag itself; leave it out")
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
+            raise UsageError(f'{where} {key!r:.40} is no long flag of sbatch, such as constraint = "h100"')
+        if value is False:
+            continue
+        found[name] = "" if value is True else _texts(where, {key: value})[key]
+    return found
+
+
+def _steps(file: Path, table: Mapping[str, Any], kind: str, verbs: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for verb, values in table.items():
+        where = f"{file}: [step.{verb}]"
+        if verb not in verbs:
+            raise UsageError(f"{where} is for no step{suggestion(verb, verbs)}; there are {', '.join(verbs)}")
+        if not isinstance(values, dict):
+            raise UsageError(f"{file}: step.{verb} must be a table: write [step.{verb}] and its keys below")
+        own = {key: value for key, value in values.items() if not (key == "sbatch" and kind == "slurm")}
+        for key in own:
+            if key in parameters_of(KINDS[kind]) and key not in OF_A_STEP:
+                raise UsageError(f"{where} {key} is the same for all steps; give it above the tables")
+        found[verb] = _values(where, own, kind, KINDS[kind])
+        if not verbs[verb] and own.get("nodes", 1) != 1:
+            raise UsageError(f"{where} nodes is {own['nodes']}; `{verb}` runs on one node")
+        if "sbatch" in values and kind == "slurm":
+            found[verb]["flags"] = _flags(f"{where} sbatch", _table(file, values, "sbatch"))
+    return found
+
+
+# ---------------------------------------------------------------------------- what fits together
+
+
+def _check(lab: Lab) -> None:
+    own, file = lab.own, lab.file
+    if not NAME.fullmatch(own.name) or len(own.name) > 30:
+        raise UsageError(f"{file}: name is {own.name!r:.40}; it must have lower case letters, digits and - alone")
+    if own.mounts and not own.image:
+        raise UsageError(f"{file}: mounts have no meaning without an image; name one, or leave the mounts out")
+    _check_mounts(lab)
+    if isinstance(own, Slurm):
+        _check_slurm(lab, own)
+    else:
+        _check_kubernetes(lab, own)
+
+
+def _check_mounts(lab: Lab) -> None:
+    source = "/FOLDER" if isinstance(lab.own, Slurm) else "CLAIM"
+    for one in [*(lab.own.mounts or []), *(getattr(lab.own, "local_mounts", None) or [])]:
+        parts = one.split(":")
+        good = 2 <= len(parts) <= (3 if isinstance(lab.own, Slurm) else 2) and parts[1].startswith("/")
+        if not good or (isinstance(lab.own, Slurm) != parts[0].startswith("/")) or "," in one:
+            raise UsageError(f"{lab.file}: mount {one!r} is not {source}:/WHERE, such as {source.lower()}:/shared")
+    targets = [target for _, target in lab.mounts]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise UsageError(f"{lab.file}: two mounts have the target {target}")
+
+
+def _check_slurm(lab: Lab, own: Slurm) -> None:
+    file = lab.file
+    if not (own.job_dir or "").startswith("/"):
+        raise UsageError(
+            f"{file}: job_dir is {own.job_dir!r}; it must be a whole path that all nodes of the cluster see"
+        )
+    if own.secrets and not own.secrets.startswith("/"):
+        raise UsageError(f"{file}: secrets is {own.secrets!r}; it must be the whole path of a file on the cluster")
+    if own.host is not None and not re.fullmatch(r"[\w][\w.@:/%\[\]-]*", own.host):
+        raise UsageError(f"{file}: host is {own.host!r}; it must be what `ssh` calls the login node")
+    if own.host and "/" not in own.host and ":" in own.host and not own.host.startswith("["):
+        raise UsageError(f"{file}: host is {own.host!r}; write ssh://USER@HOST:PORT, or give a port in ~/.ssh/config")
+    for verb in ("", *lab.steps):
+        here = lab.of(verb, True)
+        limit = seconds(here.time)
+        if limit is None:
+            raise UsageError(f"{file}: time is {here.time!r}; write it as 24:00:00 or 1-12:00:00")
+        if limit <= here.stop_before:
+            raise UsageError(f"{file}: stop_before is {here.stop_before} s, but time is only {limit} s; give more time")
+    # sbatch puts %j and the like into names of files.
+    if "%" in (own.job_dir or "") or "\\" in (own.job_dir or ""):
+        raise UsageError(f"{file}: job_dir is {own.job_dir!r}; it must have no % and no \\")
+
+
+def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
+    if len(own.name) > 12 or not own.name[0].isalpha():  # names of pods are made of it, and have 63 characters at most
+        raise UsageError(
+            f"{lab.file}: name is {own.name!r:.40}; it must begin with a letter and have at most 12 characters"
+        )
+    if not own.image:
+        raise UsageError(f"{lab.file}: image is missing; pods need one")
+    if own.image.startswith("/"):
+        raise UsageError(f"{lab.file}: image is {own.image!r}; pods need the name of an image in a registry")
+    names = {"namespace": own.namespace, "queue": own.queue, "secrets": own.secrets}
+    for key, value in names.items():
+        if value is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", value):
+            raise UsageError(f"{lab.file}: {key} is {value!r:.60}; it must be a name of Kubernetes")
+    for source, _ in lab.mounts:
+        if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?(/.+)?", source):
+            raise UsageError(f"{lab.file}: mount of {source!r:.60}; it must be the name of a claim, or CLAIM/FOLDER")

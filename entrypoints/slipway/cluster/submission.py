@@ -1,0 +1,196 @@
+"""`slipway submit` and what it can be asked: the calls of the cluster, and what comes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slipway.cluster import chain, kubectl, remote, runs, settings, slurm, yaml
+from slipway.cluster.chain import Kind, Step
+from slipway.cluster.settings import Lab, Slurm
+from slipway.errors import UsageError
+from slipway.options import option, suggestion
+from slipway.report import say
+from slipway.untrusted import harmless_lines
+
+VERBS = ("status", "logs", "stop", "cancel")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `submit` can be asked for."""
+
+    cluster: str = option("lab.toml", "file that describes the cluster; docs/launching.md lists its keys")
+    dry_run: bool = option(False, "print what would be sent, and send nothing")
+    follow: bool = option(
+        False, "show what the jobs print and how far the run is, until its end; Ctrl-C ends that alone"
+    )
+    step: str | None = option(None, "of `logs`: the step, by its number or verb", otherwise="the newest")
+    lines: int = option(100, "of `logs`: how many, the last ones", low=1, high=10**6)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call did, for people and as JSON."""
+
+    said: str
+    found: dict[str, Any] = field(default_factory=dict)
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        return self.said
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as one JSON-ready object."""
+        return {"command": "submit", **self.found}
+
+
+def submit(words: Sequence[str], wanted: Wanted, kinds: Mapping[str, Kind]) -> Answer | runs.Overview:
+    """Submit a chain of steps, or ask about one.
+
+    Args:
+        words: the steps, with `then` between; or one of VERBS and a run.
+        kinds: verb → what it is as a step.
+
+    Errors: UsageError for words or a lab.toml that are wrong, PreflightError for a cluster that does not answer or does
+    not take the jobs. Nothing is submitted then.
+    """
+    lab = settings.read(Path(wanted.cluster), {verb: kind.whole for verb, kind in kinds.items()})
+    if words[0] in VERBS:
+        return _ask(words, wanted, lab)
+    if words[0] not in kinds and (near := suggestion(words[0], VERBS)):
+        raise UsageError(f"submit: {words[0]!r} is no step{near}; there are {', '.join((*VERBS, *kinds))}")
+    if wanted.step is not None:
+        raise UsageError("submit: --step belongs to `slipway submit logs`; leave it out")
+    steps = chain.steps_of(list(words), lab, kinds)
+    return _send(steps, lab, wanted)
+
+
+def _send(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview:
+    if not isinstance(lab.own, Slurm):
+        return _apply(steps, lab, wanted)
+    run = slurm.new_name()
+    if wanted.dry_run:
+        scripts = {step.name: slurm.script(step, lab, run) for step in steps}
+        shown = [f"# ---- {slurm.folder(lab, run)}/{name}.sbatch\n{text}" for name, text in scripts.items()]
+        return Answer("\n".join(shown), {"run": run, "scripts": scripts})
+    records = remote.call(lab.own.host, slurm.submission(steps, lab, run))
+    jobs = next(record[1:] for record in records if record[0] == "submitted")
+    named = ", ".join(f"{step.verb} {job}" for step, job in zip(steps, jobs, strict=True))
+    where = f" to {lab.own.host}" if lab.own.host else ""
+    said = f"submit: run {run}{where}: {named}; look with `slipway submit status`"
+    if wanted.follow:
+        say(said)
+        return _follow(run, lab)
+    return Answer(said, {"run": run, "jobs": {step.name: job for step, job in zip(steps, jobs, strict=True)}})
+
+
+def _apply(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview:
+    """Send a chain to Kubernetes."""
+    run = f"{lab.own.name}-{slurm.new_name()}"
+    documents = kubectl.noted(steps, lab, run)
+    if wanted.dry_run:
+        return Answer(yaml.dump(*documents).rstrip(), {"run": run, "manifests": documents})
+    kubectl.apply(steps, lab, run)
+    said = f"submit: run {run}; look with `slipway submit status`"
+    if wanted.follow:
+        say(said)
+        return _follow_pods(run, lab)
+    return Answer(said, {"run": run})
+
+
+def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overview:
+    if len(words) > 2:
+        raise UsageError(f"submit {words[0]}: {words[2]!r} is one word too many; it takes one RUN")
+    if wanted.dry_run:
+        raise UsageError(f"submit {words[0]}: --dry-run is for a chain; leave it out")
+    run = words[1] if len(words) == 2 else ""
+    if "/" in run or run.startswith("."):
+        raise UsageError(f"submit {words[0]}: {run!r} is no run; a name is like 20261126-091500-bcd")
+    if not isinstance(lab.own, Slurm):
+        return _ask_kubernetes(words[0], run, wanted, lab)
+    if words[0] == "status":
+        return status(run, lab)
+    if words[0] == "logs":
+        return _follow(run, lab) if wanted.follow else _logs(run, wanted, lab)
+    return _end(words[0], run, lab)
+
+
+def _ask_kubernetes(verb: str, run: str, wanted: Wanted, lab: Lab) -> Answer | runs.Overview:
+    if verb == "status":
+        return kubectl.status(run, lab)
+    if verb == "logs":
+        code = kubectl.logs(run, wanted.step or "", wanted.lines, wanted.follow, lab)
+        return Answer("", {"run": run}, code)
+    if verb == "stop":
+        name = kubectl.stop(run, lab)
+        return Answer(f"submit: run {name}: its pods save and end", {"run": name})
+    name = kubectl.cancel(run, lab)
+    return Answer(f"submit: run {name} cancelled", {"run": name})
+
+
+def _follow_pods(run: str, lab: Lab) -> runs.Overview:
+    """Show the logs of one step after the other, until the run has ended."""
+    followed = ""
+    while not (found := kubectl.status(run, lab)).has_ended:
+        going = next((step.name for step in found.steps if step.state == runs.GOING), "")
+        if going and going != followed:
+            say(f"==> {going}")
+            with contextlib.suppress(UsageError):  # its pod is not there yet
+                if kubectl.logs(run, going, -1, True, lab) == 0:
+                    followed = going
+        time.sleep(5)
+    return found
+
+
+def _call(function: str, run: str, lab: Lab, said: Any = None, **variables: str) -> list[remote.Record]:
+    assert isinstance(lab.own, Slurm)
+    return remote.call(lab.own.host, slurm.call(function, lab, RUN=run, **variables), said)
+
+
+def status(run: str, lab: Lab) -> runs.Overview:
+    """What a run does now; `run` is its name, or empty for the newest."""
+    return runs.overview(_call("status", run, lab))
+
+
+def _logs(run: str, wanted: Wanted, lab: Lab) -> Answer:
+    lines: list[str] = []
+    _call("logs", run, lab, lines.append, WANTED=wanted.step or "", LINES_SHOWN=str(wanted.lines))
+    return Answer("\n".join(lines), {"lines": lines})
+
+
+def _follow(run: str, lab: Lab) -> runs.Overview:
+    """Show logs and progress until the run has ended; then its last state."""
+
+    def said(line: str) -> None:
+        fields = line.removeprefix(remote.MARK).split("\t") if line.startswith(remote.MARK) else []
+        if not fields:
+            say(harmless_lines(line))
+        elif fields[0] == "heading":
+            say(f"==> {fields[1]}, job {fields[2]}")
+        else:
+            say(runs.progress_line(fields), living=True)
+
+    records = _call("follow", run, lab, said)
+    name = next(record[1] for record in records if record[0] == "run")
+    return status(name, lab)
+
+
+def _end(verb: str, run: str, lab: Lab) -> Answer:
+    """Stop or cancel a run."""
+    records = _call(verb, run, lab)
+    name = next(record[1] for record in records if record[0] == "run")
+    stopping = [record[1] for record in records if record[0] == "stopping"]
+    taken = [record[1] for record in records if record[0] == "taken"]
+    parts = [f"{', '.join(stopping)} saves and ends"] if stopping else []
+    parts += (
+        [f"{', '.join(reversed(taken))} {'cancelled' if verb == 'cancel' else 'taken out of the queue'}"]
+        if taken
+        else []
+    )
+    said = "; ".join(parts) or "it had ended already"
+    return Answer(f"submit: run {name}: {said}", {"run": name, "stopping": stopping, "cancelled": taken})

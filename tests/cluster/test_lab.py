@@ -1,0 +1,115 @@
+"""lab.toml: every key is declared once; what it cannot be is one line, exit 2, before anything leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from slipway.cluster import settings
+from slipway.commands.submit import STEPS
+from slipway.errors import UsageError
+
+SLURM = """
+host = "login"
+job_dir = "/lustre/me/jobs"
+image = "/lustre/me/slipway.sqsh"
+mounts = ["/lustre/me:/shared", "/lustre/me/nemo:/nemo"]
+nodes = 5
+
+[env]
+NEMO_HOME = "/nemo"
+"""
+KUBERNETES = 'kind = "kubernetes"\nimage = "ghcr.io/org/slipway:1"\nmounts = ["claim:/shared"]\n'
+WHOLE = {verb: kind.whole for verb, kind in STEPS.items()}
+
+
+def read(tmp_path: Path, text: str) -> settings.Lab:
+    (tmp_path / "lab.toml").write_text(text)
+    return settings.read(tmp_path / "lab.toml", WHOLE)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("partitoin = 'x'\n" + SLURM, "unknown key partitoin, did you mean partition?"),
+        ("queue = 'x'\n" + SLURM, "unknown key queue; it belongs to kind = 'kubernetes'"),
+        (KUBERNETES + "partition = 'x'\n", "unknown key partition; it belongs to kind = 'slurm'"),
+        ("kind = 'slrum'\n" + SLURM, "kind is 'slrum'; it must be one of slurm, kubernetes, did you mean slurm?"),
+        (SLURM.replace("nodes = 5", "nodes = 0"), "nodes is 0; it must be 1 to 100000"),
+        (SLURM.replace("nodes = 5", "nodes = 'five'"), "nodes is 'five'; it must be a whole number"),
+        (SLURM.replace("nodes = 5", "nodes = true"), "nodes is True; it must be a whole number"),
+        (SLURM.replace('mounts = ["', 'mounts = ["data:/x", "'), "mount 'data:/x' is not /FOLDER:/WHERE"),
+        (SLURM.replace('"/lustre/me/nemo:/nemo"', '"/a:/shared"'), "two mounts have the target /shared"),
+        (SLURM.replace('mounts = ["/lustre/me:/shared"', "mounts = [3"), "mounts must be a list of texts"),
+        (SLURM.replace('job_dir = "/lustre/me/jobs"', ""), "job_dir is None; it must be a whole path"),
+        (SLURM.replace('"login"', '"-oProxyCommand=x"'), "host is '-oProxyCommand=x'"),
+        (SLURM.replace('"login"', '"login:22"'), "write ssh://USER@HOST:PORT"),
+        (SLURM.replace('image = "/lustre/me/slipway.sqsh"', ""), "mounts have no meaning without an image"),
+        ("time = 'soon'\n" + SLURM, "time is 'soon'; write it as 24:00:00"),
+        ("time = '00:05:00'\n" + SLURM, "stop_before is 600 s, but time is only 300 s"),
+        ("name = 'My run'\n" + SLURM, "name is 'My run'"),
+        (SLURM + 'HF_TOKEN = "hf_x"\n', "[env] HF_TOKEN looks like a secret; put it into a file on the cluster"),
+        (SLURM + 'WANDB_API_KEY = "x"\n', "[env] WANDB_API_KEY looks like a secret"),
+        (SLURM + 'https_proxy = "http://me:pw@proxy:80"\n', "is a URL with a password; put it into the file of"),
+        (SLURM + 'A = "x\\ny"\n', "[env] A is 'x\\ny'; it must be one line"),
+        (SLURM + '"A B" = "x"\n', "'A B' is not the name of a variable"),
+        (SLURM + "[sbatch]\nnodes = 3\n", "[sbatch] nodes: give it with the key `nodes`"),
+        (SLURM + "[sbatch]\ndependency = 'x'\n", "[sbatch] dependency: `slipway submit` sets this flag itself"),
+        (SLURM + "[sbatch]\nA = 'x'\n", "[sbatch] 'A' is no long flag of sbatch"),
+        (SLURM + "[step.trian]\nnodes = 3\n", "[step.trian] is for no step, did you mean train?"),
+        (SLURM + "[step.import]\nnodes = 3\n", "[step.import] nodes is 3; `import` runs on one node"),
+        (SLURM + "[step.import]\njob_dir = '/x'\n", "[step.import] job_dir is the same for all steps"),
+        (SLURM + "[step]\nimport = 3\n", "step.import must be a table"),
+        ("env = 3\n" + SLURM.partition("[env]")[0], "env must be a table"),
+        ("host = \n", "is not TOML"),
+        (KUBERNETES.replace("claim:", "/data:"), "is not CLAIM:/WHERE"),
+        (KUBERNETES.replace("ghcr.io/org/slipway:1", "/a.sqsh"), "pods need the name of an image in a registry"),
+        ('kind = "kubernetes"\n', "image is missing; pods need one"),
+        (KUBERNETES + "queue = 'A B'\n", "queue is 'A B'; it must be a name of Kubernetes"),
+    ],
+)
+def test_what_a_file_cannot_be_is_said_in_one_line(tmp_path, text, said):
+    with pytest.raises(UsageError) as error:
+        read(tmp_path, text)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_secret_is_never_shown(tmp_path):
+    with pytest.raises(UsageError) as error:
+        read(tmp_path, SLURM + 'HF_TOKEN = "hf_verysecret"\n')
+    assert "hf_verysecret" not in str(error.value)
+
+
+def test_what_only_looks_like_a_secret_may_be_set(tmp_path):
+    names = ["TOKENIZERS_PARALLELISM", "NCCL_IB_HCA", "PYTORCH_ALLOC_CONF", "KEYS", "MAX_TOKENS"]
+    lab = read(tmp_path, SLURM + "".join(f'{name} = "1"\n' for name in names))
+    assert set(names) < lab.env.keys()
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match=r"there is no .*lab\.toml; name the file of your cluster with --cluster"):
+        settings.read(tmp_path / "lab.toml", WHOLE)
+
+
+def test_steps_have_what_they_need_and_may_have_their_own(tmp_path):
+    lab = read(tmp_path, SLURM + "[sbatch]\nconstraint = 'h100'\n[step.import]\npartition = 'cpu'\n"
+               "[step.import.sbatch]\nconstraint = 'cpu'\nmem = '100G'\n[step.train]\ntime = '4:00:00'\n")  # fmt: skip
+    train, converts = lab.of("train", True), lab.of("import", False)
+    assert (train.nodes, train.gpus_per_node, train.time) == (5, 8, "4:00:00")
+    assert (converts.nodes, converts.gpus_per_node, converts.partition) == (1, 0, "cpu")
+    assert lab.flags_of("train") == {"constraint": "h100"}
+    assert lab.flags_of("import") == {"constraint": "cpu", "mem": "100G"}
+
+
+@pytest.mark.parametrize(
+    "time, seconds",
+    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("1-12", 129_600), ("1-12:30", 131_400), ("1-0:0:5", 86_405)],
+)
+def test_slurms_times(time, seconds):
+    assert settings.seconds(time) == seconds
+
+
+def test_paths_of_containers_are_those_of_the_machines_by_the_longest_mount(tmp_path):
+    lab = read(tmp_path, SLURM)
+    assert lab.on_the_host("/shared/run") == "/lustre/me/run" and lab.on_the_host("/nemo") == "/lustre/me/nemo"
+    assert lab.on_the_host("/nemotron") is None and lab.on_the_host("/") is None

@@ -1,0 +1,205 @@
+"""What is sent to Slurm: the scripts of a chain, and how the records that come back are told to people."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slipway.cluster import chain, remote, runs, slurm
+from slipway.commands.submit import STEPS
+from slipway.errors import PreflightError
+from test_lab import SLURM, read
+
+ROOT = Path(__file__).parents[2]
+DATA = "/shared/it's $(here).jsonl"
+CHAIN = shlex.split("import /shared/hf nemo://m then train --model nemo://m --data X --out /shared/run")
+CHAIN[CHAIN.index("X")] = DATA
+TEXT = SLURM.replace("[env]", 'partition = "batch"\naccount = "lab"\nsecrets = "/lustre/me/secrets"\n[env]')
+
+
+def scripts(tmp_path: Path, text: str = TEXT, words: list[str] = CHAIN) -> list[str]:
+    lab = read(tmp_path, text)
+    return [slurm.script(step, lab, "RUN") for step in chain.steps_of(words, lab, STEPS)]
+
+
+def flags(script: str) -> dict[str, str]:
+    return dict(re.findall(r"(?m)^#SBATCH --([\w-]+)=?(.*)$", script))
+
+
+def test_each_step_asks_for_what_it_needs(tmp_path):
+    converts, trains = map(flags, scripts(tmp_path))
+    assert trains["nodes"] == "5" and trains["gpus-per-node"] == "8" and {"exclusive", "mem"} < trains.keys()
+    assert converts["nodes"] == "1" and converts["cpus-per-task"] == "16"
+    assert not {"gpus-per-node", "exclusive", "mem"} & converts.keys()
+    for one in (converts, trains):
+        assert {"requeue", "signal", "open-mode"} < one.keys() and one["ntasks-per-node"] == "1"
+        assert one["partition"] == "batch" and one["account"] == "lab"
+    assert trains["signal"] == "USR1@600" and trains["output"] == "/lustre/me/jobs/RUN/2-train.log"
+
+
+def command(script: str) -> list[str]:
+    (found,) = re.findall(r"(?s)step\(\) \{\n    exec (.*?)\n\}", script)
+    return shlex.split(found.replace("\\\n", " "))
+
+
+def test_the_words_arrive_as_they_are(tmp_path):
+    words = command(scripts(tmp_path)[1])
+    assert words[words.index("train") + 1 :] == [*CHAIN[5:], "--grace", "540"]
+    assert "--container-image=/lustre/me/slipway.sqsh" in words
+    assert "--container-mounts=/lustre/me:/shared,/lustre/me/nemo:/nemo" in words
+    assert words[words.index("train") - 1] == "slipway"
+
+
+def test_without_an_image_nothing_of_pyxis_is_used(tmp_path):
+    text = 'job_dir = "/jobs"\ncommand = "/shared/my venv/bin/slipway"\n'.replace("my venv", "venv")
+    words = command(scripts(tmp_path, text, ["import", "/a", "/b"])[0])
+    assert words == ["srun", "--wait=60", "--kill-on-bad-exit=1", "/shared/venv/bin/slipway", "import", "/a", "/b"]
+
+
+@pytest.mark.parametrize(
+    "image, name",
+    [
+        ("ghcr.io/org/slipway:1", "ghcr.io#org/slipway:1"),
+        ("ghcr.io#org/slipway:1", "ghcr.io#org/slipway:1"),
+        ("docker://localhost:5000/slipway", "localhost:5000#slipway"),
+        ("org/slipway:1", "org/slipway:1"),
+        ("/lustre/a.b/slipway.sqsh", "/lustre/a.b/slipway.sqsh"),
+    ],
+)
+def test_images_as_pyxis_names_them(image, name):
+    assert slurm.pyxis_name(image) == name
+
+
+def test_scripts_are_good_bash(tmp_path):
+    for script in scripts(tmp_path):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        file = tmp_path / "script.sh"
+        file.write_text(script)
+        shellcheck = Path(sys.executable).parent / "shellcheck"
+        done = subprocess.run([shellcheck, "-e", "SC2015,SC2016", file], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_no_secret_and_no_name_of_one_is_in_a_script(tmp_path):
+    for script in scripts(tmp_path):
+        assert "HF_TOKEN" not in script and "SECRETS=/lustre/me/secrets\n" in script
+
+
+def test_the_tail_of_the_shipped_script_is_that_of_submit():
+    """deploy/slurm.sbatch is for those who write their own; what it does about a lost node is the same text."""
+    ours = (ROOT / "entrypoints" / "slipway" / "cluster" / "step.sh").read_text()
+    shipped = (ROOT / "deploy" / "slurm.sbatch").read_text()
+    for name in ("is_running", "lost_nodes", "without_lost_nodes"):
+        (one,) = re.findall(rf"(?ms)^{name}\(\) \{{.*?^\}}", ours)
+        assert one in shipped
+
+
+# ---------------------------------------------------------------------------- what comes back
+
+
+def records(*steps: list[str], meta: str = "e30=") -> runs.Overview:
+    return runs.overview([["run", "R"], ["now", "1000"], ["meta", meta], *steps])
+
+
+def queue(name: str, state: str, reason: str = "None") -> list[str]:
+    return ["queue", name, state, reason, "n[1-2]", "1:00", "1-00:00:00", "N/A"]
+
+
+def step(name: str, exit_code: str = "", marks: str = "", starts: int = 1) -> list[str]:
+    return ["step", name, "7", exit_code, marks, "", str(starts)]
+
+
+@pytest.mark.parametrize(
+    "given, states, code",
+    [
+        ([step("1-a", "0 1"), step("2-b", "0 2")], ["done", "done"], 0),
+        ([step("1-a", "0 1"), step("2-b"), queue("2-b", "RUNNING")], ["done", "running"], 0),
+        ([step("1-a", "0 1"), step("2-b", "65 2")], ["done", "failed"], 65),
+        ([step("1-a", "65 1"), step("2-b", starts=0)], ["failed", "not started"], 65),
+        ([step("1-a", "75 1"), step("2-b", starts=0)], ["stopped", "not started"], 75),
+        ([step("1-a", "138 1", "stop")], ["stopped"], 75),
+        ([step("1-a", "75 1", "cancelled")], ["cancelled"], 75),
+        ([step("1-a", "", "cancelled", 0)], ["cancelled"], 1),
+        ([step("1-a"), queue("1-a", "PENDING", "BeginTime")], ["waiting"], 0),
+        ([step("1-a"), ["sacct", "7", "TIMEOUT"]], ["failed"], 1),
+        ([step("1-a"), ["sacct", "7", "COMPLETED"]], ["done"], 0),
+        ([step("1-a")], ["failed"], 1),
+        ([step("1-a", starts=0), queue("1-a", "PENDING", "Dependency")], ["waiting"], 0),
+    ],
+)
+def test_the_state_of_each_step(given, states, code):
+    found = records(*given)
+    assert [one.state for one in found.steps] == states and found.exit_code == code
+    assert str(found) and json.dumps(found.as_dict())
+
+
+def test_the_runs_own_progress_is_shown():
+    status = {"state": "running", "step": 12, "steps": 40, "loss": 2.5, "seconds_left": 900,
+              "updated": "1970-01-01T00:16:30Z"}  # fmt: skip
+    progress = ["progress", "1-train", "/lustre/run", base64.b64encode(json.dumps(status).encode()).decode()]
+    said = str(records(step("1-train"), queue("1-train", "RUNNING"), progress))
+    assert "run: running, step 12 of 40, loss 2.500000, 14.8 min left" in said
+    broken = ["progress", "1-train", "/lustre/run", "bm90IGpzb24="]
+    assert "cannot be read" in str(records(step("1-train"), queue("1-train", "RUNNING"), broken))
+
+
+def test_a_chain_that_was_sent_in_part_is_named():
+    assert "was not submitted whole" in str(records(step("1-a", starts=0), queue("1-a", "PENDING"), meta=""))
+
+
+# ---------------------------------------------------------------------------- one call
+
+
+def test_a_call_without_a_host_runs_here():
+    text = "main() { printf 'slipway\\tx\\ty\\nslipway\\tend\\n'; exit; }\nmain\n"
+    assert remote.call(None, text) == [["x", "y"], ["end"]]
+
+
+def test_what_a_login_shell_prints_is_no_record():
+    said: list[str] = []
+    remote.call(None, "echo Welcome; printf 'slipway\\tend\\n'; exit\n", said.append)
+    assert said == ["Welcome"]
+
+
+@pytest.mark.parametrize("text, said", [("exit 3\n", "ended with 3"), ("no-such-command; exit 4\n", "not found")])
+def test_a_call_that_ends_early_is_an_error(text, said):
+    with pytest.raises(PreflightError, match=said):
+        remote.call(None, text)
+
+
+def test_a_host_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(PreflightError) as error:
+        remote.call("slipway-no-such-host.invalid", "true")
+    assert "slipway-no-such-host.invalid does not answer: ssh: Could not resolve" in str(error.value)
+
+
+def test_nothing_is_sent_where_a_word_is_wrong(tmp_path, slipway):
+    (tmp_path / "lab.toml").write_text(TEXT.replace('"login"', '"slipway-no-such-host.invalid"'))
+    done = slipway("submit", "--", "import", "/shared/hf", "nemo://m", "--mpt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean --mtp?" in done.stderr
+    shown = slipway("submit", "--dry-run", "--", *CHAIN, cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stdout.count("#!/bin/bash") == 2
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["statsu"], "'statsu' is no step, did you mean status?"),
+        (["status", "a", "b"], "'b' is one word too many"),
+        (["status", "../x"], "'../x' is no run"),
+        (["cancel", "--dry-run"], "--dry-run is for a chain"),
+        ([], "WORDS is missing"),
+        (["--step", "train", "--", "import", "/shared/a", "/shared/b"], "--step belongs to `slipway submit logs`"),
+    ],
+)
+def test_wrong_words_of_submit_itself(tmp_path, slipway, words, said):
+    (tmp_path / "lab.toml").write_text(TEXT)
+    done = slipway("submit", *words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,54 @@
+"""A bed for the tests of a file, and a person at its client. A file of tests names this one as its plug-in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bed import Bed, missing, sweep
+from person import Client, install
+
+MUST = "SLIPWAY_TESTS_NEED_SLURM"  # set in CI: there no reason is good enough to leave these tests out
+
+
+@pytest.fixture(scope="session")
+def possible() -> None:
+    """Skips where there can be no Slurm, and says why."""
+    if why := missing():
+        (pytest.fail if os.environ.get(MUST) else pytest.skip)(why)
+    sweep()
+
+
+@pytest.fixture(scope="module")
+def bed(possible: None) -> Iterator[Bed]:
+    """A Slurm of an ordinary user."""
+    with Bed() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def roots_bed(possible: None) -> Iterator[Bed]:
+    """A Slurm of root, whose jobs can use this Python: its interpreter may be in a folder that is root's alone."""
+    with Bed(user=False) as one:
+        yield one
+
+
+@pytest.fixture
+def client(bed: Bed, tmp_path: Path) -> Client:
+    """A client whose commands are stand-ins."""
+    tool = install(bed)
+    found = Client(bed, tmp_path)
+    found.lab(f'host = "login"\njob_dir = "{bed.shared}/jobs"\ncommand = "{tool}"\nnodes = 2\ngpus_per_node = 1\n')
+    return found
+
+
+@pytest.fixture
+def out(bed: Bed, tmp_path: Path) -> Path:
+    """A folder of one's own on the cluster."""
+    folder = bed.shared / tmp_path.name
+    folder.mkdir()
+    shutil.chown(folder, bed.user)
+    return folder
