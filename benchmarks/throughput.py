@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from slipway.report import human_bytes
@@ -75,17 +75,24 @@ def main() -> None:
 def warm(folder: Path) -> None:
     """Brings every file into the page cache, and what was written before onto the disk."""
     os.sync()
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
+        if not file.is_file():
+            continue
         with file.open("rb", buffering=0) as stream:
             while stream.read(BLOCK):
                 pass
 
 
 def copy_plainly(source: Path, target: Path, count: int) -> float:
-    """Seconds of reading every file and writing `count` bytes in large blocks, up to the fsync."""
+    """Seconds of reading every file of a folder and writing `count` bytes, up to the fsync."""
+    return copy_files(sorted(source.iterdir()), target, count)
+
+
+def copy_files(files: Iterable[Path], target: Path, count: int) -> float:
+    """Seconds of reading the files and writing `count` bytes in large blocks, up to the fsync."""
     block = bytearray(BLOCK)
     started = time.monotonic()
-    for file in sorted(source.iterdir()):
+    for file in files:
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(block):
                 pass

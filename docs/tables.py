@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from slipway.checkpoint.classic import Options
 from slipway.cluster import settings
 from slipway.families import FAMILIES, Family
 from slipway.families.fields import COMMON
@@ -73,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "keys of lab.toml": lambda: table(settings.Common, flags=False),
     "keys of lab.toml for Slurm": lambda: table(settings.OnSlurm, flags=False),
     "keys of lab.toml for Kubernetes": lambda: table(settings.OnKubernetes, flags=False),
+    "classic": lambda: table(Options),
     **{f"deploy/{name}": functools.partial(shown, name) for name in ("slurm.sbatch", "kubernetes/job.yaml")},
     **{f"fields of {name}": functools.partial(fields, family) for name, family in FAMILIES.items()},
 }

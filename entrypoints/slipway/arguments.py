@@ -101,6 +101,8 @@ def _split(
             elif not equals:
                 if parameters[key].kind is bool:
                     text = "true"
+                elif (alone := parameters[key].about.alone) and (not rest or rest[0].startswith("--")):
+                    text = alone
                 elif not rest:
                     raise UsageError(f"{name}: {spelled} needs a value")
                 else:

@@ -35,6 +35,7 @@ class Option:
         below: the smallest value that is too large.
         choices: the only values that are allowed.
         otherwise: what is used where nothing is given and there is no default value.
+        alone: what the flag means without a value.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Option:
     below: float | None = None
     choices: tuple[str, ...] = ()
     otherwise: str = ""
+    alone: str = ""
 
     def range(self) -> str:
         """What is allowed, in words: "1 or more", "0 to 1", "more than 0, at most 10"; empty where everything is."""
@@ -112,7 +114,8 @@ class Parameter:
 
     def describe(self) -> str:
         """Its help with unit, range and default, as `--help` and the docs show it."""
-        facts = [self.about.unit, "" if self.about.choices else self.about.range(), self._default()]
+        alone = f"without a value: {self.about.alone}" if self.about.alone else ""
+        facts = [self.about.unit, "" if self.about.choices else self.about.range(), alone, self._default()]
         facts = [fact for fact in facts if fact]
         return self.about.help.rstrip(".") + (f" ({'; '.join(facts)})" if facts else "")
 
@@ -235,3 +238,8 @@ def groups_of(function: Callable[..., Any]) -> tuple[type, ...]:
 def take(group: type[Group], options: Mapping[str, Any]) -> Group:
     """A group filled with what is given of it; the rest keeps its defaults."""
     return group(**{name: options[name] for name in parameters_of(group) if name in options})
+
+
+def given_of(group: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of a group, by name."""
+    return {name: options[name] for name in parameters_of(group) if options.get(name) is not None}

@@ -150,7 +150,7 @@ def test_the_kernel_may_read_less_than_is_asked_for(tmp_path, monkeypatch):
 def test_a_part_of_a_file_is_a_file(tmp_path):
     (tmp_path / "x").write_bytes(b"..abcdef..")
     descriptor = os.open(tmp_path / "x", os.O_RDONLY)
-    file = archive._Extent(descriptor, 2, 6)
+    file = archive.Extent(descriptor, 2, 6)
     assert file.readable() and file.seekable() and file.read(100) == b"abcdef" and file.read(1) == b""
     assert file.seek(1) == 1 and file.read(2) == b"bc" and file.seek(1, 1) == 4 and file.read() == b"ef"
     assert file.seek(-2, 2) == 4 and file.read(1) == b"e" and file.seek(-9) == 0 and file.tell() == 0

@@ -211,7 +211,8 @@ def test_names_become_paths_as_nemo_has_it(monkeypatch, tmp_path):
     assert locate("nemo://a") == Path("/m/a")
     assert locate("hf:///data/model") == nemo_path("hf:///data/model") == Path("/data/model")
     assert locate("plain/path") == Path("plain/path")
-    for path in ("nemo://", "nemo://../x", "nemo:///x"):
+    assert nemo_path("nemo:///absolute/path") == output("nemo:///absolute/path") == Path("/absolute/path")
+    for path in ("nemo://", "nemo://../x"):
         with pytest.raises(UsageError, match="does not name a model"):
             nemo_path(path)
     with pytest.raises(UsageError, match="cannot write to hf"):

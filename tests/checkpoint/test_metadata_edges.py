@@ -61,9 +61,6 @@ def test_the_newest_iteration(tmp_path, text, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / ".metadata").touch()
     assert torch_dist.newest(tmp_path) == torch_dist.weights_folder(tmp_path) == tmp_path / name
-    (tmp_path / name / "mp_rank_00").mkdir()
-    with pytest.raises(DataError, match="classic layout"):
-        torch_dist.newest(tmp_path)
 
 
 def checkpoint(

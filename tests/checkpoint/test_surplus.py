@@ -199,13 +199,13 @@ def test_the_newest_iteration_of_a_megatron_root_is_taken(nemo_model, mxfp4_mode
     verify(str(mxfp4_model), str(root))
 
 
-def test_a_megatron_root_without_its_iteration_or_in_the_classic_layout(nemo_model, tmp_path):
+def test_a_megatron_root_without_its_iteration_or_its_files(nemo_model, tmp_path):
     root = megatron_root(nemo_model, tmp_path / "root")
     (root / "latest_checkpointed_iteration.txt").write_text("13")
     with pytest.raises(DataError, match="names iteration 13, but there is no iter_0000013"):
         inspect(str(root))
     (root / "iter_0000013" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(DataError, match="classic layout"):
+    with pytest.raises(DataError, match="not a checkpoint of a known kind"):
         inspect(str(root))
 
 

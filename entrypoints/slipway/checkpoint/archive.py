@@ -15,10 +15,12 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from slipway.checkpoint import dcp
 from slipway.checkpoint.dcp import Fields, SafeUnpickler, Unexpected, ordered
 from slipway.tensors.bits import Bits, bits_type, data, empty
 from slipway.tensors.refs import DTYPE_BYTES, TORCH_NAMES
@@ -31,6 +33,7 @@ STORAGES = {
 STORAGE_DTYPES = {f"{name}Storage": dtype for dtype, name in STORAGES.items()}
 FOLDER = "archive/"
 MAX_PICKLE_BYTES = 1 << 20  # of one tensor; torch writes a few hundred
+MOST_ARGUMENTS = 5000  # of Megatron-LM's command line; there are some 800
 ALIGNMENT = 64  # of the data, as torch aligns it
 # The records of a zip file (APPNOTE.TXT 4.3): before each entry, in the directory for each entry, and at the end.
 LOCAL, CENTRAL, END = "<4s5H3I2H", "<4s6H3I5H2I", "<4s4H2IH"
@@ -129,32 +132,78 @@ EMPTY_STATE = of_plain([None])
 # ---------------------------------------------------------------------------- reading
 
 
-def read(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> tuple[Bits, str]:
-    """(tensor, dtype) of the archive in the `count` bytes from `start` on of a file.
+Box = Sequence[tuple[int, int]]  # [start, stop) in each dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor inside an archive, and where its elements are.
+
+    Args:
+        begin: offset in the file of its first element.
+        strides: in elements.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    begin: int
+
+    def read(self, descriptor: int, box: Box) -> Bits:
+        """The elements in a box. Only the bytes from its first to its last element are read."""
+        size = bits_type(self.dtype).itemsize
+        shape = [stop - start for start, stop in box]
+        first = sum(start * stride for (start, _), stride in zip(box, self.strides, strict=True))
+        reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, self.strides, strict=True))
+        elements = empty((max(0, reach) if math.prod(shape) else 0,), bits_type(self.dtype))
+        _fill(descriptor, elements.view(np.uint8).data, self.begin + first * size)
+        return np.lib.stride_tricks.as_strided(elements, shape, [stride * size for stride in self.strides])
+
+
+def locate(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> Stored:
+    """The tensor of the archive in the `count` bytes from `start` on of a file; its elements are not read.
 
     Args:
         wanted: the shape that it must have; an archive of another is refused before memory is taken for it.
 
     Errors: zipfile.BadZipFile, pickle.UnpicklingError and others (torch_dist.UNREADABLE) for damaged bytes.
     """
-    with zipfile.ZipFile(io.BufferedReader(_Extent(descriptor, start, count), 4096)) as zipped:
+    with zipfile.ZipFile(io.BufferedReader(Extent(descriptor, start, count), 4096)) as zipped:
         name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
         if zipped.getinfo(name).file_size > MAX_PICKLE_BYTES:
             raise ValueError("not the pickle of a tensor")
         (dtype, key), offset, shape, strides = _Unpickler(zipped.read(name)).load()
-        stored = zipped.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
-    if stored.compress_type != zipfile.ZIP_STORED or tuple(shape) != tuple(wanted):
+        entry = zipped.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
+    if tuple(shape) != tuple(wanted):
         raise ValueError("not the tensor that was expected")
-    begin = content_of(stored, descriptor, start)
-    size = bits_type(dtype).itemsize
-    # A tensor may be a view into a larger storage: only from its first to its last element is read.
+    begin = elements_at(entry, descriptor, start, count, (dtype, offset, shape, strides))
+    return Stored(dtype, tuple(shape), tuple(strides), begin)
+
+
+def elements_at(
+    entry: zipfile.ZipInfo, descriptor: int, start: int, count: int, view: tuple[str, int, Sequence[int], Sequence[int]]
+) -> int:
+    """Offset in the file of the first element of a tensor, (dtype, offset, shape, strides), in a storage's entry.
+
+    Errors: ValueError for a tensor that is not inside its storage, or for a storage that is not inside the archive.
+    """
+    dtype, offset, shape, strides = view
+    begin, size = content_of(entry, descriptor, start), bits_type(dtype).itemsize
+    # A tensor may be a view into a larger storage.
     reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+    reach = reach if math.prod(shape) else 0
     # as_strided checks nothing: strides or an offset that lead outside would show this process's own memory.
-    if min(offset, *strides, 0) < 0 or (offset + reach) * size > stored.file_size or begin + stored.file_size > count:
+    if entry.compress_type != zipfile.ZIP_STORED or min(shape, default=0) < 0:
+        raise ValueError("not the storage of a tensor")
+    if min(offset, *strides, 0) < 0 or (offset + reach) * size > entry.file_size or begin + entry.file_size > count:
         raise ValueError("outside the archive")
-    elements = empty((max(0, reach),), bits_type(dtype))
-    _fill(descriptor, elements.view(np.uint8).data, start + begin + offset * size)
-    return np.lib.stride_tricks.as_strided(elements, shape, [stride * size for stride in strides]), dtype
+    return start + begin + offset * size
+
+
+def read(descriptor: int, start: int, count: int, wanted: Sequence[int], box: Box | None = None) -> tuple[Bits, str]:
+    """(elements in a box, None = all; dtype) of the tensor of an archive; see locate."""
+    found = locate(descriptor, start, count, wanted)
+    return found.read(descriptor, box if box is not None else [(0, extent) for extent in found.shape]), found.dtype
 
 
 def content_of(entry: zipfile.ZipInfo, descriptor: int, start: int) -> int:
@@ -176,7 +225,7 @@ def _fill(descriptor: int, view: memoryview, offset: int) -> None:
         done += count
 
 
-class _Extent(io.RawIOBase):
+class Extent(io.RawIOBase):
     """Some bytes of an open file as a file.
 
     It reads with an offset (preadv), so that many threads can share the descriptor, which has one position only.
@@ -222,6 +271,27 @@ class _Unpickler(SafeUnpickler):
 # ---------------------------------------------------------------------------- objects that are no tensors
 
 
+def load_plain(descriptor: int, count: int) -> Any:
+    """What torch.save has saved, as data: numbers, words and containers; in place of tensors and of objects, Fields.
+
+    Errors: those of torch_dist.UNREADABLE.
+    """
+    with zipfile.ZipFile(io.BufferedReader(Extent(descriptor, 0, count), 4096)) as zipped:
+        name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
+        if zipped.getinfo(name).compress_type != zipfile.ZIP_STORED or zipped.getinfo(name).file_size > count:
+            raise ValueError("not the pickle of an object")
+        return ObjectUnpickler(zipped.read(name)).load()
+
+
+class ObjectUnpickler(dcp.AnyUnpickler):
+    """Reads what Megatron saves beside weights. Of everything that is no plain value only its fields are kept."""
+
+    most_fields = MOST_ARGUMENTS
+
+    def persistent_load(self, saved: Any) -> Any:
+        return Fields()
+
+
 def check_object(descriptor: int, start: int, count: int, *, state: bool = False) -> None:
     """Check the archive of an object which torch or NeMo will load: it names only what torch writes for plain objects.
 
@@ -231,7 +301,7 @@ def check_object(descriptor: int, start: int, count: int, *, state: bool = False
 
     Errors: those of torch_dist.UNREADABLE; dcp.Unexpected for a name that is not known.
     """
-    with zipfile.ZipFile(io.BufferedReader(_Extent(descriptor, start, count), 4096)) as zipped:
+    with zipfile.ZipFile(io.BufferedReader(Extent(descriptor, start, count), 4096)) as zipped:
         name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
         if zipped.getinfo(name).compress_type != zipfile.ZIP_STORED or zipped.getinfo(name).file_size > count:
             raise ValueError("not the pickle of an object")

@@ -4,6 +4,7 @@ A quantised weight is stored under a name of its own with its scales beside it:
 
 gpt-oss               X_blocks, X_scales                                          MXFP4, experts as a stack
 compressed-tensors    X_packed, X_scale, X_global_scale (divided by)              NVFP4; without the last MXFP4
+bitsandbytes          X as uint8, X.absmax, X.quant_map, X.quant_state.bitsandbytes__nf4  NF4
 ModelOpt              X as uint8, X_scale, X_scale_2 (multiplied by)              NVFP4; without the last MXFP4
 DeepSeek, Qwen        X as float8_e4m3fn, X_scale_inv (multiplied by)             FP8; MXFP8
 the others            X as float8_e4m3fn, X_scale                                 FP8; MXFP8
@@ -11,12 +12,14 @@ the others            X as float8_e4m3fn, X_scale                               
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from slipway.checkpoint import nf4
 from slipway.checkpoint.quantization import (
     decode_fp8_block,
     decode_mxfp4,
@@ -73,7 +76,7 @@ class Codec:
 
 def is_scale(name: str) -> bool:
     """The name is one that scales have."""
-    return name.endswith(SCALES)
+    return name.endswith((*SCALES, *nf4.PARTS))
 
 
 def missing_scale(name: str, infos: Infos) -> str:
@@ -98,15 +101,18 @@ def _unless(infos: Infos, scale: str, second: str = "") -> str:
     return second if second and infos[scale].dtype in FP8 and second not in infos else ""
 
 
-def codec_of(name: str, infos: Infos, blocks: Sequence[tuple[int, int]], folder: Path) -> Codec | None:
+def codec_of(name: str, infos: Infos, blocks: Sequence[tuple[int, int]], folder: Path, reader: Source) -> Codec | None:
     """The codec of the quantised tensor stored under `name`; None for one that is not quantised, or is a scale.
 
     Args:
         blocks: sizes of FP8 blocks that are possible.
+        reader: reads what is stored, for forms that say their shape there.
 
     Errors: DataError for a scale that is missing, or shapes and dtypes that do not fit together.
     """
     info = infos[name]
+    if name + nf4.STATE in infos:
+        return Nf4(name, infos, reader, folder)
     if scale := missing_scale(name, infos):
         form = "FP8 tensor " if info.dtype in FP8 else ""
         raise DataError(f"{folder}: {form}{name} has no scale{'' if form else 's'}; download the file with {scale}")
@@ -280,6 +286,36 @@ class Fp8(Codec):
             on_gpu = to_torch(weight, "F8_E4M3").to(device), to_torch(scales, "F32").to(device)
             return from_torch(gpu.decode_fp8_block(*on_gpu, self.block, first_row).cpu())
         return decode_fp8_block(weight, scales, self.block, first_row)
+
+
+class Nf4(Codec):
+    """Two 4-bit codes in a byte with a scale for each 64, of bitsandbytes → BF16 (nf4.py)."""
+
+    form = "nf4"
+
+    def __init__(self, name: str, infos: Infos, reader: Source, folder: Path) -> None:
+        self.name, self._infos = name, infos
+        held = {suffix: infos[name + suffix] for suffix in ("", *nf4.PARTS) if name + suffix in infos}
+        self.parts = [name + suffix for suffix in held]
+        self.stored_bytes = sum(info.bytes for info in held.values())
+        shape = nf4.source_of(held, self._reading(reader), f"{folder}: {name}", None).shape
+        self._held, self._where, self.info = held, f"{folder}: {name}", TensorInfo(shape)
+
+    def _reading(self, reader: Source) -> Callable[[str, int, int], Bits]:
+        def part(suffix: str, begin: int, end: int) -> Bits:
+            info = self._infos[self.name + suffix]
+            width = math.prod(info.shape[1:])  # of one row, in whole numbers of which parts of tensors are read
+            rows = (begin // width, -(-end // width))
+            found = reader.read_stored(self.name + suffix, Ref(self.name + suffix, (), rows)).reshape(-1)
+            return found[begin - rows[0] * width : end - rows[0] * width]
+
+        return part
+
+    def read(self, reader: Source, ref: Ref) -> Bits:
+        source = nf4.source_of(self._held, self._reading(reader), self._where, None)
+        begin = ref.start(self.info.shape)
+        shape = ref.shape(self.info.shape)
+        return source.read(begin, begin + math.prod(shape)).reshape(shape)
 
 
 def _fp8_grid(

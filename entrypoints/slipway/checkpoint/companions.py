@@ -49,12 +49,12 @@ class Companions:
         return Companions(copies, {name: text for name, text in self.small.items() if name.startswith(TOKENIZER)})
 
 
-def companions_of(folder: Path) -> Companions:
+def companions_of(folder: Path | None) -> Companions:
     """Everything beside the weights and config.json; nothing where there is no such folder.
 
     Errors: DataError for a tokenizer_config.json that is not JSON.
     """
-    if not folder.is_dir():
+    if folder is None or not folder.is_dir():
         return Companions()
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and _goes_along(file)]
     for name in SUBFOLDERS:

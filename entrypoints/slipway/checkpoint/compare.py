@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slipway.checkpoint import convert, huggingface, inspection, stream, torch_dist
+from slipway.checkpoint import huggingface, inspection, opened, stream
+from slipway.checkpoint.outputs import bf16_config
 from slipway.errors import SlipwayError
 from slipway.families import Family, read_config, rules, understood
 from slipway.families.checks import Config, check_stored
@@ -55,26 +56,20 @@ class Model:
         return replace(self, config=without_mtp(self.config))
 
 
-def open_model(path: Path) -> Model:
+def open_model(path: Path, given: opened.Given = opened.NOTHING) -> Model:
     """Open a Hugging Face folder (quantised, BF16, or merged with heads) or a NeMo checkpoint."""
-    path = torch_dist.newest(path)
-    if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
-        return _open_nemo(path)
+    if opened.is_megatron(path):
+        return _open_megatron(path, given)
     if read_config(path / "config.json").get("model_type") == inspection.MERGED_TYPE:
         return _open_merged(path)
-    found = convert.open_model(path)
-
-    def read(cell: rules.Cell) -> tuple[Bits, ...]:
-        dtypes = ((found.reader.tensors[ref.name].dtype, found.model.hf[ref.name].dtype) for ref in cell.hf)
-        return tuple(as_dtype(found.reader.read(ref), *pair) for ref, pair in zip(cell.hf, dtypes, strict=True))
-
-    return Model(path, convert.bf16_config(found.config), found.family, read)
+    found = opened.open_model(path)
+    return Model(path, bf16_config(found.config), found.family, found.hf_parts)
 
 
-def _open_nemo(path: Path) -> Model:
-    found = convert.open_nemo(path)
-    read = functools.partial(convert.hf_parts, found)
-    return Model(found.reader.folder.parent, found.config, found.family, read, nemo=True)
+def _open_megatron(path: Path, given: opened.Given) -> Model:
+    found = opened.open_megatron(path, given)
+    nemo = (found.reader.folder.parent / "context").is_dir()
+    return Model(found.reader.folder.parent if nemo else path, found.config, found.family, found.hf_parts, nemo=nemo)
 
 
 def _open_merged(path: Path) -> Model:
@@ -97,9 +92,9 @@ def _open_merged(path: Path) -> Model:
     return Model(path, known, family, read)
 
 
-def open_pair(a: Path, b: Path) -> tuple[Model, Model]:
+def open_pair(a: Path, b: Path, given: opened.Given = opened.NOTHING) -> tuple[Model, Model]:
     """Open two models; if one has no layers for multi-token prediction, both are taken without."""
-    one, other = open_model(a), open_model(b)
+    one, other = (open_model(path, given if opened.is_megatron(path) else opened.NOTHING) for path in (a, b))
     if mtp_layers(one.config) and mtp_layers(other.config):
         return one, other
     return one.without_mtp(), other.without_mtp()

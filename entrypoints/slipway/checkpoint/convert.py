@@ -6,98 +6,43 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slipway import families
-from slipway.checkpoint import archive, huggingface, lora, nemo_context, peft, surplus, torch_dist
+from slipway.checkpoint import (
+    bridge,
+    classic,
+    classic_plan,
+    classic_reader,
+    huggingface,
+    peft,
+    torch_dist,
+)
 from slipway.checkpoint.companions import Companions, companions_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.heads import merged_config
 from slipway.checkpoint.initialise import STANDARD_DEVIATION, RandomWeights, changed
-from slipway.checkpoint.source import NAME, source_of
+from slipway.checkpoint.opened import (
+    NOTHING,
+    Given,
+    Opened,
+    adapters_in,
+    cut_to,
+    open_any,
+    open_megatron,
+    open_model,
+)
+from slipway.checkpoint.outputs import Details, as_json, bf16_config, context_of, said_of, torch_dist_weights
+from slipway.checkpoint.source import NAME
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
-from slipway.errors import DataError
-from slipway.families import Family, read_config, rules, understood
-from slipway.families.checks import Config, check_stored
-from slipway.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
-from slipway.tensors.bits import Bits, as_dtype, data
-from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo, stored_bytes
+from slipway.errors import DataError, UsageError
+from slipway.families import read_config, rules, understood
+from slipway.families.decoder import mtp_layers, without_mtp
+from slipway.tensors.bits import Bits, data
+from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BLOCK_BYTES = 32 << 20
-
-
-def bf16_config(config: Config) -> dict[str, Any]:
-    """The config.json of the dequantised model."""
-    return {**{key: value for key, value in config.items() if key not in QUANTIZATION}, "torch_dtype": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint that has all its tensors, in the right shapes.
-
-    Args:
-        config: config.json of the Hugging Face form.
-        model: the family's rules for this config.json.
-        reader: reads its tensors: a Reader of huggingface or torch_dist, or lora.Merged.
-        notes: what a person should know of how it was read.
-    """
-
-    config: Config
-    family: Family
-    model: rules.Rules
-    reader: Any
-    notes: tuple[str, ...] = ()
-
-
-def open_model(folder: Path, devices: Sequence[str] = ("cpu",)) -> Opened:
-    """Open a Hugging Face folder; DataError if a tensor is missing, unexpected or damaged."""
-    where = folder / "config.json"
-    config: Config
-    family, config = understood(read_config(where), where)
-    notes = families.notes(config)
-    reader = huggingface.Reader(folder, huggingface.read_folder(folder, notes), config, devices)
-    notes += surplus.settle(reader, config)
-    if not reader.quantized:  # a model that was merged in BF16 often keeps the quantization_config of its base
-        config = {key: value for key, value in config.items() if key not in QUANTIZATION}
-    if is_tied(config) and HEAD in reader.tensors:
-        if _same_head(reader):  # some checkpoints store the embedding twice
-            del reader.tensors[HEAD]
-        else:
-            config = {**config, "tie_word_embeddings": False}
-            notes.append(
-                f"{HEAD} is not the embedding, although config.json says so: it is kept, as transformers 5 does"
-            )
-    if not has_mtp(config, reader.tensors):
-        config = without_mtp(config)  # transformers drops the layer for multi-token prediction, but not its field
-    check_stored(config, where, stored_bytes(reader.tensors))
-    model = family.rules(config)
-    surplus.unstack(reader, model.hf)
-    rules.check_tensors(reader.tensors, model.hf, str(folder))
-    return Opened(config, family, model, reader, tuple(notes))
-
-
-def _same_head(reader: huggingface.Reader) -> bool:
-    """The output layer has the embedding's values; compared in blocks of rows up to the first difference."""
-    info, embedding = reader.tensors[HEAD], reader.tensors.get(EMBEDDING)
-    if embedding is None or info.shape != embedding.shape:
-        return False
-    block = max(1, BLOCK_BYTES * info.shape[0] // max(1, info.bytes))
-    ends = range(0, info.shape[0], block)
-    return all(same_values(reader, HEAD, EMBEDDING, (at, min(at + block, info.shape[0]))) for at in ends)
-
-
-def same_values(reader: huggingface.Reader, one: str, other: str, rows: tuple[int, int]) -> bool:
-    """Whether two tensors have the same values in some rows, whatever their dtypes."""
-    parts = [as_dtype(reader.read(Ref(name, (), rows)), reader.tensors[name].dtype, "F32") for name in (one, other)]
-    return np.array_equal(parts[0], parts[1])
-
-
-Details = dict[str, Any]  # what the summary of a command says besides sizes and time
+PLAIN_LAYOUT = classic.Options()
 
 
 def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu",)) -> tuple[Plan, Details]:
@@ -116,33 +61,39 @@ def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu"
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
     plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, reader.files(), "dequant")
     details = {"files": len(plan.sizes), "decoded_tensors": len(reader.quantized)}
-    return plan, details | _said(source.notes, companions_of(folder))
+    return plan, details | said_of(source.notes, companions_of(folder))
 
 
-def to_import(folder: Path, mtp: bool, devices: Sequence[str]) -> Opened:
-    """A Hugging Face folder as it will be imported: without the layers for multi-token prediction unless `mtp`."""
-    opened = open_model(folder, devices)
-    if mtp and not mtp_layers(opened.config):
-        raise DataError(f"{folder} has no layer for multi-token prediction; leave out --mtp")
-    if mtp or not mtp_layers(opened.config):
-        return opened
-    config = without_mtp(opened.config)
-    return replace(opened, config=config, model=opened.family.rules(config))
+FORMATS = ("nemo", "bridge", "classic")  # what `import` writes
 
 
 def import_plan(
-    folder: Path, mtp: bool = False, devices: Sequence[str] = ("cpu",), name: str = ""
+    folder: Path,
+    mtp: bool = False,
+    devices: Sequence[str] = ("cpu",),
+    name: str = "",
+    given: Given = NOTHING,
+    form: str = "nemo",
+    options: classic.Options = PLAIN_LAYOUT,
 ) -> tuple[Plan, Details]:
-    """Plan of the NeMo checkpoint of a Hugging Face model.
+    """Plan of a Megatron checkpoint of a model in any form.
 
     Args:
         mtp: keep the layers for multi-token prediction.
         devices: what decodes quantised tensors.
-        name: what other programs load the model by, to be noted in the context.
+        name: what other programs load the model by, to be noted beside the weights.
+        given: what the user says of a source in one of Megatron's layouts.
+        form: one of FORMATS.
+        options: of the classic layout.
     """
-    opened = to_import(folder, mtp, devices)
-    identity = ["import", mtp, identity_of_files([*opened.reader.files(), folder / "config.json"])]
-    return nemo_plan(opened, folder, name, identity)
+    opened = open_any(folder, mtp or options.mtp_num_layers > 0, devices, given)
+    sources = [*opened.reader.files(), *filter(Path.is_file, [folder / "config.json"])]
+    identity = ["import", form, mtp, options.described(), identity_of_files(sources)]
+    if form == "classic":
+        return classic_layout_plan(opened, options, name, identity)
+    if form == "bridge":
+        return bridge.plan(opened, identity)
+    return nemo_plan(opened, name, identity)
 
 
 def init_plan(folder: Path, settings: Iterable[str], seed: int) -> tuple[Plan, Details]:
@@ -158,151 +109,90 @@ def init_plan(folder: Path, settings: Iterable[str], seed: int) -> tuple[Plan, D
     family, config = understood(without_mtp({k: v for k, v in given.items() if k not in QUANTIZATION}), where)
     model = family.rules(config)
     reader = RandomWeights(model.hf, config.get("initializer_range", STANDARD_DEVIATION), seed)
-    opened = Opened(config, family, model, reader, (*notes, *families.notes(config)))
-    plan, details = nemo_plan(opened, folder, "", ["init", dict(config), seed])
+    opened = Opened(config, family, model, reader, (*notes, *families.notes(config)), others=folder)
+    plan, details = nemo_plan(opened, "", ["init", dict(config), seed])
     parameters = sum(math.prod(info.shape) for info in model.hf.values())
     return plan, {"parameters": f"{parameters:,}", "seed": seed, **details}
 
 
-def nemo_plan(opened: Opened, folder: Path, name: str, identity: list[Any]) -> tuple[Plan, Details]:
+def nemo_plan(opened: Opened, name: str, identity: list[Any]) -> tuple[Plan, Details]:
     """Plan of the NeMo checkpoint of an opened model.
 
     Args:
-        folder: where the files beside the weights lie.
         name: what other programs load the model by, to be noted in the context.
         identity: what the bytes depend on.
     """
-    config, model, reader = opened.config, opened.model, opened.reader
-    tensors = model.megatron
-    layout = torch_dist.Layout(tensors, [ref for cell in model.cells for ref in cell.megatron], model.extra_state)
-
-    def piece(cell: rules.Cell) -> Piece:
-        def work() -> Iterable[Write]:
-            parts = cell.op.to_megatron(tuple(reader.read(ref) for ref in cell.hf))
-            dtype = reader.tensors[cell.hf[0].name].dtype
-            for ref, part in zip(cell.megatron, parts, strict=True):
-                file, offset, length = layout.places[ref]
-                info = tensors[ref.name]
-                part = as_dtype(part, dtype, info.dtype)
-                blob = archive.write(part.reshape(torch_dist.chunk_sizes(ref, info.shape)), info.dtype)
-                assert sum(map(len, blob)) == length, f"the archive of {ref} is not as long as planned"
-                for content in blob:
-                    yield f"weights/{file}", offset, content
-                    offset += len(content)
-
-        return Piece(sum(reader.source_bytes(ref) for ref in cell.hf), work)
-
-    def extra_state() -> Iterable[Write]:
-        return [(f"weights/{file}", offset, layout.empty_state) for file, offset, _ in layout.extra.values()]
-
-    described = bf16_config(config)
-    noted = {**described, NAME: name} if name else described
-    context = nemo_context.context_files(*opened.family.nemo_model(config), noted)
-    others = companions_of(folder)
-    tokenizer = others.of_tokenizer().under(f"context/{nemo_context.TOKENIZER}")
-    kept = others.under(f"context/{nemo_context.HF_FILES}")
-    plan = Plan(
-        sizes={f"weights/{file}": size for file, size in layout.sizes.items()},
-        pieces=[*map(piece, model.cells), Piece(0, extra_state)],
-        small={
-            **{f"context/{name}": content for name, content in context.items()},
-            "weights/metadata.json": torch_dist.FORMAT.encode(),
-            "weights/common.pt": torch_dist.common_state(),
-            "weights/.metadata": layout.metadata(),
-            # transformers finds a tokenizer without a class by the model's type.
-            f"context/{nemo_context.TOKENIZER}/config.json": (json.dumps(described, indent=2) + "\n").encode(),
-            **tokenizer.small,
-            **kept.small,
-        },
-        copies={**tokenizer.copies, **kept.copies},
-        identity=identity,
-    )
-    return plan, {"tensors": len(tensors)} | _said(opened.notes, others)
+    model = opened.model
+    weights = torch_dist_weights(opened, "weights", torch_dist.PREFIX)
+    small, copies = context_of(opened, name)
+    plan = Plan(weights.sizes, weights.pieces, {**small, **weights.small}, copies, identity)
+    return plan, {"tensors": len(model.megatron)} | said_of(opened.notes, companions_of(opened.others))
 
 
-def _said(notes: Iterable[str], others: Companions) -> Details:
-    """What the summary says of how a model was read, and of what stayed behind."""
-    left_out = (
-        f"left out: {', '.join(others.left_out)}, which no tool of transformers writes" if others.left_out else ""
-    )
-    said = [*notes, *filter(None, [left_out])]
-    return {"notes": said} if said else {}
-
-
-def open_nemo(checkpoint: Path, base: Path | None = None) -> Opened:
-    """Open a NeMo checkpoint without the optimizer's tensors; low-rank adapters are merged into their base.
+def classic_layout_plan(
+    found: Opened, options: classic.Options, name: str, identity: list[Any]
+) -> tuple[Plan, Details]:
+    """Plan of a checkpoint in Megatron's classic layout.
 
     Args:
-        base: checkpoint of the adapters' base; None = the one that NeMo noted.
+        name: what other programs load the model by, to be noted beside the weights.
+        identity: what the bytes depend on.
     """
-    reader = torch_dist.Reader(checkpoint)
-    if lora.has_adapters(reader):
-        opened, adapters = _with_adapters(reader, base)
-        return replace(opened, reader=lora.Merged(opened.reader, adapters), notes=adapters.notes)
-    context = context_folder(reader.folder)
-    path = context / nemo_context.SOURCE_CONFIG
-    if not path.is_file():
-        raise DataError(f"{context} has no {path.name}; this command needs a checkpoint created by `slipway import`")
-    family, config = understood(read_config(path), path)
-    check_stored(config, path, stored_bytes(reader.tensors))
-    config.pop(NAME, None)  # `import` noted it; what is exported need not be that any more
-    model = family.rules(config)
-    found = {key: info for key, info in reader.tensors.items() if not key.startswith("optimizer.")}
-    if found and all("adapter." in key for key in found):
-        raise DataError(f"{checkpoint} holds only trained heads; use `slipway extract-heads`")
-    rules.check_tensors(found, model.megatron, str(reader.folder))
-    return Opened(config, family, model, reader)
-
-
-def _with_adapters(reader: torch_dist.Reader, base: Path | None) -> tuple[Opened, lora.Adapters]:
-    """(their base, the adapters of a checkpoint); DataError where they do not fit each other."""
-    folder = lora.base_of(reader, base)
-    opened = open_nemo(folder)
-    return opened, lora.Adapters(reader, opened.model.megatron, folder)
-
-
-def hf_parts(source: Opened, cell: rules.Cell) -> tuple[Bits, ...]:
-    """The Hugging Face parts of a cell of a NeMo checkpoint, in the dtypes of the family's rules."""
-    dtype = source.reader.tensors[cell.megatron[0].name].dtype
-    parts = cell.op.to_hf(tuple(map(source.reader.read, cell.megatron)))
-    return tuple(
-        as_dtype(part, dtype, source.model.hf[ref.name].dtype) for ref, part in zip(cell.hf, parts, strict=True)
+    if options.mtp_num_layers != mtp_layers(found.config):
+        raise UsageError(
+            f"--mtp-num-layers is {options.mtp_num_layers}, but the model has {mtp_layers(found.config)} layers for "
+            "multi-token prediction; keep all of them or none"
+        )
+    idle = len(options.noop_layers.split(",")) if options.noop_layers else 0
+    layers = options.num_layers - idle if options.num_layers else found.config["num_hidden_layers"]
+    opened = cut_to(found, layers, options.first_k_dense_replace) if layers > 0 else found
+    mindspeed = classic.in_mindspeed(opened.config)
+    layout = classic.Layout(opened.config, opened.model.megatron, options, mindspeed, in_one=mindspeed)
+    output = classic_plan.Output(layout, classic_plan.megatron_args(opened.family, opened.config, layout))
+    described = bf16_config(opened.config)
+    noted = {**described, NAME: name} if name else described
+    others = companions_of(opened.others)
+    kept = others.under(classic_reader.HF_NOTE)
+    plan = Plan(
+        sizes=output.sizes(),
+        pieces=classic_plan.pieces(output, opened.model.cells, opened.megatron_parts, opened.source_bytes),
+        small={
+            classic.TRACKER: b"1",
+            **kept.small,
+            f"{classic_reader.NOTE}/{classic_reader.LAYOUT_NOTE}": classic_reader.note_of(options),
+            f"{classic_reader.HF_NOTE}/{classic_reader.CONFIG_NOTE}": as_json(noted),
+        },
+        copies=kept.copies,
+        identity=identity,
+        finish=output.finish,
     )
+    return plan, {"files": len(plan.sizes)} | said_of(opened.notes, others)
 
 
-def export_plan(checkpoint: Path, shard_bytes: int, base: Path | None = None) -> tuple[Plan, Details]:
-    """Plan of the Hugging Face folder of a NeMo checkpoint, as `import` created it or NeMo trained it further."""
-    source = open_nemo(checkpoint, base)
-    reader, model = source.reader, source.model
-    layout = huggingface.Layout(model.hf, shard_bytes)
+def export_plan(checkpoint: Path, shard_bytes: int, given: Given = NOTHING) -> tuple[Plan, Details]:
+    """Plan of the Hugging Face folder of a checkpoint of NeMo, Megatron-Bridge, Megatron-LM or MindSpeed-LLM."""
+    source = open_megatron(checkpoint, given)
+    layout = huggingface.Layout(source.model.hf, shard_bytes)
 
     def piece(cell: rules.Cell) -> Piece:
         def work() -> Iterable[Write]:
-            for ref, part in zip(cell.hf, hf_parts(source, cell), strict=True):
+            for ref, part in zip(cell.hf, source.hf_parts(cell), strict=True):
                 yield (*layout.place(ref), data(part))
 
-        return Piece(sum(TensorInfo(r.shape(model.megatron[r.name].shape)).bytes for r in cell.megatron), work)
+        return Piece(source.source_bytes(cell), work)
 
-    others = context_folder(reader.folder) / nemo_context.HF_FILES
-    plan = _hf_plan(layout, [*map(piece, model.cells)], source.config, others, reader.files(), "export")
-    return plan, {"files": len(plan.sizes)} | _said(source.notes, Companions())
+    pieces = [*map(piece, source.model.cells)]
+    plan = _hf_plan(layout, pieces, source.config, source.others, source.reader.files(), "export")
+    said = [] if source.others else ["there is no tokenizer beside these weights, so the output has none"]
+    return plan, {"files": len(plan.sizes)} | said_of([*source.notes, *said], Companions())
 
 
-def adapter_plan(checkpoint: Path, base: Path | None = None) -> tuple[Plan, Details]:
+def adapter_plan(checkpoint: Path, given: Given = NOTHING) -> tuple[Plan, Details]:
     """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
-    reader = torch_dist.Reader(checkpoint)
-    if not lora.has_adapters(reader):
-        raise DataError(f"{checkpoint} has no low-rank adapters; leave out --adapter")
-    opened, adapters = _with_adapters(reader, base)
-    name = source_of(context_folder(opened.reader.folder)) or lora.base_of(reader, base).name
-    files, notes = peft.peft_adapter(adapters, opened.model, name)
-    plan = Plan({}, [], files, {}, ["adapter", identity_of_files(reader.files())])
-    return plan, {"files": len(files)} | _said(notes, Companions())
-
-
-def context_folder(weights: Path) -> Path:
-    """The context folder that belongs to a weights folder."""
-    return weights.parent / "context"
+    model, adapters, name = adapters_in(checkpoint, given)
+    files, notes = peft.peft_adapter(adapters, model, name)
+    plan = Plan({}, [], files, {}, ["adapter", identity_of_files(adapters.reader.files())])
+    return plan, {"files": len(files)} | said_of(notes, Companions())
 
 
 def merge_plan(
@@ -333,7 +223,7 @@ def merge_plan(
     pieces += [_tensor_piece(layout, name, part) for name, part in heads.items()]
     merged = merged_config(config, {**heads_config, "base_model_name_or_path": name or str(base.absolute())})
     plan = _hf_plan(layout, pieces, merged, base, reader.files(), "merge")
-    return plan, {"files": len(plan.sizes)} | _said(source.notes, companions_of(base))
+    return plan, {"files": len(plan.sizes)} | said_of(source.notes, companions_of(base))
 
 
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
@@ -350,7 +240,7 @@ def _hf_plan(
     layout: huggingface.Layout,
     pieces: list[Piece],
     config: Mapping[str, Any],
-    others: Path,
+    others: Path | None,
     sources: Iterable[Path],
     verb: str,
 ) -> Plan:

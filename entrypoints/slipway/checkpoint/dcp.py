@@ -147,7 +147,7 @@ def loads(pickled: bytes, *, known_only: bool = False) -> Any:
         known_only: refuse what torch and Megatron do not write there: this pickle will be loaded by torch itself, which
             calls what it names.
     """
-    return _Unpickler(pickled, known_only).load()
+    return AnyUnpickler(pickled, known_only).load()
 
 
 class Unexpected(pickle.UnpicklingError):
@@ -181,6 +181,7 @@ class SafeUnpickler(pickle._Unpickler):
     """
 
     stack: list[Any]  # of Python's own implementation
+    most_fields = MOST_FIELDS
 
     def __init__(self, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled))
@@ -198,7 +199,7 @@ class SafeUnpickler(pickle._Unpickler):
     def build(self) -> None:
         """BUILD sets attributes: only objects that are made to hold fields have any."""
         state, filled = self.stack[-1], self.stack[-2]
-        if not isinstance(filled, Fields) or (isinstance(state, dict) and len(state) > MOST_FIELDS):
+        if not isinstance(filled, Fields) or (isinstance(state, dict) and len(state) > self.most_fields):
             raise pickle.UnpicklingError("attributes of what has none")
         _ALL[pickle.BUILD[0]](self)
 
@@ -236,8 +237,14 @@ ALSO_WRITTEN = {
 }
 
 
-class _Unpickler(SafeUnpickler):
-    def __init__(self, pickled: bytes, known_only: bool) -> None:
+class AnyUnpickler(SafeUnpickler):
+    """Reads classes that are not known as Fields.
+
+    Args:
+        known_only: refuse them.
+    """
+
+    def __init__(self, pickled: bytes, known_only: bool = False) -> None:
         super().__init__(pickled)
         self._known_only, self._left = known_only, len(pickled)
         self._unknown: dict[str, type] = {}

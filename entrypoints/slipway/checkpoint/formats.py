@@ -23,7 +23,7 @@ from slipway.untrusted import read_object
 # Where config.json has it; compressed-tensors first called it compression_config. ModelOpt has a file of its own.
 IN_CONFIG = ("quantization_config", "compression_config")
 MODELOPT_FILE = "hf_quant_config.json"
-SUPPORTED = "FP8, MXFP8, MXFP4 and NVFP4"
+SUPPORTED = "FP8, MXFP8, MXFP4, NVFP4 and NF4 of bitsandbytes"
 BLOCK = (128, 128)  # DeepSeek's, where nothing else is said
 READ_METHODS = (None, "fp8", "fbgemm_fp8", "mxfp4", "mxfp8")
 READ_FORMATS = (
@@ -47,7 +47,7 @@ ALGOS = {
 # The last part of a tensor's name → what has such tensors.
 NAMES = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "g_idx": "GPTQ", "SCB": "bitsandbytes INT8",
-    "absmax": "bitsandbytes 4-bit", "bitsandbytes__nf4": "bitsandbytes NF4", "bitsandbytes__fp4": "bitsandbytes FP4",
+    "bitsandbytes__fp4": "bitsandbytes FP4",
     "W_q": "HQQ", "codebooks": "AQLM", "weight_scales": "EETQ", "_data": "Quanto", "centroids": "VPTQ",
     "bitmask": "a sparse form of compressed-tensors", "pre_quant_scale": "AWQ of ModelOpt", "q_weight": "EXL2",
     "trellis": "EXL3", "weight_g_idx": "INT4 pack-quantized with reordered columns",
@@ -131,6 +131,8 @@ def _unread(about: Mapping[str, Any]) -> str:
         layers = (about.get("quantized_layers") or {}).values()
         algos = [about.get("quant_algo"), *(layer.get("quant_algo") for layer in layers)]
         return next((ALGOS.get(one, f"{one} of ModelOpt") for one in algos if _plain(one) not in READ_ALGOS), "")
+    if method == "bitsandbytes" and about.get("load_in_4bit") and about.get("bnb_4bit_quant_type") == "nf4":
+        return ""
     if method == "bitsandbytes":
         kind = str(about.get("bnb_4bit_quant_type", "4-bit")).upper()
         return f"bitsandbytes {kind}" if about.get("load_in_4bit") else "bitsandbytes INT8"

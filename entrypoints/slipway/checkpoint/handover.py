@@ -98,6 +98,19 @@ def check_context(checkpoint: Path) -> None:
         _check_sizes(path, model.arguments["config"], source)
 
 
+def fields_of(path: Path) -> dict[str, Any]:
+    """The fields of the model's configuration in a context's io.json, as data; names for functions, classes and dtypes.
+
+    Nothing in it is refused: it is not handed to NeMo.
+    """
+    whole = read_object(path, MOST_CONTEXT_BYTES, CURE)
+    try:
+        fields = _Unchecked(whole).configuration()
+    except (_Refused, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is not a context of NeMo ({type(error).__name__}); {CURE}") from None
+    return {name: _named(value) if isinstance(value, (Called, _Named)) else value for name, value in fields.items()}
+
+
 class _Refused(Exception):
     """Why a context is not handed to NeMo."""
 
@@ -228,6 +241,22 @@ class _Context:
                 elsewhere = package in PACKAGES and package not in HARMFUL and key not in reached
                 if target not in known and not target.startswith(OURS) and (target in strict or not elsewhere):
                     raise _Refused(f"it names {target}, which is not on the list")
+
+
+class _Unchecked(_Context):
+    """The same, where what is not on the lists is only a name."""
+
+    def configuration(self) -> Mapping[str, Any]:
+        """The arguments of the call of the model's configuration."""
+        (at_model,) = (key for key, value in self.objects.items() if MODEL in value.get("paths", ()))
+        items = dict(self.objects[at_model]["items"])
+        return self._value(items["Attr(name='config')"], 0).arguments
+
+    def _object(self, value: Mapping[str, Any], kind: str, depth: int) -> Any:
+        try:
+            return super()._object(value, kind, depth)
+        except _Refused:
+            return _Named(kind)
 
 
 @dataclass(frozen=True)

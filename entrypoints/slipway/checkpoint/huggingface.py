@@ -222,7 +222,7 @@ class Reader:
 
     def _codecs_of(self, infos: Mapping[str, TensorInfo]) -> dict[str, Codec]:
         """Decoded name → codec of every tensor."""
-        quantized = {name: codec_of(name, infos, self.declared.blocks, self.folder) for name in infos}
+        quantized = {name: codec_of(name, infos, self.declared.blocks, self.folder, self) for name in infos}
         used = {part for codec in quantized.values() if codec for part in codec.parts}
         used |= {zero for codec in quantized.values() if codec for zero in self._zero_point(codec)}
         codecs: dict[str, Codec] = {}

@@ -11,12 +11,31 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint import codecs, huggingface, lora, nemo_context, surplus, torch_dist
+from slipway.checkpoint import (
+    classic,
+    classic_reader,
+    codecs,
+    described,
+    huggingface,
+    lora,
+    nemo_context,
+    surplus,
+    torch_dist,
+)
 from slipway.checkpoint.contents import Contents
-from slipway.checkpoint.convert import EMBEDDING, HEAD, context_folder, same_values
 from slipway.checkpoint.heads import ADAPTER
 from slipway.checkpoint.heads import FILE as HEADS_FILE
 from slipway.checkpoint.heads import NAMES as HEADS
+from slipway.checkpoint.opened import (
+    EMBEDDING,
+    HEAD,
+    NOTHING,
+    VOCABULARY,
+    Given,
+    context_folder,
+    same_values,
+    weights_of,
+)
 from slipway.errors import DataError, UsageError
 from slipway.families import by_model_type, read_config, understood
 from slipway.families.decoder import has_mtp, is_tied, without_mtp
@@ -34,21 +53,33 @@ OF_MERGED = {
     "temperature_hidden_size",
     "top_p_hidden_size",
 }
-OPTIMIZER = "optimizer."
 SAMPLE_ROWS = 64
+# What says which model it is → what made the checkpoint.
+MADE_BY = {
+    "io.json": "NeMo 2",
+    "model.yaml": "NeMo 2",
+    described.BRIDGE: "Megatron-Bridge",
+    described.COMMON: "Megatron-LM",
+}
 # Elements with a scale, where config.json need not say it.
 GROUPS = {"mxfp4": [codecs.MX_GROUP], "mxfp8": [codecs.MX_GROUP], "nvfp4": [codecs.NV_GROUP]}
 
 
-def contents_of(path: Path) -> Contents:
-    """What is at `path`; UsageError if there is nothing, DataError if it cannot be read or is of an unknown kind."""
+def contents_of(path: Path, given: Given = NOTHING) -> Contents:
+    """What is at `path`; UsageError if there is nothing, DataError if it cannot be read or is of an unknown kind.
+
+    Args:
+        given: what the user says of a Megatron checkpoint that does not say it itself.
+    """
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; give a checkpoint: a file or a folder")
+    if classic_reader.is_classic(path):
+        return _of_classic(path, given)
     path = torch_dist.newest(path)
     if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
-        return _of_torch_dist(path)
+        return _of_torch_dist(path, given)
     if (path / HEADS_FILE).is_file():
         return _of_heads(path)
     if huggingface.weight_files(path) or any(path.glob("*.safetensors")):
@@ -230,12 +261,62 @@ def _wanted_of(
 # ---------------------------------------------------------------------------- torch_dist
 
 
-def _of_torch_dist(path: Path) -> Contents:
+def _of_classic(path: Path, given: Given) -> Contents:
+    """Megatron's classic layout. Where nothing says which model it is, only what is there is told."""
+    folder = classic_reader.iteration_of(path)
+    assert folder is not None
+    ranks = classic_reader.Ranks(folder)
+    stored = [place.info for saved in ranks.saved.values() for held in saved.chunks.values() for place in held.values()]
+    adapters = [p.info for chunks in ranks.adapters.values() for held in chunks.values() for p in held.values()]
+    made_by = "Megatron-LM" if ranks.args else "MindSpeed-LLM, or another that saves no args"
+    if (folder.parent / classic_reader.NOTE).is_dir():
+        made_by = "Slipway"
+    notes = [f"made by {made_by}"]
+    problems: dict[str, list[str]] = {}
+    checked = model = ""
+    parameters = 0
+    try:
+        found = classic_reader.find(path, given.layout, given.config)
+        notes.append(f"layout: {_layout_words(found.layout.options)}")
+        model = str(found.said.config.get("model_type", ""))
+        parameters = _parameters(found.rules.megatron.values()) if not ranks.only_adapters else 0
+        if not ranks.only_adapters:
+            classic_reader.Reader(found.ranks, found.layout)
+            checked = found.said.where.name
+        notes += found.notes
+    except (DataError, UsageError) as error:
+        if given == NOTHING and not ranks.args and made_by != "Slipway":
+            notes.append(str(error))
+        else:
+            problems = {"layout": [str(error)]}
+    what = " of low-rank adapters" if ranks.only_adapters else " with low-rank adapters" if adapters else ""
+    return Contents(
+        path=str(path),
+        format=f"Megatron's classic layout{what}",
+        model=model,
+        parameters=parameters,
+        dtypes=_dtypes([*stored, *adapters]),
+        files={f"{name}/{classic.FILE}": (folder / name / classic.FILE).stat().st_size for name in ranks.saved},
+        parts={"model": len(stored), "adapters": len(adapters)} if adapters else {},
+        checked=checked,
+        problems=problems,
+        notes=notes,
+    )
+
+
+def _layout_words(options: classic.Options) -> str:
+    """The options that are not the default."""
+    said = [f"{name.replace('_', '-')} {value}" for name, value in options.described().items()]
+    return ", ".join(said) or "one rank"
+
+
+def _of_torch_dist(path: Path, given: Given) -> Contents:
     reader = torch_dist.Reader(path, whole=False)
-    parts = _parts(reader.tensors)
-    context = context_folder(reader.folder)
     problems = _files_problems(reader.folder, reader.extents)
-    wanted, checked, model = _wanted_by_nemo(context, parts)
+    context = context_folder(reader.folder)
+    told, notes = _told(reader, given)
+    parts = _parts(reader.tensors)
+    wanted, checked, model = _wanted_by_nemo(context, parts, told)
     if checked and parts["adapters"]:
         problems = _misfit(reader, wanted, context) | problems
     elif checked:
@@ -251,13 +332,37 @@ def _of_torch_dist(path: Path) -> Contents:
         parts={name: len(tensors) for name, tensors in parts.items() if tensors},
         checked=checked,
         problems=problems,
+        notes=notes,
     )
+
+
+def _told(reader: torch_dist.Reader, given: Given) -> tuple[described.Model | None, list[str]]:
+    """(which model NeMo, Megatron-Bridge or Megatron-LM says that it is, what to say); None if Slipway says it."""
+    own = context_folder(reader.folder) / nemo_context.SOURCE_CONFIG
+    weights = weights_of(reader)
+    if (own.is_file() and given.config is None) or not any(key.startswith("decoder.") for key in weights):
+        return None, []
+    if lora.has_adapters(reader) or any(key.startswith(ADAPTER) for key in weights):
+        return None, []
+    try:
+        told = described.model_of(reader.folder, weights, given.config)
+        reader.adopt(told.family.rules(_as_stored(told.config, weights)).megatron)
+    except (DataError, UsageError) as error:
+        return None, [str(error)]
+    padded = [key for key in VOCABULARY & reader.tensors.keys() if reader.cut_rows(key, told.config["vocab_size"])]
+    said = [f"{key} has more rows than the vocabulary: they are left out" for key in sorted(padded)]
+    return told, [f"made by {MADE_BY.get(told.where.name, 'another program')}", *told.notes, *said]
+
+
+def _as_stored(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mapping[str, Any]:
+    """Without layers for multi-token prediction where none are stored."""
+    return config if any(key.startswith("mtp.") for key in tensors) else without_mtp(config)
 
 
 def _parts(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     parts: dict[str, dict[str, TensorInfo]] = {"model": {}, "heads": {}, "adapters": {}, "optimizer": {}}
     for key, info in tensors.items():
-        part = "optimizer" if key.startswith(OPTIMIZER) else "heads" if key.startswith(ADAPTER) else "model"
+        part = "optimizer" if torch_dist.is_state(key) else "heads" if key.startswith(ADAPTER) else "model"
         parts["adapters" if part == "model" and lora.KEY.fullmatch(key) else part][key] = info
     return parts
 
@@ -280,9 +385,12 @@ def _nemo_format(context: Path, parts: Mapping[str, Any]) -> str:
 
 
 def _wanted_by_nemo(
-    context: Path, parts: Mapping[str, Mapping[str, TensorInfo]]
+    context: Path, parts: Mapping[str, Mapping[str, TensorInfo]], told: described.Model | None
 ) -> tuple[dict[str, TensorInfo | None], str, str]:
     """(name → what there must be, None = any shape; what says so; the name of the model)."""
+    if told is not None:
+        rules = told.family.rules(_as_stored(told.config, parts["model"]))
+        return {**rules.megatron}, told.where.name, str(told.config["model_type"])
     path = context / nemo_context.SOURCE_CONFIG
     config = read_config(path) if path.is_file() else {}
     model = _model_name(config) or _nemo_class(context)

@@ -3,6 +3,7 @@
 hf://org/name[@revision]   a model of the Hugging Face hub, which is downloaded into the hub's cache; the hub's client
                            reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE
 hf:///folder               that folder
+nemo:///folder             that folder
 nemo://name                $NEMO_MODELS_CACHE/name, else $NEMO_HOME/models/name, else ~/.cache/nemo/models/name: the
                            places that NeMo itself uses
 
@@ -70,6 +71,11 @@ def configuration(path: str) -> Path:
     return found.parent if found.name == "config.json" and found.is_file() else existing_folder(str(found))
 
 
+def config_file(path: str | None) -> Path | None:
+    """The file of a config.json that a command was given: the file, its folder, or a model of the hub."""
+    return None if path is None else configuration(path) / "config.json"
+
+
 def nemo_folder(path: str) -> Path:
     """The existing folder of a NeMo checkpoint."""
     return existing_folder(str(nemo_path(path)))
@@ -114,8 +120,10 @@ def _named(path: str) -> Path:
     if not path.startswith(NEMO):
         return Path(path)
     name = path.removeprefix(NEMO)
+    if name.startswith("/"):
+        return Path(name)
     # The name becomes a path to write to: it must stay inside the folder of models.
-    if not name.strip("/") or name.startswith("/") or ".." in Path(name).parts:
+    if not name.strip("/") or ".." in Path(name).parts:
         raise UsageError(f"{path} does not name a model; give {NEMO}NAME")
     home = os.environ.get("NEMO_HOME") or Path.home() / ".cache" / "nemo"
     return Path(os.environ.get("NEMO_MODELS_CACHE") or Path(home) / "models") / name

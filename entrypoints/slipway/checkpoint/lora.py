@@ -19,11 +19,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from slipway.checkpoint.torch_dist import Reader
-from slipway.errors import DataError
+from slipway.checkpoint.torch_dist import Reader, is_state
+from slipway.errors import DataError, UsageError
 from slipway.tensors.bits import Bits, to_float32
 from slipway.tensors.refs import Ref, TensorInfo
 from slipway.untrusted import read_object, read_text
@@ -47,7 +48,7 @@ def has_adapters(reader: Reader) -> bool:
 
 
 def _without_optimizer(reader: Reader) -> Iterator[str]:
-    return (key for key in reader.tensors if not key.startswith("optimizer."))
+    return (key for key in reader.tensors if not is_state(key))
 
 
 def base_of(adapters: Reader, base: Path | None) -> Path:
@@ -150,12 +151,16 @@ class Adapters:
         reader: of the adapters' checkpoint.
         base: key → TensorInfo of the base.
         where: the base, for messages.
+        settings: of the adapters; None = what model.yaml says.
 
     Errors: DataError for a tensor that is unknown, missing or of a wrong shape, and for what cannot be merged.
     """
 
-    def __init__(self, reader: Reader, base: Mapping[str, TensorInfo], where: Path) -> None:
-        self.reader, self.folder, self.settings = reader, reader.folder, settings_of(reader)
+    def __init__(
+        self, reader: Any, base: Mapping[str, TensorInfo], where: Path, settings: Settings | None = None
+    ) -> None:
+        self.reader, self.folder = reader, reader.folder
+        self.settings = settings or settings_of(reader)
         self.modules = {module.weight: module for module in _modules(reader)}
         self.left_out = len(reader.tensors) - sum(1 for _ in _without_optimizer(reader))
         first = next(iter(self.modules.values())).inner[0]
@@ -166,6 +171,12 @@ class Adapters:
             self._check_fit(module, base, where)
             self._check_layout(module)
         self._check_targets(base)
+
+    def check_given(self, rank: int | None, alpha: float | None) -> None:
+        """UsageError where the user says another rank or alpha than the checkpoint."""
+        for name, given, stored in (("r", rank, self.rank), ("alpha", alpha, self.settings.alpha)):
+            if given is not None and given != stored:
+                raise UsageError(f"--lora-{name} is {given:g}, but {self.folder} says {stored:g}")
 
     @property
     def scale(self) -> float:

@@ -120,7 +120,8 @@ def context_files(
     root = graph.call(
         Call(
             "nemo.lightning.io.pl:TrainerContext",
-            {"model": Call(model, arguments)},
+            # None: NeMo's tools that load the whole context need the name, and make a trainer of their own.
+            {"model": Call(model, arguments), "trainer": None},
         ),
         "<root>",
     )

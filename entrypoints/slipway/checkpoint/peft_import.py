@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from slipway.checkpoint import archive, convert, nemo_context, torch_dist
+from slipway.checkpoint import archive, convert, nemo_context, opened, torch_dist
 from slipway.checkpoint.lora import ADAPTER, BASE, BASE_NOTE, IN, MAGNITUDE, OUT
 from slipway.checkpoint.peft import CONFIG, LORA_A, LORA_B, Adapter, Lora
 from slipway.checkpoint.peft import MAGNITUDE as VECTOR
@@ -50,11 +50,11 @@ def plan(
         mtp, devices: as for `import`.
     """
     if _is_nemo(source):
-        base, base_plan, at = convert.open_nemo(source), None, source
+        base, base_plan, at = opened.open_nemo(source), None, source
         if base.reader.folder != torch_dist.weights_folder(source):
             raise DataError(f"{source} is a checkpoint of adapters; give its base, and merge them with `export` before")
     else:
-        base, (base_plan, _) = convert.to_import(source, mtp, devices), convert.import_plan(source, mtp, devices, name)
+        base, (base_plan, _) = opened.to_import(source, mtp, devices), convert.import_plan(source, mtp, devices, name)
         at = out / BASE
     given = Adapter(adapter, base.model.hf, source)
     found = _Attached(given, base)
@@ -100,7 +100,7 @@ def _beside(adapters: Plan, base: Plan) -> Plan:
 
 
 def _context(
-    found: _Attached, base: convert.Opened, base_plan: Plan | None, source: Path
+    found: _Attached, base: opened.Opened, base_plan: Plan | None, source: Path
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
     """(content, copies) of context/: the base's, and in io.json and model.yaml NeMo's class for the adapters."""
     inside = "context/"
@@ -108,7 +108,7 @@ def _context(
         small = {name: content for name, content in base_plan.small.items() if name.startswith(inside)}
         copies = {name: file for name, file in base_plan.copies.items() if name.startswith(inside)}
     else:
-        context = convert.context_folder(torch_dist.weights_folder(source))
+        context = opened.context_folder(torch_dist.weights_folder(source))
         small = {}
         copies = {f"{inside}{f.relative_to(context)}": f for f in sorted(context.rglob("*")) if f.is_file()}
     made = nemo_context.context_files(*base.family.nemo_model(base.config), {}, found.transform())
@@ -145,7 +145,7 @@ class _Attached:
         base: the base, of either form.
     """
 
-    def __init__(self, given: Adapter, base: convert.Opened) -> None:
+    def __init__(self, given: Adapter, base: opened.Opened) -> None:
         self.given, self.base = given, base
         self.targets = _targets(given, base)
         self._check_places()
@@ -370,7 +370,7 @@ def _joined(target: _Target, parts: Mapping[str, Bits], megatron: Mapping[str, T
     return whole
 
 
-def _targets(given: Adapter, base: convert.Opened) -> list[_Target]:
+def _targets(given: Adapter, base: opened.Opened) -> list[_Target]:
     """Every matrix of the base of a kind that the adapter has: NeMo attaches adapters to all of them."""
     found: dict[tuple[str, tuple[int, ...]], _Target] = {}
     for cell in base.model.cells:
@@ -384,7 +384,7 @@ def _targets(given: Adapter, base: convert.Opened) -> list[_Target]:
     return [target for target in found.values() if _kind(target.stem) in kinds]
 
 
-def _weight(base: convert.Opened, name: str) -> Bits:
+def _weight(base: opened.Opened, name: str) -> Bits:
     """float32 [rows, columns]: one of Hugging Face's matrices, of a base in either form."""
     info = base.model.hf[name]
     if name in base.reader.tensors:
@@ -392,7 +392,7 @@ def _weight(base: convert.Opened, name: str) -> Bits:
     whole = np.empty(info.shape, np.float32)
     for cell in base.model.cells:
         if any(ref.name == name for ref in cell.hf):
-            for ref, part in zip(cell.hf, convert.hf_parts(base, cell), strict=True):
+            for ref, part in zip(cell.hf, base.hf_parts(cell), strict=True):
                 if ref.name == name:
                     whole[slice(*ref.rows) if ref.rows else ...] = to_float32(part, info.dtype)
     return whole

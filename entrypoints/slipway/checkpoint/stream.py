@@ -67,6 +67,8 @@ class Plan:
         small: whole files that are written at the end: name → content.
         copies: files that are copied at the end: name → source.
         identity: everything that the bytes depend on; unfinished work of another identity is thrown away.
+        finish: is called with the folder once all pieces are written, to fill in what only these tell. It must give the
+            same bytes when it is called again.
     """
 
     sizes: Mapping[str, int]
@@ -74,6 +76,7 @@ class Plan:
     small: Mapping[str, bytes]
     copies: Mapping[str, Path]
     identity: Any
+    finish: Callable[[Path], None] = lambda folder: None
 
     @property
     def bytes(self) -> int:
@@ -172,6 +175,7 @@ def run(
     with write_errors(out):
         done = _prepare(plan, partial)
         _fill(plan, partial, done, title, memory)
+        plan.finish(partial)
         for name, source in plan.copies.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)

@@ -11,10 +11,11 @@ import itertools
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from slipway.tensors.refs import Ref, TensorInfo
 from slipway.untrusted import read_bytes, read_text
 
 PREFIX = "module."  # NeMo's module around Megatron's model
+# What training saves beside the weights. Megatron-LM chains several optimizers of one model.
+STATE = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler|iteration$")
+# Keys of tensors that are stacked: of all layers, of all experts. A number between the two groups names one of them.
+STACKS = (r"(.*?\blayers\.)(?!\d+\.)(.+)", r"(.*\bexperts\.experts\.)(?!\d+\.)(.+)")
 FORMAT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
 FORMAT += '"common_backend": "torch", "common_backend_version": 1}'
 AGAIN = "copy the checkpoint again"
@@ -39,7 +44,7 @@ TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM and Megatron-Bridge
 def newest(checkpoint: Path) -> Path:
     """The newest iteration's folder in a root folder of Megatron-LM or Megatron-Bridge; any other folder itself.
 
-    Errors: DataError for an iteration that is not there, or is in the classic layout.
+    Errors: DataError for an iteration that is not there.
     """
     try:
         iteration = read_text(checkpoint / TRACKER, 100).strip()[:20]
@@ -48,11 +53,6 @@ def newest(checkpoint: Path) -> Path:
     inner = checkpoint / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release")
     if not inner.is_dir():
         raise DataError(f"{checkpoint / TRACKER} names iteration {iteration}, but there is no {inner.name}")
-    if any(inner.glob("mp_rank_*")):
-        raise DataError(
-            f"{inner} is in Megatron's classic layout (mp_rank_*), which is not supported; save it again with "
-            "Megatron-LM's --ckpt-convert-format torch_dist"
-        )
     return inner
 
 
@@ -92,19 +92,40 @@ UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A box of a tensor, and the archive that holds it: `length` bytes of `file` from `start` on."""
+    """A box of a tensor, and the archive that holds it: `length` bytes of `file` from `start` on.
+
+    Args:
+        added: axes of the tensor that the archive does not have: it is of one layer, the tensor of all.
+        fixed: entries of the first axes of the archive, which the tensor does not have.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
     start: int
     length: int
+    added: tuple[int, ...] = ()
+    fixed: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()  # the archive's shape
+
+    def in_stack(self, axis: int, place: int) -> _Chunk:
+        """The same in a tensor that has this one as entry `place` of a new axis."""
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets.insert(axis, place)
+        sizes.insert(axis, 1)
+        return replace(self, offsets=tuple(offsets), sizes=tuple(sizes), added=tuple(sorted((*self.added, axis))))
+
+    def box_in_archive(self, box: _Box) -> _Box:
+        """The archive's part of a box of this chunk."""
+        kept = [extent for axis, extent in enumerate(box) if axis not in self.added]
+        return [(place, place + 1) for place in self.fixed] + kept
 
 
 class Reader:
     """The tensors of a torch_dist checkpoint, under their keys without NeMo's prefix. Threads may share it.
 
-    `tensors` maps each key to its shape and dtype. `extents` maps each file to the bytes that it must have at least.
+    `tensors` maps each key to its shape and dtype. `prefixed`: the keys have NeMo's prefix. `extents` maps each file to
+    the bytes that it must have at least.
 
     Args:
         checkpoint: the checkpoint or its weights folder.
@@ -118,6 +139,7 @@ class Reader:
         self.extents: dict[str, int] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._descriptors: dict[str, int] = {}
+        self._found: dict[_Chunk, archive.Stored] = {}
         try:
             metadata = dcp.loads(read_bytes(path, MAX_METADATA_BYTES, AGAIN))
             places = places_of(metadata)
@@ -126,6 +148,7 @@ class Reader:
                 self.extents[where.relative_path] = end
             # Every chunk has a place of its own. Many tensors with one long list of chunks would have more.
             left = len(places)
+            self.prefixed = any(key.startswith(PREFIX) for key in metadata.state_dict_metadata)
             for key, entry in metadata.state_dict_metadata.items():
                 if hasattr(entry, "chunks"):  # else it is an object that is not a tensor, such as extra state
                     short, shape = key.removeprefix(PREFIX), _numbers(entry.size)
@@ -155,8 +178,7 @@ class Reader:
             box = [(max(a, o), min(b, o + s)) for a, b, o, s in zip(low, high, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in box):
                 continue
-            part = self._load(ref.name, chunk)
-            source = part[tuple(slice(a - o, b - o) for (a, b), o in zip(box, chunk.offsets, strict=True))]
+            source = self._load(ref.name, chunk, [(a - o, b - o) for (a, b), o in zip(box, chunk.offsets, strict=True)])
             if source.size == math.prod(shape):  # one chunk holds all, as in our own checkpoints: no copy
                 return source.reshape(shape)
             if out is None:
@@ -170,23 +192,91 @@ class Reader:
             )
         return out.reshape(shape)
 
+    def adopt(self, wanted: Mapping[str, TensorInfo]) -> None:
+        """Give tensors the names that are wanted, where Megatron has other ones for the same.
+
+        A key may be of all layers or of one layer, of all experts or of one expert: releases of megatron-core differ.
+        """
+        used: set[str] = set()
+        for key, info in wanted.items():
+            if key not in self.tensors and (found := self._assembled(key, info)):
+                self.tensors[key], self._chunks[key], names = found
+                used |= names
+        for key in used - wanted.keys():
+            self.tensors.pop(key, None)
+            self._chunks.pop(key, None)
+
+    def _assembled(self, key: str, info: TensorInfo) -> tuple[TensorInfo, list[_Chunk], set[str]] | None:
+        """(info, chunks, names used) of a tensor that other keys hold; None if they do not."""
+        for pattern in STACKS:
+            if match := re.fullmatch(pattern, key):
+                before, after = match.groups()
+                axis = 1 if "experts" in pattern and "layers." in key and not re.search(r"layers\.\d", key) else 0
+                if len(info.shape) > axis and (found := self._stack(before, after, info.shape[axis], axis)):
+                    return found
+        if (match := re.fullmatch(r"(.*?layers\.)(\d+)\.(.*)", key)) and (stack := match[1] + match[3]) in self.tensors:
+            return self._entry(stack, int(match[2]))
+        return None
+
+    def _stack(
+        self, before: str, after: str, count: int, axis: int
+    ) -> tuple[TensorInfo, list[_Chunk], set[str]] | None:
+        names = [f"{before}{place}.{after}" for place in range(count)]
+        chunks: list[_Chunk] = []
+        used: set[str] = set()
+        for place, name in enumerate(names):
+            found = (self.tensors[name], self._chunks[name], {name}) if name in self.tensors else None
+            found = found or self._assembled(name, TensorInfo(()))
+            if found is None:
+                return None
+            info, parts, inner = found
+            chunks += [part.in_stack(axis, place) for part in parts]
+            used |= inner
+        shape = list(info.shape)
+        shape.insert(axis, count)
+        return TensorInfo(tuple(shape), info.dtype), chunks, used
+
+    def _entry(self, stack: str, place: int) -> tuple[TensorInfo, list[_Chunk], set[str]] | None:
+        info = self.tensors[stack]
+        chunks = [
+            replace(one, offsets=one.offsets[1:], sizes=one.sizes[1:], fixed=(*one.fixed, place - one.offsets[0]))
+            for one in self._chunks[stack]
+            if one.offsets[0] <= place < one.offsets[0] + one.sizes[0] and 0 not in one.added
+        ]
+        return (TensorInfo(info.shape[1:], info.dtype), chunks, {stack}) if chunks else None
+
+    def cut_rows(self, key: str, rows: int) -> int:
+        """Take only the first rows of a tensor, as of a padded vocabulary; the number of rows left out."""
+        info = self.tensors[key]
+        self.tensors[key] = TensorInfo((min(rows, info.shape[0]), *info.shape[1:]), info.dtype)
+        return max(0, info.shape[0] - rows)
+
     def cuts(self, key: str, axis: int) -> int:
         """How many parts the chunks of a tensor cut one of its axes into: its shards, if ranks have saved it."""
         return len({chunk.offsets[axis] for chunk in self._chunks[key]})
 
-    def _load(self, name: str, chunk: _Chunk) -> Bits:
+    def _load(self, name: str, chunk: _Chunk, box: _Box) -> Bits:
+        """The elements in a box of a chunk: a tensor that one rank has saved is one chunk, of any size."""
         where = self.folder / chunk.file
         # Two threads may open the same file at the same time: the second descriptor is a waste, but no fault.
         descriptor = self._descriptors.get(chunk.file)
         if descriptor is None:
             descriptor = self._descriptors.setdefault(chunk.file, os.open(where, os.O_RDONLY))
         try:
-            part, dtype = archive.read(descriptor, chunk.start, chunk.length, chunk.sizes)
+            found = self._found.get(chunk)
+            if found is None:  # the directory and the pickle of the archive are read once
+                found = archive.locate(descriptor, chunk.start, chunk.length, chunk.stored)
+                self._found[chunk] = found
+            if found.dtype != self.tensors[name].dtype:
+                raise DataError(f"{where}: tensor {name} does not match .metadata; copy the checkpoint again")
+            return found.read(descriptor, chunk.box_in_archive(box)).reshape([stop - start for start, stop in box])
         except UNREADABLE as error:
             raise DataError(f"{where}: tensor {name} is damaged ({type(error).__name__}); copy it again") from None
-        if part.shape != chunk.sizes or dtype != self.tensors[name].dtype:
-            raise DataError(f"{where}: tensor {name} does not match .metadata; copy the checkpoint again")
-        return part
+
+
+def is_state(key: str) -> bool:
+    """The key is of what training saves beside the weights."""
+    return bool(STATE.match(key))
 
 
 def places_of(metadata: Any) -> dict[tuple[str, tuple[int, ...]], Any]:
@@ -234,7 +324,7 @@ def _chunk(key: str, shape: tuple[int, ...], chunk: Any, places: Mapping[Any, An
     if not all(0 <= o <= o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True)):
         raise ValueError(f"chunk of {key} outside the tensor")
     where = places[key, offsets]
-    return _Chunk(offsets, sizes, where.relative_path, where.offset, where.length)
+    return _Chunk(offsets, sizes, where.relative_path, where.offset, where.length, stored=sizes)
 
 
 def _plain_name(file: str) -> str:
@@ -254,10 +344,13 @@ class Layout:
         tensors: key → TensorInfo, without NeMo's prefix.
         chunks: the parts that will be written, in order; together they are all elements of all tensors.
         extra_state: keys under which Transformer Engine expects an entry.
+        prefix: before each key.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], chunks: list[Ref], extra_state: list[str]) -> None:
-        self.tensors = dict(tensors)
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], chunks: list[Ref], extra_state: list[str], prefix: str = PREFIX
+    ) -> None:
+        self.tensors, self.prefix = dict(tensors), prefix
         self.sizes: dict[str, int] = {}
         self.places: dict[Ref, tuple[str, int, int]] = {}
         self.extra: dict[str, tuple[str, int, int]] = {}
@@ -291,17 +384,17 @@ class Layout:
             shape = self.tensors[ref.name].shape
             offsets, sizes = dcp.size(chunk_offsets(ref, shape)), dcp.size(chunk_sizes(ref, shape))
             chunks[ref.name].append(dcp.ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-            index = dcp.MetadataIndex(fqn=PREFIX + ref.name, offset=offsets, index=None)
+            index = dcp.MetadataIndex(fqn=self.prefix + ref.name, offset=offsets, index=None)
             storage[index] = dcp.StorageInfo(relative_path=file, offset=offset, length=length)
         state: dict[str, Any] = {
-            PREFIX + name: dcp.TensorStorageMetadata(
+            self.prefix + name: dcp.TensorStorageMetadata(
                 properties=dcp.TensorProperties(dtype=info.dtype), size=dcp.size(info.shape), chunks=chunks[name]
             )
             for name, info in self.tensors.items()
         }
         for key, (file, offset, length) in self.extra.items():
-            state[PREFIX + key] = dcp.BytesStorageMetadata()
-            index = dcp.MetadataIndex(fqn=PREFIX + key, offset=None, index=None)
+            state[self.prefix + key] = dcp.BytesStorageMetadata()
+            index = dcp.MetadataIndex(fqn=self.prefix + key, offset=None, index=None)
             storage[index] = dcp.StorageInfo(relative_path=file, offset=offset, length=length)
         return dcp.dumps(
             dcp.Metadata(

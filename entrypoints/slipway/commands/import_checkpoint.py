@@ -1,37 +1,49 @@
-"""`slipway import`: a Hugging Face model, BF16 or quantised, → a NeMo checkpoint."""
+"""`slipway import`: a model in any form → a NeMo checkpoint, Megatron-Bridge's, or Megatron's classic layout."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+from slipway.checkpoint.classic import Options
 from slipway.checkpoint.forecast import Forecast
+from slipway.options import check_group, given_of, take, with_options
 from slipway.report import Summary
 
 
+@with_options(Options)
 def import_checkpoint(
     src: str,
     dst: str,
     *,
+    format: Literal["nemo", "bridge", "classic"] = "nemo",
+    config: str | None = None,
     adapter: str | None = None,
     mtp: bool = False,
     memory: str = "1GB",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
+    **options: Any,
 ) -> Summary | Forecast:
-    """Turn a Hugging Face model into a NeMo checkpoint.
+    """Turn a Hugging Face model, or a Megatron checkpoint of any kind, into a NeMo checkpoint.
 
     Quantised models (FP8, MXFP4, MXFP8, NVFP4) are read directly, without a BF16 copy on disk. The checkpoint is not
     split for any number of GPUs: NeMo loads it with any parallel sizes. If the command is interrupted, run it again: it
     continues.
 
+    --format classic writes Megatron's older layout, mp_rank_XX/model_optim_rng.pt, cut for a number of ranks: with
+    MindSpeed-LLM's names for DeepSeek-V3, with Megatron-LM's for the other models. The last options below are for it.
+
     With --adapter the result is a checkpoint of low-rank adapters that compute what a `peft` adapter does; the
     checkpoint of their base is written to DST/base, unless SRC is one.
 
     Args:
-        src: folder of the model, in BF16 or quantised, or hf://org/name[@revision]; with --adapter also its NeMo
-            checkpoint, a folder or nemo://name.
-        dst: NeMo checkpoint to write, a folder or nemo://name.
+        src: folder of the model, in BF16 or quantised, or hf://org/name[@revision]; or a checkpoint of NeMo,
+            Megatron-Bridge, Megatron-LM or MindSpeed-LLM, a folder or nemo://name.
+        dst: checkpoint to write, a folder or nemo://name.
+        format: what to write: NeMo 2's checkpoint, Megatron-Bridge's, or Megatron's classic layout.
+        config: config.json of the model, a file, its folder or hf://org/name, for a checkpoint that does not say which
+            model it is.
         adapter: folder of a LoRA or DoRA adapter of `peft` for this model, or hf://org/name[@revision].
         mtp: keep the layers for multi-token prediction (DeepSeek V3 has one); without this flag they are left out.
         memory: memory for the tensors in work.
@@ -41,14 +53,22 @@ def import_checkpoint(
     """
     from slipway.checkpoint import convert, locate, peft_import
     from slipway.checkpoint.job import carry_out
+    from slipway.checkpoint.opened import Given
     from slipway.checkpoint.quantization import devices
     from slipway.checkpoint.source import name_of
     from slipway.checkpoint.stream import Plan
 
+    layout = take(Options, options)
+    check_group(layout)
+    # The options are the output's if that is in the classic layout, else the source's.
+    of_source = {} if format == "classic" else given_of(Options, options)
+    said = Given(config=locate.config_file(config), layout=of_source)
+
     def plan() -> tuple[Plan, dict[str, Any]]:
         source = locate.folder(src)
         if adapter is None:
-            return convert.import_plan(source, mtp, devices(device), name_of(src))
+            target = layout if format == "classic" else Options()
+            return convert.import_plan(source, mtp, devices(device), name_of(src), said, format, target)
         given = locate.folder(adapter)
         return peft_import.plan(source, given, locate.output(dst), name_of(src), mtp, devices(device))
 

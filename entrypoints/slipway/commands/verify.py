@@ -6,7 +6,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from slipway.options import check_group, option, take, with_options
+from slipway.checkpoint.classic import Options
+from slipway.options import check_group, given_of, option, take, with_options
 from slipway.report import human_bytes
 
 if TYPE_CHECKING:
@@ -53,26 +54,31 @@ class Wanted:
     memory: str = option("1GB", "most memory for the tensors that are being compared, such as 500MB or 1GB")
 
 
-@with_options(Wanted)
-def verify(a: str, b: str, **options: Any) -> Verified:
+@with_options(Wanted, Options)
+def verify(a: str, b: str, *, config: str | None = None, **options: Any) -> Verified:
     """Tell whether two checkpoints are the same model, whatever their formats.
 
     Compares the dequantised tensors bit for bit, as a stream. Exit code 1 means that they differ; the message names
-    the first difference. Each of the two may be a Hugging Face model (in BF16 or quantised), a NeMo checkpoint, or a
-    model merged with heads (the heads are not compared). If only one of them has layers for multi-token prediction,
-    these are not compared, because `import` leaves them out by default.
+    the first difference. Each of the two may be a Hugging Face model (in BF16 or quantised), a checkpoint of NeMo,
+    Megatron-Bridge, Megatron-LM or MindSpeed-LLM, or a model merged with heads (the heads are not compared). If only
+    one of them has layers for multi-token prediction, these are not compared, because `import` leaves them out by
+    default.
 
     Args:
         a: a model: a folder, hf://org/name[@revision] or nemo://name.
         b: the other model.
+        config: config.json of the model, for a Megatron checkpoint that does not say which model it is.
     """
     from slipway.checkpoint import compare, locate, stream
+    from slipway.checkpoint.opened import Given
     from slipway.training import forward
 
     wanted = take(Wanted, options)
     check_group(wanted)
     started, budget = time.monotonic(), stream.parse_size(wanted.memory, "--memory")
-    first, second = compare.open_pair(locate.folder(a), locate.folder(b))
+    check_group(take(Options, options))
+    given = Given(config=locate.config_file(config), layout=given_of(Options, options))
+    first, second = compare.open_pair(locate.folder(a), locate.folder(b), given)
     size = compare.compare(first, second, wanted.atol, budget)
     seconds = time.monotonic() - started
     logits = forward.compare_logits(first, second, wanted.tolerance) if wanted.forward else None

@@ -10,13 +10,16 @@ import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from slipway.errors import DataError
 from slipway.families.checks import Config, Kinds, check_limits, check_required
 from slipway.families.config import canonical
+from slipway.families.described import GIVE, Described
+from slipway.families.described import check as check_described
 from slipway.families.fields import Fields, check_fields
 from slipway.options import suggestion
 from slipway.untrusted import read_object
@@ -24,10 +27,11 @@ from slipway.untrusted import read_object
 if TYPE_CHECKING:
     from slipway.families.quantized import Form
     from slipway.families.rules import Rules
+    from slipway.tensors.refs import TensorInfo
 
 LARGEST_CONFIG = 16 << 20  # bytes; some name every module of a quantised model
 # Files here that are no family.
-PARTS = {"checks", "config", "decoder", "fabricate", "fields", "quantized", "rope", "rules"}
+PARTS = {"checks", "config", "decoder", "described", "fabricate", "fields", "quantized", "rope", "rules"}
 
 
 class Family(Protocol):
@@ -52,6 +56,12 @@ class Family(Protocol):
 
     def nemo_model(self, c: Config) -> tuple[str, str, dict[str, Any]]:
         """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
+
+    # Fields of Megatron's that change what a model computes and differ from described.PLAIN in this family's class.
+    MEGATRON: Mapping[str, Any]
+
+    def hf_config(self, f: Described) -> dict[str, Any]:
+        """config.json from Megatron's fields: `nemo_model` the other way round."""
 
     def tiny_config(self) -> dict[str, Any]:
         """A config.json of about a hundred thousand parameters."""
@@ -127,3 +137,47 @@ def notes(c: Config) -> list[str]:
     if (c.get("rope_scaling") or {}).get("attn_factor") is not None:
         said.append("rope_scaling.attn_factor has no effect here, as in transformers; vLLM multiplies by it")
     return said
+
+
+# ---------------------------------------------------------------------------- what a checkpoint without config.json is
+
+
+def described_model(f: Described, tensors: Mapping[str, TensorInfo]) -> tuple[Family, dict[str, Any]]:
+    """(family, config.json) of a checkpoint from Megatron's fields and tensors.
+
+    Errors: DataError for a field that is missing, or that no config.json of the family can say.
+    """
+    family = _by_tensors(tensors, f.where)
+    try:
+        config = family.hf_config(f)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        raise DataError(f"{f.where} is damaged: its fields are no model's; {GIVE}") from None
+    family, config = understood(config, f.where)
+    check_described(f, family, config)
+    return family, config
+
+
+def _by_tensors(tensors: Mapping[str, TensorInfo], where: Path) -> Family:
+    """The family whose attention has tensors of these names: the most that are the same, the fewest that are not."""
+    found = _kinds(tensors)
+    scores = {name: _likeness(found, _kinds_of(name)) for name in FAMILIES}
+    best = max(scores, key=scores.__getitem__)
+    if scores[best] < 0.5:
+        raise DataError(f"{where}: the tensors are of none of the families {', '.join(FAMILIES)}")
+    return FAMILIES[best]
+
+
+@functools.cache
+def _kinds_of(name: str) -> frozenset[str]:
+    family = FAMILIES[name]
+    return _kinds(family.rules(understood(family.tiny_config(), Path("config.json"))[1]).megatron)
+
+
+def _kinds(tensors: Iterable[str]) -> frozenset[str]:
+    """The names of the tensors of attention, without the layer."""
+    inside = (re.search(r"(?:^|\.)decoder\.layers\.(?:\d+\.)?(self_attention\..+)", key) for key in tensors)
+    return frozenset(match.group(1) for match in inside if match)
+
+
+def _likeness(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / len(one | other) if one else 0.0

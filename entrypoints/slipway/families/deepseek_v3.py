@@ -14,6 +14,7 @@ from slipway.errors import DataError
 from slipway.families import checks, decoder, rope
 from slipway.families.checks import Config
 from slipway.families.decoder import mtp_layers
+from slipway.families.described import Described, decoder_config
 from slipway.families.fields import IN_TRAINING, NO_EFFECT, USED, Field, each, only
 from slipway.families.quantized import Fp8
 from slipway.families.rules import Rules, Scope
@@ -233,6 +234,67 @@ def _prediction(c: Config) -> dict[str, Any]:
         return {}
     # NeMo leaves the factor empty, and then the loss fails. The model was trained with 0.1 at the end.
     return {"mtp_num_layers": mtp_layers(c), "mtp_loss_scaling_factor": 0.1}
+
+
+MEGATRON: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+}
+
+
+def hf_config(f: Described) -> dict[str, Any]:
+    """config.json from Megatron's fields."""
+    layers, experts, width = f["num_layers"], f["num_moe_experts"], f["moe_ffn_hidden_size"]
+    with_experts = f["moe_layer_freq"]
+    if isinstance(with_experts, int):  # every n-th layer from the first one on
+        with_experts = [int(layer % with_experts == 0) for layer in range(layers)]
+    dense = with_experts.index(1) if 1 in with_experts else layers
+    if with_experts != [0] * dense + [1] * (layers - dense):
+        raise DataError(f"{f.where}: moe_layer_freq is {with_experts}; only dense layers before the others can be said")
+    groups = f.get("moe_router_num_groups")
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **{name: value for name, value in decoder_config(f).items() if name != "head_dim"},
+        "num_key_value_heads": f["num_attention_heads"],
+        "attention_bias": False,
+        "q_lora_rank": f.get("q_lora_rank"),
+        "kv_lora_rank": f["kv_lora_rank"],
+        "qk_nope_head_dim": f["qk_head_dim"],
+        "qk_rope_head_dim": f["qk_pos_emb_head_dim"],
+        "v_head_dim": f["v_head_dim"],
+        "moe_intermediate_size": width,
+        "n_routed_experts": experts,
+        "n_shared_experts": f["moe_shared_expert_intermediate_size"] // width,
+        "num_experts_per_tok": f["moe_router_topk"],
+        "n_group": groups or 1,
+        "topk_group": f["moe_router_group_topk"] if groups else 1,
+        "routed_scaling_factor": f["moe_router_topk_scaling_factor"],
+        "first_k_dense_replace": dense,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        decoder.MTP: f.get("mtp_num_layers", 0),
+        "rope_scaling": _scaling_of(f),
+    }
+
+
+def _scaling_of(f: Described) -> dict[str, Any] | None:
+    if f.get("rope_type", "yarn") != "yarn" or float(f.get("rotary_scaling_factor", 1.0)) == 1.0:
+        return None
+    scaling = {
+        "type": "yarn",
+        "factor": float(f["rotary_scaling_factor"]),
+        "original_max_position_embeddings": f.get("original_max_position_embeddings", 4096),
+        "beta_fast": float(f.get("beta_fast", 32)),
+        "beta_slow": float(f.get("beta_slow", 1)),
+    }
+    if f.get("mscale_all_dim"):
+        scaling |= {"mscale": float(f.get("mscale", 1.0)), "mscale_all_dim": float(f["mscale_all_dim"])}
+    return scaling
 
 
 def tiny_config() -> dict[str, Any]:

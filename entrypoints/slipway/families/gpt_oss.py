@@ -14,6 +14,7 @@ from typing import Any
 from slipway.errors import DataError
 from slipway.families import checks, decoder, rope
 from slipway.families.checks import Config
+from slipway.families.described import Described, decoder_config
 from slipway.families.fields import NO_EFFECT, USED, Field, each, only
 from slipway.families.quantized import Mxfp4
 from slipway.families.rules import AlternatingRows, Cell, Rules, Scope, Transposed
@@ -147,6 +148,38 @@ def _positions(c: Config) -> dict[str, Any]:
     if scaling and scaling["rope_type"] == "yarn":
         return rope.yarn_fields(c)
     return {"position_embedding_type": "rope", **(rope.linear_fields(c) if scaling else {})}
+
+
+MEGATRON: dict[str, Any] = {
+    "add_bias_linear": True,
+    "softmax_type": "learnable",
+    "glu_linear_offset": 1.0,
+    "activation_func": "quick_gelu",
+    "add_qkv_bias": False,
+}
+
+
+def hf_config(f: Described) -> dict[str, Any]:
+    """config.json from Megatron's fields."""
+    layers, window = f["num_layers"], f["window_size"][0]
+    skip = f.get("window_attn_skip_freq", 2)
+    # A number n: every layer but each n-th has a window, counted from 1. A list: 1 for a layer with a window.
+    sliding = skip if isinstance(skip, list) else [int((layer + 1) % skip != 0) for layer in range(layers)]
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        **decoder_config(f),
+        "attention_bias": True,
+        "num_local_experts": f["num_moe_experts"],
+        "num_experts_per_tok": f["moe_router_topk"],
+        "intermediate_size": f.get("moe_ffn_hidden_size") or f["ffn_hidden_size"],
+        "layer_types": [KINDS_OF_LAYERS[0] if one else KINDS_OF_LAYERS[1] for one in sliding],
+        # NeMo's and Megatron-Bridge's classes have 128, where Hugging Face counts the token itself: it has 128 too.
+        "sliding_window": window if window == 128 else window + 1,
+        "swiglu_limit": f["activation_func_clamp_value"],
+        "rope_scaling": rope.scaling_of(f),
+        "router_aux_loss_coef": f.get("moe_aux_loss_coeff", 0.0),
+    }
 
 
 def tiny_config() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from slipway.families import checks, decoder, rope
 from slipway.families.checks import Config
+from slipway.families.described import Described, decoder_config
 from slipway.families.fields import NO_EFFECT, each, only
 from slipway.families.quantized import CompressedTensors
 from slipway.families.rules import Rules
@@ -54,6 +55,24 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
         }
         return f"{module}:LlamaModel", f"{module}:Llama31Config", fields
     return f"{module}:LlamaModel", *rope.scaled(c, f"{module}:Llama3Config", fields, plain={})
+
+
+MEGATRON: dict[str, Any] = {}
+
+
+def hf_config(f: Described) -> dict[str, Any]:
+    """config.json from Megatron's fields."""
+    scaling = rope.scaling_of(f)
+    if f.get("scale_factor"):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(f["scale_factor"]),
+            "low_freq_factor": float(f["low_freq_factor"]),
+            "high_freq_factor": float(f["high_freq_factor"]),
+            "original_max_position_embeddings": f["old_context_len"],
+        }
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return {**kind, **decoder_config(f), "attention_bias": False, "mlp_bias": False, "rope_scaling": scaling}
 
 
 def tiny_config() -> dict[str, Any]:

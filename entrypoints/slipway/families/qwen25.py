@@ -7,6 +7,7 @@ from typing import Any
 
 from slipway.families import checks, decoder, rope
 from slipway.families.checks import Config
+from slipway.families.described import Described, decoder_config
 from slipway.families.fields import Field, only
 from slipway.families.quantized import CompressedTensors
 from slipway.families.rules import Rules
@@ -47,6 +48,15 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
     """(NeMo's model class, its configuration class, the fields that this config.json sets)."""
     module, fields = "nemo.collections.llm.gpt.model.qwen2", decoder.nemo_fields(c)
     return f"{module}:Qwen2Model", *rope.scaled(c, f"{module}:Qwen2Config", fields, plain={"add_qkv_bias": True})
+
+
+MEGATRON: dict[str, Any] = {"add_qkv_bias": True}
+
+
+def hf_config(f: Described) -> dict[str, Any]:
+    """config.json from Megatron's fields."""
+    kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    return {**kind, **decoder_config(f), "rope_scaling": rope.scaling_of(f)}
 
 
 def tiny_config() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from slipway.errors import DataError
 from slipway.families import checks, decoder, rope
 from slipway.families.checks import Config, Kinds
+from slipway.families.described import Described, decoder_config
 from slipway.families.fields import NO_EFFECT, USED, Field, each, only
 from slipway.families.quantized import Fp8
 from slipway.families.rules import Rules, Scope
@@ -84,6 +85,29 @@ def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
         }
     config_class = f"{module}:{'Qwen3MoEConfig' if is_moe(c) else 'Qwen3Config'}"
     return f"{module}:Qwen3Model", *rope.scaled(c, config_class, fields, plain)
+
+
+MEGATRON: dict[str, Any] = {"qk_layernorm": True}
+
+
+def hf_config(f: Described) -> dict[str, Any]:
+    """config.json from Megatron's fields."""
+    kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    config = {**decoder_config(f), "attention_bias": False, "rope_scaling": rope.scaling_of(f)}
+    if f.get("num_moe_experts") is None:
+        return {**kind, **config}
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **config,
+        "num_experts": f["num_moe_experts"],
+        "num_experts_per_tok": f["moe_router_topk"],
+        "moe_intermediate_size": f.get("moe_ffn_hidden_size") or f["ffn_hidden_size"],
+        "norm_topk_prob": not f.get("moe_router_pre_softmax", False),
+        "router_aux_loss_coef": f.get("moe_aux_loss_coeff", 0.0),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def tiny_config() -> dict[str, Any]:

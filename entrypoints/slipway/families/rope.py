@@ -10,6 +10,7 @@ from typing import Any
 from slipway.errors import DataError
 from slipway.families.checks import LARGEST_FACTOR, Config
 from slipway.families.decoder import Symbol
+from slipway.families.described import Described
 from slipway.options import suggestion
 
 # Of each type: the values that it needs, and those that it may have.
@@ -147,3 +148,27 @@ def scaled(
     if kind == "yarn":
         return YARN_CLASS, {**PLAIN_DECODER, **plain, **fields, **yarn_fields(c)}
     return config_class, fields
+
+
+def scaling_of(f: Described) -> dict[str, Any] | None:
+    """rope_scaling of config.json from Megatron's fields: linear_fields and yarn_fields the other way round."""
+    if f.get("position_embedding_type") == "yarn":
+        return _yarn_of(f)
+    if factor := f.get("seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": float(factor)}
+    return None
+
+
+def _yarn_of(f: Described) -> dict[str, Any]:
+    factor = float(f["yarn_rotary_scaling_factor"])
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": f["yarn_original_max_position_embeddings"],
+        "beta_fast": float(f.get("yarn_beta_fast", 32)),
+        "beta_slow": float(f.get("yarn_beta_slow", 1)),
+        "truncate": bool(f.get("yarn_correction_range_round_to_int", True)),
+    }
+    # Megatron takes 1 for an mscale that is not set, as transformers does.
+    wanted = _mscale(factor, f.get("yarn_mscale", 1.0)) / _mscale(factor, f.get("yarn_mscale_all_dim", 0.0))
+    return scaling if wanted == _mscale(factor, 1) else {**scaling, "attention_factor": wanted}

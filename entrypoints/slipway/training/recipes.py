@@ -43,6 +43,9 @@ class Choice:
     epochs: float | None = option(
         None, "how often the data are read, instead of --steps", above=0, high=1_000_000, otherwise="what --steps says"
     )
+    config: str | None = option(
+        None, "config.json of the model, for a checkpoint of NeMo's own that does not say which model it is"
+    )
     gpu_memory: int | None = option(
         None,
         "memory of a GPU, to choose the recipe's layout",

@@ -27,7 +27,7 @@ from slipway.options import flag
 from slipway.report import Summary
 from slipway.signals import StopRequests
 from slipway.tokens.blend import as_text, parts_of
-from slipway.training import layout, memory, preflight, recipes
+from slipway.training import foreign, layout, memory, preflight, recipes
 from slipway.training.agreement import STAY, claims
 from slipway.training.claim import Claim
 from slipway.training.outcome import Run, claim_folder, error_of, note, result_of, stopped
@@ -114,7 +114,9 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     request.patience.check()
     chosen = request.given | recipes.parse_settings(request.choice.set or [])
     topology = find_topology(request.placement)
-    model = locate.nemo_path(chosen["model"])
+    given = locate.nemo_path(chosen["model"])
+    config_file = locate.config_file(request.choice.config)
+    model, foreign_notes = foreign.with_own_context(given, Path(chosen["out"]).absolute(), config_file, dry_run)
     preflight.check_checkpoint(model)
     family, config = preflight.model_of(model) or ("", None)
     shipped, said = _recipe(request, family, config)
@@ -154,7 +156,7 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
             setattr(recipe, name, as_text(parts_of(path)) if name == "data" else str(Path(path).absolute()))
     folder = RunFolder.of(recipe)
     begins_at, notes = preflight.first_step(recipe, folder, request.resume)
-    for line in [*said, *notes, *preflight.without_tokenizer(model)]:
+    for line in [*foreign_notes, *said, *notes, *preflight.without_tokenizer(model)]:
         tell(f"train: {line}")
     if not dry_run and begins_at < recipe.steps:
         preflight.check_base(recipe)
