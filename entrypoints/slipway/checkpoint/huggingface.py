@@ -179,7 +179,7 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         where = whole["weight_map"]
         # Only names of files in the folder: a foreign index must not lead to other files of this machine.
-        if not all(isinstance(file, str) and Path(file).name == file for file in where.values()):
+        if not all(isinstance(file, str) and file and Path(file).name == file for file in where.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{index} is damaged, it does not map tensors to files; {AGAIN}") from None
