@@ -29,7 +29,7 @@ demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 	@.venv/bin/slipway demo --model $(MODEL)
 
 test: setup transformers5 lint  ## unit and integration tests
-	@.venv/bin/pytest tests --ignore tests/image --numprocesses auto --maxprocesses 4 --dist loadfile
+	@.venv/bin/pytest tests --ignore tests/image --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slurm: setup  ## `submit` and the commands on a real Slurm of their own (as root; installs Debian's packages)
 	@.venv/bin/pytest tests/slurm --numprocesses 3 --dist loadfile

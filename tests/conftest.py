@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import resource
 import secrets
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are tiny, and the cores are taken by other tests
+
 import pytest
 import torch
 from arena import Arena
@@ -23,9 +26,40 @@ from forked import Commands
 from slipway import errors
 from slipway.families import FAMILIES
 from slipway.families.fabricate import fabricate
+from transformers5 import Transformers5
 
 if TYPE_CHECKING:
     from images.manifest import Source
+
+
+# The files that take longest, the longest first: with --dist loadfile a file is what a worker takes, and the last ones
+# should be short. All others follow in their order.
+LONGEST = [
+    "training/test_parallel.py",
+    "training/test_nodes.py",
+    "training/test_resume.py",
+    "training/test_train.py",
+    "families/test_matrix.py",
+    "checkpoint/test_lora.py",
+    "test_contributing.py",
+    "checkpoint/test_peft.py",
+    "training/test_data_in_training.py",
+    "training/test_watch.py",
+    "checkpoint/test_formats.py",
+    "attacks/test_attack_secrets.py",
+    "test_demo.py",
+    "attacks/test_attack_fuzz.py",
+    "checkpoint/test_verify.py",
+    "checkpoint/test_locate.py",
+    "training/test_adapter.py",
+    "tokens/test_windows.py",
+    "tokens/test_reading.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture
@@ -37,6 +71,13 @@ def slipway():
         return subprocess.run(command, capture_output=True, text=True, timeout=1800, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def newest() -> Iterator[Transformers5]:
+    """The newest major of transformers."""
+    with Transformers5() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 Run as a program it is a server: each line of its input is {"words": [...], "output": PATH}, for a `slipway` command
 that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended. With
-"gate": PATH a worker of the command waits there, see Gate.
+"gate": PATH a worker of the command waits there, see Gate. With "many": PATH it is the runs of training/train_many.py.
 """
 
 from __future__ import annotations
@@ -132,8 +132,16 @@ class Commands:
 
     def start(self, words: list[str], output: Path, gate: Gate | None = None) -> Command:
         """Begin a command; what it prints goes to `output`."""
-        job = {"words": words, "output": str(output), "gate": str(gate.path) if gate else ""}
-        self._server.stdin.write(json.dumps(job) + "\n")
+        return self._ask({"words": words, "gate": str(gate.path) if gate else ""}, output)
+
+    def train_many(self, jobs: list[dict[str, Any]], folder: Path) -> None:
+        """Do the runs of training/train_many.py, and wait for their end; each leaves how it ended in its own folder."""
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        code, printed = self._ask({"many": str(folder / "jobs.json")}, folder / "jobs.log").finish()
+        assert code == 0, printed
+
+    def _ask(self, job: dict[str, Any], output: Path) -> Command:
+        self._server.stdin.write(json.dumps({**job, "output": str(output)}) + "\n")
         self._server.stdin.flush()
         return Command(int(self._server.stdout.readline()), output)
 
@@ -216,17 +224,25 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if not os.fork():
-            if job["gate"]:
-                Gate.put_before_the_model(Path(job["gate"]))
-            _keep(job["words"], Path(job["output"]), answers)
+            _keep(_work_of(job), Path(job["output"]), answers)
 
 
-def _keep(words: list[str], output: Path, answers: int) -> None:
-    """Start the command and write its exit code when there is one."""
+def _work_of(job: dict[str, Any]) -> Callable[[], int | None]:
+    if "many" in job:
+        from training.train_many import run_all
+
+        return lambda: run_all(Path(job["many"]))
+    if job["gate"]:
+        Gate.put_before_the_model(Path(job["gate"]))
     from slipway import cli
 
+    return lambda: cli.main(job["words"])
+
+
+def _keep(work: Callable[[], int | None], output: Path, answers: int) -> None:
+    """Start the command and write its exit code when there is one."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = fork(lambda: cli.main(words), output)
+    child = fork(work, output)
     os.write(answers, f"{child}\n".encode())
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     part = Path(f"{output}.part")

@@ -17,7 +17,6 @@ from slipway.checkpoint.inspection import contents_of
 from slipway.commands.export import export
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import DataError
-from transformers5 import Transformers5
 
 RANK, ALPHA = 4, 10
 FILE = "adapter_model.safetensors"
@@ -150,12 +149,6 @@ def test_as_an_adapter_that_peft_loads(trained):
     with torch.no_grad():
         found = model(tokens).logits
     assert (found - wanted).abs().max() < 1e-4, (method, kind)  # the same numbers, so the bound is float32's
-
-
-@pytest.fixture(scope="module")
-def newest():
-    with Transformers5() as process:
-        yield process
 
 
 def test_as_an_adapter_that_the_newest_peft_loads(trained, newest, tmp_path):

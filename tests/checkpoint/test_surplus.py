@@ -17,7 +17,6 @@ from slipway.commands.verify import verify
 from slipway.errors import DataError
 from slipway.families.quantized import CompressedTensors
 from test_quantized_models import change_shards, files, tensors
-from transformers5 import Transformers5
 
 ONE = torch.ones(1)
 ATTENTION = "model.layers.{}.self_attn."
@@ -110,13 +109,12 @@ def test_a_layer_too_many_that_is_not_for_mtp_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
-def test_experts_as_transformers_5_has_them_in_memory(kind, tmp_path, monkeypatch):
+def test_experts_as_transformers_5_has_them_in_memory(kind, newest, tmp_path, monkeypatch):
     from slipway.families import rules
 
     changes = {"num_nextn_predict_layers": 0} if kind == "deepseek_v3" else {}
     source = make_model(tmp_path / "hf", kind, changes, quantized=False, shards=1)
-    with Transformers5() as newest:
-        saved = newest.save(source, tmp_path / "stacks", stacks=True)
+    saved = newest.save(source, tmp_path / "stacks", stacks=True)
     stacks = [name for name in load_file(saved / "model.safetensors") if name.endswith("experts.gate_up_proj")]
     assert stacks, "transformers 5 wrote no stacks"
     verify(str(source), str(saved))
@@ -228,7 +226,7 @@ def two_copies(folder: Path, shards: tuple[int, int], listed: int) -> None:
 
 
 @pytest.mark.parametrize("shards, listed", [((1, 2), 1), ((1, 2), 2), ((2, 3), 3), ((1, 3), 1)])
-def test_of_a_tensor_in_two_shards_the_last_ones_is_taken_as_both_majors_do(shards, listed, tmp_path):
+def test_of_a_tensor_in_two_shards_the_last_ones_is_taken_as_both_majors_do(newest, shards, listed, tmp_path):
     from transformers import AutoModelForCausalLM
 
     source = make_model(tmp_path / "hf", "llama31", quantized=False, shards=3)
@@ -242,8 +240,7 @@ def test_of_a_tensor_in_two_shards_the_last_ones_is_taken_as_both_majors_do(shar
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "4")
     verify(str(tmp_path / "4"), str(tmp_path / "nemo"))
-    with Transformers5() as newest:
-        verify(str(newest.save(source, tmp_path / "5")), str(tmp_path / "nemo"))
+    verify(str(newest.save(source, tmp_path / "5")), str(tmp_path / "nemo"))
 
 
 def test_an_index_that_lists_the_head_of_a_tied_model(tmp_path):
@@ -256,7 +253,7 @@ def test_an_index_that_lists_the_head_of_a_tied_model(tmp_path):
     assert inspect(str(source)).whole
 
 
-def test_one_file_is_taken_before_an_index_as_both_majors_do(tmp_path):
+def test_one_file_is_taken_before_an_index_as_both_majors_do(newest, tmp_path):
     source = make_model(tmp_path / "hf", "llama31", quantized=False)
     other = make_model(tmp_path / "other", "llama31", quantized=False, shards=1, seed=5)
     shutil.copy(other / "model-00001-of-00001.safetensors", source / "model.safetensors")
@@ -265,5 +262,4 @@ def test_one_file_is_taken_before_an_index_as_both_majors_do(tmp_path):
         "model.safetensors is read, and not the files of model.safetensors.index.json, as transformers does"
     ]
     verify(str(other), str(tmp_path / "nemo"))
-    with Transformers5() as newest:
-        verify(str(newest.save(source, tmp_path / "5")), str(tmp_path / "nemo"))
+    verify(str(newest.save(source, tmp_path / "5")), str(tmp_path / "nemo"))

@@ -4,7 +4,6 @@ inspect, dequant, import, verify, export; and the same logits in NeMo, in both m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from conftest import config_of, make_model
 from slipway import cli
 from slipway.families.quantized import CompressedTensors, Fbgemm, Fp8, Microscaling, Modelopt, Mxfp4, Nvfp4
-from transformers5 import Transformers5
 
 LENGTH = 96
 BOUND = 2e-5  # of the logits' standard deviation, see test_forward.py
@@ -39,12 +37,6 @@ FORMS = {
     "llama2": {},
 }
 CELLS = [(kind, form) for kind, forms in FORMS.items() for form in ("bf16", *forms)]
-
-
-@pytest.fixture(scope="module")
-def newest() -> Iterator[Transformers5]:
-    with Transformers5() as process:
-        yield process
 
 
 def command(capsys, *words: object) -> dict:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +73,13 @@ def job(root: Path, name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(warm, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for kind in KINDS:
         make_model(root / kind / "hf", kind, quantized=False)
         import_checkpoint(str(root / kind / "hf"), str(root / kind / "nemo"))
     write_data(root)
-    (root / "jobs.json").write_text(json.dumps([job(root, name) for name in RUNS]))
-    words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_many.py")), str(root / "jobs.json")]
-    subprocess.run(words, check=False)
+    warm.train_many([job(root, name) for name in RUNS], root)
     return root / "runs"
 
 

@@ -13,8 +13,6 @@ import functools
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +141,7 @@ def write_data(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(warm, tmp_path_factory) -> Path:
     """The folder of all runs, one process each and in every layout, with all repairs and without one, in one go."""
     root = tmp_path_factory.mktemp("parallel")
     for kind in sorted({kind for kind, _, _ in CELLS}):
@@ -156,9 +154,7 @@ def runs(tmp_path_factory) -> Path:
     jobs += [job(root, *cell, without=repair) for repair, *cell, _ in FAILING]
     jobs += [job(root, "llama31", "heads", "pp2", without="leave_out_backward")]
     jobs += [resumed(root, "resumed"), resumed(root, "resumed-without", without="FromBase")]
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_many.py")), str(root / "jobs.json")]
-    subprocess.run(words, check=False)
+    warm.train_many(jobs, root)
     return root / "runs"
 
 

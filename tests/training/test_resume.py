@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,14 +53,8 @@ def out(root: Path, mode: str, layout: str, name: str) -> Path:
     return root / "runs" / f"{mode}-{layout}-{name}"
 
 
-def run(jobs: list[dict], root: Path) -> None:
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    words = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("train_many.py")), str(root / "jobs.json")]
-    subprocess.run(words, check=False)
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(warm, tmp_path_factory) -> Path:
     """Of each cell a run that nobody stops; one that is asked to stop, and goes on; one that was killed in a save."""
     root = tmp_path_factory.mktemp("resume")
     for kind in sorted(set(KINDS.values())):
@@ -72,7 +63,7 @@ def runs(tmp_path_factory) -> Path:
     write_data(root)
     first = [job(root, *cell, "whole") for cell in CELLS]
     first += [job(root, *cell, "stopped", stop_after=2) for cell in CELLS]
-    run(first, root)
+    warm.train_many(first, root)
     for cell in KILLED:
         killed_in_a_save(out(root, *cell, "whole"), out(root, *cell, "killed"))
     again = [job(root, *cell, "resumed", continues=str(out(root, *cell, "stopped"))) for cell in CELLS]
@@ -81,7 +72,7 @@ def runs(tmp_path_factory) -> Path:
     again += [
         longer(job(root, mode, "one", "longer", continues=str(out(root, mode, "one", "whole")))) for mode in MODES
     ]
-    run(again, root)
+    warm.train_many(again, root)
     return root
 
 

@@ -1,7 +1,7 @@
-"""Many short training runs by the worker itself, with NeMo imported once: each rank of each run is a fork.
+"""Many short training runs by the worker itself, in a process that has NeMo imported: each rank of each run is a fork.
 
-python train_many.py JOBS.json, a list of {"recipe": {...}, "indices": PATH, "ranks": N, "port": N}. What a run leaves
-is in the folder of its recipe, and how it ended in the file `end` there. A job can have "without": name of a repair in
+JOBS.json is a list of {"recipe": {...}, "indices": PATH, "ranks": N, "port": N}. What a run leaves is in the folder of
+its recipe, and how it ended in the file `end` there. A job can have "without": name of a repair in
 without.py that its ranks do not have, "continues": the folder of a run, which it goes on with a copy of, and
 "stop_after": it is asked to stop once so many steps are done.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forked import fork_ranks, import_nemo
+from forked import fork_ranks
 from slipway.training import worker
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
@@ -43,7 +41,7 @@ def run(job: dict[str, Any]) -> str:
 
     def work() -> None:
         if "without" in job:
-            from without import take_away
+            from training.without import take_away
 
             take_away(job["without"])
         worker.run(chosen, Path(job["indices"]), folder.path / "stop", 1, time.time())
@@ -56,7 +54,7 @@ def run(job: dict[str, Any]) -> str:
     return end
 
 
-if __name__ == "__main__":
-    import_nemo()
-    failed = [job for job in json.loads(Path(sys.argv[1]).read_text()) if run(job) != "done"]
-    sys.exit(len(failed))
+def run_all(jobs: Path) -> None:
+    """The runs of JOBS.json, one after the other."""
+    for job in json.loads(jobs.read_text()):
+        run(job)
