@@ -180,7 +180,7 @@ def read_toml(path: Path, cure: str) -> dict[str, Any]:
     except RecursionError:
         raise DataError(f"{path} is nested too deeply; {cure}") from None
     except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{path}: {error}; {cure}") from None
+        raise DataError(f"{path} is not TOML: {error}; {cure}") from None
     except ValueError:  # of Python, for a whole number of thousands of digits
         raise DataError(f"{path}: a number is too long; {cure}") from None
 

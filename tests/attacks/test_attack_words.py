@@ -139,6 +139,13 @@ def test_recipes(arena, nemo, samples, tmp_path, name):
         check(found, 2, 65)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_files_of_a_cluster(arena, tmp_path, name):
+    (tmp_path / "lab.toml").write_bytes(RECIPES[name].encode("utf-8", "surrogateescape"))
+    words = ["submit", "--cluster", tmp_path / "lab.toml", "--", "inspect", "hf"]
+    assert "lab.toml" in arena.run(*words).check(2)
+
+
 @pytest.mark.parametrize("setting", [f"lr={EVIL}", f"{EVIL}=1", "lr=" + "9" * 5000, "steps=²", "=", "lr=1=2"])
 def test_settings(arena, nemo, samples, tmp_path, setting):
     words = ["train", "--model", nemo, "--data", samples, "--out", tmp_path / "out", "--dry-run", "--set", setting]

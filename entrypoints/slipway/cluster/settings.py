@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slipway.errors import UsageError
+from slipway.errors import DataError, UsageError
 from slipway.options import Parameter, check, option, parameters_of, suggestion
-from slipway.untrusted import HARMFUL, without_credentials
+from slipway.untrusted import HARMFUL, read_toml, without_credentials
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # as Kubernetes has them
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -203,16 +202,14 @@ def seconds(time: str) -> int | None:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         raise UsageError(
             f"there is no {file}; name the file of your cluster with --cluster (docs/launching.md shows one)"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}") from None
+        )
+    try:
+        return read_toml(file, "correct it, or give another --cluster")
+    except DataError as error:
+        raise UsageError(str(error)) from None
 
 
 def _table(file: Path, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
