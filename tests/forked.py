@@ -136,8 +136,11 @@ class Commands:
 
     def train_many(self, jobs: list[dict[str, Any]], folder: Path) -> None:
         """Do the runs of training/train_many.py, and wait for their end; each leaves how it ended in its own folder."""
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        code, printed = self._ask({"many": str(folder / "jobs.json")}, folder / "jobs.log").finish()
+        file = (
+            folder / f"jobs-{len(list(folder.glob('jobs-*.json')))}.json"
+        )  # a name of its own, as its code's file has
+        file.write_text(json.dumps(jobs))
+        code, printed = self._ask({"many": str(file)}, file.with_suffix(".log")).finish()
         assert code == 0, printed
 
     def _ask(self, job: dict[str, Any], output: Path) -> Command:
