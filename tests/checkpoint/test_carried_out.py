@@ -66,6 +66,24 @@ def test_the_same_again_and_another(tmp_path):
         job.carry_out("import", out, "1MB", lambda: plan("y"))
 
 
+def test_another_in_its_place(tmp_path):
+    out = tmp_path / "out"
+    job.carry_out("import", str(out), "1MB", plan)
+    (out / "weights").mkdir()  # by which it is known as a model
+
+    def other():
+        return Plan({"z": 2}, [Piece(2, lambda: [("z", 0, b"zz")])], {}, {}, ["z"]), {}
+
+    found = job.carry_out("import", str(out), "1MB", other, overwrite=True)
+    assert content(out) == {"z": b"zz"} and found.wrote == str(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.slipway.json", "out"], "nothing is left beside it"
+    assert "nothing was written" in job.carry_out("import", str(out), "1MB", other).details["notes"][0]
+
+
+def test_all_names_are_there():
+    assert {name for name in huggingface.__all__ if not hasattr(huggingface, name)} == set()
+
+
 # ---------------------------------------------------------------------------- headers of safetensors
 
 

@@ -170,6 +170,7 @@ def test_another_file_or_another_flag_is_other_work(tmp_path, mxfp4_model):
     known = settings()
     first = tokenise._identity([one], known)
     assert first == tokenise._identity([one], known) and json.dumps(first)
+    assert set(first) == {"files", "settings", "tokenizer"}, "other names would begin the work of an older version anew"
     for other in (
         settings(append_eos=False),
         settings(day="2026-01-02"),

@@ -1,0 +1,93 @@
+"""PREFIX.bin and PREFIX.idx, byte by byte, and what `train` makes of them before it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from slipway.errors import DataError
+from slipway.tokens import indexed, scan
+from slipway.tokens.indexed import Documents, index_of, write_index
+from slipway.tokens.lines import Lines, as_line
+
+
+def written(folder: Path, lengths: list[int], ends: list[bool], dtype: type = np.uint16) -> Path:
+    """A .bin of the tokens 0, 1, 2, … with its index."""
+    tokens = np.arange(sum(lengths), dtype=dtype)
+    (folder / "a.bin").write_bytes(tokens.tobytes())
+    with (folder / "a.idx").open("wb") as file:
+        write_index(file, dtype, np.array(lengths, np.int32), np.array(ends, bool))
+    return folder / "a.bin"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1 << 22])
+@pytest.mark.parametrize("dtype, code", [(np.uint16, 8), (np.int32, 4)])
+def test_the_index(monkeypatch, chunk, dtype, code):
+    """As megatron/core/datasets/indexed_dataset.py reads it; the byte where each begins, however many are summed up."""
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
+    file = io.BytesIO()
+    write_index(file, dtype, np.array([3, 1, 5], np.int32), np.array([False, True, True]))
+    size = np.dtype(dtype).itemsize
+    wanted = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 3, 3) + struct.pack("<3i", 3, 1, 5)
+    wanted += struct.pack("<3q", 0, 3 * size, 4 * size) + struct.pack("<3q", 0, 2, 3)
+    assert file.getvalue() == wanted
+
+
+def test_names_of_the_pair():
+    assert [str(index_of(Path(name))) for name in ("a.bin", "a.idx", "a", "a.b")] == [
+        "a.idx",
+        "a.idx",
+        "a.idx",
+        "a.b.idx",
+    ]
+
+
+def test_either_name_opens_the_pair(tmp_path):
+    written(tmp_path, [2, 3], [True, True])
+    for name in ("a.bin", "a.idx", "a"):
+        found = Documents.open(tmp_path / name)
+        assert found.tokens.tolist() == [0, 1, 2, 3, 4] and found.lengths.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 20])
+def test_an_index_that_is_cut_off(tmp_path, cut):
+    file = index_of(written(tmp_path, [2, 3], [True, True]))
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(DataError, match="is damaged, or its version is not 1"):
+        Documents.open(tmp_path / "a.bin")
+
+
+def test_what_train_gets_of_texts(tmp_path):
+    file = written(tmp_path, [4, 6], [True, True])
+    found = scan.scan(file, 3, 10)
+    assert found.offsets.tolist() == [0, 3, 6] and found.lengths.tolist() == [4, 4, 4] and len(found) == 3
+    assert (found.too_long, found.lost, found.packs, found.starts) == (0, 0, None, None)
+    assert found.digest == hashlib.sha256(index_of(file).read_bytes()).hexdigest()
+    units = scan.open_units(file, found, 3)
+    assert [unit.response for each in range(3) for unit in units[each]] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    with pytest.raises(DataError, match="token 9 is 9, the model's vocabulary has 9 tokens"):
+        scan.scan(file, 3, 9)
+    with pytest.raises(DataError, match="has 10 tokens, a sample needs 11"):
+        scan.scan(file, 10, 10)
+    assert len(scan.scan(file, 9, 10)) == 1
+
+
+def test_what_train_gets_of_lines(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(as_line([1], [2, 3]) + as_line([], [4, 5]) + as_line([1] * 9, [2]))
+    found = scan.scan(file, 5, 10)
+    assert (len(found), found.lengths.tolist(), found.too_long, found.lost) == (2, [3, 2], 1, 10)
+    packed = scan.scan(file, 5, 10, packed=True)
+    assert [pack.tolist() for pack in packed.packs] == [[0, 1]], (
+        "of three and of two tokens: two places and one of five"
+    )
+    assert isinstance(scan.open_units(file, found, 5), Lines)
+    assert not scan.is_indexed(file) and scan.is_indexed(Path("a.bin"))
+
+
+def test_all_names_are_there():
+    assert {name for name in scan.__all__ if not hasattr(scan, name)} == set()
