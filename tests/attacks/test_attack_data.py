@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+from slipway.errors import DataError
 from slipway.tokens import inputs
 from slipway.tokens.sources import recognise
 
@@ -96,3 +97,17 @@ def test_a_text_without_an_end_of_a_line_is_cut(tmp_path, monkeypatch, packed, l
     assert b"".join(contents) == text and max(map(len, contents)) <= (len(text) if packed else 401)
     assert all(content.decode() for content in contents), "no character is cut"
     assert [piece.ends_file for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_how_many_fields_a_record_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "MOST_FIELDS", 50)
+    monkeypatch.setattr(inputs, "PIECE_BYTES", 100)
+    for content, taken in ((b"," * 140, True), (b"," * 200, False), (b'"a\n",' * 140, True), (b'"a\n",' * 200, False)):
+        (tmp_path / "a.csv").write_bytes(b"a\n" + content + b"b\n")
+        if taken:
+            assert (
+                b"".join(piece.read() for piece in inputs.pieces([recognise(tmp_path / "a.csv")])) == content + b"b\n"
+            )
+        else:
+            with pytest.raises(DataError, match="a record has more than 50 fields"):
+                list(inputs.pieces([recognise(tmp_path / "a.csv")]))

@@ -175,6 +175,11 @@ def test_the_newest_checkpoint_of_a_run(tmp_path, capsys):
     assert locate.latest_checkpoint(tmp_path / "none") is None and locate.nemo_path("none") == Path("none")
 
 
+def test_a_folder_by_the_name_of_the_hub():
+    for read in (locate.nemo_path, locate.locate):
+        assert read("hf:///data/model") == Path("/data/model")
+
+
 def test_a_model_of_the_hub_is_no_nemo_checkpoint():
     for path in ("hf://org/name", "hf://org/name@v1"):
         with pytest.raises(UsageError, match=f"run `slipway import {path} nemo://org/name`"):
