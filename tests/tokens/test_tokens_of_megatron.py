@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from slipway.errors import DataError
 from slipway.tokens import indexed, scan
 from slipway.tokens.indexed import Documents, index_of, write_index
-from slipway.tokens.lines import Lines, as_line
+from slipway.tokens.lines import Index, Lines, as_line, read_line
 
 
 def written(folder: Path, lengths: list[int], ends: list[bool], dtype: type = np.uint16) -> Path:
@@ -87,6 +88,29 @@ def test_what_train_gets_of_lines(tmp_path):
     )
     assert isinstance(scan.open_units(file, found, 5), Lines)
     assert not scan.is_indexed(file) and scan.is_indexed(Path("a.bin"))
+
+
+def test_spans_that_are_not_learned_may_touch():
+    line = b'{"inputs": {"p_ids": [], "r_ids": [1, 2, 3, 4], "context": [[0, 1], [1, 2], [2, 2]]}}'
+    assert read_line(line, "x").context == ((0, 1), (1, 2), (2, 2))
+    for spans in (b"[[1, 2], [0, 1]]", b"[[0, 5]]", b"[[-1, 1]]", b"[[0, 4]]", b"[[0, 2], [1, 3]]", b"[[2, 1]]"):
+        with pytest.raises(DataError, match="not a sample"):
+            read_line(line.replace(b"[[0, 1], [1, 2], [2, 2]]", spans), "x")
+
+
+def test_what_the_workers_get_is_what_was_scanned(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"".join(as_line([], [*range(1, size + 1)]) for size in (3, 4, 2, 9, 3)))
+    found = scan.scan(file, 5, 10, packed=True)
+    found.save(tmp_path / "kept.npz")
+    again = Index.load(tmp_path / "kept.npz")
+    for name in ("offsets", "lengths", "starts"):
+        assert np.array_equal(getattr(again, name), getattr(found, name)), name
+    assert [pack.tolist() for pack in again.packs] == [pack.tolist() for pack in found.packs] and len(again.packs) > 2
+    assert re.fullmatch(r"\d+ samples of up to 4 tokens; packed into \d sequences of 5, which are \d+\.\d% full",
+                        found.describe(5))  # fmt: skip
+    file.write_bytes(as_line([1], [2]) * 3)
+    assert scan.scan(file, 4, 10).describe(4) == "3 samples of up to 2 tokens; sequences of 4, which are 25.0% full"
 
 
 def test_all_names_are_there():
