@@ -21,7 +21,7 @@ from slipway.checkpoint.stream import Piece, Write
 from slipway.families import Family
 from slipway.families.checks import Config
 from slipway.families.rules import Cell
-from slipway.tensors.bits import Bits, data
+from slipway.tensors.bits import Bits, contiguous, data, empty, transpose
 from slipway.tensors.refs import DTYPE_BYTES, Ref, TensorInfo
 
 Parts = Callable[[Cell], tuple[Bits, ...]]  # Megatron's parts of a cell, in the dtypes of the family's rules
@@ -163,15 +163,11 @@ def _work(output: Output, unit: list[Cell], parts: Parts) -> Iterator[Write]:
             found.setdefault(classic.matrix_of(ref), []).append(_Rows(_start(ref), content))
     packed: dict[tuple[Rank, str, str], list[tuple[Matrix, Placement]]] = {}
     for matrix, rows in found.items():
-        places = output.layout.places[matrix]
-        if _needs_all(places) or _held(output.layout, places[0]).packed:
-            rows = [_joined(rows)]
-        plain = [place for place in places if not _held(output.layout, place).packed]
-        yield from _copies(output, matrix, rows, plain)
-        for place in places:
+        for place in output.layout.places[matrix]:
             if _held(output.layout, place).packed:
                 packed.setdefault((place.rank, place.chunk, place.name), []).append((matrix, place))
-                found[matrix] = rows
+        plain = [place for place in output.layout.places[matrix] if not _held(output.layout, place).packed]
+        yield from _copies(output, matrix, rows, plain)
     yield from _packed(output, packed, found)
 
 
@@ -179,49 +175,45 @@ def _start(ref: Ref) -> int:
     return ref.rows[0] if ref.rows else 0
 
 
-def _joined(rows: list[_Rows]) -> _Rows:
-    """All rows of a matrix in one."""
-    if len(rows) == 1:
-        return rows[0]
-    return _Rows(0, np.concatenate([part.content for part in sorted(rows, key=lambda part: part.start)]))
-
-
 def _copies(output: Output, matrix: Matrix, rows: list[_Rows], places: list[Placement]) -> Iterator[Write]:
     """What each rank gets of some rows of a matrix. Ranks with the same cut get the same bytes, made once."""
     size = DTYPE_BYTES[output.layout.tensors[matrix[0]].dtype]
-    for part in rows:
-        made: dict[Cut, list[tuple[int, Bits]]] = {}
-        for place in places:
-            if place.cut not in made:
-                made[place.cut] = [(at, _contiguous(run)) for at, run in _runs(place.cut, part)]
-            for at, run in made[place.cut]:
-                yield output.write(place.rank, place.chunk, place.name, place.at + at, size, run)
+    made: dict[Cut, list[tuple[int, Bits]]] = {}
+    for place in places:
+        if place.cut not in made:
+            made[place.cut] = _part(place.cut, rows)
+        for at, run in made[place.cut]:
+            yield output.write(place.rank, place.chunk, place.name, place.at + at, size, run)
 
 
-def _contiguous(run: Bits) -> Bits:
-    return np.ascontiguousarray(run)
+def _part(cut: Cut, rows: list[_Rows]) -> list[tuple[int, Bits]]:
+    """(element in the rank's part, its content in row-major order) of the rows that a cut has of these."""
+    found = list(_runs(cut, rows))
+    if not cut.transposed and len(cut.rows) <= 2:
+        return [(at * math.prod(run.shape[1:]), contiguous(run)) for at, run in found]
+    # Together they are all of the part: it is put together once, in the order in which the rank has it.
+    count = sum(len(run) for _, run in found)
+    width = found[0][1].shape[1:]
+    whole = empty((*width, count) if cut.transposed else (count, *width), found[0][1].dtype)
+    for at, run in found:
+        if cut.transposed:
+            transpose(run.T, whole[:, at : at + len(run)])
+        else:
+            whole[at : at + len(run)] = run
+    return [(0, whole)]
 
 
-def _runs(cut: Cut, part: _Rows) -> Iterator[tuple[int, Bits]]:
-    """(element in the rank's part, its content) of the rows that a cut has of these."""
+def _runs(cut: Cut, rows: list[_Rows]) -> Iterator[tuple[int, Bits]]:
+    """(row in the rank's part, rows) of the rows that a cut has of these."""
     columns = slice(*cut.columns) if cut.columns else slice(None)
-    width = math.prod(part.content[:, columns].shape[1:]) if part.content.ndim > 1 else 1
-    kept = []
-    at = 0
-    for start, stop in cut.rows:
-        low, high = max(start, part.start), min(stop, part.stop)
-        if low < high:
-            run = part.content[low - part.start : high - part.start]
-            kept.append((at + low - start, run[:, columns] if run.ndim > 1 else run))
-        at += stop - start
-    if cut.transposed:
-        yield 0, np.concatenate([run for _, run in kept]).T
-        return
-    if len(kept) > 2:  # runs of a few rows, beside each other in the rank's part
-        yield 0, np.concatenate([run for _, run in kept])
-        return
-    for first, run in kept:
-        yield first * width, run
+    for part in rows:
+        at = 0
+        for start, stop in cut.rows:
+            low, high = max(start, part.start), min(stop, part.stop)
+            if low < high:
+                run = part.content[low - part.start : high - part.start]
+                yield at + low - start, run[:, columns] if run.ndim > 1 else run
+            at += stop - start
 
 
 def _packed(
@@ -235,11 +227,10 @@ def _packed(
         content = tuple((matrix, place.cut, place.at) for matrix, place in placed)
         if content not in made:
             shape = output.layout.files[rank][chunk][name].info.shape
-            whole = np.empty(math.prod(shape), np.uint16)
+            whole = empty((math.prod(shape),), np.uint16)
             for matrix, place in placed:
-                for at, run in _runs(place.cut, found[matrix][0]):
-                    flat = run.reshape(-1)
-                    whole[place.at + at : place.at + at + flat.size] = flat
+                for at, run in _part(place.cut, found[matrix]):
+                    whole[place.at + at : place.at + at + run.size] = run.reshape(-1)
             made[content] = nf4.pack(whole.reshape(shape), output.form)
         for suffix, (elements, dtype) in made[content].items():
             yield output.write(rank, chunk, name + suffix, 0, DTYPE_BYTES[dtype], elements)

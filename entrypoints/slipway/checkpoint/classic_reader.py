@@ -29,7 +29,7 @@ from slipway.families.checks import Config
 from slipway.families.decoder import without_mtp
 from slipway.families.described import GIVE, Described
 from slipway.families.rules import Rules
-from slipway.tensors.bits import Bits, bits_type, empty
+from slipway.tensors.bits import Bits, bits_type, empty, piece_number
 from slipway.tensors.refs import Ref, TensorInfo
 from slipway.untrusted import read_object, read_text
 
@@ -330,6 +330,10 @@ class Reader:
         self.tensors[key] = TensorInfo((min(rows, info.shape[0]), *info.shape[1:]), info.dtype)
         return max(0, info.shape[0] - rows)
 
+    def reads_whole(self, ref: Ref) -> bool:
+        """To read a part of this matrix, all of it is read."""
+        return any(place.cut.transposed for place in self._layout.places[ref.name, ref.index])
+
     def read(self, ref: Ref) -> Bits:
         """A part of a tensor. All ranks that have it are read and compared; DataError with the two that differ."""
         whole = self._layout.tensors[ref.name].shape[len(ref.index) :]
@@ -375,15 +379,15 @@ class Reader:
             at += last - first
 
     def _block(self, place: Placement, whole: tuple[int, ...]) -> Bits:
-        """All rows of a placement whose rows are not beside each other in the file; the last one is kept."""
-        kept = getattr(self._kept, "block", None)
-        if kept is not None and kept[0] == place:
+        """All rows of a placement that is transposed in the file; the last one of a piece of work is kept."""
+        kept, at_work = getattr(self._kept, "block", None), (piece_number(), place)
+        if kept is not None and kept[0] == at_work:
             return kept[1]
         rows, *width = place.cut.shape(whole)
         count = int(np.prod([rows, *width], dtype=np.int64))
-        flat = self._load(place, place.at, count).copy()  # kept for the next piece, whose memory may be the same
+        flat = self._load(place, place.at, count)
         block = flat.reshape(*width, rows).swapaxes(0, 1) if place.cut.transposed else flat.reshape(rows, *width)
-        self._kept.block = place, block
+        self._kept.block = at_work, block
         return block
 
     # ------------------------------------------------------------------------ a rank's tensor

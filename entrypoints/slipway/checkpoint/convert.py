@@ -174,14 +174,15 @@ def export_plan(checkpoint: Path, shard_bytes: int, given: Given = NOTHING) -> t
     source = open_megatron(checkpoint, given)
     layout = huggingface.Layout(source.model.hf, shard_bytes)
 
-    def piece(cell: rules.Cell) -> Piece:
+    def piece(unit: list[rules.Cell]) -> Piece:
         def work() -> Iterable[Write]:
-            for ref, part in zip(cell.hf, source.hf_parts(cell), strict=True):
-                yield (*layout.place(ref), data(part))
+            for cell in unit:
+                for ref, part in zip(cell.hf, source.hf_parts(cell), strict=True):
+                    yield (*layout.place(ref), data(part))
 
-        return Piece(source.source_bytes(cell), work)
+        return Piece(sum(map(source.source_bytes, unit)), work)
 
-    pieces = [*map(piece, source.model.cells)]
+    pieces = [*map(piece, source.units())]
     plan = _hf_plan(layout, pieces, source.config, source.others, source.reader.files(), "export")
     said = [] if source.others else ["there is no tokenizer beside these weights, so the output has none"]
     return plan, {"files": len(plan.sizes)} | said_of([*source.notes, *said], Companions())

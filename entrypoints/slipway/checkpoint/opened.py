@@ -83,6 +83,17 @@ class Opened:
             return self._read(cell.megatron, self.model.megatron)
         return self._read(cell.hf, {}, cell.op.to_megatron, cell.megatron, self.model.megatron)
 
+    def units(self) -> list[list[rules.Cell]]:
+        """The cells that are best worked on together: those of a matrix that is read as a whole."""
+        whole = getattr(self.reader, "reads_whole", None)
+        if whole is None:
+            return [[cell] for cell in self.model.cells]
+        groups: dict[Any, list[rules.Cell]] = {}
+        for number, cell in enumerate(self.model.cells):
+            ref = cell.megatron[0]
+            groups.setdefault((ref.name, ref.index) if whole(ref) else number, []).append(cell)
+        return list(groups.values())
+
     def source_bytes(self, cell: rules.Cell) -> int:
         """What is read for a cell."""
         if not self.megatron:

@@ -320,7 +320,7 @@ def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str,
     """
     from slipway.tensors import bits  # brings NumPy, which planning alone does not need
 
-    workers = os.cpu_count() or 1
+    workers = _workers(sizes, memory)
     budget = _Budget(memory)
     with ThreadPoolExecutor(workers) as pool, Progress(title, sum(sizes.values())) as progress:
 
@@ -330,6 +330,15 @@ def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str,
             progress.advance(sizes[number])
 
         _run_all(pool, work, sizes, 4 * workers)
+
+
+def _workers(sizes: Mapping[int, int], memory: int) -> int:
+    """Threads: one per core, but no more than can work at once within `memory` on pieces of the common size.
+
+    Each thread keeps the memory of its largest piece, so idle ones would cost as much as busy ones.
+    """
+    common = sorted(sizes.values())[len(sizes) * 9 // 10] if sizes else 0
+    return max(1, min(os.cpu_count() or 1, memory // max(1, COPIES_IN_MEMORY * common)))
 
 
 def _run_all(pool: ThreadPoolExecutor, do: Callable[[int], None], numbers: Iterable[int], ahead: int) -> None:

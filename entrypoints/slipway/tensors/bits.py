@@ -42,6 +42,7 @@ class _Region(threading.local):
 
     memory: Bits | None = None
     used: int | None = None  # None while the thread works on no piece
+    number: int = 0  # of the piece
 
 
 _region = _Region()
@@ -53,10 +54,16 @@ def piece() -> Iterator[None]:
     if _region.memory is None:
         _region.memory = np.empty(REGION_BYTES, np.uint8)
     _region.used = 0
+    _region.number += 1
     try:
         yield
     finally:
         _region.used = None
+
+
+def piece_number() -> int:
+    """The number of this thread's piece: what was in memory for another one is gone."""
+    return _region.number
 
 
 def empty(shape: Sequence[int], kind: np.dtype | type) -> Bits:
@@ -75,14 +82,14 @@ def contiguous(part: Bits) -> Bits:
         return part
     copy = empty(part.shape, part.dtype)
     if part.ndim == 2 and part.strides[0] < part.strides[1]:
-        _transpose(part, copy)
+        transpose(part, copy)
     else:
         copy[...] = part
     return copy
 
 
-def _transpose(part: Bits, copy: Bits) -> None:
-    """copy = part, which is in column-major order.
+def transpose(part: Bits, copy: Bits) -> None:
+    """copy = part, a matrix in column-major order.
 
     Tile by tile: NumPy goes row by row, and each element of a row would bring a line of 64 bytes into the cache that is
     gone before its neighbour is needed.
