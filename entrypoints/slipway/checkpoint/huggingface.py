@@ -6,6 +6,7 @@ the quantised ones.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ class Reader:
         devices: Sequence[str] = ("cpu",),
     ) -> None:
         self.folder, self.stored = folder, stored
-        self._devices, self._turns = devices, itertools.cycle(devices)
+        self._devices = devices
         self.declared = formats.declared(config, folder)
         self._descriptors: dict[Path, int] = {}
         kinds = {name: kind for name in stored if (kind := left_out(name))}
@@ -275,6 +276,10 @@ class Reader:
     def next_device(self) -> str:
         """The GPU whose turn it is."""
         return next(self._turns)
+
+    @functools.cached_property
+    def _turns(self) -> Iterator[str]:
+        return itertools.cycle(self._devices)
 
     def source_bytes(self, ref: Ref) -> int:
         """How many bytes `read` reads for a part, for the progress and the memory."""

@@ -15,8 +15,9 @@ float32 scales is computed, in parts that fit into a core's cache.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,16 +33,35 @@ IN_EACH_HIGH_BYTE = np.uint64(0x0100_0100_0100_0100)  # times a byte: that byte 
 GPU_DRIVER = Path("/dev/nvidiactl")  # every process that uses a GPU opens it; so torch need not be imported to know
 
 
-def devices(device: Literal["auto", "cpu", "cuda"]) -> list[str]:
+def devices(device: Literal["auto", "cpu", "cuda"]) -> Sequence[str]:
     """What decodes: all GPUs, or "cpu" if there is none; PreflightError for "cuda" without a GPU."""
-    count = 0
-    if device == "cuda" or (device == "auto" and GPU_DRIVER.exists()):
-        import torch
-
-        count = torch.cuda.device_count()
-    if device == "cuda" and not count:
+    if device == "auto" and GPU_DRIVER.exists():
+        return _Gpus()
+    found = gpus() if device == "cuda" else []
+    if device == "cuda" and not found:
         raise PreflightError("--device cuda: torch finds no GPU; leave the flag out to decode on the CPU")
-    return [f"cuda:{number}" for number in range(count)] or ["cpu"]
+    return found or ["cpu"]
+
+
+def gpus() -> list[str]:
+    """Every GPU, as torch calls it."""
+    import torch
+
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
+
+class _Gpus(Sequence[str]):
+    """All GPUs, looked for when one is needed: a model in BF16 needs none, and torch takes seconds to look."""
+
+    @functools.cached_property
+    def _found(self) -> list[str]:
+        return gpus() or ["cpu"]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._found[place]
 
 
 @functools.cache
