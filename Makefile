@@ -32,7 +32,7 @@ test: setup transformers5 lint  ## unit and integration tests
 	@.venv/bin/pytest tests --ignore tests/image --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slurm: setup  ## `submit` and the commands on a real Slurm of their own (as root; installs Debian's packages)
-	@.venv/bin/pytest tests/slurm --numprocesses 3 --dist loadfile
+	@SLIPWAY_TESTS_NEED_SLURM=1 .venv/bin/pytest tests/slurm --numprocesses 3 --dist loadfile
 
 slurm-slow: setup  ## 100 random faults on real Slurms, and NeMo-Run on the same cluster: tables for docs/launching.md
 	@.venv/bin/python tests/slurm/faults.py
@@ -46,7 +46,7 @@ lint: setup  ## style, types, shell, Dockerfile, and tables of docs/ (no network
 	@.venv/bin/ruff format --quiet --check .
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/python docs/tables.py --check
-	@.venv/bin/shellcheck --shell=bash .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint entrypoints/slipway/cluster/remote.sh
+	@.venv/bin/shellcheck --shell=bash .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint entrypoints/slipway/cluster/remote.sh tests/slurm/stand-in
 	@.venv/bin/hadolint images/Dockerfile
 
 engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)

@@ -203,3 +203,14 @@ def test_wrong_words_of_submit_itself(tmp_path, slipway, words, said):
     (tmp_path / "lab.toml").write_text(TEXT)
     done = slipway("submit", *words, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("note, code", [("75 1795661678", 75), ("0 1", 0), ("", 1), ("x", 1), ("²", 1), ("99999 1", 1)])
+def test_a_note_of_a_job_may_be_spoiled(note, code):
+    assert runs._code(note) == code
+
+
+def test_images_of_steps_are_all_looked_for(tmp_path):
+    lab = read(tmp_path, TEXT + '[step.import]\nimage = "/lustre/me/other.sqsh"\npartition = "cpu"\n')
+    text = slurm.submission(chain.steps_of(CHAIN, lab, STEPS), lab, "RUN")
+    assert "IMAGES=(/lustre/me/other.sqsh /lustre/me/slipway.sqsh)" in text and "PARTITIONS=(cpu batch)" in text

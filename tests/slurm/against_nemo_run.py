@@ -77,7 +77,7 @@ def of_slipway(bed: Bed, folder: Path) -> tuple[list[float], list[float]]:
 
 def main() -> int:
     """Print the table."""
-    if why := missing():
+    if why := missing(install=True):
         print(why)
         return 1
     sweep()

@@ -94,12 +94,19 @@ Host silent
 """
 
 
-def missing() -> str:
-    """Why there can be no bed here; empty where there can. Debian's packages are installed where they are missing."""
+def missing(install: bool) -> str:
+    """Why there can be no bed here; empty where there can.
+
+    Args:
+        install: Debian's packages are installed where they are missing.
+    """
     if os.geteuid() != 0:
         return "a Slurm needs root: it makes network namespaces"
-    if not all(map(os.path.exists, PROGRAMS)) and (why := _install()):
-        return why
+    if not all(map(os.path.exists, PROGRAMS)):
+        if not install:
+            return "Slurm is not installed: `make test-slurm` installs Debian's packages"
+        if why := _install():
+            return why
     probe = f"{PREFIX}probe{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", probe], capture_output=True)
@@ -135,7 +142,7 @@ class Bed:
         slurmd_timeout: seconds after which Slurm itself takes a node for lost.
     """
 
-    def __init__(self, user: bool = True, slurmd_timeout: int = 30) -> None:
+    def __init__(self, user: bool = True, slurmd_timeout: int = 20) -> None:
         self.slurmd_timeout = slurmd_timeout
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=FOLDERS))
         self.folder.chmod(0o755)

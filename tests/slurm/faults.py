@@ -80,7 +80,7 @@ Fault = Callable[[Scene], list[str]]  # does it, and returns the states that may
 def kill_a_step(scene: Scene) -> list[str]:
     """SIGKILL to a process of the step, as the kernel's killer of large processes does it."""
     node = scene.chance.choice(scene.nodes_of() or ["n1"])
-    victims = [pid for pid in scene.bed.processes(node) if b"stand-in" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    victims = scene.bed.processes(node, "stand-in")
     for pid in victims[-1:]:
         subprocess.run(["kill", "-KILL", str(pid)], capture_output=True)
     return ["done", "ended"]
@@ -198,8 +198,11 @@ def wrong_with(out: Path) -> list[str]:
             found.append(f"{name}: two starts worked at the same time: {turns}")
     steps, saved = [], 0
     for *_, what in events(out / "run"):
-        if what[0] == "begin" and steps and saved != steps[-1]:
-            del steps[saved:]  # what was not saved is computed again
+        if what[0] == "begin":
+            goes_on_from = int(what[1])
+            if goes_on_from < saved:
+                found.append(f"run: step {saved} was saved, but a start went on from {goes_on_from}")
+            del steps[goes_on_from:]  # what was not saved is computed again
         if what[0] == "step":
             steps.append(int(what[1]))
         saved = int(what[1]) if what[0] == "saved" else saved
@@ -271,7 +274,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--kind", help="only faults whose name has this in it")
     wanted = parser.parse_args()
-    if why := missing():
+    if why := missing(install=True):
         print(why)
         return 1
     sweep()

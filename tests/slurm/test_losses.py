@@ -22,6 +22,16 @@ def test_preemption_saves_and_the_job_comes_again(bed, client, out):
     assert client.states(run) == ["done"] * 3 and steps_done(out) == list(range(1, 61))
 
 
+def test_a_step_that_does_not_save_comes_again_after_a_preemption(bed, client, out):
+    run, jobs = client.sent(*chain(out))
+    wait_for(bed, out / "nemo.events", "step 2")
+    bed.out("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    bed.wait(lambda: bed.job(jobs[0]).get("Restarts") == "1", "the pre-emption")
+    bed.wait(lambda: client.status(run)["ended"], "the chain's end", hurry=True)
+    assert client.states(run) == ["done"] * 3
+    assert [int(what[1]) for *_, what in events(out / "nemo") if what[0] == "step"] == list(range(1, 13))
+
+
 def test_a_lost_node_is_excluded_and_the_run_goes_on(bed, client, out):
     run, jobs = client.sent(*chain(out, 100))
     wait_for(bed, out / "run.events", "step 9")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 
 import pytest
 from bed import Bed
 from conftest import seconds_of_children
-from person import chain, steps_done, wait_for
+from person import SLIPWAY, chain, steps_done, wait_for
 
 pytest_plugins = ("beds",)
 pytestmark = pytest.mark.timeout(300)
@@ -179,3 +181,20 @@ def test_two_beds_do_not_meet(bed: Bed):
         assert other.out("squeue", "-h", "-o", "%u") == other.user and other.user not in bed.out(
             "squeue", "-h", "-o", "%u"
         )
+
+
+def test_ctrl_c_ends_following_alone(bed, client, out):
+    run, _ = client.sent(*chain(out, 40))
+    process = subprocess.Popen(
+        [SLIPWAY, "submit", "logs", "--follow", run],
+        env=bed.client,
+        cwd=client.folder,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(bed, out / "run.events", "step 2")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"the run goes on; look with `slipway submit status {run}`" in said
+    assert "ended" in client.status(run) and not client.status(run)["ended"]
+    client.submit("cancel", run)

@@ -53,7 +53,9 @@ check_files() {
     for path in "${SOURCES[@]}"; do
         [ -e "$path" ] || refuse 78 "$path is not there on $(hostname), but mounts names it: make it with mkdir (or name it in local_mounts, if it is on the nodes alone)"
     done
-    [ -z "$IMAGE_FILE" ] || [ -r "$IMAGE_FILE" ] || refuse 78 "the image $IMAGE_FILE is not there on $(hostname); make it with \`build.py sqsh\` and copy it there"
+    for path in "${IMAGES[@]}"; do
+        [ -r "$path" ] || refuse 78 "the image $path is not there on $(hostname); make it with \`build.py sqsh\` and copy it there"
+    done
     [ -z "$SECRETS" ] || case "$(stat -L -c '%a %u' "$SECRETS" 2>&1)" in
     [46]"00 $(id -u)") ;;
     *) refuse 78 "the file of secrets, $SECRETS, must be yours on $(hostname), with mode 600: chmod 600 $SECRETS" ;;
@@ -63,9 +65,10 @@ check_files() {
 # CPUS[i] is empty for a step with GPUs; else what it asks for, at most what the smallest node has.
 fit_to_the_nodes() {
     local i smallest
-    smallest=$(sinfo -h -N -o %c ${PARTITION:+-p "$PARTITION"} 2>/dev/null | sort -n | head -1)
     for i in "${!CPUS[@]}"; do
-        [[ -z ${CPUS[i]} || ! $smallest =~ ^[0-9]+$ || $smallest -ge ${CPUS[i]} ]] || CPUS[i]=$smallest
+        [ -n "${CPUS[i]}" ] || continue
+        smallest=$(sinfo -h -N -o %c ${PARTITIONS[i]:+-p "${PARTITIONS[i]}"} 2>/dev/null | sort -n | head -1)
+        [[ ! $smallest =~ ^[0-9]+$ || $smallest -ge ${CPUS[i]} ]] || CPUS[i]=$smallest
     done
 }
 
@@ -235,7 +238,9 @@ cancel() {
     local i said
     said=$(answers) || refuse 78 "Slurm's controller does not answer: $said; try again"
     for ((i = ${#NAMES[@]} - 1; i >= 0; i--)); do
-        [ ! -e "$DIR/${NAMES[i]}.exit" ] && [ ! -e "$DIR/${NAMES[i]}.cancelled" ] || continue
+        [ ! -e "$DIR/${NAMES[i]}.cancelled" ] || continue
+        # A controller that was killed may have forgotten that this job has run.
+        if [ -e "$DIR/${NAMES[i]}.exit" ]; then scancel "${IDS[i]}" 2>/dev/null; continue; fi
         touch "$DIR/${NAMES[i]}.stop"
         scancel "${IDS[i]}" 2>/dev/null && touch "$DIR/${NAMES[i]}.cancelled" && record taken "${NAMES[i]}" "${IDS[i]}"
     done

@@ -15,7 +15,8 @@ from slipway.training.run_folder import RunFolder
 from slipway.training.watching import Look
 from slipway.untrusted import NotJson, harmless, parse_json
 
-KILLED_BY_THE_LIMIT = 138  # by USR1: a step that does not save, before its time limit or at `submit stop`
+# By USR1 and by TERM: a step that does not save, before its time limit, at `submit stop` or at scancel.
+BY_A_SIGNAL = (138, 143)
 WAITING, GOING, DONE, STOPPED, FAILED, CANCELLED, SKIPPED = (
     "waiting", "running", "done", "stopped", "failed", "cancelled", "not started",
 )  # fmt: skip
@@ -112,7 +113,7 @@ def overview(records: Sequence[Sequence[str]]) -> Overview:
     for record in records:
         if record[0] in ("step", "queue", "progress"):
             named.setdefault(record[1], {})[record[0]] = record
-    now = int(one["now"][1])
+    now = int(one["now"][1]) if one["now"][1].isdecimal() else 0
     steps: list[StepState] = []
     for name, found in named.items():
         steps.append(_step(name, found, gone, steps, now))
@@ -135,7 +136,7 @@ def _step(
         return StepState(name, job, kind, said, code, count, progress, status)
 
     if ended:
-        return state(*_ended(int(ended.split()[0]), "cancelled" in marks))
+        return state(*_ended(_code(ended), "cancelled" in marks))
     queue = found.get("queue")
     slurm = queue[2] if queue else gone.get(job, "")
     if slurm in AT_WORK and queue:
@@ -153,10 +154,16 @@ def _step(
     if slurm.startswith("CANCELLED"):
         return state(CANCELLED)
     if last:
-        return state(*_ended(int(last.split()[0]), False))
+        return state(*_ended(_code(last), False))
     if slurm:
         return state(FAILED, f"Slurm ended it ({slurm.lower()})")
     return state(FAILED, "Slurm has forgotten it, and it left no exit code")
+
+
+def _code(note: str) -> int:
+    """The exit code that a job has noted: "75 1795661678"; 1 for what is none, such as a note that a full disk cut."""
+    word = note.split(maxsplit=1)[0] if note.split() else ""
+    return int(word) if word.isdecimal() and len(word) < 4 else 1
 
 
 def _ended(code: int, cancelled: bool) -> tuple[str, str, int]:
@@ -165,7 +172,7 @@ def _ended(code: int, cancelled: bool) -> tuple[str, str, int]:
         return DONE, "", code
     if cancelled:
         return CANCELLED, "", code
-    if code in (Stopped.exit_code, KILLED_BY_THE_LIMIT):
+    if code in (Stopped.exit_code, *BY_A_SIGNAL):
         return STOPPED, "submit the same chain again to go on", code
     return FAILED, f"exit code {code}; see `slipway submit logs`", code
 

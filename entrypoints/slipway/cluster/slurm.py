@@ -137,7 +137,7 @@ def _assigned(value: str | Sequence[str]) -> str:
 def submission(steps: Sequence[Step], lab: Lab, run: str) -> str:
     """The call that submits a chain: whole, or not at all."""
     own = _own(lab)
-    images = {step.keys.image for step in steps if step.keys.image and is_file(step.keys.image)}
+    images = sorted({step.keys.image for step in steps if step.keys.image and is_file(step.keys.image)})
     return call(
         "submit",
         lab,
@@ -148,9 +148,9 @@ def submission(steps: Sequence[Step], lab: Lab, run: str) -> str:
         OUTS=[run_folder(step, lab) for step in steps],
         IDS=[],
         SOURCES=[mount.split(":")[0] for mount in own.mounts or []],
-        IMAGE_FILE=next(iter(images), ""),
+        IMAGES=images,
         SECRETS=own.secrets or "",
-        PARTITION=own.partition or "",
+        PARTITIONS=[step.keys.partition or "" for step in steps],
         META=json.dumps(meta(steps, lab)),
     )
 

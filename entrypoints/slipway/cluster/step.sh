@@ -58,18 +58,18 @@ watch_over() {
         hostname >"$STATE.alive"
         if ! is_newest; then
             [ "$overtaken" -gt 0 ] || say "another start has begun; this one ends"
-            if [ "$overtaken" -lt 12 ]; then kill -TERM "$1"; else kill_here && kill -KILL "$1"; fi
+            if [ "$overtaken" -lt 12 ]; then signal TERM; else signal KILL && kill -KILL "$1"; fi
             overtaken=$((overtaken + 1))
         fi
         sleep 5
     done
 }
 
-# Ends the tasks of this node by their numbers: the controller, and with it scancel, may be out of reach.
-kill_here() {
+# To the tasks of this node, by their numbers: the controller may be out of reach, and scancel and srun need it.
+signal() {
     local pid step
     scontrol listpids "$SLURM_JOB_ID" | while read -r pid _ step _; do
-        case "$pid $step" in *[!0-9]*" "* | *" batch" | *" extern") ;; *) kill -KILL "$pid" ;; esac
+        case "$pid $step" in *[!0-9]*" "* | *" batch" | *" extern") ;; *) kill "-$1" "$pid" 2>/dev/null ;; esac
     done
 }
 
@@ -165,6 +165,10 @@ run_step
 case "$code" in
 75) again 75 ;;
 69) lost_a_node 69 ;;
-138) [ "$VERB" = train ] || again 138 ;; # USR1 before the time limit; the command goes on where it was
+# USR1 before the time limit, TERM before a pre-emption: these commands do not heed them, and go on where they were.
+138 | 143) [ "$VERB" = train ] || again "$code" ;;
 esac
+# A command that Slurm itself has ended, for a pre-emption or at scancel, has not failed: Slurm knows what comes next.
+[ "$code" -eq 0 ] || is_running
+[ "$?" -ne 3 ] || { rm -f "$STATE.alive" && exit "$code"; }
 end "$code"

@@ -17,6 +17,7 @@ from slipway.options import option, suggestion
 from slipway.report import say
 from slipway.untrusted import harmless_lines
 
+INTERRUPTED = 130  # as a shell has it for Ctrl-C
 VERBS = ("status", "logs", "stop", "cancel")
 
 
@@ -78,7 +79,11 @@ def _send(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview
         scripts = {step.name: slurm.script(step, lab, run) for step in steps}
         shown = [f"# ---- {slurm.folder(lab, run)}/{name}.sbatch\n{text}" for name, text in scripts.items()]
         return Answer("\n".join(shown), {"run": run, "scripts": scripts})
-    records = remote.call(lab.own.host, slurm.submission(steps, lab, run))
+    try:
+        records = remote.call(lab.own.host, slurm.submission(steps, lab, run))
+    except KeyboardInterrupt:
+        said = f"submit: interrupted while the chain was sent; `slipway submit status {run}` says whether it is there"
+        return Answer(said, {"run": run}, INTERRUPTED)
     jobs = next(record[1:] for record in records if record[0] == "submitted")
     named = ", ".join(f"{step.verb} {job}" for step, job in zip(steps, jobs, strict=True))
     where = f" to {lab.own.host}" if lab.own.host else ""
@@ -163,7 +168,7 @@ def _logs(run: str, wanted: Wanted, lab: Lab) -> Answer:
     return Answer("\n".join(lines), {"lines": lines})
 
 
-def _follow(run: str, lab: Lab) -> runs.Overview:
+def _follow(run: str, lab: Lab) -> Answer | runs.Overview:
     """Show logs and progress until the run has ended; then its last state."""
 
     def said(line: str) -> None:
@@ -175,7 +180,11 @@ def _follow(run: str, lab: Lab) -> runs.Overview:
         else:
             say(runs.progress_line(fields), living=True)
 
-    records = _call("follow", run, lab, said)
+    try:
+        records = _call("follow", run, lab, said)
+    except KeyboardInterrupt:
+        look = f"`slipway submit status{f' {run}' if run else ''}`"
+        return Answer(f"submit: the run goes on; look with {look}", {"run": run}, INTERRUPTED)
     name = next(record[1] for record in records if record[0] == "run")
     return status(name, lab)
 
