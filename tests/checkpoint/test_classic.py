@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -487,3 +488,61 @@ def test_options_are_what_mindspeed_calls_them():
         name.replace("-", "_") for case in GOLDEN.values() for name in case["options"] if "lora" not in name
     }
     assert replace(classic.Options(), mtp_num_layers=1).described() == {"mtp_num_layers": 1}
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_files_are_one_line(seed, split, models, tmp_path, capsys):
+    """Bytes of a rank's file are changed, mostly of its pickle and directory: it is read, or refused in one line."""
+    rng = random.Random(seed)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(split, damaged)
+    file = damaged / "iter_0000001" / "mp_rank_00_000_000" / classic.FILE
+    content = bytearray(file.read_bytes())
+    places = {0: range(64, 3000), 1: range(len(content) - 4000, len(content)), 2: range(len(content))}[seed % 3]
+    for _ in range(rng.choice([1, 4, 60])):
+        content[rng.choice(places)] = rng.randrange(256)
+    file.write_bytes(content if rng.random() < 0.8 else content[: rng.randrange(len(content))])
+    capsys.readouterr()
+    code = cli.main(["export", str(damaged), str(tmp_path / "out"), "--config", str(models("t8"))])
+    said = capsys.readouterr().err
+    assert code in (0, 2, 65), said
+    assert code == 0 or len(said.strip().splitlines()) == 1, said
+    assert "Traceback" not in said and "does not know" not in said
+
+
+def test_a_file_that_would_run_code_is_only_read(split, models, tmp_path, capsys):
+    class Harm:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'harm'}",)
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(split, damaged)
+    file = damaged / "iter_0000001" / "mp_rank_00_000_000" / classic.FILE
+    saved = classic_models.load(file)
+    torch.save({**saved, "rng_state": Harm()}, file)
+    run("export", damaged, tmp_path / "out")
+    run("verify", models("t8"), tmp_path / "out")
+    assert not (tmp_path / "harm").exists()
+
+
+# ---------------------------------------------------------------------------- torch_dist by ranges
+
+
+def test_one_chunk_is_read_by_ranges(tmp_path, monkeypatch):
+    """A tensor that one rank has saved is one chunk: only the rows that a piece needs are read of it."""
+    from slipway.checkpoint import torch_dist
+    from slipway.tensors.refs import Ref
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    tensor = torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024).bfloat16()
+    save({"module.a": tensor, "module.b": tensor.T.contiguous()}, storage_writer=FileSystemWriter(tmp_path))
+    reader = torch_dist.Reader(tmp_path)
+    read, real = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: read.append(n := real(fd, buffers, at)) or n)
+    for start in range(0, 1024, 64):
+        part = reader.read(Ref("a", (), (start, start + 64)))
+        assert np.array_equal(part, tensor[start : start + 64].view(torch.uint16).numpy())
+    assert sum(read) <= 1.1 * tensor.nbytes

@@ -145,7 +145,7 @@ def source(tmp_path) -> Path:
 @pytest.fixture
 def one_thread(monkeypatch):
     """One piece after the other, each in the journal before the next: so all runs have the same events."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(stream, "cores", lambda: 1)
     monkeypatch.setattr(stream, "JOURNAL_SECONDS", 0.0)
     add = stream._Journal.add
 

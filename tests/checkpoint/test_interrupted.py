@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, texts
+from slipway import cli
 from slipway.commands.dequant import dequant
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import WriteError
@@ -46,7 +47,19 @@ def expected(larger_model, tmp_path_factory) -> dict[str, Path]:
     from slipway.commands.export import export
 
     export(str(folder / "import"), str(folder / "export"))
-    return {name: folder / name for name in ("dequant", "import", "export")}
+    for name, words in CLASSIC.items():
+        source = folder / "import classic" if name.startswith("export") else larger_model
+        assert cli.main([words[0], str(source), str(folder / name), *words[1:]]) == 0
+    return {name: folder / name for name in ("dequant", "import", "export", *CLASSIC)}
+
+
+# Megatron's classic layout: its headers, and the sizes of some of its tensors, are written after all pieces.
+LAYOUT = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--expert-parallel-size=2", "--moe-grouped-gemm")
+CLASSIC = {
+    "import classic": ("import", "--format=classic", *LAYOUT),
+    "import classic in nf4": ("import", "--format=classic", *LAYOUT, "--qlora-nf4"),
+    "export classic": ("export",),
+}
 
 
 # Kills itself at a moment that is counted, not timed, so that a busy machine changes nothing. From 0 to 1: amid the
@@ -93,7 +106,7 @@ def sync(path):
     real_sync(path)
 
 stream.JOURNAL_SECONDS = 0
-os.cpu_count = lambda: 2
+stream.cores = lambda: 2
 stream._fill, stream._Journal.add, os.pwrite, stream.sync = fill, add, write, sync
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -102,13 +115,15 @@ sys.exit(cli.main(sys.argv[1:]))
 KILLS = int(os.environ.get("SLIPWAY_KILLS", "4"))  # of each command; 34 are the hundred of docs/checkpoints.md
 
 
-@pytest.mark.parametrize("verb", ["dequant", "import", "export"])
+@pytest.mark.parametrize("verb", ["dequant", "import", "export", *CLASSIC])
 def test_killed_at_random_moments_and_run_again(verb, larger_model, expected, tmp_path):
     """Each kill comes before, amid or after the writing; about half of them hit a run that was killed before."""
-    source = expected["import"] if verb == "export" else larger_model
+    sources = {"export": expected["import"], "export classic": expected["import classic"]}
+    source = sources.get(verb, larger_model)
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     rng = random.Random(verb)
-    words = [verb, str(source), str(out)]
+    command, *flags = CLASSIC.get(verb, (verb,))
+    words = [command, str(source), str(out), *flags]
     for number in range(KILLS):
         if number % 4 == 0:  # in its first seconds, wherever it is then
             process = subprocess.Popen([sys.executable, "-m", "slipway.cli", *words])
@@ -171,7 +186,8 @@ def test_too_little_space_is_said_before_any_work(larger_model, small_disk, slip
     assert [f.name for f in small_disk.iterdir() if not f.name.startswith(".")] == []
 
 
-def test_a_disk_that_fills_up_and_is_cleared(mxfp4_model, small_disk, slipway, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["nemo", "bridge", "classic"])
+def test_a_disk_that_fills_up_and_is_cleared(form, mxfp4_model, small_disk, slipway, tmp_path, monkeypatch):
     """The disk fills after the check: the run fails with what it did kept, and goes on when there is space."""
     from slipway.checkpoint import stream
 
@@ -180,11 +196,11 @@ def test_a_disk_that_fills_up_and_is_cleared(mxfp4_model, small_disk, slipway, t
     free = type("Usage", (), {"free": 1 << 40})
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: free)
     with pytest.raises(WriteError, match="the disk is full; free some space") as error:
-        import_checkpoint(str(mxfp4_model), str(small_disk / "out"))
+        import_checkpoint(str(mxfp4_model), str(small_disk / "out"), format=form)
     assert error.value.exit_code == 73 and not (small_disk / "out").exists()
     filler.unlink()
-    import_checkpoint(str(mxfp4_model), str(small_disk / "out"))
-    import_checkpoint(str(mxfp4_model), str(tmp_path / "direct"))
+    import_checkpoint(str(mxfp4_model), str(small_disk / "out"), format=form)
+    import_checkpoint(str(mxfp4_model), str(tmp_path / "direct"), format=form)
     assert files(small_disk / "out") == files(tmp_path / "direct")
 
 

@@ -164,7 +164,7 @@ def test_only_what_is_not_done_is_done_and_the_journal_has_it(tmp_path):
 
 def test_the_first_error_ends_the_work_and_what_is_done_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "JOURNAL_SECONDS", 0.0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(stream, "cores", lambda: 1)
     began: list[int] = []
 
     def work(number: int):

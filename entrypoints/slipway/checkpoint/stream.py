@@ -332,13 +332,18 @@ def in_parallel(sizes: Mapping[int, int], do: Callable[[int], None], title: str,
         _run_all(pool, work, sizes, 4 * workers)
 
 
+def cores() -> int:
+    """Cores that this process may use: a container or Slurm may give it some of the machine's."""
+    return len(os.sched_getaffinity(0))
+
+
 def _workers(sizes: Mapping[int, int], memory: int) -> int:
     """Threads: one per core, but no more than can work at once within `memory` on pieces of the common size.
 
     Each thread keeps the memory of its largest piece, so idle ones would cost as much as busy ones.
     """
     common = sorted(sizes.values())[len(sizes) * 9 // 10] if sizes else 0
-    return max(1, min(os.cpu_count() or 1, memory // max(1, COPIES_IN_MEMORY * common)))
+    return max(1, min(cores(), memory // max(1, COPIES_IN_MEMORY * common)))
 
 
 def _run_all(pool: ThreadPoolExecutor, do: Callable[[int], None], numbers: Iterable[int], ahead: int) -> None:

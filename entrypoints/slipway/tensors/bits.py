@@ -61,8 +61,19 @@ def piece() -> Iterator[None]:
         _region.used = None
 
 
+@contextmanager
+def scratch() -> Iterator[None]:
+    """Inside the block, arrays from `empty` are valid only until its end; the piece's others stay."""
+    before = _region.used
+    try:
+        yield
+    finally:
+        _region.used = before
+        _region.number += 1
+
+
 def piece_number() -> int:
-    """The number of this thread's piece: what was in memory for another one is gone."""
+    """A number that changes when memory of this thread's piece is given up: what was in it is gone."""
     return _region.number
 
 
