@@ -67,7 +67,7 @@ def save(job: dict, target: Path) -> None:
         virtual_pipeline_model_parallel_size=sizes["virtual"] if sizes["virtual"] > 1 else None,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    config = load_context(source / "context", subpath="model").config
+    config = load_context(source / "context").model.config  # the whole context, as NeMo's exporters load it
     cpu.configure_model(config)
     config.tensor_model_parallel_size, config.pipeline_model_parallel_size = sizes["tensor"], sizes["pipeline"]
     config.expert_model_parallel_size = sizes["expert"]
