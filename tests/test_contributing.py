@@ -22,6 +22,7 @@ from typing import Any
 
 from slipway.families import checks, decoder, fields, llama31, rope
 from slipway.families.checks import Config
+from slipway.families.described import Described, decoder_config
 from slipway.families.rules import Rules
 
 NAME = "mistral"
@@ -46,6 +47,13 @@ def rules(c: Config) -> Rules:
 def nemo_model(c: Config) -> tuple[str, str, dict[str, Any]]:
     module = "nemo.collections.llm.gpt.model.mistral"
     return f"{module}:MistralModel", f"{module}:MistralConfig7B", {**decoder.nemo_fields(c), "window_size": None}
+
+
+MEGATRON: dict[str, Any] = {}
+
+
+def hf_config(f: Described) -> dict[str, Any]:
+    return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **decoder_config(f)}
 
 
 def tiny_config() -> dict[str, Any]:
