@@ -237,9 +237,12 @@ def test_devices(monkeypatch, tmp_path):
     assert quantization.devices("auto") == quantization.devices("cpu") == ["cpu"] and not asked, "torch is not imported"
     assert quantization.devices("cuda") == ["cuda:0", "cuda:1"]
     monkeypatch.setattr(quantization, "GPU_DRIVER", tmp_path)
-    assert quantization.devices("auto") == ["cuda:0", "cuda:1"] and quantization.devices("cpu") == ["cpu"]
+    asked.clear()
+    found = quantization.devices("auto")
+    assert not asked, "they are looked for when one is needed"
+    assert list(found) == ["cuda:0", "cuda:1"] and quantization.devices("cpu") == ["cpu"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert quantization.devices("auto") == ["cpu"]
+    assert list(quantization.devices("auto")) == ["cpu"]
     with pytest.raises(PreflightError, match="torch finds no GPU"):
         quantization.devices("cuda")
 
