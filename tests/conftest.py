@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # The files that take longest, the longest first: with --dist loadfile a file is what a worker takes, and the last ones
 # should be short. All others follow in their order.
 LONGEST = [
+    "slurm/test_losses.py",
+    "slurm/test_real.py",
     "training/test_parallel.py",
     "training/test_nodes.py",
     "training/test_resume.py",
@@ -42,12 +44,14 @@ LONGEST = [
     "families/test_matrix.py",
     "checkpoint/test_lora.py",
     "test_contributing.py",
+    "test_demo.py",
+    "slurm/test_submit.py",
+    "test_paths.py",
     "checkpoint/test_peft.py",
     "training/test_data_in_training.py",
     "training/test_watch.py",
     "checkpoint/test_formats.py",
     "attacks/test_attack_secrets.py",
-    "test_demo.py",
     "attacks/test_attack_fuzz.py",
     "checkpoint/test_verify.py",
     "checkpoint/test_locate.py",
