@@ -289,10 +289,10 @@ def gptq(name: str, t: torch.Tensor) -> Stored:
 
 
 @each
-def nf4(name: str, t: torch.Tensor) -> Stored:
+def fp4(name: str, t: torch.Tensor) -> Stored:
     state = torch.zeros(80, dtype=torch.uint8)
     packed = {name: zeros(t.numel() // 2, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(t.numel() // 64)}
-    return {**packed, f"{name}.quant_map": torch.ones(16), f"{name}.quant_state.bitsandbytes__nf4": state}
+    return {**packed, f"{name}.quant_map": torch.ones(16), f"{name}.quant_state.bitsandbytes__fp4": state}
 
 
 @each
@@ -344,8 +344,8 @@ UNREAD: dict[str, tuple[dict | None, Callable[[Stored], Stored], str]] = {
     "awq": ({"quant_method": "awq", "bits": 4}, gptq, "AWQ"),
     "gptq or awq, nothing said": (None, gptq, "GPTQ or AWQ"),
     "gptq, said to be fp8": ({"quant_method": "fp8"}, gptq, "GPTQ or AWQ"),
-    "nf4": ({**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4, "bitsandbytes NF4"),
-    "nf4, nothing said": (None, nf4, "bitsandbytes"),
+    "fp4": ({**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, fp4, "bitsandbytes FP4"),
+    "fp4, nothing said": (None, fp4, "bitsandbytes"),
     "llm.int8": ({**BNB, "load_in_8bit": True}, llm_int8, "bitsandbytes INT8"),
     "llm.int8, nothing said": (None, llm_int8, "bitsandbytes INT8"),
     "hqq": ({"quant_method": "hqq"}, hqq, "HQQ"),

@@ -109,7 +109,8 @@ def test_a_nemo_checkpoint_and_its_weights_alone(nemo, tmp_path):
 
 def test_a_nemo_checkpoint_that_another_began(nemo):
     (nemo / "context" / "hf_config.json").unlink()
-    assert found(nemo).model == "GPTOSSModel"
+    c = found(nemo)
+    assert c.model == "gpt_oss" and c.checked == "io.json" and c.whole and "made by NeMo 2" in c.notes
 
 
 def test_a_training_checkpoint(nemo, tmp_path):
