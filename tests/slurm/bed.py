@@ -32,7 +32,7 @@ PROGRAMS = (
     "/usr/sbin/ip",
     "/usr/bin/ssh",
 )
-LIMIT = 120.0  # seconds that anything may take
+LIMIT = 900.0  # seconds that anything may take: a safety net, many times what it takes on a busy machine
 FOLDERS = Path(tempfile.gettempdir())  # short: a path of a socket has 107 characters at most
 PREFIX = "slbed-"
 

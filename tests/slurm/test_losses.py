@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+from bed import Bed
 from person import SLIPWAY, chain, events, steps_done, wait_for
 
 pytest_plugins = ("beds",)
@@ -38,7 +39,7 @@ def test_a_lost_node_is_excluded_and_the_run_goes_on(bed, client, out):
     lost = bed.out("scontrol", "show", "hostnames", bed.job(jobs[1])["NodeList"]).split()[1]
     bed.lose(lost)
     try:
-        bed.wait(lambda: client.status(run)["steps"][1]["starts"] == 2, "another start", limit=200, hurry=True)
+        bed.wait(lambda: client.status(run)["steps"][1]["starts"] == 2, "another start", hurry=True)
         fields = bed.job(jobs[1])
         assert lost not in bed.out("scontrol", "show", "hostnames", fields["NodeList"]).split()
         bed.wait(lambda: client.status(run)["ended"], "the chain's end", hurry=True)
@@ -73,7 +74,7 @@ def test_a_start_that_is_cut_off_gives_way_to_the_next_one(bed, client, out):
     cut = bed.job(jobs[1])["NodeList"]
     bed.cut(cut)
     try:
-        bed.wait(lambda: client.status(run)["steps"][1]["starts"] == 2, "another start", limit=200, hurry=True)
+        bed.wait(lambda: client.status(run)["steps"][1]["starts"] == 2, "another start", hurry=True)
         bed.wait(lambda: [one for one in events(out / "run") if one[3] != cut], "work on another node")
         time.sleep(2)
         found = [one for one in events(out / "run") if one[4][0] == "step"]
@@ -88,6 +89,16 @@ def test_a_start_that_is_cut_off_gives_way_to_the_next_one(bed, client, out):
         bed.wait_for_nodes()
 
 
+def whole_or_none(bed: Bed, before: set[str]) -> bool:
+    """Three jobs more than before, none of them held; or none at all."""
+    jobs = {*bed.out("squeue", "-h", "-t", "all", "-o", "%i").split()} - before
+    held = "JobHeldUser" in bed.out("squeue", "-h", "-o", "%i %r")
+    if not jobs:
+        time.sleep(5)
+        return not {*bed.out("squeue", "-h", "-t", "all", "-o", "%i").split()} - before
+    return len(jobs) == 3 and not held
+
+
 def test_a_client_that_is_killed_leaves_a_whole_chain_or_none(bed, client, out):
     bed.wait(lambda: not bed.out("squeue", "-h"), "an empty queue")
     for delay in (0.25, 0.35, 0.45, 0.55):
@@ -96,8 +107,6 @@ def test_a_client_that_is_killed_leaves_a_whole_chain_or_none(bed, client, out):
         process = subprocess.Popen(words, env=bed.client, cwd=client.folder, stdout=subprocess.DEVNULL)
         time.sleep(delay)
         process.kill()
-        time.sleep(3)
-        jobs = {*bed.out("squeue", "-h", "-t", "all", "-o", "%i").split()} - before
-        held = bed.out("squeue", "-h", "-o", "%i %r")
-        assert len(jobs) in (0, 3) and "JobHeldUser" not in held, (delay, jobs, held)
+        # What the client has begun on the cluster goes on without it, and on a busy machine takes its time.
+        assert bed.wait(lambda before=before: whole_or_none(bed, before), "a whole chain, or none")
     bed.run("scancel", "-u", bed.user)

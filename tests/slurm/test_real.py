@@ -66,7 +66,7 @@ def test_the_shipped_script_saves_is_queued_again_and_goes_on_without_a_lost_nod
     lost = bed.out("scontrol", "show", "hostnames", bed.job(job)["NodeList"]).split()[1]
     bed.lose(lost)
     try:
-        bed.wait(lambda: bed.job(job)["JobState"] == "COMPLETED", "the end", limit=240, hurry=True)
+        bed.wait(lambda: bed.job(job)["JobState"] == "COMPLETED", "the end", hurry=True)
         assert lost not in bed.job(job)["NodeList"] and steps()[-1] == 100
         assert set(steps()) == set(range(1, 101))
     finally:
@@ -93,12 +93,12 @@ def test_a_chain_from_hugging_face_to_hugging_face_has_one_loss_curve(roots_bed,
     chain += ["export", out / "run", out / "exported"]
     run, jobs = client.sent(*chain)
     folder = RunFolder(out / "run")
-    bed.wait(lambda: folder.metrics.exists() and len(folder.read_metrics()) > 20, "the first steps", limit=300)
+    bed.wait(lambda: folder.metrics.exists() and len(folder.read_metrics()) > 20, "the first steps")
     assert "run: running, step" in client.submit("status", run).stdout
     bed.run("scancel", "--signal=USR1", jobs[2])
     bed.wait(lambda: bed.job(jobs[2])["JobState"] == "PENDING", "the job to be queued again")
     saved = folder.latest_checkpoint()
-    bed.wait(lambda: client.status(run)["ended"], "the chain's end", limit=400, hurry=True)
+    bed.wait(lambda: client.status(run)["ended"], "the chain's end", hurry=True)
     assert client.states(run) == ["done"] * 4, client.submit("logs", run).stdout
     assert saved and 20 < saved[0] < 150 and folder.read_status()["begun_at"] == saved[0]
     assert [entry["step"] for entry in folder.read_metrics()] == list(range(150)) and folder.plot.exists()
