@@ -16,7 +16,7 @@ from person import SLIPWAY, Client, events
 from slipway.training.run_folder import RunFolder
 
 pytest_plugins = ("beds",)
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[2]
 TOPOLOGY = "from slipway.launch.topology import Placement, find_topology; print(find_topology(Placement()))"
 

@@ -12,7 +12,7 @@ from conftest import seconds_of_children
 from person import SLIPWAY, chain, steps_done, wait_for
 
 pytest_plugins = ("beds",)
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_chain_runs_to_its_end_and_is_told(bed, client, out):
@@ -183,6 +183,11 @@ def test_two_beds_do_not_meet(bed: Bed):
         )
 
 
+def heed_interrupts() -> None:
+    """A shell gives its background jobs SIGINT ignored, and they hand it on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_following_alone(bed, client, out):
     run, _ = client.sent(*chain(out, 40))
     process = subprocess.Popen(
@@ -191,6 +196,7 @@ def test_ctrl_c_ends_following_alone(bed, client, out):
         cwd=client.folder,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     wait_for(bed, out / "run.events", "step 2")
     process.send_signal(signal.SIGINT)

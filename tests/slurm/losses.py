@@ -10,7 +10,7 @@ from bed import Bed
 from person import SLIPWAY, chain, events, steps_done, wait_for
 
 pytest_plugins = ("beds",)
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_preemption_saves_and_the_job_comes_again(bed, client, out):
@@ -102,7 +102,7 @@ def whole_or_none(bed: Bed, before: set[str]) -> bool:
 def test_a_client_that_is_killed_leaves_a_whole_chain_or_none(bed, client, out):
     bed.wait(lambda: not bed.out("squeue", "-h"), "an empty queue")
     for delay in (0.25, 0.35, 0.45, 0.55):
-        before = {*bed.out("squeue", "-h", "-o", "%i").split()}
+        before = {*bed.out("squeue", "-h", "-t", "all", "-o", "%i").split()}
         words = [SLIPWAY, "submit", "--", *map(str, chain(out / f"{delay}"))]
         process = subprocess.Popen(words, env=bed.client, cwd=client.folder, stdout=subprocess.DEVNULL)
         time.sleep(delay)
