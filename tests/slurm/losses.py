@@ -19,7 +19,7 @@ def test_preemption_saves_and_the_job_comes_again(bed, client, out):
     urgent = bed.out("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "--wrap", "sleep 3")
     bed.wait(lambda: bed.job(jobs[1]).get("Restarts") == "1", "the pre-emption")
     bed.wait(lambda: bed.job(urgent).get("JobState") == "COMPLETED", "the urgent job")
-    bed.wait(lambda: client.status(run)["ended"], "the chain's end", hurry=True)
+    bed.wait(lambda: client.over(run), "the chain's end", hurry=True)
     assert client.states(run) == ["done"] * 3 and steps_done(out) == list(range(1, 61))
 
 
@@ -28,7 +28,7 @@ def test_a_step_that_does_not_save_comes_again_after_a_preemption(bed, client, o
     wait_for(bed, out / "nemo.events", "step 2")
     bed.out("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
     bed.wait(lambda: bed.job(jobs[0]).get("Restarts") == "1", "the pre-emption")
-    bed.wait(lambda: client.status(run)["ended"], "the chain's end", hurry=True)
+    bed.wait(lambda: client.over(run), "the chain's end", hurry=True)
     assert client.states(run) == ["done"] * 3
     assert [int(what[1]) for *_, what in events(out / "nemo") if what[0] == "step"] == list(range(1, 13))
 
@@ -42,7 +42,7 @@ def test_a_lost_node_is_excluded_and_the_run_goes_on(bed, client, out):
         bed.wait(lambda: client.status(run)["steps"][1]["starts"] == 2, "another start", hurry=True)
         fields = bed.job(jobs[1])
         assert lost not in bed.out("scontrol", "show", "hostnames", fields["NodeList"]).split()
-        bed.wait(lambda: client.status(run)["ended"], "the chain's end", hurry=True)
+        bed.wait(lambda: client.over(run), "the chain's end", hurry=True)
         assert client.states(run) == ["done"] * 3
         done = steps_done(out)
         assert done[-1] == 100 and set(done) == set(range(1, 101))
@@ -53,7 +53,7 @@ def test_a_lost_node_is_excluded_and_the_run_goes_on(bed, client, out):
 
 def test_what_the_controller_cannot_say_the_files_do(bed, client, out):
     run, _ = client.sent(*chain(out))
-    bed.wait(lambda: client.status(run)["ended"] and not bed.out("squeue", "-h"), "the end")
+    bed.wait(lambda: client.over(run) and not bed.out("squeue", "-h"), "the end")
     bed.kill("login", "slurmctld")
     try:
         done = client.submit("status", run)

@@ -43,6 +43,13 @@ class Client:
         found = json.loads(done.stdout)
         return found["run"], list(found["jobs"].values())
 
+    def over(self, run: str) -> bool:
+        """The run has ended, and is not between an end and the next start of a job that is queued again."""
+        if not self.status(run)["ended"]:
+            return False
+        time.sleep(3)
+        return self.status(run)["ended"]
+
     def status(self, run: str = "") -> dict[str, Any]:
         """What `status` says."""
         done = self.submit("status", "--json", *([run] if run else []))
