@@ -546,3 +546,43 @@ def test_one_chunk_is_read_by_ranges(tmp_path, monkeypatch):
         part = reader.read(Ref("a", (), (start, start + 64)))
         assert np.array_equal(part, tensor[start : start + 64].view(torch.uint16).numpy())
     assert sum(read) <= 1.1 * tensor.nbytes
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_layers", 10**12),
+        ("num_layers", "many"),
+        ("tensor_model_parallel_size", 1000),
+        ("pipeline_model_parallel_size", 10**9),
+        ("expert_model_parallel_size", 1024),
+        ("num_experts", 10**9),
+        ("hidden_size", 1 << 40),
+        ("num_layers_per_virtual_pipeline_stage", 0),
+    ],
+)
+def test_sizes_that_the_files_do_not_explain(field, value, models, tmp_path, capsys):
+    """Megatron-LM's arguments come from a stranger: nothing is built from them before they are bounded."""
+    from argparse import Namespace
+
+    run("import", models("t8"), tmp_path / "out", "--format", "classic")
+    shutil.rmtree(tmp_path / "out" / classic_reader.NOTE)
+    file = tmp_path / "out" / "iter_0000001" / "mp_rank_00" / classic.FILE
+    saved = classic_models.load(file)
+    changed = {field: value} | ({"num_moe_experts": value} if field == "num_experts" else {})
+    torch.save({**saved, "args": Namespace(**{**vars(saved["args"]), **changed})}, file)
+    for words in (["export", tmp_path / "out", tmp_path / "hf"], ["inspect", tmp_path / "out"]):
+        capsys.readouterr()
+        assert cli.main([*map(str, words)]) in (2, 65)
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_merge_keys_of_yaml_are_refused(tmp_path):
+    """Ten levels of ten merges are ten thousand million fields."""
+    from slipway.checkpoint import described
+    from slipway.errors import DataError
+
+    lines = ["a0: &a0 {k0: 1}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 11)]
+    (tmp_path / "run_config.yaml").write_text("\n".join([*lines, "model: *a10"]))
+    with pytest.raises(DataError, match="is damaged"):
+        described._yaml(tmp_path / "run_config.yaml", "model")

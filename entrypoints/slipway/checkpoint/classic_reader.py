@@ -25,10 +25,11 @@ from slipway.checkpoint.classic import Cut, Layout, Options, Placement, Rank
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError, UsageError
 from slipway.families import described_model, read_config, understood
-from slipway.families.checks import Config
+from slipway.families.checks import Config, check_stored
 from slipway.families.decoder import without_mtp
 from slipway.families.described import GIVE, Described
 from slipway.families.rules import Rules
+from slipway.options import check_group
 from slipway.tensors.bits import Bits, bits_type, empty, piece_number, scratch
 from slipway.tensors.refs import Ref, TensorInfo
 from slipway.untrusted import read_object, read_text
@@ -48,6 +49,7 @@ LATENT_NORMS = {
     "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+MOST_PACKED = 4096  # bytes of a layer for one of its adapter's, at most; NF4 has four
 LORA = "lora_"  # in the names of low-rank adapters
 EXTRA = re.compile(r".*\._extra_state(/.*)?")
 # Megatron-LM's arguments → options.
@@ -116,6 +118,14 @@ class Ranks:
         return {name for saved in self.saved.values() for held in saved.chunks.values() for name in held}
 
     @property
+    def bytes(self) -> int:
+        """Of all tensors of all ranks, unpacked: NF4 has two elements in a byte, adapters stand for their layers."""
+        stored = sum(file.stat().st_size for file in self.folder.glob(f"mp_rank_*/{classic.FILE}"))
+        return stored * (
+            MOST_PACKED if self.has_adapters or any(name.endswith(".absmax") for name in self.names) else 1
+        )
+
+    @property
     def has_adapters(self) -> bool:
         """There are low-rank adapters."""
         return any(held for chunks in self.adapters.values() for held in chunks.values())
@@ -169,7 +179,13 @@ def options_of(ranks: Ranks, given: Mapping[str, Any]) -> Options:
     if any(told.get(name) for name in ("schedules_method", "num_layer_list", "noop_layers")):
         seen.pop("num_layers_per_virtual_pipeline_stage", None)
         seen.pop("num_layer_list", None)
-    return Options(**seen | told)
+    options = Options(**seen | told)
+    check_group(options)
+    # As many files as ranks, or fewer: no list of ranks is made that the files do not explain.
+    tensor, experts = options.tensor_parallel_size, options.expert_parallel_size
+    if tensor * options.pipeline_parallel_size * experts > len(ranks.saved) * min(tensor, experts):
+        raise DataError(f"{ranks.folder} has {len(ranks.saved)} files of ranks, fewer than its layout needs; {AGAIN}")
+    return options
 
 
 def _of_args(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -538,6 +554,7 @@ def find(checkpoint: Path, given: Mapping[str, Any], config: Path | None) -> Fou
     options = options_of(ranks, given)
     said = model_of(ranks, options, config)
     known = {**said.config} if options.mtp_num_layers else {**without_mtp(said.config)}
+    check_stored(known, said.where, ranks.bytes)  # before the rules are made, which take memory for each tensor
     rules = said.family.rules(known)
     notes = [f"left out: {ranks.left_out} states of Transformer Engine's modules"] if ranks.left_out else []
     if surplus := sorted({key for saved in ranks.saved.values() for key in saved.beside} & TRAINING):

@@ -31,7 +31,7 @@ from slipway.untrusted import open_file, read_text
 
 BRIDGE = "run_config.yaml"
 COMMON = "common.pt"
-LARGEST_YAML = 4 << 20
+LARGEST_YAML = 1 << 18  # NeMo and Megatron-Bridge write some 30,000 bytes
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -107,11 +107,22 @@ def _yaml(path: Path, section: str) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        text = read_text(path, LARGEST_YAML, "copy the checkpoint again")
-        whole = yaml.safe_load(text)  # an alias is a second name of the same object here, so it takes no memory
+        whole = yaml.load(read_text(path, LARGEST_YAML, "copy the checkpoint again"), _loader())
         return {name: _value(value) for name, value in whole[section].items()}
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError, ValueError):
         raise DataError(f"{path} is damaged: it has no table {section}; copy the checkpoint again") from None
+
+
+def _loader() -> type:
+    """YAML's plain values, without merge keys: an alias is another name of one object, but these copy it."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("a merge key, which no checkpoint has")
+
+    return Plain
 
 
 def _value(value: Any) -> Any:

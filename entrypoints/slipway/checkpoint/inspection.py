@@ -38,8 +38,9 @@ from slipway.checkpoint.opened import (
 )
 from slipway.errors import DataError, UsageError
 from slipway.families import by_model_type, read_config, understood
+from slipway.families.checks import check_stored
 from slipway.families.decoder import has_mtp, is_tied, without_mtp
-from slipway.tensors.refs import TensorInfo
+from slipway.tensors.refs import TensorInfo, stored_bytes
 
 BASE = "llm."  # before the names of the base model in a model merged with heads
 MERGED_TYPE = "autodeco"
@@ -346,6 +347,7 @@ def _told(reader: torch_dist.Reader, given: Given) -> tuple[described.Model | No
         return None, []
     try:
         told = described.model_of(reader.folder, weights, given.config)
+        check_stored(told.config, told.where, stored_bytes(reader.tensors))
         reader.adopt(told.family.rules(_as_stored(told.config, weights)).megatron)
     except (DataError, UsageError) as error:
         return None, [str(error)]

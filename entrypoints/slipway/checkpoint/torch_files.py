@@ -37,7 +37,7 @@ LARGE = 0xFFFFFFFF  # of a field of 32 bits; what does not fit goes into an extr
 # The records of a zip file (APPNOTE.TXT 4.3).
 LOCAL, CENTRAL = "<4s5H3I2H", "<4s6H3I5H2I"
 END, END64, LOCATOR = "<4s4H2IH", "<4sQ2H2I4Q", "<4sIQI"
-LARGEST_PICKLE = 256 << 20
+LARGEST_PICKLE = 64 << 20  # some 300 bytes for a tensor
 Names = Mapping[str, Mapping[str, TensorInfo]]  # chunk → name → tensor
 
 # ---------------------------------------------------------------------------- writing

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from slipway.families.rules import Rules
     from slipway.tensors.refs import TensorInfo
 
+MOST_LAYERS = 10_000
 LARGEST_CONFIG = 16 << 20  # bytes; some name every module of a quantised model
 # Files here that are no family.
 PARTS = {"checks", "config", "decoder", "described", "fabricate", "fields", "quantized", "rope", "rules"}
@@ -148,6 +149,9 @@ def described_model(f: Described, tensors: Mapping[str, TensorInfo]) -> tuple[Fa
     Errors: DataError for a field that is missing, or that no config.json of the family can say.
     """
     family = _by_tensors(tensors, f.where)
+    layers = f["num_layers"]
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:  # before anything is made for each of them
+        raise DataError(f"{f.where}: num_layers is {str(layers)[:40]!r}; it must be 1 to {MOST_LAYERS}")
     try:
         config = family.hf_config(f)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
