@@ -15,6 +15,7 @@ from pathlib import Path
 
 from slipway.checkpoint.classic import Options
 from slipway.cluster import settings
+from slipway.errors import EXIT_CODES
 from slipway.families import FAMILIES, Family
 from slipway.families.fields import COMMON
 from slipway.launch.placement import Patience, Placement
@@ -57,6 +58,12 @@ def common_fields() -> str:
     return "\n".join(["| what becomes of it | fields |", "|---|---|", *rows]) + "\n"
 
 
+def exit_codes() -> str:
+    """A row for each exit code."""
+    rows = [f"| {code} | {meaning} | {again} |" for code, meaning, again in EXIT_CODES]
+    return "\n".join(["| exit code | what it means | start it again? |", "|---|---|---|", *rows]) + "\n"
+
+
 def shown(name: str) -> str:
     """A file of deploy/ as it is."""
     path = DOCS.parent / "deploy" / name
@@ -71,6 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "placement flags": lambda: table(Placement),
     "patience flags": lambda: table(Patience),
     "common fields": common_fields,
+    "exit codes": exit_codes,
     "keys of lab.toml": lambda: table(settings.Common, flags=False),
     "keys of lab.toml for Slurm": lambda: table(settings.OnSlurm, flags=False),
     "keys of lab.toml for Kubernetes": lambda: table(settings.OnKubernetes, flags=False),

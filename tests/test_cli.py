@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from conftest import seconds_of_children
 from slipway import cli
-from slipway.errors import UsageError
+from slipway.errors import EXIT_CODES, SlipwayError, UsageError
 
 SLIPWAY = Path(sys.executable).parent / "slipway"
 
@@ -102,6 +102,13 @@ def test_every_argument_of_every_command_is_documented(name, function):
         shown = parameter.name.upper() if parameter.name in positional else parameter.flag
         assert parameter.about.help and f"\n  {shown}" in text, parameter.name
     assert "--json" in text
+
+
+def test_help_lists_every_exit_code():
+    codes = {error.exit_code for error in (SlipwayError, *SlipwayError.__subclasses__())}
+    assert codes <= {code for code, *_ in EXIT_CODES} and {0, 69, 130} <= {code for code, *_ in EXIT_CODES}
+    for code, meaning, again in EXIT_CODES:
+        assert f"\n  {code:<4} {meaning} → {again}" in cli.overview()
 
 
 def test_an_unknown_command_is_named_with_a_suggestion(slipway):

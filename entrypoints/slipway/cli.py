@@ -41,7 +41,7 @@ from slipway.commands import (
 )
 from slipway.commands import inspect as inspect_checkpoint
 from slipway.commands.demo import demo
-from slipway.errors import SlipwayError, UsageError
+from slipway.errors import EXIT_CODES, SlipwayError, UsageError
 from slipway.launch.quiet import quiet
 from slipway.options import Parameter, suggestion
 from slipway.untrusted import harmless, harmless_lines, without_credentials
@@ -153,9 +153,10 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`slipway COMMAND --help` explains its arguments. Exit codes: 0 done, 1 a defect of Slipway, or models",
-            "that `verify` finds to differ, 2 wrong usage, 65 bad input data, 73 cannot write, 75 stopped and saved",
-            "(run the same command again to continue), 78 the machine is not fit.",
+            "`slipway COMMAND --help` explains its arguments.",
+            "",
+            "Exit codes, and whether to start the same command again:",
+            *(f"  {code:<4} {meaning} → {again}" for code, meaning, again in EXIT_CODES),
         ]
     )
 

@@ -3,6 +3,34 @@
 The message of every one of them is a single line that names the thing, the place and the cure.
 """
 
+from typing import NamedTuple
+
+
+class ExitCode(NamedTuple):
+    """What an exit code means.
+
+    Args:
+        again: whether, and when, it is of use to start the same command again.
+    """
+
+    code: int
+    meaning: str
+    again: str
+
+
+# The one list: `slipway --help` and docs/launching.md show it.
+EXIT_CODES = (
+    ExitCode(0, "all is done, or was done already", "no"),
+    ExitCode(1, "anything else, which the message says; also models that `verify` finds to differ", "look first"),
+    ExitCode(2, "wrong usage", "not before it is corrected"),
+    ExitCode(65, "bad input data", "not before it is mended"),
+    ExitCode(69, "another node was lost", "yes, on other nodes"),
+    ExitCode(73, "the disk is full or cannot be written", "after some space was freed"),
+    ExitCode(75, "stopped and saved on request", "yes, the same command"),
+    ExitCode(78, "the machine is not fit, or a folder is held by another run", "not before it is mended"),
+    ExitCode(130, "interrupted by Ctrl-C", "yes, the same command"),
+)
+
 
 class SlipwayError(Exception):
     """A failure that is not a defect of Slipway; printed as one line, never with a traceback."""
