@@ -35,7 +35,6 @@ test-slurm: setup  ## `submit` and the commands on a real Slurm of their own (as
 	@SLIPWAY_TESTS_NEED_SLURM=1 .venv/bin/pytest tests/slurm --numprocesses 3 --dist loadfile
 
 slurm-slow: setup  ## 100 random faults on real Slurms, and NeMo-Run on the same cluster: tables for docs/launching.md
-	@SLIPWAY_TESTS_NEED_SLURM=1 .venv/bin/pytest tests/slurm/losses.py
 	@.venv/bin/python tests/slurm/faults.py
 	@.venv/bin/python tests/slurm/against_nemo_run.py
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # The files that take longest, the longest first: with --dist loadfile a file is what a worker takes, and the last ones
 # should be short. All others follow in their order.
 LONGEST = [
+    "slurm/test_losses.py",
     "slurm/test_real.py",
     "training/test_parallel.py",
     "training/test_nodes.py",

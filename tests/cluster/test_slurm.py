@@ -139,6 +139,37 @@ def test_the_state_of_each_step(given, states, code):
     assert str(found) and json.dumps(found.as_dict())
 
 
+def queued_again(*more: list[str]) -> list[list[str]]:
+    """A step that has left a code and is queued again."""
+    return [step("1-a", "0 1"), ["step", "2-b", "8", "", "", "75 900", "1"], step("3-c", starts=0), *more]
+
+
+def test_a_job_that_is_queued_again_has_not_ended_whatever_slurm_says():
+    for given in (["queue", "2-b", "REQUEUED", "None"], ["queue", "2-b", "PENDING", "BeginTime"]):
+        found = records(*queued_again([*given, "", "0:00", "1:00", "N/A"], queue("3-c", "PENDING", "Dependency")))
+        assert [one.state for one in found.steps] == ["done", "waiting", "waiting"] and not found.has_ended
+    # While Slurm does not answer nobody knows: what the job has left is also there if it is queued again.
+    found = records(*queued_again(["silent", "Slurmctld is DOWN"]))
+    assert [one.state for one in found.steps] == ["done", "not known", "not known"] and not found.has_ended
+    assert found.exit_code == 0 and "Slurm does not answer (Slurmctld is DOWN)" in str(found)
+    # It answers and knows nothing of the job: then that was the end.
+    assert [one.state for one in records(*queued_again()).steps] == ["done", "stopped", "not started"]
+
+
+def test_what_ended_badly_is_known_without_slurm():
+    found = records(step("1-a", "65 1"), step("2-b", starts=0), ["silent", "DOWN"])
+    assert [one.state for one in found.steps] == ["failed", "not started"] and found.exit_code == 65
+
+
+@pytest.mark.parametrize("first", [step("1-a", "0 1"), step("1-a", starts=0)])
+def test_what_a_killed_controller_has_forgotten_is_told_with_the_cure(first):
+    held = queue("1-a", "PENDING", "JobHeldUser")
+    found = records(first, held, step("2-b", starts=0), step("3-c", starts=0))
+    assert "job 7 is still in its queue; take it away with `slipway submit cancel`" in str(found)
+    assert "Slurm has forgotten it" in found.steps[1].said
+    assert "warning" not in records(first, held, step("2-b"), queue("2-b", "PENDING")).as_dict()
+
+
 def test_the_runs_own_progress_is_shown():
     status = {"state": "running", "step": 12, "steps": 40, "loss": 2.5, "seconds_left": 900,
               "updated": "1970-01-01T00:16:30Z"}  # fmt: skip
@@ -195,6 +226,9 @@ def test_nothing_is_sent_where_a_word_is_wrong(tmp_path, slipway):
         (["status", "a", "b"], "'b' is one word too many"),
         (["status", "../x"], "'../x' is no run"),
         (["cancel", "--dry-run"], "--dry-run is for a chain"),
+        (["status", "--step", "train"], "submit status: --step belongs to `slipway submit logs`"),
+        (["stop", "--follow"], "submit stop: --follow is for a chain and for `slipway submit logs`"),
+        (["logs", "--follow", "--step", "train"], "--follow shows all steps; leave out --step"),
         ([], "WORDS is missing"),
         (["--step", "train", "--", "import", "/shared/a", "/shared/b"], "--step belongs to `slipway submit logs`"),
     ],

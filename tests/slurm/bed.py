@@ -359,7 +359,9 @@ class Bed:
             if job.endswith("BeginTime"):
                 self.run("scontrol", "update", f"JobId={job.split()[0]}", "StartTime=now", user="root")
 
-    def wait(self, until: Callable[[], Any], what: str, limit: float = LIMIT, hurry: bool = False) -> Any:
+    def wait(
+        self, until: Callable[[], Any], what: str, limit: float = LIMIT, hurry: bool = False, pause: float = 0.2
+    ) -> Any:
         """What `until` returns once it is true."""
         ends = time.monotonic() + limit
         while time.monotonic() < ends:
@@ -367,7 +369,7 @@ class Bed:
                 return found
             if hurry:
                 self.hurry()
-            time.sleep(0.2)
+            time.sleep(pause)
         state = self.out("squeue", "-o", "%i %j %T %r %N") + "\n" + self.out("sinfo", "-N")
         raise AssertionError(f"waited {limit:.0f} s for {what}\n{state}")
 

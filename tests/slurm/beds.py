@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bed import Bed, missing, sweep
-from person import Client, install
+from person import Client, person, place
 
 MUST = "SLIPWAY_TESTS_NEED_SLURM"  # set in CI: no reason is good enough there, and packages are installed
 
@@ -40,16 +39,10 @@ def roots_bed(possible: None) -> Iterator[Bed]:
 @pytest.fixture
 def client(bed: Bed, tmp_path: Path) -> Client:
     """A client whose commands are stand-ins."""
-    tool = install(bed)
-    found = Client(bed, tmp_path)
-    found.lab(f'host = "login"\njob_dir = "{bed.shared}/jobs"\ncommand = "{tool}"\nnodes = 2\ngpus_per_node = 1\n')
-    return found
+    return person(bed, tmp_path)
 
 
 @pytest.fixture
 def out(bed: Bed, tmp_path: Path) -> Path:
     """A folder of one's own on the cluster."""
-    folder = bed.shared / tmp_path.name
-    folder.mkdir()
-    shutil.chown(folder, bed.user)
-    return folder
+    return place(bed, tmp_path.name)

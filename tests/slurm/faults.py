@@ -1,4 +1,4 @@
-"""Random faults on real Slurms, with stand-ins for the commands: `make slurm-faults` prints a table.
+"""Random faults on real Slurms, with stand-ins for the commands: `make slurm-slow` prints a table.
 
 Each fault meets one chain of import, train and export, at a random moment. What must hold: the chain ends in the state
 that the fault calls for; where that is not its end, the same chain submitted again ends it; no two starts of a step
@@ -8,6 +8,7 @@ work at the same time; what was saved is not computed again; no output is missin
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import signal
 import statistics
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from bed import Bed, missing, sweep
 from person import SLIPWAY, Client, chain, events, install
+from slipway.cluster.runs import FORGOTTEN
 
 LIMIT = 300.0  # seconds in which a chain must have ended
 STEPS = 24
@@ -74,7 +76,7 @@ class Scene:
         time.sleep(self.chance.uniform(0, 12))
 
 
-Fault = Callable[[Scene], list[str]]  # does it, and returns the states that may follow: "done" or "ended"
+Fault = Callable[[Scene], list[str]]  # does it, and returns the states that may follow: "done", "ended" …
 
 
 def kill_a_step(scene: Scene) -> list[str]:
@@ -105,11 +107,11 @@ def cut_a_node(scene: Scene) -> list[str]:
 
 
 def kill_the_controller(scene: Scene) -> list[str]:
-    """slurmctld is killed and started again."""
+    """slurmctld is killed and started again; what it has not written by then (up to 5 s of work) it has forgotten."""
     scene.bed.kill("login", "slurmctld")
     time.sleep(scene.chance.choice([1, 8, 20]))
     scene.bed.start("slurmctld")
-    return ["done"]
+    return ["done", "forgotten"]
 
 
 def cancel_a_job(scene: Scene) -> list[str]:
@@ -172,19 +174,36 @@ def _meet(scene: Scene, kind: str) -> list[str]:
 
 
 def end_of(scene: Scene) -> str:
-    """Wait until the newest chain of the scene has ended: done, ended, or none where nothing was submitted."""
+    """Wait until the newest chain of the scene has ended.
+
+    Returns: done, ended, none where nothing was submitted, or forgotten where Slurm has lost a part of it, which
+    `status` must say. What is left of it is then taken away, as `status` says too.
+    """
     bed, deadline = scene.bed, time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         bed.hurry()
-        if not bed.out("squeue", "-h", "-u", bed.user, "-p", "batch"):
-            found = scene.client.submit("status", "--json", *([scene.run] if scene.run else []))
-            if found.returncode == 2:
-                return "none"
-            if '"ended": true' in found.stdout:
-                return "done" if found.returncode == 0 else "ended"
+        reasons = bed.out("squeue", "-h", "-u", bed.user, "-p", "batch", "-o", "%r").split()
+        if {*reasons} <= {"JobHeldUser"} and (end := _told_end(scene)):  # nothing goes on by itself
+            return end
         time.sleep(1)
     state = bed.out("squeue", "-o", "%i %j %T %r %N") + bed.out("sinfo", "-N")
     return f"not after {LIMIT:.0f} s: {state} {scene.client.submit('status').stdout}"
+
+
+def _told_end(scene: Scene) -> str:
+    """How the newest chain has ended, by `status`; empty where it has not."""
+    told = scene.client.submit("status", "--json", *([scene.run] if scene.run else []))
+    if told.returncode == 2:
+        return "none"
+    found = json.loads(told.stdout) if told.stdout else {}
+    if found.get("warning", "").startswith("Slurm has forgotten"):
+        scene.client.submit("cancel", found["run"])
+        return "forgotten"
+    if not found.get("ended"):
+        return ""
+    if any(step["said"] == FORGOTTEN for step in found["steps"]):
+        return "forgotten"
+    return "done" if told.returncode == 0 else "ended"
 
 
 def wrong_with(out: Path) -> list[str]:
@@ -230,7 +249,7 @@ def one(bed: Bed, kind: str, seed: int) -> Case:
             end = end_of(scene)
             if end not in may_be:
                 case.problems.append(f"ended as {end!r}, not one of {may_be}")
-            while end in ("ended", "none") and case.submitted < 3:
+            while end in ("ended", "none", "forgotten") and case.submitted < 3:
                 scene.send()
                 case.submitted += 1
                 end = end_of(scene)

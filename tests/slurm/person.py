@@ -43,12 +43,9 @@ class Client:
         found = json.loads(done.stdout)
         return found["run"], list(found["jobs"].values())
 
-    def over(self, run: str) -> bool:
-        """The run has ended, and is not between an end and the next start of a job that is queued again."""
-        if not self.status(run)["ended"]:
-            return False
-        time.sleep(3)
-        return self.status(run)["ended"]
+    def wait_for_end(self, run: str) -> None:
+        """Wait until `status` says that a run has ended; a job that is queued again starts at once."""
+        self.bed.wait(lambda: self.status(run)["ended"], f"the end of {run}", hurry=True, pause=1.0)
 
     def status(self, run: str = "") -> dict[str, Any]:
         """What `status` says."""
@@ -66,6 +63,23 @@ def events(folder: Path) -> list[tuple[float, str, str, str, list[str]]]:
     file = Path(f"{folder}.events")
     lines = file.read_text().splitlines() if file.exists() else []
     return [(float(a), b, c, d, rest) for a, b, c, d, *rest in map(str.split, lines)]
+
+
+def person(bed: Bed, folder: Path) -> Client:
+    """A client whose commands are stand-ins, with its lab.toml in a folder."""
+    found = Client(bed, folder)
+    found.lab(
+        f'host = "login"\njob_dir = "{bed.shared}/jobs"\ncommand = "{install(bed)}"\nnodes = 2\ngpus_per_node = 1\n'
+    )
+    return found
+
+
+def place(bed: Bed, name: str) -> Path:
+    """A folder of one's own on the cluster."""
+    folder = bed.shared / name
+    folder.mkdir()
+    shutil.chown(folder, bed.user)
+    return folder
 
 
 def install(bed: Bed) -> Path:

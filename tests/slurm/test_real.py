@@ -98,7 +98,7 @@ def test_a_chain_from_hugging_face_to_hugging_face_has_one_loss_curve(roots_bed,
     bed.run("scancel", "--signal=USR1", jobs[2])
     bed.wait(lambda: bed.job(jobs[2])["JobState"] == "PENDING", "the job to be queued again")
     saved = folder.latest_checkpoint()
-    bed.wait(lambda: client.over(run), "the chain's end", hurry=True)
+    client.wait_for_end(run)
     assert client.states(run) == ["done"] * 4, client.submit("logs", run).stdout
     assert saved and 20 < saved[0] < 150 and folder.read_status()["begun_at"] == saved[0]
     assert [entry["step"] for entry in folder.read_metrics()] == list(range(150)) and folder.plot.exists()

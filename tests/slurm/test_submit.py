@@ -24,7 +24,7 @@ def test_a_chain_runs_to_its_end_and_is_told(bed, client, out):
     assert client.states() == ["done", "done", "done"]
     # Submitted again, what is there is passed over.
     run, _ = client.sent(*chain(out))
-    bed.wait(lambda: client.over(run), "the second chain")
+    client.wait_for_end(run)
     assert client.states(run) == ["done"] * 3 and "is there already" in client.submit("logs", run, "--step", "1").stdout
     assert client.submit("logs", "--step", "train", "--lines", 1).stdout.strip() == "train: goes on from step 12"
 
@@ -54,7 +54,7 @@ def test_a_signal_before_the_limit_saves_queues_again_and_goes_on(bed, client, o
     bed.run("scancel", "--signal=USR1", jobs[1])
     bed.wait(lambda: bed.job(jobs[1]).get("JobState") == "PENDING", "the job to be queued again")
     assert "queued again" in client.submit("status", run).stdout
-    bed.wait(lambda: client.over(run), "the chain's end", hurry=True)
+    client.wait_for_end(run)
     assert client.states(run) == ["done"] * 3 and client.status(run)["steps"][1]["starts"] == 2
     assert steps_done(out) == list(range(1, 41))  # no step was lost, none done twice
 
@@ -63,12 +63,12 @@ def test_stop_saves_and_ends_and_the_same_chain_goes_on(bed, client, out):
     run, jobs = client.sent(*chain(out, 40))
     wait_for(bed, out / "run.events", "step 6")
     assert "2-train saves and ends; 3-export taken out of the queue" in client.submit("stop", run).stdout
-    bed.wait(lambda: client.over(run), "the stop")
+    client.wait_for_end(run)
     found = client.status(run)
     assert client.states(run) == ["done", "stopped", "not started"] and found["code"] == 75
     assert bed.job(jobs[1])["Restarts"] == "0"
     again, _ = client.sent(*chain(out, 40))
-    bed.wait(lambda: client.status(again)["ended"], "the chain's end")
+    client.wait_for_end(again)
     assert client.states(again) == ["done"] * 3 and steps_done(out) == list(range(1, 41))
 
 
@@ -76,7 +76,7 @@ def test_cancel_takes_all_jobs_away(bed, client, out):
     run, jobs = client.sent(*chain(out, 400))
     wait_for(bed, out / "run.events", "step 3")
     assert client.submit("cancel", run).stdout.strip().endswith("2-train, 3-export cancelled")
-    bed.wait(lambda: client.over(run), "the end")
+    client.wait_for_end(run)
     assert client.states(run) == ["done", "cancelled", "cancelled"]
     assert bed.out("squeue", "-h", "-j", jobs[1], "-t", "PD,R") == ""
     assert "had ended already" in client.submit("cancel", run).stdout
@@ -86,7 +86,7 @@ def test_scancel_of_somebody_else_saves_and_ends(bed, client, out):
     run, jobs = client.sent(*chain(out, 400))
     wait_for(bed, out / "run.events", "step 3")
     bed.run("scancel", jobs[1])
-    bed.wait(lambda: client.over(run), "the end")
+    client.wait_for_end(run)
     saved = int((out / "run" / "step").read_text())
     assert saved == steps_done(out)[-1] and client.states(run)[2] == "not started"
     assert client.states(run)[1] in ("stopped", "cancelled")
@@ -96,7 +96,7 @@ def test_scancel_of_somebody_else_saves_and_ends(bed, client, out):
 def test_a_step_that_fails_ends_the_chain(bed, client, out):
     (out / "nemo.partial").write_text("a file is in the way")
     run, jobs = client.sent(*chain(out))
-    bed.wait(lambda: client.over(run), "the end")
+    client.wait_for_end(run)
     assert client.states(run) == ["failed", "not started", "not started"] and client.status(run)["code"] == 73
     # Slurm does not keep jobs that can never begin.
     assert all(bed.job(job).get("JobState") == "CANCELLED" for job in jobs[1:])
@@ -118,7 +118,7 @@ def test_secrets_come_from_a_file_of_the_cluster_and_are_seen_by_the_step_alone(
     assert "hf_verysecret" not in client.submit("--dry-run", "--", "import", "/hf/model", out / "nemo").stdout
     secrets.chmod(0o600)
     run, _ = client.sent("import", "/hf/model", out / "nemo")
-    bed.wait(lambda: client.over(run), "the end")
+    client.wait_for_end(run)
     assert client.states(run) == ["done"] and (out / "known").exists()
     for file in (bed.shared / "jobs" / run).iterdir():
         assert "verysecret" not in file.read_text() and "key with" not in file.read_text(), file

@@ -120,6 +120,23 @@ runs() { find "$JOB_DIR" -mindepth 1 -maxdepth 1 -type d -name '[0-9]*-[0-9]*-*'
 
 joined() { local IFS=,; echo "$*"; }
 
+# Of lines ID|…|SCRIPT those of this run: a controller that was killed may have given an id to another job since.
+of_this_run() {
+    local line i
+    while IFS= read -r line; do
+        for i in "${!NAMES[@]}"; do
+            [[ $line != "${IDS[i]}|"*"/$RUN/${NAMES[i]}.sbatch" ]] || echo "$line"
+        done
+    done
+}
+
+# What Slurm says of the job of a step; nothing where it has forgotten it.
+state_of() { # NUMBER
+    local said
+    said=$(squeue -h -t all -j "${IDS[$1]}" -o '%i|%T|%o' 2>&1) || { [[ $said == *"Invalid job id"* ]] || echo UNKNOWN; return; }
+    of_this_run <<<"$said" | cut -d'|' -f2
+}
+
 status() {
     find_run
     record now "$(date +%s)"
@@ -127,15 +144,16 @@ status() {
     local said i state gone=() queue=
     if ! said=$(answers); then
         record silent "$said"
-    elif ! queue=$(squeue -h -t all -j "$(joined "${IDS[@]}")" -o '%i|%T|%r|%N|%M|%l|%S' 2>&1); then
+    elif ! queue=$(squeue -h -t all -j "$(joined "${IDS[@]}")" -o '%i|%T|%r|%N|%M|%l|%S|%o' 2>&1); then
         grep -q 'Invalid job id' <<<"$queue" || record silent "$(one_line <<<"$queue")"
         queue=
     fi
+    queue=$(of_this_run <<<"$queue")
     for i in "${!NAMES[@]}"; do
         state="$DIR/${NAMES[i]}"
         record step "${NAMES[i]}" "${IDS[i]}" "$(cat "$state.exit" 2>/dev/null)" "$(marks "$state")" \
             "$(cat "$state.last" 2>/dev/null)" "$(wc -l 2>/dev/null <"$state.starts" || echo 0)"
-        grep "^${IDS[i]}|" <<<"$queue" | while IFS='|' read -r _ job reason nodes elapsed limit begins; do
+        grep "^${IDS[i]}|" <<<"$queue" | while IFS='|' read -r _ job reason nodes elapsed limit begins _; do
             record queue "${NAMES[i]}" "$job" "$reason" "$nodes" "$elapsed" "$limit" "$begins"
         done
         [ -e "$state.exit" ] || grep -q "^${IDS[i]}|" <<<"$queue" || gone+=("${IDS[i]}")
@@ -210,8 +228,11 @@ has_ended() { # TURN
     [ "$1" -eq 0 ] || return 1
     local said
     answers >/dev/null || return 1
-    said=$(squeue -h -j "$(joined "${open[@]}")" -o %i 2>&1)
-    case "$said" in "" | *"Invalid job id"*) return 0 ;; *) return 1 ;; esac
+    said=$(squeue -h -j "$(joined "${open[@]}")" -o '%i|%r|%o' 2>&1) || [[ $said == *"Invalid job id"* ]] || return 1
+    said=$(of_this_run <<<"$said")
+    # What Slurm has kept of a chain that it has forgotten in part stays held for ever.
+    [ "$(grep -c . <<<"$said")" -eq "${#open[@]}" ] || said=$(grep -v '|JobHeld' <<<"$said")
+    [ -z "$said" ]
 }
 
 # Every job that goes saves and ends; those that have not begun are taken out of the queue.
@@ -222,8 +243,9 @@ stop() {
     for i in "${!NAMES[@]}"; do [ -e "$DIR/${NAMES[i]}.exit" ] || touch "$DIR/${NAMES[i]}.stop"; done
     for ((i = ${#NAMES[@]} - 1; i >= 0; i--)); do
         [ ! -e "$DIR/${NAMES[i]}.exit" ] || continue
-        state=$(squeue -h -j "${IDS[i]}" -o %T 2>&1)
+        state=$(state_of "$i")
         case "$state" in
+        "") ;;
         RUNNING | SUSPENDED)
             scontrol update "JobId=${IDS[i]}" Requeue=0 >/dev/null 2>&1
             scancel --signal=USR1 "${IDS[i]}" && record stopping "${NAMES[i]}" "${IDS[i]}"
@@ -238,7 +260,7 @@ cancel() {
     local i said
     said=$(answers) || refuse 78 "Slurm's controller does not answer: $said; try again"
     for ((i = ${#NAMES[@]} - 1; i >= 0; i--)); do
-        [ ! -e "$DIR/${NAMES[i]}.cancelled" ] || continue
+        [ ! -e "$DIR/${NAMES[i]}.cancelled" ] && [ -n "$(state_of "$i")" ] || continue
         # A controller that was killed may have forgotten that this job has run.
         if [ -e "$DIR/${NAMES[i]}.exit" ]; then scancel "${IDS[i]}" 2>/dev/null; continue; fi
         touch "$DIR/${NAMES[i]}.stop"

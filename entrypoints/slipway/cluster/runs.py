@@ -17,13 +17,14 @@ from slipway.untrusted import NotJson, harmless, parse_json
 
 # By USR1 and by TERM: a step that does not save, before its time limit, at `submit stop` or at scancel.
 BY_A_SIGNAL = (138, 143)
-WAITING, GOING, DONE, STOPPED, FAILED, CANCELLED, SKIPPED = (
-    "waiting", "running", "done", "stopped", "failed", "cancelled", "not started",
+WAITING, GOING, UNKNOWN, DONE, STOPPED, FAILED, CANCELLED, SKIPPED = (
+    "waiting", "running", "not known", "done", "stopped", "failed", "cancelled", "not started",
 )  # fmt: skip
 ENDED = (DONE, STOPPED, FAILED, CANCELLED, SKIPPED)
 GOOD = ("COMPLETED",)
 AT_WORK = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STAGE_OUT", "SIGNALING", "RESIZING", "STOPPED")
 IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "PREEMPTED")
+FORGOTTEN = "Slurm has forgotten it, and it left no exit code; submit the same chain again to go on"
 # What a person can do about the reason why a job waits.
 REASONS = {
     "Dependency": "for the step before",
@@ -31,7 +32,7 @@ REASONS = {
     "BeginTime": "Slurm starts it again after two minutes",
     "Resources": "for free nodes",
     "Priority": "for jobs before it",
-    "JobHeldUser": "it is held",
+    "JobHeldUser": "it is held; `scontrol release` of the job lets it begin",
     "JobHeldAdmin": "an administrator holds it",
     "None": "",
 }
@@ -44,7 +45,7 @@ class StepState:
     Args:
         name: number and verb.
         job: its id in the cluster.
-        state: one of ENDED, or waiting or running.
+        state: one of ENDED, or waiting or running, or not known.
         said: why, where and how long, for people.
         code: its exit code, where it has ended and left one.
         starts: how often it began.
@@ -109,6 +110,7 @@ def overview(records: Sequence[Sequence[str]]) -> Overview:
     """What the records of `status` in remote.sh say."""
     one = {record[0]: record for record in records if record[0] in ("run", "now", "meta", "silent")}
     named: dict[str, dict[str, Sequence[str]]] = {}
+    silent = "silent" in one
     gone = {record[1]: record[2] for record in records if record[0] == "sacct"}
     for record in records:
         if record[0] in ("step", "queue", "progress"):
@@ -116,17 +118,33 @@ def overview(records: Sequence[Sequence[str]]) -> Overview:
     now = int(one["now"][1]) if one["now"][1].isdecimal() else 0
     steps: list[StepState] = []
     for name, found in named.items():
-        steps.append(_step(name, found, gone, steps, now))
-    warning = ""
-    if "silent" in one:
+        steps.append(_step(name, found, gone, steps, now, silent))
+    warning = _lost_by_slurm(named, steps)
+    if silent:
         warning = f"Slurm does not answer ({one['silent'][1]}); the states are those that jobs left"
     if len(one.get("meta", "")) < 2 or not one["meta"][1]:
         warning = "this run was not submitted whole, and its jobs are held; remove them with `slipway submit cancel`"
     return Overview(one["run"][1], steps, warning)
 
 
+def _lost_by_slurm(named: dict[str, dict[str, Sequence[str]]], steps: Sequence[StepState]) -> str:
+    """What a controller that was killed has forgotten: it writes to disk some seconds after it has answered."""
+    waits = [step.job for step in steps if named[step.name].get("queue", [""] * 3)[2] in IN_QUEUE]
+    if not waits or not any(step.said == FORGOTTEN for step in steps):
+        return ""
+    return (
+        f"Slurm has forgotten a part of this run, and job {waits[0]} is still in its queue; take it away with "
+        "`slipway submit cancel`, and submit the same chain again to go on"
+    )
+
+
 def _step(
-    name: str, found: dict[str, Sequence[str]], gone: dict[str, str], before: Sequence[StepState], now: int
+    name: str,
+    found: dict[str, Sequence[str]],
+    gone: dict[str, str],
+    before: Sequence[StepState],
+    now: int,
+    silent: bool,
 ) -> StepState:
     _, _, job, ended, marks, last, starts = [*found["step"], *[""] * 7][:7]
     progress, status = _progress(found.get("progress"), now)
@@ -147,6 +165,8 @@ def _step(
         return state(CANCELLED)
     if not count and any(one.state in (FAILED, CANCELLED, STOPPED, SKIPPED) for one in before):
         return state(SKIPPED, "the step before did not end well")
+    if silent:  # a job that is queued again has left a code too
+        return state(UNKNOWN, "Slurm does not answer")
     if slurm in GOOD:
         return state(DONE, code=0)
     if "stop" in marks:
@@ -157,7 +177,7 @@ def _step(
         return state(*_ended(_code(last), False))
     if slurm:
         return state(FAILED, f"Slurm ended it ({slurm.lower()})")
-    return state(FAILED, "Slurm has forgotten it, and it left no exit code")
+    return state(FAILED, FORGOTTEN)
 
 
 def _code(note: str) -> int:

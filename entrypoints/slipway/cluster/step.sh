@@ -51,9 +51,9 @@ is_newest() {
     return 0
 }
 
-# Signs of life while srun lives. After 60 s a start that was overtaken is killed.
+# Signs of life while srun lives. After 60 s a start that was overtaken is killed, and so is an srun that hears nothing.
 watch_over() {
-    local overtaken=0
+    local overtaken=0 unheard=0
     while kill -0 "$1" 2>/dev/null; do
         hostname >"$STATE.alive"
         if ! is_newest; then
@@ -61,8 +61,21 @@ watch_over() {
             if [ "$overtaken" -lt 12 ]; then signal TERM; else signal KILL && kill -KILL "$1"; fi
             overtaken=$((overtaken + 1))
         fi
+        ! ends_the_step || unheard=$((unheard + 1))
+        if [ "$unheard" -gt 12 ]; then
+            say "srun has ended the step, but waits for a node that cannot be heard; it is killed"
+            touch "$STATE.unheard" && kill -KILL "$1"
+        fi
         sleep 5
     done
+}
+
+# srun has said so, in what this start has printed. If a node's network was cut as its tasks ended, srun waits for ever.
+ends_the_step() {
+    local size from
+    size=$(stat -c %s "$STATE.log" 2>/dev/null || echo 0)
+    from=$((size > begins + 65536 ? size - 65536 : begins))
+    tail -c "+$((from + 1))" "$STATE.log" 2>/dev/null | grep -q '^srun: First task exited'
 }
 
 # To the tasks of this node, by their numbers: the controller may be out of reach, and scancel and srun need it.
@@ -92,6 +105,7 @@ run_step() {
         kill "$watcher" 2>/dev/null
         wait "$watcher" 2>/dev/null
         is_newest || exit 0
+        [ ! -e "$STATE.unheard" ] || { rm -f "$STATE.unheard" && code=69; }
         echo "$code $(date +%s)" >"$STATE.last"
         [ "$code" -ne 0 ] && tail -c "+$((begins + 1))" "$STATE.log" | grep -qE "$NOT_STARTED" || return
         [ ! -e "$STATE.stop" ] || return
