@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.arguments import parse
+from slipway.arguments import arguments_of, parse
 from slipway.cluster.settings import Lab, Slurm
 from slipway.errors import UsageError
 from slipway.options import flag, suggestion
@@ -94,9 +94,11 @@ def _step(number: int, words: list[str], lab: Lab, kinds: Mapping[str, Kind]) ->
         for word in rest:
             _check_word(verb, word)
         keys = lab.of(verb, kind.whole)
+        _check_recipe(arguments.get("recipe"))
+        positional = arguments_of(kind.function)[1]
         for name in kind.paths:
             for path in _paths(arguments, name):
-                check_path(f"{verb}: {flag(name)}", path, lab)
+                check_path(f"{verb}: {name.upper() if name in positional else flag(name)}", path, lab)
         if verb == "train":
             rest = _of_train(rest, arguments, keys)
     except UsageError as error:
@@ -109,6 +111,14 @@ def _check_word(verb: str, word: str) -> None:
         raise UsageError(f"{verb}: {word[:40]!r} has a character that no line of a script can have")
     if without_credentials(word) != word:
         raise UsageError(f"{verb}: a URL has a password, which everybody could read; put it into the file of `secrets`")
+
+
+def _check_recipe(name: str | None) -> None:
+    """UsageError for the name of a recipe that does not ship; files of recipes are on the cluster."""
+    from slipway.training import recipes
+
+    if name and not name.endswith(".toml") and name not in recipes.names():
+        raise recipes.unknown(name)
 
 
 def _of_train(words: list[str], arguments: Mapping[str, Any], keys: Any) -> list[str]:

@@ -113,6 +113,10 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
         raise UsageError(f"submit {words[0]}: {words[2]!r} is one word too many; it takes one RUN")
     if wanted.dry_run:
         raise UsageError(f"submit {words[0]}: --dry-run is for a chain; leave it out")
+    if wanted.step is not None and words[0] != "logs":
+        raise UsageError(f"submit {words[0]}: --step belongs to `slipway submit logs`; leave it out")
+    if wanted.follow and words[0] != "logs":
+        raise UsageError(f"submit {words[0]}: --follow is for a chain and for `slipway submit logs`; leave it out")
     run = words[1] if len(words) == 2 else ""
     if "/" in run or run.startswith("."):
         raise UsageError(f"submit {words[0]}: {run!r} is no run; a name is like 20261126-091500-bcd")
@@ -120,6 +124,8 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
         return _ask_kubernetes(words[0], run, wanted, lab)
     if words[0] == "status":
         return status(run, lab)
+    if words[0] == "logs" and wanted.follow and wanted.step is not None:
+        raise UsageError("submit logs: --follow shows all steps; leave out --step")
     if words[0] == "logs":
         return _follow(run, lab) if wanted.follow else _logs(run, wanted, lab)
     return _end(words[0], run, lab)

@@ -73,6 +73,11 @@ def names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
+def unknown(name: str) -> UsageError:
+    """What is said of a recipe that is not there."""
+    return UsageError(f"there is no recipe {name}{suggestion(name, names())}; there are {', '.join(names())}")
+
+
 def family_of(name: str) -> str:
     """The family that a shipped recipe is for."""
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())["family"]
@@ -91,7 +96,7 @@ def load(name: str, mode: str, gpu: int) -> Shipped:
     """
     file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not file.is_file():
-        raise UsageError(f"there is no recipe {name}{suggestion(name, names())}; there are {', '.join(names())}")
+        raise unknown(name)
     tables = read_toml(file, "correct it, or choose another --recipe")
     _check_tables(file, tables)
     if mode not in tables:
