@@ -1,5 +1,7 @@
 """The command line: one dictionary, command → function.
 
+Most of them can be steps of a chain too, and stand in commands/submit.py.
+
 A command is a function whose parameters are its arguments (arguments.py). Everything is checked against their
 declarations, and converted to their types, before anything heavy is imported and before any work is done.
 
@@ -24,42 +26,18 @@ from typing import Any
 import slipway
 from slipway import untrusted
 from slipway.arguments import arguments_of, parse
-from slipway.commands import (
-    dequant,
-    doctor,
-    export,
-    extract_heads,
-    import_checkpoint,
-    init,
-    merge_heads,
-    preprocess,
-    submit,
-    train,
-    verify,
-    version,
-    watch,
-)
-from slipway.commands import inspect as inspect_checkpoint
+from slipway.commands import version, watch
 from slipway.commands.demo import demo
+from slipway.commands.submit import STEPS, submit
 from slipway.errors import EXIT_CODES, SlipwayError, UsageError
 from slipway.launch.quiet import quiet
 from slipway.options import Parameter, suggestion
 from slipway.untrusted import harmless, harmless_lines, without_credentials
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "doctor": doctor.doctor,
-    "dequant": dequant.dequant,
-    "init": init.init,
-    "import": import_checkpoint.import_checkpoint,
-    "export": export.export,
-    "inspect": inspect_checkpoint.inspect,
-    "verify": verify.verify,
-    "preprocess": preprocess.preprocess,
-    "train": train.train,
+    **{verb: step.function for verb, step in STEPS.items()},
+    "submit": submit,
     "watch": watch.watch,
-    "submit": submit.submit,
-    "extract-heads": extract_heads.extract_heads,
-    "merge-heads": merge_heads.merge_heads,
     "demo": demo.demo,
     "version": version.version,
 }

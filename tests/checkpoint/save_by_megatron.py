@@ -2,7 +2,7 @@
 
 python save_by_megatron.py JOBS.json, a list of {"source": NEMO, "name": FOLDER beside JOBS.json, "port": N, "form":
 classic or torch_dist, "apart": one key for each layer, and the parallel sizes "tensor", "pipeline", "expert",
-"virtual"}; each rank of each job is a fork.
+"virtual"}; each rank of each job is a fork. FOLDER/logits.pt are those of the model that was saved.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from forked import fork_ranks, import_nemo
+from parallel_logits import parallel_logits
 from slipway.training import cpu
 from slipway.training.worker import quiet
 
@@ -72,6 +73,7 @@ def save(job: dict, target: Path) -> None:
     config.tensor_model_parallel_size, config.pipeline_model_parallel_size = sizes["tensor"], sizes["pipeline"]
     config.expert_model_parallel_size = sizes["expert"]
     config.virtual_pipeline_model_parallel_size = sizes["virtual"] if sizes["virtual"] > 1 else None
+    config.microbatch_group_size_per_vp_stage = sizes["pipeline"]
     chunks = range(sizes["virtual"])
     names = [f"model{chunk}" for chunk in chunks] if sizes["virtual"] > 1 else ["model"]
     stages = [{"vp_stage": chunk} if sizes["virtual"] > 1 else {} for chunk in chunks]
@@ -89,6 +91,9 @@ def save(job: dict, target: Path) -> None:
         _save_classic(modules, args, sizes, target, parallel_state)
     else:
         _save_torch_dist(modules, args, job.get("apart", False), target, dist_checkpointing)
+    logits = parallel_logits([module.float() for module in modules.values()])
+    if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+        torch.save(logits, target / "logits.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -18,7 +18,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 from slipway import cli
-from slipway.checkpoint import classic, classic_reader, nf4, torch_files
+from slipway.checkpoint import classic, classic_files, nf4, torch_files
 from slipway.families import FAMILIES, understood
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "classic.json").read_text())
@@ -226,7 +226,7 @@ def test_export_undoes_import(seed, tmp_path):
     left_out = {name for name in before if name not in after}
     assert all(f"layers.{changes['num_hidden_layers']}." in name for name in left_out), sorted(left_out)[:3]
     assert classic_models.digest(after) == classic_models.digest({n: t for n, t in before.items() if n not in left_out})
-    shutil.rmtree(tmp_path / "out" / classic_reader.NOTE)  # args alone say the layout
+    shutil.rmtree(tmp_path / "out" / classic_files.NOTE)  # args alone say the layout
     run("export", tmp_path / "out", tmp_path / "again", "--config", source)
     assert classic_models.digest(load_all(tmp_path / "again")) == classic_models.digest(after)
 
@@ -237,7 +237,7 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_accounted(source: Path, checkpoint: Path, options: dict[str, Any]) -> None:
     """Every element of every rank's tensors has a place in the model, and is there once."""
-    config = json.loads((checkpoint / classic_reader.HF_NOTE / "config.json").read_text())
+    config = json.loads((checkpoint / classic_files.HF_NOTE / "config.json").read_text())
     family, known = understood(config, source / "config.json")
     given = classic.Options(**{name.replace("-", "_"): value for name, value in options.items()})
     mindspeed = classic.in_mindspeed(known)
@@ -363,6 +363,49 @@ def test_adapters_that_are_incomplete(models, tmp_path, capsys):
     assert "has no low-rank adapters" in refused(capsys, "export", base, tmp_path / "a", "--adapter", "--lora-alpha", 8)
 
 
+def tuned(models: Any, folder: Path, change: Any) -> list[object]:
+    """The words that export a checkpoint with adapters inside, of which every tensor was changed by this."""
+    case = GOLDEN["lora_inside_tp1pp2ep2"]
+    if not (folder / "base").exists():
+        run("import", models("t8"), folder / "base", "--format", "classic", *flags_of(case))
+        with_adapters(folder / "base", folder / "trained", case)
+    shutil.rmtree(folder / "changed", ignore_errors=True)
+
+    def of_rank(_: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {found[0]: found[1] for name, tensor in tensors.items() if (found := change(name, tensor))}
+
+    changed = classic_models.as_mindspeed(folder / "trained", folder / "changed", of_rank)
+    return ["export", changed, "--config", models("t8"), *flags_of(case), "--lora-alpha", 8]
+
+
+def test_adapters_in_other_dtypes(models, tmp_path, capsys):
+    """Their values, and so the merged model, are the same; of two dtypes in one checkpoint one is a mistake."""
+    digests = set()
+    for number, dtype in enumerate((torch.bfloat16, torch.float32, torch.float16)):
+        words = tuned(models, tmp_path, lambda n, t, d=dtype: (n, t.to(d) if "lora_" in n else t))
+        run(words[0], words[1], tmp_path / str(number), *words[2:])
+        digests.add(classic_models.digest(load_all(tmp_path / str(number))))
+    assert len(digests) == 1
+    words = tuned(models, tmp_path, lambda n, t: (n, t.float() if "lora_A" in n else t))
+    assert "must all be in one of" in refused(capsys, words[0], words[1], tmp_path / "out", *words[2:])
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda n, t: (n, t.T.contiguous() if "linear_proj.lora_A" in n else t), "have the shapes"),
+        (lambda n, t: (n.replace("lora_A.default.weight", "lora_magnitude_vector.default.weight"), t), "is of DoRA"),
+        (lambda n, t: (n.replace("lora_A.default", "adapter.linear_in"), t), "as NeMo and Megatron-Bridge name"),
+        (lambda n, t: (n.replace("lora_A.default", "lora_C"), t), "unknown tensor"),
+        (lambda n, t: (n, t[:0] if "lora_" in n else t), "have the shapes"),
+    ],
+    ids=["transposed", "DoRA", "NeMo's names", "unknown", "empty"],
+)
+def test_adapters_of_other_kinds_are_refused(change, said, models, tmp_path, capsys):
+    words = tuned(models, tmp_path, change)
+    assert said in refused(capsys, words[0], words[1], tmp_path / "out", *words[2:])
+
+
 def test_verify_and_inspect_know_the_layout(split, models, capsys):
     run("verify", split, models("t8"))
     capsys.readouterr()
@@ -475,7 +518,7 @@ def test_the_two_forms_are_told_apart(models, tmp_path):
     for form, words in (("bitsandbytes", []), ("npu", ["npu"])):
         out = tmp_path / form
         run("import", models("t8"), out, "--qlora-nf4", *words, "--format", "classic")
-        assert json.loads((out / classic_reader.NOTE / "layout.json").read_text())["qlora_nf4"] == form
+        assert json.loads((out / classic_files.NOTE / "layout.json").read_text())["qlora_nf4"] == form
         theirs = classic_models.as_mindspeed(out, tmp_path / f"{form}-theirs")
         run("export", theirs, tmp_path / f"{form}-hf", "--config", models("t8"))
         before, after = load_all(models("t8")), load_all(tmp_path / f"{form}-hf")
@@ -566,7 +609,7 @@ def test_sizes_that_the_files_do_not_explain(field, value, models, tmp_path, cap
     from argparse import Namespace
 
     run("import", models("t8"), tmp_path / "out", "--format", "classic")
-    shutil.rmtree(tmp_path / "out" / classic_reader.NOTE)
+    shutil.rmtree(tmp_path / "out" / classic_files.NOTE)
     file = tmp_path / "out" / "iter_0000001" / "mp_rank_00" / classic.FILE
     saved = classic_models.load(file)
     changed = {field: value} | ({"num_moe_experts": value} if field == "num_experts" else {})

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import free_port, make_model
+from parallel_logits import tokens_of
 from slipway import cli
 from slipway.commands.import_checkpoint import import_checkpoint
 
@@ -76,6 +78,14 @@ def test_what_megatron_saves_is_exported(name, sources, saved, tmp_path, capsys)
     said = json.loads(capsys.readouterr().out)
     assert said["whole"] and said["checked"] in ("common.pt", "model_optim_rng.pt"), said
     assert any(note.startswith("made by Megatron-LM") for note in said["notes"])
+    assert_same_logits(folder, tmp_path / "hf")
+
+
+def assert_same_logits(saved: Path, exported: Path) -> None:
+    """transformers' logits of what was exported are those of Megatron's own model, which ranks had shared."""
+    from families.test_forward import assert_close, reference_logits
+
+    assert_close(saved.name, torch.load(saved / "logits.pt"), reference_logits(exported, tokens_of()))
 
 
 def test_a_checkpoint_that_says_nothing_needs_the_model_by_name(sources, saved, tmp_path, capsys):
@@ -92,7 +102,7 @@ def test_a_checkpoint_that_says_nothing_needs_the_model_by_name(sources, saved, 
 
 def test_megatron_loads_what_import_writes(sources, saved, tmp_path):
     """The keys and shapes of the classic layout are those that Megatron's own model of these sizes has."""
-    from slipway.checkpoint import classic, classic_reader
+    from slipway.checkpoint import classic, classic_files
 
     name = "classic, latent attention, TP2 PP2 EP2"
     kind, _, tensor, pipeline, expert, *_ = JOBS[name]
@@ -100,8 +110,8 @@ def test_megatron_loads_what_import_writes(sources, saved, tmp_path):
     words = [f"--tensor-parallel-size={tensor}", f"--pipeline-parallel-size={pipeline}"]
     words += [f"--expert-parallel-size={expert}", "--format=classic", "--expert-tensor-parallel-size=1"]
     assert cli.main(["import", str(sources / kind), str(out), *words]) == 0
-    ours = classic_reader.Ranks(out / classic.ITERATION)
-    theirs = classic_reader.Ranks(saved / str(list(JOBS).index(name)) / "iter_0000007")
+    ours = classic_files.Ranks(out / classic.ITERATION)
+    theirs = classic_files.Ranks(saved / str(list(JOBS).index(name)) / "iter_0000007")
     assert ours.saved.keys() == theirs.saved.keys()
     for rank, saved_by_us in ours.saved.items():
         assert saved_by_us.chunks.keys() == theirs.saved[rank].chunks.keys()

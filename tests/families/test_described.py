@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 from conftest import KINDS, config_of
 from slipway.errors import DataError
-from slipway.families import described_model, understood
+from slipway.families import FAMILIES, _kinds_of, _likeness, described_model, understood
 from slipway.families.described import Described
 from slipway.tensors.refs import TensorInfo
 
@@ -83,6 +84,45 @@ def test_tensors_of_no_family():
     tensors = {"decoder.layers.mixer.in_proj.weight": TensorInfo((2, 3, 4))}
     with pytest.raises(DataError, match="the tensors are of none of the families"):
         described_model(Described(fields, WHERE), tensors)
+
+
+def test_tensors_of_two_families_are_asked_for():
+    """No family is guessed where the names fit two of them as well, whichever names are there."""
+    fields, _ = fields_of("llama31")
+    every = sorted(set().union(*map(_kinds_of, FAMILIES)))
+    ties = 0
+    for count in range(1, 5):
+        for names in itertools.combinations(every, count):
+            found = sorted((_likeness(frozenset(names), _kinds_of(name)), name) for name in FAMILIES)
+            (second, one), (best, _) = found[-2:]
+            if second != best or best < 0.5:
+                continue
+            ties += 1
+            tensors = {f"decoder.layers.{name}": TensorInfo(()) for name in names}
+            with pytest.raises(DataError, match=rf"as much of .*{one}.*; give the model's config.json"):
+                described_model(Described(fields, WHERE), tensors)
+    assert ties
+
+
+LOOP: list[object] = []
+LOOP.append(LOOP)
+MANY: list[object] = [0]
+for _ in range(40):
+    MANY = [MANY, MANY]
+
+
+ODD = {"loop": LOOP, "many": MANY, "digits": int("f" * 5000, 16), "table": {1: 2}, "bytes": b"x", "set": {1}}
+ODD |= {"long": [0] * 20_000, "loop in a list": [LOOP]}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("field", ["normalization", "window_size", "num_layers", "hidden_size", "moe_layer_freq"])
+def test_values_that_no_field_has(name, field):
+    """In a few bytes a list may hold itself, or the same list 2^40 times: one line says so, at once."""
+    fields, tensors = fields_of("deepseek_v3")
+    with pytest.raises(DataError) as error:
+        described_model(Described({**fields, field: ODD[name], 7: ODD[name]}, WHERE), tensors)
+    assert len(str(error.value)) < 500
 
 
 def test_fields_that_are_no_models():

@@ -247,6 +247,16 @@ Matrix = tuple[str, tuple[int, ...]]  # megatron-core's key, and the place in it
 Files = dict[Rank, dict[str, dict[str, Held]]]  # rank → chunk → name → tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A matrix of megatron-core's, and the stage and chunk that it is sent to."""
+
+    matrix: Matrix
+    shape: tuple[int, ...]
+    stage: int
+    chunk: str
+
+
 @dataclass
 class Layout:
     """Every rank's tensors, and where each part of megatron-core's tensors lies in them.
@@ -313,147 +323,105 @@ class Layout:
 
     def _place(self, key: str, index: tuple[int, ...]) -> None:
         """Add a matrix of megatron-core's: its parts to the files of the ranks that have one."""
-        info = self.tensors[key]
-        shape = info.shape[len(index) :]
+        shape = self.tensors[key].shape[len(index) :]
+
+        def sent(stage: int, chunk: int) -> _Sent:
+            return _Sent((key, index), shape, stage, self.stages.chunk_name(chunk))
+
         if match := re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key):
             number, rest = (int(match[1]), index) if match[1] else (index[0], index[1:])
             slot = self.stages.layers[number]
-            chunk = self.stages.chunk_name(slot.chunk)
-            self._module(f"decoder.layers.{slot.local}.", match[2], rest, (key, index), shape, slot.stage, chunk)
+            self._module(f"decoder.layers.{slot.local}.", match[2], rest, sent(slot.stage, slot.chunk))
             return
-        stage, number = self.stages.last
-        last = stage, self.stages.chunk_name(number)
+        last = sent(*self.stages.last)
         if match := re.fullmatch(r"mtp\.layers\.(\d+)\.(.+)", key):
-            self._prediction(int(match[1]), match[2], (key, index), shape, *last)
+            self._prediction(int(match[1]), match[2], last)
         elif key == "embedding.word_embeddings.weight":
-            first = 0, self.stages.chunk_name(0)
-            self._add(key, (key, index), shape, *first)
+            first = sent(0, 0)
+            self._add(key, first)
             if self.options.mtp_num_layers and self.options.pipeline_parallel_size > 1 and first != last:
-                self._add(key, (key, index), shape, *last)
+                self._add(key, last)
         elif key == "decoder.final_layernorm.weight" and self.options.mtp_num_layers and self.mindspeed:
-            self._add("final_layernorm.weight", (key, index), shape, *last)
+            self._add("final_layernorm.weight", last)
         else:
-            self._add(key, (key, index), shape, *last)
+            self._add(key, last)
 
-    def _prediction(
-        self,
-        number: int,
-        rest: str,
-        source: Matrix,
-        shape: tuple[int, ...],
-        stage: int,
-        chunk: str,
-    ) -> None:
+    def _prediction(self, number: int, rest: str, sent: _Sent) -> None:
         prefix = f"mtp.layers.{number}."
         if rest.startswith("transformer_layer."):
             rest = rest.removeprefix("transformer_layer.")
-            self._module(f"{prefix}transformer_layer.", rest, source[1], source, shape, stage, chunk)
+            self._module(f"{prefix}transformer_layer.", rest, sent.matrix[1], sent)
         elif rest == "final_layernorm.weight" and self.mindspeed:
-            self._add(f"mtp.final_layernorms.{number}.weight", source, shape, stage, chunk)
+            self._add(f"mtp.final_layernorms.{number}.weight", sent)
         else:
-            self._add(prefix + rest, source, shape, stage, chunk)
+            self._add(prefix + rest, sent)
 
-    def _module(
-        self,
-        prefix: str,
-        rest: str,
-        index: tuple[int, ...],
-        source: Matrix,
-        shape: tuple[int, ...],
-        stage: int,
-        chunk: str,
-    ) -> None:
+    def _module(self, prefix: str, rest: str, index: tuple[int, ...], sent: _Sent) -> None:
         """A tensor of a layer; `rest` is its name there, `index` its place in a stack of experts."""
         if ".experts.experts." in rest:
-            self._expert(prefix, rest, index[0], source, shape, stage, chunk)
+            self._expert(prefix, rest, index[0], sent)
             return
         if self.mindspeed:
             rest = MINDSPEED.get(rest, rest)
             if rest in JOINED:
-                q = self.config["q_lora_rank"]
-                whole = q + self.config["kv_lora_rank"] + self.config["qk_rope_head_dim"]
-                at = 0 if rest == JOINED[0] else q
-                name = f"{prefix}self_attention.linear_qkv.weight"
-                self._join(name, (whole, shape[1]), at, source, shape, stage, chunk)
+                self._join(prefix, rest, sent)
                 return
             if self.options.mla_mm_split and rest in SPLIT:
-                self._split(prefix, rest, source, shape, stage, chunk)
+                self._split(prefix, rest, sent)
                 return
-        self._add(prefix + rest, source, shape, stage, chunk)
+        self._add(prefix + rest, sent)
 
-    def _add(self, name: str, source: Matrix, shape: tuple[int, ...], stage: int, chunk: str) -> None:
+    def _add(self, name: str, sent: _Sent) -> None:
         """A tensor that each rank has a part of, or a copy of."""
-        for rank in self._by_stage[stage]:
-            cut = self._cut(name, shape, rank.tensor, self.options.tensor_parallel_size)
-            self._hold(rank, chunk, name, cut.shape(shape), source, cut, 0)
+        for rank in self._by_stage[sent.stage]:
+            cut = self._cut(name, sent.shape, rank.tensor, self.options.tensor_parallel_size)
+            self._hold(rank, name, cut.shape(sent.shape), sent, cut)
 
-    def _join(
-        self,
-        name: str,
-        whole: tuple[int, int],
-        at: int,
-        source: Matrix,
-        shape: tuple[int, ...],
-        stage: int,
-        chunk: str,
-    ) -> None:
-        for rank in self._by_stage[stage]:
-            self._hold(rank, chunk, name, whole, source, Cut(((0, shape[0]),)), at * whole[1])
+    def _join(self, prefix: str, rest: str, sent: _Sent) -> None:
+        """The down projections of q and of k with v, one above the other; each rank has all of it."""
+        q, (rows, columns) = self.config["q_lora_rank"], sent.shape
+        whole = q + self.config["kv_lora_rank"] + self.config["qk_rope_head_dim"]
+        at = 0 if rest == JOINED[0] else q
+        for rank in self._by_stage[sent.stage]:
+            name = f"{prefix}self_attention.linear_qkv.weight"
+            self._hold(rank, name, (whole, columns), sent, Cut(((0, rows),)), at * columns)
 
-    def _split(
-        self,
-        prefix: str,
-        rest: str,
-        source: Matrix,
-        shape: tuple[int, ...],
-        stage: int,
-        chunk: str,
-    ) -> None:
+    def _split(self, prefix: str, rest: str, sent: _Sent) -> None:
         """The two kinds of rows of each head in matrices of their own; a rank has whole heads."""
         c = self.config
         heads = c["num_attention_heads"] // self.options.tensor_parallel_size
         first, second = (c["qk_nope_head_dim"], c["qk_rope_head_dim" if rest == SPLIT[0] else "v_head_dim"])
         size = first + second
-        for rank in self._by_stage[stage]:
+        for rank in self._by_stage[sent.stage]:
             mine = range(rank.tensor * heads, (rank.tensor + 1) * heads)
             for name, start, stop in zip(SPLIT_NAMES[rest], (0, first), (first, size), strict=True):
                 cut = Cut(tuple((head * size + start, head * size + stop) for head in mine))
-                self._hold(rank, chunk, f"{prefix}self_attention.{name}.weight", cut.shape(shape), source, cut, 0)
+                self._hold(rank, f"{prefix}self_attention.{name}.weight", cut.shape(sent.shape), sent, cut)
 
-    def _expert(
-        self,
-        prefix: str,
-        rest: str,
-        number: int,
-        source: Matrix,
-        shape: tuple[int, ...],
-        stage: int,
-        chunk: str,
-    ) -> None:
+    def _expert(self, prefix: str, rest: str, number: int, sent: _Sent) -> None:
         """A tensor of one expert."""
         options = self.options
         local = self._experts() // self._groups()
         before, _, part = rest.partition("experts.experts.")
-        for rank in self._by_stage[stage]:
+        for rank in self._by_stage[sent.stage]:
             group = rank.expert
             if options.moe_tp_extend_ep:
                 group = rank.expert * options.tensor_parallel_size + rank.tensor
             if number // local != group:
                 continue
             whole = options.moe_tp_extend_ep or _whole_experts(options)
-            cut = self._cut(part, shape, *((0, 1) if whole else (rank.tensor, options.tensor_parallel_size)))
-            at, own = number % local, cut.shape(shape)
+            cut = self._cut(part, sent.shape, *((0, 1) if whole else (rank.tensor, options.tensor_parallel_size)))
+            at, own = number % local, cut.shape(sent.shape)
             if not options.moe_grouped_gemm:
-                name = f"{prefix}{before}experts.local_experts.{at}.{part}"
-                self._hold(rank, chunk, name, own, source, cut, 0)
+                self._hold(rank, f"{prefix}{before}experts.local_experts.{at}.{part}", own, sent, cut)
             elif self.in_one:
                 # Memory [experts, in, out]; the declared shape is [in, experts · out] or [experts · in, out].
                 name = f"{prefix}{before}experts.{'weight1' if part == 'linear_fc1.weight' else 'weight2'}"
                 declared = (own[1], local * own[0]) if part == "linear_fc1.weight" else (local * own[1], own[0])
                 turned = Cut(cut.rows, cut.columns, transposed=True)
-                self._hold(rank, chunk, name, declared, source, turned, at * math.prod(own))
+                self._hold(rank, name, declared, sent, turned, at * math.prod(own))
             else:  # Transformer Engine's grouped linear layers have a weight of their own for each expert
-                self._hold(rank, chunk, f"{prefix}{before}experts.{part}{at}", own, source, cut, 0)
+                self._hold(rank, f"{prefix}{before}experts.{part}{at}", own, sent, cut)
 
     def _cut(self, name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Cut:
         """What rank number `rank` of `ranks` has of a tensor."""
@@ -468,21 +436,13 @@ class Layout:
         starts = (half * rows // halves + rank * size for half in range(halves))
         return Cut(tuple((start, start + size) for start in starts))
 
-    def _hold(
-        self,
-        rank: Rank,
-        chunk: str,
-        name: str,
-        shape: tuple[int, ...],
-        source: Matrix,
-        cut: Cut,
-        at: int,
-    ) -> None:
-        held = self.files[rank][chunk]
+    def _hold(self, rank: Rank, name: str, shape: tuple[int, ...], sent: _Sent, cut: Cut, at: int = 0) -> None:
+        """Give a rank a part of a matrix: in its tensor `name` of this shape, from element `at` on."""
+        held = self.files[rank][sent.chunk]
         if name not in held:
-            info = TensorInfo(shape, self.tensors[source[0]].dtype)
+            info = TensorInfo(shape, self.tensors[sent.matrix[0]].dtype)
             held[name] = Held(info, bool(self.options.qlora_nf4) and _is_packed(name))
-        self.places.setdefault(source, []).append(Placement(rank, chunk, name, at, cut))
+        self.places.setdefault(sent.matrix, []).append(Placement(rank, sent.chunk, name, at, cut))
 
 
 MINDSPEED = {

@@ -20,12 +20,14 @@ import numpy as np
 
 from slipway.checkpoint import classic
 from slipway.checkpoint.classic import Layout, Matrix, Placement
-from slipway.checkpoint.classic_reader import AGAIN, Ranks, load
+from slipway.checkpoint.classic_files import AGAIN, Ranks
+from slipway.checkpoint.classic_reader import load
 from slipway.checkpoint.lora import ADAPTER, IN, OUT, Settings
 from slipway.errors import DataError, UsageError
-from slipway.tensors.bits import Bits
+from slipway.tensors.bits import Bits, bits_type
 from slipway.tensors.refs import Ref, TensorInfo
 
+DTYPES = ("BF16", "F32", "F16")
 NAME = re.compile(r"(.+?)(?:\.lora_([ABab])(?:\.default)?\.weight|_lora_([ab]))")
 
 
@@ -43,7 +45,7 @@ class AdapterReader:
 
     def __init__(self, ranks: Ranks, layout: Layout, rank: int | None, alpha: float | None) -> None:
         self.folder, self._ranks, self._layout = ranks.folder, ranks, layout
-        self._stems = {folder: _stems(chunks) for folder, chunks in ranks.adapters.items()}
+        self._stems = {folder: _stems(ranks.folder / folder, chunks) for folder, chunks in ranks.adapters.items()}
         self._places = {matrix: places for matrix, places in layout.places.items() if self._adapted(places[0])}
         if not self._places:
             raise DataError(f"{self.folder} has no low-rank adapters for this model and layout; check the flags")
@@ -54,7 +56,12 @@ class AdapterReader:
         alpha = alpha if alpha is not None else ranks.args.get("lora_alpha")
         if alpha is None:
             raise UsageError(f"{self.folder} does not say the adapters' alpha; give it with --lora-alpha")
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise DataError(
+                f"{self.folder}: args say lora_alpha {alpha!r}, which is no number; give it with --lora-alpha"
+            )
         self.settings = Settings("LoRA", float(alpha), stored, ())
+        self._dtype = self._stored_dtype()
         self.tensors = dict(self._infos(stored))
         self._check_all_layers()
 
@@ -82,7 +89,7 @@ class AdapterReader:
         """A [r, in] or B [out, r] of a matrix of the base."""
         shape = self._layout.tensors[matrix[0]].shape[-2:]
         rank = self.settings.rank or 0
-        out = np.empty((rank, shape[1]) if kind == IN else (shape[0], rank), np.uint16)
+        out = np.empty((rank, shape[1]) if kind == IN else (shape[0], rank), bits_type(self._dtype))
         filled = np.zeros(out.shape, bool)
         for place in self._places[matrix]:
             part, box = self._part(place, kind, shape)
@@ -136,6 +143,16 @@ class AdapterReader:
             raise DataError(f"{self.folder}: {first} has adapters of rank {one}, {second} of rank {other}; {AGAIN}")
         return next(iter(found))
 
+    def _stored_dtype(self) -> str:
+        """The dtype of all adapters; DataError where they differ."""
+        held = [held for chunks in self._ranks.adapters.values() for held in chunks.values()]
+        found = sorted({place.info.dtype for places in held for place in places.values()})
+        if len(found) > 1 or found[0] not in DTYPES:
+            raise DataError(
+                f"{self.folder}: the adapters are in {' and '.join(found)}; they must all be in one of {DTYPES}"
+            )
+        return found[0]
+
     def _rank_at(self, place: Placement, shape: tuple[int, ...]) -> int:
         folder = classic.folder_of(place.rank, self._layout.options)
         stems = self._stems[folder][place.chunk]
@@ -144,28 +161,28 @@ class AdapterReader:
             missing = "lora_A" if "a" not in names else "lora_B"
             raise DataError(f"{self.folder / folder}: {missing} of {_stem(place.name)} is missing; {AGAIN}")
         held = self._ranks.adapters[folder][place.chunk]
-        sizes = [math.prod(held[names[side]].info.shape) for side in "ab"]
+        a, b = (held[names[side]].info.shape for side in "ab")
         whole = self._layout.files[place.rank][place.chunk][place.name].info.shape
         rows, columns = place.cut.shape(shape)
-        if place.cut.transposed:
+        if place.cut.transposed:  # of all experts of the rank; their declared shapes are others
             count = math.prod(whole) // (rows * columns)
-            wanted = (count * columns, count * rows)
+            rank, *others = {_quotient(a, count * columns), _quotient(b, count * rows)}
         else:
-            wanted = (columns, whole[0])
-        ranks = {size // each if size % each == 0 else -1 for size, each in zip(sizes, wanted, strict=True)}
-        if len(ranks) != 1 or -1 in ranks:
+            rank = a[0] if a else 0
+            others = [] if (a, b) == ((rank, columns), (whole[0], rank)) else [0]
+        if rank < 1 or others:
             raise DataError(
-                f"{self.folder / folder}: the adapters of {_stem(place.name)} have {sizes[0]} and {sizes[1]} elements, "
+                f"{self.folder / folder}: the adapters of {_stem(place.name)} have the shapes {list(a)} and {list(b)}, "
                 f"which do not fit a layer of {rows} × {columns}; check the flags for the layout"
             )
-        return ranks.pop()
+        return rank
 
     def _infos(self, rank: int) -> Iterator[tuple[str, TensorInfo]]:
         for key in {key for key, _ in self._places}:
             *stack, out, inner = self._layout.tensors[key].shape
             stem = key.removesuffix(".weight")
-            yield f"{stem}{ADAPTER}{IN}", TensorInfo((*stack, rank, inner))
-            yield f"{stem}{ADAPTER}{OUT}", TensorInfo((*stack, out, rank))
+            yield f"{stem}{ADAPTER}{IN}", TensorInfo((*stack, rank, inner), self._dtype)
+            yield f"{stem}{ADAPTER}{OUT}", TensorInfo((*stack, out, rank), self._dtype)
 
     def _check_all_layers(self) -> None:
         """DataError for a layer, expert or rank without adapters where others of its kind have them."""
@@ -191,6 +208,27 @@ class AdapterReader:
                     )
 
 
+def _quotient(shape: tuple[int, ...], each: int) -> int:
+    """How often there are `each` elements; 0 where that is no whole number."""
+    size = math.prod(shape)
+    return 0 if size % each else size // each
+
+
+def _why_not(name: str) -> str:
+    """Why a tensor of adapters is not read."""
+    if "magnitude" in name:
+        return (
+            f"{name} is of DoRA, of which each tensor parallel rank has taken the lengths of its own part of the rows; "
+            "such adapters are not read in the classic layout: merge them with the program that trained them"
+        )
+    if ".adapter." in name:
+        return (
+            f"{name} is named as NeMo and Megatron-Bridge name adapters, which are read in their own form alone "
+            "(torch_dist), not in the classic layout"
+        )
+    return f"unknown tensor {name} of adapters; known are X.lora_A.default.weight and X_lora_a"
+
+
 def _kind(matrix: Matrix) -> str:
     """A kind of layer: the key without the numbers of layers and experts."""
     return re.sub(r"\.\d+\.", ".", matrix[0])
@@ -201,7 +239,7 @@ def _stem(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _stems(chunks: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, dict[str, str]]]:
+def _stems(where: Path, chunks: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, dict[str, str]]]:
     """chunk → layer → side (a or b) → the name of the tensor."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     for chunk, held in chunks.items():
@@ -209,6 +247,6 @@ def _stems(chunks: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, di
         for name in held:
             match = NAME.fullmatch(name)
             if match is None:
-                raise DataError(f"unknown tensor {name} of adapters; known are X.lora_A.default.weight and X_lora_a")
+                raise DataError(f"{where}: {_why_not(name)}")
             found[chunk].setdefault(match[1], {})[(match[2] or match[3]).lower()] = name
     return found

@@ -13,8 +13,8 @@ from slipway import families
 from slipway.checkpoint import (
     bridge,
     classic,
+    classic_files,
     classic_plan,
-    classic_reader,
     huggingface,
     peft,
     torch_dist,
@@ -152,15 +152,15 @@ def classic_layout_plan(
     described = bf16_config(opened.config)
     noted = {**described, NAME: name} if name else described
     others = companions_of(opened.others)
-    kept = others.under(classic_reader.HF_NOTE)
+    kept = others.under(classic_files.HF_NOTE)
     plan = Plan(
         sizes=output.sizes(),
         pieces=classic_plan.pieces(output, opened.model.cells, opened.megatron_parts, opened.source_bytes),
         small={
             classic.TRACKER: b"1",
             **kept.small,
-            f"{classic_reader.NOTE}/{classic_reader.LAYOUT_NOTE}": classic_reader.note_of(options),
-            f"{classic_reader.HF_NOTE}/{classic_reader.CONFIG_NOTE}": as_json(noted),
+            f"{classic_files.NOTE}/{classic_files.LAYOUT_NOTE}": classic_files.note_of(options),
+            f"{classic_files.HF_NOTE}/{classic_files.CONFIG_NOTE}": as_json(noted),
         },
         copies=kept.copies,
         identity=identity,

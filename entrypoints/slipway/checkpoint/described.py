@@ -25,7 +25,7 @@ from slipway.checkpoint.nemo_context import SOURCE_CONFIG
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.families import Family, described_model, read_config, understood
-from slipway.families.described import GIVE, Described
+from slipway.families.described import GIVE, Described, bounded
 from slipway.tensors.refs import TensorInfo
 from slipway.untrusted import open_file, read_text
 
@@ -77,7 +77,7 @@ def model_of(folder: Path, tensors: Mapping[str, TensorInfo], given: Path | None
     if source.is_file():
         family, config = understood(read_config(source), source)
         return Model(family, config, source)
-    rows = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None
+    rows = next(iter(tensors[EMBEDDING].shape), None) if EMBEDDING in tensors else None
     for where, fields in _said(folder):
         described = Described(fields, where, rows)
         return Model(*described_model(described, tensors), where, described)
@@ -109,7 +109,7 @@ def _yaml(path: Path, section: str) -> dict[str, Any]:
     try:
         whole = yaml.load(read_text(path, LARGEST_YAML, "copy the checkpoint again"), _loader())
         return {name: _value(value) for name, value in whole[section].items()}
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError, ValueError):
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError, ValueError, ArithmeticError):
         raise DataError(f"{path} is damaged: it has no table {section}; copy the checkpoint again") from None
 
 
@@ -149,4 +149,4 @@ def arguments_of(saved: Any) -> dict[str, Any]:
     arguments = saved.get("args") if isinstance(saved, dict) else None
     fields = getattr(arguments, "__dict__", None) or {}
     kinds = (int, float, str, list, tuple, type(None))
-    return {name: value for name, value in fields.items() if isinstance(value, kinds)}
+    return {name: bounded(value) for name, value in fields.items() if isinstance(value, kinds)}

@@ -13,6 +13,7 @@ from typing import Any
 
 from slipway.checkpoint import (
     classic,
+    classic_files,
     classic_reader,
     codecs,
     described,
@@ -76,7 +77,7 @@ def contents_of(path: Path, given: Given = NOTHING) -> Contents:
         return _of_file(path)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; give a checkpoint: a file or a folder")
-    if classic_reader.is_classic(path):
+    if classic_files.is_classic(path):
         return _of_classic(path, given)
     path = torch_dist.newest(path)
     if any((folder / ".metadata").is_file() for folder in (path / "weights", path)):
@@ -264,20 +265,20 @@ def _wanted_of(
 
 def _of_classic(path: Path, given: Given) -> Contents:
     """Megatron's classic layout. Where nothing says which model it is, only what is there is told."""
-    folder = classic_reader.iteration_of(path)
+    folder = classic_files.iteration_of(path)
     assert folder is not None
-    ranks = classic_reader.Ranks(folder)
+    ranks = classic_files.Ranks(folder)
     stored = [place.info for saved in ranks.saved.values() for held in saved.chunks.values() for place in held.values()]
     adapters = [p.info for chunks in ranks.adapters.values() for held in chunks.values() for p in held.values()]
     made_by = "Megatron-LM" if ranks.args else "MindSpeed-LLM, or another that saves no args"
-    if (folder.parent / classic_reader.NOTE).is_dir():
+    if (folder.parent / classic_files.NOTE).is_dir():
         made_by = "Slipway"
     notes = [f"made by {made_by}"]
     problems: dict[str, list[str]] = {}
     checked = model = ""
     parameters = 0
     try:
-        found = classic_reader.find(path, given.layout, given.config)
+        found = classic_files.find(path, given.layout, given.config)
         notes.append(f"layout: {_layout_words(found.layout.options)}")
         model = str(found.said.config.get("model_type", ""))
         parameters = _parameters(found.rules.megatron.values()) if not ranks.only_adapters else 0

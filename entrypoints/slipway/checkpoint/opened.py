@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slipway import families
-from slipway.checkpoint import classic_reader, huggingface, lora, nemo_context, surplus, torch_dist
+from slipway.checkpoint import classic_files, classic_reader, huggingface, lora, nemo_context, surplus, torch_dist
 from slipway.checkpoint.classic_lora import AdapterReader
 from slipway.checkpoint.described import Model, model_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
@@ -259,7 +259,7 @@ def without_prediction(found: Opened) -> Opened:
 
 def is_megatron(checkpoint: Path) -> bool:
     """There is a checkpoint in one of Megatron's layouts."""
-    if classic_reader.is_classic(checkpoint):
+    if classic_files.is_classic(checkpoint):
         return True
     newest = torch_dist.newest(checkpoint)
     return any((folder / ".metadata").is_file() for folder in (newest / "weights", newest))
@@ -270,7 +270,7 @@ def open_megatron(checkpoint: Path, given: Given = NOTHING) -> Opened:
 
     Low-rank adapters are merged into their base.
     """
-    if classic_reader.is_classic(checkpoint):
+    if classic_files.is_classic(checkpoint):
         return open_classic(checkpoint, given)
     if given.layout:
         raise UsageError(f"{checkpoint} is not in Megatron's classic layout; leave out the flags for it")
@@ -279,32 +279,32 @@ def open_megatron(checkpoint: Path, given: Given = NOTHING) -> Opened:
 
 def open_classic(checkpoint: Path, given: Given = NOTHING) -> Opened:
     """Open a checkpoint in Megatron's classic layout; low-rank adapters are merged into their base."""
-    found = classic_reader.find(checkpoint, given.layout, given.config)
+    found = classic_files.find(checkpoint, given.layout, given.config)
     if found.ranks.only_adapters:
         return _merged(*classic_adapters(found, given))
     opened = _of_classic(found, given)
     return _merged(opened, _adapters(found, opened, given)) if found.ranks.has_adapters else opened
 
 
-def _of_classic(found: classic_reader.Found, given: Given) -> Opened:
+def _of_classic(found: classic_files.Found, given: Given) -> Opened:
     """The model in a checkpoint, without adapters."""
     reader = classic_reader.Reader(found.ranks, found.layout)
     opened = of_megatron(reader, found.said, str(reader.folder))
-    note = reader.folder.parent / classic_reader.HF_NOTE
+    note = reader.folder.parent / classic_files.HF_NOTE
     others = given.config.parent if given.config else note if note.is_dir() else None
     return replace(opened, notes=(*opened.notes, *found.notes), others=others)
 
 
-def classic_adapters(found: classic_reader.Found, given: Given) -> tuple[Opened, lora.Adapters]:
+def classic_adapters(found: classic_files.Found, given: Given) -> tuple[Opened, lora.Adapters]:
     """(their base, the adapters of a checkpoint that has nothing else)."""
     if given.base is None:
         raise UsageError(f"{found.ranks.folder} holds only adapters; give the checkpoint of their base with --base")
-    layout = given.layout if classic_reader.is_classic(given.base) else {}
+    layout = given.layout if classic_files.is_classic(given.base) else {}
     opened = open_megatron(given.base, Given(given.config, None, layout))
     return opened, _adapters(found, opened, given)
 
 
-def _adapters(found: classic_reader.Found, base: Opened, given: Given) -> lora.Adapters:
+def _adapters(found: classic_files.Found, base: Opened, given: Given) -> lora.Adapters:
     reader = AdapterReader(found.ranks, found.layout, given.lora_rank, given.lora_alpha)
     return lora.Adapters(reader, base.model.megatron, base.reader.folder, reader.settings)
 
@@ -364,8 +364,8 @@ def with_adapters(reader: torch_dist.Reader, given: Given) -> tuple[Opened, lora
 
 def adapters_in(checkpoint: Path, given: Given) -> tuple[rules.Rules, lora.Adapters, str]:
     """(rules of their base, the adapters of a checkpoint, what the base is called); DataError where there are none."""
-    if classic_reader.is_classic(checkpoint):
-        found = classic_reader.find(checkpoint, given.layout, given.config)
+    if classic_files.is_classic(checkpoint):
+        found = classic_files.find(checkpoint, given.layout, given.config)
         reader = AdapterReader(found.ranks, found.layout, given.lora_rank, given.lora_alpha)
         # The base need not be there: its shapes are those of the layout.
         adapters = lora.Adapters(reader, found.rules.megatron, reader.folder, reader.settings)

@@ -275,6 +275,8 @@ def _read(descriptor: int) -> Saved:
     for key, value in saved.items():
         if not (isinstance(key, str) and key.startswith("model") and isinstance(value, dict)):
             continue
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("not the names of tensors")
         chunks[key] = {
             tensor: _place(found, entries[f"{folder}data/{found.storage[1]}"], descriptor, count)
             for tensor, found in value.items()

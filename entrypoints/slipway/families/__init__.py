@@ -165,9 +165,11 @@ def _by_tensors(tensors: Mapping[str, TensorInfo], where: Path) -> Family:
     """The family whose attention has tensors of these names: the most that are the same, the fewest that are not."""
     found = _kinds(tensors)
     scores = {name: _likeness(found, _kinds_of(name)) for name in FAMILIES}
-    best = max(scores, key=scores.__getitem__)
+    best, *others = (name for name in scores if scores[name] == max(scores.values()))
     if scores[best] < 0.5:
         raise DataError(f"{where}: the tensors are of none of the families {', '.join(FAMILIES)}")
+    if others:
+        raise DataError(f"{where}: the tensors are as much of {best} as of {', '.join(others)}; {GIVE}")
     return FAMILIES[best]
 
 

@@ -78,6 +78,10 @@ NOT_THE_MODEL = {
 }  # fmt: skip
 
 
+KINDS = (str, int, float, type(None))
+LARGEST, MOST_ENTRIES = 1 << 64, 10_000  # of a number, and of a list: there is one for each layer
+
+
 class Described(Mapping[str, Any]):
     """The fields that a checkpoint's own files say of its model, under NeMo's names.
 
@@ -88,7 +92,7 @@ class Described(Mapping[str, Any]):
     """
 
     def __init__(self, fields: Mapping[str, Any], where: Path, rows: int | None = None) -> None:
-        found = {OTHER_NAMES.get(name, name): value for name, value in fields.items()}
+        found = {OTHER_NAMES.get(n, n): bounded(value) for n, value in fields.items() if isinstance(n, str)}
         if "untie_embeddings_and_output_weights" in found:
             found["share_embeddings_and_output_weights"] = not found.pop("untie_embeddings_and_output_weights")
         scaling = found.pop("use_rope_scaling", found.pop("rope_scaling", None))
@@ -132,6 +136,20 @@ class Described(Mapping[str, Any]):
     def length(self) -> int:
         """The longest text: of the model where it is said, else of the run that saved it."""
         return self.get("max_position_embeddings") or self["seq_length"]
+
+
+def bounded(value: Any) -> Any:
+    """The value, if it is of a kind that fields of a model have, else what kind it is of.
+
+    In a few bytes of YAML or of a pickle a list may hold itself, or the same list 2^30 times, and a number may have
+    more digits than Python prints.
+    """
+    if isinstance(value, (list, tuple)):
+        plain = len(value) <= MOST_ENTRIES and not any(isinstance(each, (list, tuple, dict, set)) for each in value)
+        return [bounded(each) for each in value] if plain else f"{type(value).__name__} of other ones"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "number of more than 64 bits"
+    return value if isinstance(value, KINDS) else getattr(value, "target", type(value).__name__)
 
 
 def decoder_config(f: Described) -> dict[str, Any]:
