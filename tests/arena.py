@@ -6,6 +6,7 @@ of its input is {"words": [...], "environment": {...}, "stdin": FILE}.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -167,7 +168,18 @@ def _scan(*files: str) -> None:
         scan_data(file, "", 16, 1000, file.endswith(".jsonl"))
 
 
-READERS = {"@handover": _handover, "@topology": _topology, "@packet": _packet, "@run": _run_folder, "@scan": _scan}
+def _told(file: str) -> None:
+    """What a cluster says of a run."""
+    from slipway.cluster import runs
+
+    record = ["progress", "", "/out", base64.b64encode(Path(file).read_bytes()).decode()]
+    print(runs.progress_line(record))
+
+
+READERS = {
+    "@handover": _handover, "@topology": _topology, "@packet": _packet, "@run": _run_folder, "@scan": _scan,
+    "@told": _told,
+}  # fmt: skip
 
 
 def _play(job: dict[str, Any], out: Path, err: Path) -> None:

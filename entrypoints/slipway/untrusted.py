@@ -7,6 +7,7 @@ so that two readers understand it in two ways. Each of these is one sentence her
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from slipway.errors import DataError
 
@@ -176,7 +177,9 @@ def read_toml(path: Path, cure: str) -> dict[str, Any]:
     if any(line.count(".") > DEEPEST for line in text.splitlines()):  # the reader's memory grows as their square
         raise DataError(f"{path} has a line of more than {DEEPEST} dots; {cure}")
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
+        repr(tables)  # a hexadecimal number may be longer than Python prints
+        return tables
     except RecursionError:
         raise DataError(f"{path} is nested too deeply; {cure}") from None
     except tomllib.TOMLDecodeError as error:
@@ -203,6 +206,32 @@ def harmless_lines(text: str) -> str:
 def tell(text: str) -> None:
     """Print to standard error what may hold words of others."""
     print(harmless_lines(text), file=sys.stderr, flush=True)
+
+
+class Harmless(io.TextIOBase):
+    """A stream that spells out what a terminal would obey: for libraries that print words of others by themselves.
+
+    It is no terminal, so they print plain text.
+
+    Args:
+        stream: what is written to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.stream.write(harmless_lines(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
 def replace_file(path: Path, content: bytes, durable: bool = True) -> None:

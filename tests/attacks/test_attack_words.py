@@ -126,6 +126,7 @@ def test_the_owner_of_a_run(arena, run):
 RECIPES = {
     "a key": f'"{json.dumps(EVIL)[1:-1]}" = 1', "brackets": "a = " + "[" * 10_000, "dots": "a." * 20_000 + "a = 1",
     "digits": "a = " + "9" * 10_000, "no UTF-8": "a = '\udcff'", "large": "#" * 100_000, "twice": "a = 1\na = 2",
+    "hexadecimal digits": "steps = 0x" + "f" * 10_000,
 }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ MODEL = ["*.safetensors", "*.py", *TOKENIZER]
 OLD = ["pytorch_model*.bin", *TOKENIZER]  # where there are no safetensors
 SUBFOLDERS = "*/*"  # the same weights in other formats
 ATTEMPTS = 5
+# What the hub's client raises where an answer is none of the hub's.
+OF_ODD_ANSWERS = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def locate(path: str, *, files: list[str] = MODEL) -> Path:
@@ -158,11 +160,21 @@ def _fetch(repository: str, revision: str, files: list[str]) -> Path:
             if (known := _explained(error, where)) is not None:
                 raise known from None
             reason = type(error).__name__
+        except OF_ODD_ANSWERS as error:
+            raise no_hub(where, error) from None
         time.sleep(2**attempt / 10)  # longer each time, so that a server with too much to do can recover
     raise Stopped(
         f"{where}: the download was interrupted {ATTEMPTS} times ({reason}); "
         "run the same command again, it continues where it stopped"
     )
+
+
+def no_hub(where: str, error: Exception) -> PreflightError:
+    """The error where a server does not answer as the hub does."""
+    from huggingface_hub import constants
+
+    kind, endpoint = type(error).__name__, shown_url(constants.ENDPOINT)
+    return PreflightError(f"{where}: {endpoint} does not answer as the hub does ({kind}); check HF_ENDPOINT")
 
 
 def _explained(error: Exception, where: str) -> SlipwayError | None:

@@ -39,7 +39,7 @@ CANONICAL = {
 }
 BASE_NOTE = "adapter_metadata.json"
 BASE = "base"  # the base beside its adapters, as `import --adapter` writes both
-NUMBER = r"[-+.\deE]+"
+NUMBER = r"[-+]?[0-9]{1,30}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,3})?"
 
 
 def has_adapters(reader: Reader) -> bool:
@@ -133,7 +133,7 @@ def settings_of(adapters: Reader) -> Settings:
     if not (alpha := value("alpha", NUMBER)):
         raise DataError(f"{path} does not contain the adapters' alpha; copy context/ of the checkpoint again")
     targets = re.search(r"(?m)^  target_modules:\n((?:  +- .*\n?)+)", lines)
-    rank = value("dim", r"\d+")
+    rank = value("dim", "[0-9]{1,9}")
     return Settings(
         value("_target_", r"\S+").rpartition(".")[2],
         float(alpha),

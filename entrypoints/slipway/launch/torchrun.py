@@ -27,7 +27,7 @@ from slipway.launch.link import Link
 from slipway.launch.topology import Topology
 from slipway.report import say
 from slipway.signals import END, StopRequests, prepare_child
-from slipway.untrusted import harmless, shown_url, tell
+from slipway.untrusted import Harmless, harmless, shown_url, tell
 
 WORKER = "slipway.training.worker"
 POLL = 0.1  # seconds between looks at the processes and their logs
@@ -239,7 +239,11 @@ def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) ->
     # Only a signal can interrupt the main thread while it computes; the timer of the grace period is another thread.
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with stop.while_saving(lambda: signal.pthread_kill(main, signal.SIGALRM)):
+        harmless_errors = Harmless(sys.stderr)  # Weights & Biases' client, for one, prints what its server says
+        with (
+            stop.while_saving(lambda: signal.pthread_kill(main, signal.SIGALRM)),
+            contextlib.redirect_stderr(harmless_errors),
+        ):
             run()
     except _Interruption:
         raise GraceIsOver("did not save in time") from None

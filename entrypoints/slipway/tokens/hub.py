@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint.locate import ATTEMPTS, _explained, _progress, _status
+from slipway.checkpoint.locate import ATTEMPTS, OF_ODD_ANSWERS, _explained, _progress, _status, no_hub
 from slipway.checkpoint.stream import write_errors
 from slipway.errors import SlipwayError, Stopped, UsageError
 from slipway.tokens.folders import ABOUT, CARD, chosen, is_rows, splits_of
@@ -77,6 +77,8 @@ def _fetched(name: Name) -> Path:
             if (known := _explained(error, str(name))) is not None:
                 raise _of_data_set(known) from None
             reason = type(error).__name__
+        except OF_ODD_ANSWERS as error:
+            raise no_hub(str(name), error) from None
         time.sleep(2**attempt / 10)  # longer each time, so that a server with too much to do can recover
     raise Stopped(
         f"{name}: the download was interrupted {ATTEMPTS} times ({reason}); "

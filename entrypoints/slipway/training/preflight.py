@@ -24,7 +24,7 @@ from slipway.training import memory
 from slipway.training.agreement import changed
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
-from slipway.untrusted import read_object, read_text, tell
+from slipway.untrusted import read_object, read_text, tell, without_credentials
 
 NOTE_BYTES = 1 << 20
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
@@ -71,8 +71,16 @@ def check_data(data: str, eval_data: str) -> None:
 
 
 def check_logging(recipe: Recipe) -> None:
-    """UsageError where Weights & Biases would ask for a key that is not there, which nobody would see."""
-    if not recipe.wandb_project or os.environ.get("WANDB_API_KEY"):
+    """UsageError where Weights & Biases would write a password into its logs, or ask for a key that is not there."""
+    if not recipe.wandb_project:
+        return
+    address = os.environ.get("WANDB_BASE_URL", "")
+    if without_credentials(address) != address:
+        raise UsageError(
+            "WANDB_BASE_URL has a user or a password, which the client of Weights & Biases writes into its logs; leave "
+            "them out and set WANDB_API_KEY"
+        )
+    if os.environ.get("WANDB_API_KEY"):
         return
     if os.environ.get("WANDB_MODE", "online") != "online":
         return

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipway.errors import SlipwayError
+from slipway.errors import PreflightError, SlipwayError
 from slipway.launch.failure import leave_word
 from slipway.launch.quiet import quiet
 from slipway.signals import heed_the_parent_alone
@@ -315,11 +315,33 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
 
 
 def _wandb(recipe: Recipe, folder: RunFolder) -> Any:
-    from lightning.pytorch.loggers import WandbLogger
+    """The log for Weights & Biases; PreflightError where its server refuses.
 
-    return WandbLogger(
-        project=recipe.wandb_project, name=folder.path.name, save_dir=str(folder.path), config=vars(recipe)
+    Its client prints what the server says. In this process that is made harmless (torchrun.run_here, torchrun.Screen);
+    its helper writes to the terminal itself, so it is told to be silent.
+    """
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+    from wandb.errors import term
+
+    logger = WandbLogger(
+        project=recipe.wandb_project,
+        name=folder.path.name,
+        save_dir=str(folder.path),
+        config=vars(recipe),
+        settings=wandb.Settings(silent=True),
     )
+    try:
+        run = logger.experiment
+    except wandb.Error as error:
+        said = " ".join(str(error).split())[:300]
+        raise PreflightError(
+            f"Weights & Biases: {said}; set WANDB_MODE=offline to keep the log in OUT, or leave out --wandb-project"
+        ) from None
+    if isinstance(run, wandb.Run):  # on the first rank
+        term.termsetup(wandb.Settings(), None)  # what goes wrong later is shown
+        tell(f"worker: the log for Weights & Biases is {run.settings.sync_dir if run.offline else run.url}")
+    return logger
 
 
 def main() -> None:
