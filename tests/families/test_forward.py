@@ -112,6 +112,23 @@ def test_mtp_predicts_the_same_in_nemo(tmp_path):
     assert_close("MTP", ahead, reference_mtp_logits(source, tokens))
 
 
+def test_a_checkpoint_without_a_tokenizer_is_built(tmp_path):
+    """What `import` writes now, and what it wrote before: a call of a tokenizer whose files are not there."""
+    from slipway.training.forward import logits_of_nemo
+
+    source = make_model(tmp_path / "hf", "qwen3_dense", quantized=False)
+    import_checkpoint(str(source), str(tmp_path / "before"))
+    for file in (tmp_path / "before" / "context" / "nemo_tokenizer").iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    for file in source.glob("*token*"):
+        file.unlink()
+    import_checkpoint(str(source), str(tmp_path / "now"))
+    assert b"AutoTokenizer" not in (tmp_path / "now" / "context" / "io.json").read_bytes()
+    before, now = (logits_of_nemo(tmp_path / name, tokens_of()) for name in ("before", "now"))
+    assert torch.equal(before, now)
+
+
 def test_without_its_mtp_layer_a_model_is_the_same_but_for_that(tmp_path):
     """Left out on import, left out on export; and what transformers saved without it is read again."""
     source = make_model(tmp_path / "hf", "deepseek_v3", quantized=False)

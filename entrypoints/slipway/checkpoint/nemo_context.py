@@ -100,6 +100,7 @@ def context_files(
     fields: Mapping[str, Any],
     hf_config: Mapping[str, Any],
     transform: Call | None = None,
+    tokenizer: bool = True,
 ) -> dict[str, bytes]:
     """io.json, model.yaml and the source's config.json.
 
@@ -108,12 +109,14 @@ def context_files(
         fields: the arguments of the configuration class.
         hf_config: config.json of the BF16 form.
         transform: what NeMo attaches to the model, if this is a checkpoint of adapters.
+        tokenizer: there is one in the folder TOKENIZER.
     """
     # The defaults of NeMo's classes are float32, whatever the checkpoint holds.
     bf16 = Symbol("torch:bfloat16")
     fields = {**fields, "bf16": True, "params_dtype": bf16, "pipeline_dtype": bf16}
-    tokenizer = Call(TOKENIZER_CLASS, {"pretrained_model_name": TOKENIZER})
-    arguments = {"config": Call(config, fields), "tokenizer": tokenizer}
+    arguments = {"config": Call(config, fields)}
+    if tokenizer:
+        arguments["tokenizer"] = Call(TOKENIZER_CLASS, {"pretrained_model_name": TOKENIZER})
     if transform:
         arguments["model_transform"] = transform
     graph = _Graph()

@@ -74,14 +74,15 @@ def context_of(opened: Opened, name: str) -> tuple[dict[str, bytes], dict[str, P
     """
     described = bf16_config(opened.config)
     noted = {**described, NAME: name} if name else described
-    context = nemo_context.context_files(*opened.family.nemo_model(opened.config), noted)
     others = companions_of(opened.others)
     tokenizer = others.of_tokenizer().under(f"context/{nemo_context.TOKENIZER}")
+    has_one = bool(tokenizer.small or tokenizer.copies)
+    context = nemo_context.context_files(*opened.family.nemo_model(opened.config), noted, tokenizer=has_one)
     kept = others.under(f"context/{nemo_context.HF_FILES}")
     small = {
         **{f"context/{name}": content for name, content in context.items()},
         # transformers finds a tokenizer without a class by the model's type.
-        f"context/{nemo_context.TOKENIZER}/config.json": as_json(described),
+        **({f"context/{nemo_context.TOKENIZER}/config.json": as_json(described)} if has_one else {}),
         **tokenizer.small,
         **kept.small,
     }

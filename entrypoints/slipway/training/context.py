@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import handover
-
-BUILT = ("config", "tokenizer")  # of the model; training brings its own optimizer and what it attaches
+from slipway.checkpoint.nemo_context import TOKENIZER
 
 
 def model_of(checkpoint: Path) -> Any:
-    """The model that the context describes, without weights; DataError where it names what it should not."""
+    """The model that the context describes, without weights; DataError where it names what it should not.
+
+    Of its call only the configuration and the tokenizer are built: training brings its own optimizer and what it
+    attaches.
+    """
     handover.check_context(checkpoint)
     import fiddle  # type: ignore[import-untyped]
     from nemo.lightning.io import load_context
 
     calls = load_context(checkpoint / "context", subpath="model", build=False)
-    for name in set(calls.__arguments__) - set(BUILT):
+    files = {file.name for file in (checkpoint / "context" / TOKENIZER).glob("*")}
+    # Where there is no tokenizer, `import` once wrote a call for it all the same.
+    built = {"config", "tokenizer"} if files - {"config.json"} else {"config"}
+    for name in set(calls.__arguments__) - built:
         delattr(calls, name)
     return fiddle.build(calls)
