@@ -47,15 +47,17 @@ def expected(larger_model, tmp_path_factory) -> dict[str, Path]:
     from slipway.commands.export import export
 
     export(str(folder / "import"), str(folder / "export"))
-    for name, words in CLASSIC.items():
-        source = folder / "import classic" if name.startswith("export") else larger_model
+    for name, words in FORMS.items():
+        source = folder / name.replace("export", "import") if name.startswith("export") else larger_model
         assert cli.main([words[0], str(source), str(folder / name), *words[1:]]) == 0
-    return {name: folder / name for name in ("dequant", "import", "export", *CLASSIC)}
+    return {name: folder / name for name in ("dequant", "import", "export", *FORMS)}
 
 
-# Megatron's classic layout: its headers, and the sizes of some of its tensors, are written after all pieces.
+# Of Megatron's classic layout the headers, and the sizes of some tensors, are written after all pieces.
 LAYOUT = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--expert-parallel-size=2", "--moe-grouped-gemm")
-CLASSIC = {
+FORMS = {
+    "import bridge": ("import", "--format=bridge"),
+    "export bridge": ("export",),
     "import classic": ("import", "--format=classic", *LAYOUT),
     "import classic in nf4": ("import", "--format=classic", *LAYOUT, "--qlora-nf4"),
     "export classic": ("export",),
@@ -112,17 +114,16 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-KILLS = int(os.environ.get("SLIPWAY_KILLS", "4"))  # of each command; 34 are the hundred of docs/checkpoints.md
+KILLS = int(os.environ.get("SLIPWAY_KILLS", "4"))  # of each command; 13 are the hundred of docs/checkpoints.md
 
 
-@pytest.mark.parametrize("verb", ["dequant", "import", "export", *CLASSIC])
+@pytest.mark.parametrize("verb", ["dequant", "import", "export", *FORMS])
 def test_killed_at_random_moments_and_run_again(verb, larger_model, expected, tmp_path):
     """Each kill comes before, amid or after the writing; about half of them hit a run that was killed before."""
-    sources = {"export": expected["import"], "export classic": expected["import classic"]}
-    source = sources.get(verb, larger_model)
+    source = expected[verb.replace("export", "import")] if verb.startswith("export") else larger_model
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     rng = random.Random(verb)
-    command, *flags = CLASSIC.get(verb, (verb,))
+    command, *flags = FORMS.get(verb, (verb,))
     words = [command, str(source), str(out), *flags]
     for number in range(KILLS):
         if number % 4 == 0:  # in its first seconds, wherever it is then
@@ -184,6 +185,24 @@ def test_too_little_space_is_said_before_any_work(larger_model, small_disk, slip
     assert done.returncode == 73
     assert " free, but " in done.stderr and " are needed" in done.stderr and len(done.stderr.splitlines()) == 1
     assert [f.name for f in small_disk.iterdir() if not f.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("form", ["bridge", "classic"])
+def test_a_disk_that_fills_up_while_megatrons_forms_are_exported(form, mxfp4_model, small_disk, tmp_path, monkeypatch):
+    from slipway.checkpoint import stream
+    from slipway.commands.export import export
+
+    import_checkpoint(str(mxfp4_model), str(tmp_path / "made"), format=form)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(3_950_000))
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 40}))
+    with pytest.raises(WriteError, match="the disk is full; free some space"):
+        export(str(tmp_path / "made"), str(small_disk / "out"))
+    assert not (small_disk / "out").exists()
+    filler.unlink()
+    export(str(tmp_path / "made"), str(small_disk / "out"))
+    export(str(tmp_path / "made"), str(tmp_path / "direct"))
+    assert files(small_disk / "out") == files(tmp_path / "direct")
 
 
 @pytest.mark.parametrize("form", ["nemo", "bridge", "classic"])

@@ -147,6 +147,117 @@ def test_each_defect_is_named(case, model, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
+RANK = "iter_0000001/mp_rank_01_001/model_optim_rng.pt"
+BRIDGE = "iter_0000000"
+
+
+@pytest.fixture(scope="module")
+def megatron(mxfp4_model, tmp_path_factory) -> Path:
+    """The model in Megatron's forms: classic, bridge, and made, which is NeMo's without our config.json."""
+    root = tmp_path_factory.mktemp("megatron")
+    layout = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    import_checkpoint(str(mxfp4_model), str(root / "classic"), format="classic", **layout)
+    import_checkpoint(str(mxfp4_model), str(root / "bridge"), format="bridge")
+    import_checkpoint(str(mxfp4_model), str(root / "made"))
+    (root / "made" / "context" / "hf_config.json").unlink()
+    return root
+
+
+def edit_rank(file: Path, change) -> None:
+    """Change what a rank has saved, and save it again as Megatron does."""
+    saved = torch.load(file, weights_only=False)
+    saved = change(saved) or saved
+    torch.save(saved, file)
+
+
+def without(name: str):
+    return lambda saved: [saved["model"].pop(name)][:0]
+
+
+def halved(name: str):
+    return lambda saved: saved["model"].update({name: saved["model"][name][::2].clone()})
+
+
+def edit_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+PROJECTION = "decoder.layers.0.self_attention.linear_proj.weight"
+# Form, change, what is said.
+MEGATRON = {
+    "a rank is missing": ("classic", lambda m: shutil.rmtree((m / RANK).parent), "mp_rank_01_001 is missing"),
+    "a rank's file is empty": ("classic", lambda m: (m / RANK).write_bytes(b""), "is damaged"),
+    "a rank's file is cut": ("classic", lambda m: (m / RANK).write_bytes((m / RANK).read_bytes()[:-99]), "is damaged"),
+    "a rank's file is no checkpoint": ("classic", lambda m: torch.save([1], m / RANK), "is damaged"),
+    "a rank has no model": ("classic", lambda m: torch.save({"iteration": 1}, m / RANK), "is missing"),
+    "a rank lacks a tensor": ("classic", lambda m: edit_rank(m / RANK, without(PROJECTION)), "linear_proj.weight is"),
+    "a rank has another shape": ("classic", lambda m: edit_rank(m / RANK, halved(PROJECTION)), "but the layout needs"),
+    "a rank has a tensor more": (
+        "classic",
+        lambda m: edit_rank(m / RANK, lambda saved: saved["model"].update(x=torch.ones(2))),
+        "unexpected tensor x",
+    ),
+    "a rank too many": (
+        "classic",
+        lambda m: shutil.copytree((m / RANK).parent, m / "iter_0000001" / "mp_rank_02_001"),
+        "mp_rank_02_001 is not of this layout",
+    ),
+    "a note of another layout": (
+        "classic",
+        lambda m: edit_json(m / "slipway" / "layout.json", lambda note: note.update(noop_layers="0")),
+        "no-op",
+    ),
+    "a note with an unknown option": (
+        "classic",
+        lambda m: edit_json(m / "slipway" / "layout.json", lambda note: note.update(x=1)),
+        "unknown option x",
+    ),
+    "a note that is no JSON": (
+        "classic", lambda m: (m / "slipway" / "layout.json").write_text("{"), "cannot be read as JSON"
+    ),
+    "run_config.yaml is gone": ("bridge", lambda m: (m / BRIDGE / "run_config.yaml").unlink(), "with --config"),
+    "run_config.yaml is no YAML": ("bridge", lambda m: (m / BRIDGE / "run_config.yaml").write_text("{"), "is damaged"),
+    "run_config.yaml has no model": (
+        "bridge", lambda m: (m / BRIDGE / "run_config.yaml").write_text("x: 1"), "has no table model"
+    ),
+    "run_config.yaml says another model": (
+        "bridge",
+        lambda m: edit_text(m / BRIDGE / "run_config.yaml", '"num_layers": 2', '"num_layers": 3'),
+        "for 3 layers",
+    ),
+    ".metadata is cut": (
+        "bridge",
+        lambda m: (m / BRIDGE / ".metadata").write_bytes((m / BRIDGE / ".metadata").read_bytes()[:-99]),
+        "is damaged",
+    ),
+    "the weights are cut": (
+        "bridge",
+        lambda m: (m / BRIDGE / "__0_0.distcp").write_bytes((m / BRIDGE / "__0_0.distcp").read_bytes()[:99_999]),
+        "copy",
+    ),
+    "the weights are gone": ("bridge", lambda m: (m / BRIDGE / "__0_0.distcp").unlink(), "is missing"),
+    "io.json is no JSON": ("made", lambda m: (m / "context" / "io.json").write_text("{"), "cannot be read as JSON"),
+    "io.json is no context": ("made", lambda m: (m / "context" / "io.json").write_text("{}"), "not a context of NeMo"),
+    "no context": ("made", lambda m: shutil.rmtree(m / "context"), "give the model's config.json with --config"),
+    "model.yaml is no YAML": ("made", lambda m: (m / "context" / "model.yaml").write_text("a: [b"), "is damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MEGATRON)
+def test_each_defect_of_megatrons_forms_is_named(case, megatron, tmp_path):
+    form, change, message = MEGATRON[case]
+    checkpoint = Path(shutil.copytree(megatron / form, tmp_path / form))
+    change(checkpoint)
+    for command in (export, import_checkpoint):
+        with pytest.raises(SlipwayError) as error:
+            command(str(checkpoint), str(tmp_path / "out"))
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert error.value.exit_code in (2, 65)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_person_sees_one_line_and_the_exit_code(model, tmp_path, slipway):
     (model / SHARD).write_bytes(b"garbage" * 100)
     done = slipway("import", model, tmp_path / "out")
@@ -165,24 +276,27 @@ def test_sizes_that_are_none(text, model, tmp_path):
         import_checkpoint(str(model), str(tmp_path / "out"), memory=text)
 
 
-def test_three_hundred_mutations(model, nemo_model, tmp_path):
+def test_six_hundred_mutations(model, nemo_model, megatron, tmp_path):
     """Random bytes changed, cut or inserted in headers, index, config and metadata: an answer or one clear line."""
     rng = random.Random(0)
     nemo = Path(shutil.copytree(nemo_model, tmp_path / "nemo"))
-    targets = [model / "config.json", model / INDEX, model / SHARD, nemo / "weights" / ".metadata"]
-    targets += [nemo / "context" / "hf_config.json", nemo / "weights" / "__0_0.distcp"]
+    targets = [(model, name) for name in ("config.json", INDEX, SHARD)]
+    targets += [(nemo, f"weights/{name}") for name in (".metadata", "__0_0.distcp")]
+    targets += [(nemo, "context/hf_config.json")]
+    forms = {form: Path(shutil.copytree(megatron / form, tmp_path / form)) for form in ("classic", "bridge", "made")}
+    targets += [(forms["classic"], name) for name in (RANK, "slipway/layout.json")]
+    targets += [(forms["bridge"], f"{BRIDGE}/{name}") for name in ("run_config.yaml", ".metadata")]
+    targets += [(forms["made"], f"context/{name}") for name in ("io.json", "model.yaml")]
     refused = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for round_ in range(300):
-        target = targets[round_ % len(targets)]
+    for round_ in range(600):
+        checkpoint, name = targets[round_ % len(targets)]
+        target = checkpoint / name
         original = target.read_bytes()
         target.write_bytes(mutate(original, rng))
         out = tmp_path / f"out{round_}"
         try:
-            if target.is_relative_to(nemo):
-                export(str(nemo), str(out))
-            else:
-                import_checkpoint(str(model), str(out))
+            (import_checkpoint if checkpoint == model else export)(str(checkpoint), str(out))
         except SlipwayError as error:
             refused += 1
             assert "\n" not in str(error) and error.exit_code in (2, 65), error
@@ -191,7 +305,7 @@ def test_three_hundred_mutations(model, nemo_model, tmp_path):
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(tmp_path / f".out{round_}.partial", ignore_errors=True)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert refused > 100 and grown < 500_000_000
+    assert refused > 200 and grown < 500_000_000
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:

@@ -6,6 +6,7 @@ files show. classic_reader.py holds them against the names and shapes of every f
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -177,8 +178,18 @@ def options_of(ranks: Ranks, given: Mapping[str, Any]) -> Options:
     # As many files as ranks, or fewer: no list of ranks is made that the files do not explain.
     tensor, experts = options.tensor_parallel_size, options.expert_parallel_size
     if tensor * options.pipeline_parallel_size * experts > len(ranks.saved) * min(tensor, experts):
-        raise DataError(f"{ranks.folder} has {len(ranks.saved)} files of ranks, fewer than its layout needs; {AGAIN}")
+        said = f"{ranks.folder} has {len(ranks.saved)} files of ranks, fewer than its layout needs"
+        raise DataError(f"{said}{_first_missing(ranks, options)}; {AGAIN}")
     return options
+
+
+def _first_missing(ranks: Ranks, options: Options) -> str:
+    """The first rank without a file, in words; nothing where some combinations have none."""
+    sizes = options.tensor_parallel_size, options.pipeline_parallel_size, options.expert_parallel_size
+    if min(sizes[0], sizes[2]) > 1:
+        return ""
+    folders = (classic.folder_of(Rank(*place), options) for place in itertools.product(*map(range, sizes)))
+    return f": {next(folder for folder in folders if folder not in ranks.saved)} is missing"
 
 
 def _of_args(args: Mapping[str, Any]) -> dict[str, Any]:
