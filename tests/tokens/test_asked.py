@@ -80,6 +80,12 @@ def test_values_out_of_range(option, value):
 def test_values_in_range(option, values):
     for value in values.split():
         wanted(**{option: value}).check()
+    wanted(seq_length=3, workers=1, show=0).check()
+
+
+def test_what_is_wrong_is_said_before_anything_is_read(tmp_path):
+    with pytest.raises(UsageError, match="--learn is 'none'"):
+        tokenise.tokenise("no such file", tmp_path / "out.jsonl", wanted(learn="none"), 10)
 
 
 # ---------------------------------------------------------------------------- where it writes
@@ -182,6 +188,10 @@ def test_another_file_or_another_flag_is_other_work(tmp_path, mxfp4_model):
     assert tokenise._identity([one], known) != first
     with_tokenizer = Settings(mxfp4_model, 100)
     assert len(tokenise._identity([one], with_tokenizer)["tokenizer"]) == 2, "both of its files count"
+    (tmp_path / "t").mkdir()
+    for number, name in enumerate(("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), 1):
+        (tmp_path / "t" / name).touch()
+        assert len(tokenise._identity([one], Settings(tmp_path / "t", 100))["tokenizer"]) == number
 
 
 def test_the_day_is_that_of_the_newest_file(tmp_path, mxfp4_model):

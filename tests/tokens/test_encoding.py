@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 from sets import PLAIN, model_with, write_rows
 from slipway.arguments import parse
 from slipway.commands.preprocess import preprocess
 from slipway.errors import DataError, UsageError
+from slipway.options import take
 from slipway.tokens import inputs
 from slipway.tokens.encoder import Encoder, Settings, _parts_of
 from slipway.tokens.inputs import pieces
 from slipway.tokens.lines import Sample
 from slipway.tokens.rows import rows_of
 from slipway.tokens.sources import recognise
+from slipway.tokens.wanted import Wanted
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
@@ -135,8 +140,21 @@ def test_every_row_is_named_by_its_place_whatever_pieces_it_is_read_in(tmp_path,
         cut_up = list(pieces([recognise(file)]))
         found = [place for piece in cut_up for place, _ in rows_of(piece)]
         begins = [number for number, line in enumerate(content.split("\n"), 1) if line.startswith(("{", "[{"))]
-        assert len(cut_up) > 5
+        assert len(cut_up) > 5 and sum(piece.size for piece in cut_up) <= file.stat().st_size
         assert found == [f"{file}:{line}, row {row}" for row, line in enumerate(begins, 1)]
+
+
+def test_rows_of_lines_and_of_tables_are_named_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "PIECE_BYTES", 90)
+    monkeypatch.setattr("slipway.tokens.sources.BLOCK_BYTES", 30)
+    rows = [{"text": f"row {number}"} for number in range(1, 30)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name, place in (("a.jsonl", ":"), ("a.jsonl.gz", ":"), ("a.parquet", ": row ")):
+        cut_up = list(pieces([recognise(tmp_path / name)]))
+        found = [row for piece in cut_up for row in rows_of(piece)]
+        assert len(cut_up) > 2 and found == [(f"{tmp_path / name}{place}{n}", row) for n, row in enumerate(rows, 1)]
 
 
 # ---------------------------------------------------------------------------- what a person must say
@@ -146,4 +164,4 @@ def test_a_tokenizer_is_asked_for():
     with pytest.raises(UsageError, match="--tokenizer is missing"):
         parse("preprocess", preprocess, ["in.jsonl", "out.jsonl"])
     found = parse("preprocess", preprocess, ["in.jsonl", "out.jsonl", "--tokenizer", "t"])[1]
-    assert found["tokenizer"] == "t"
+    assert take(Wanted, found) == Wanted(tokenizer="t") and take(Wanted, found).held_out() == 0

@@ -86,6 +86,7 @@ def test_what_train_gets_of_lines(tmp_path):
     assert [pack.tolist() for pack in packed.packs] == [[0, 1]], (
         "of three and of two tokens: two places and one of five"
     )
+    assert len(scan.scan(file, 4, 10, packed=True).packs) == 1, "the last token of each has no place of its own"
     assert isinstance(scan.open_units(file, found, 5), Lines)
     assert not scan.is_indexed(file) and scan.is_indexed(Path("a.bin"))
 
@@ -114,4 +115,30 @@ def test_what_the_workers_get_is_what_was_scanned(tmp_path):
 
 
 def test_all_names_are_there():
-    assert {name for name in scan.__all__ if not hasattr(scan, name)} == set()
+    assert {name for name in scan.__all__ if not hasattr(scan, name)} == set() and not scan.is_indexed(Path("a.jsonl"))
+
+
+def test_files_that_need_each_other(tmp_path):
+    file = written(tmp_path, [4, 6], [True, True])
+    for gone in (index_of(file), file):
+        content = gone.read_bytes()
+        gone.unlink()
+        with pytest.raises(DataError, match=f"^{gone} does not exist; .bin and .idx need each other; copy both$"):
+            Documents.open(file)
+        gone.write_bytes(content)
+    assert len(Documents.open(file).tokens) == 10
+
+
+# As Megatron numbers them; its 6 and 7 are floating point.
+NUMBERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+@pytest.mark.parametrize("number, dtype", NUMBERS.items())
+def test_every_dtype_has_megatron_s_number(tmp_path, number, dtype):
+    file = tmp_path / "a.bin"
+    np.arange(5, dtype=dtype).tofile(file)
+    with index_of(file).open("wb") as index:
+        indexed.write_index(index, dtype, np.array([2, 3], np.int32), np.array([True, True]))
+    assert index_of(file).read_bytes()[17] == number
+    found = Documents.open(file)
+    assert found.tokens.dtype == dtype and found.tokens.tolist() == [0, 1, 2, 3, 4]

@@ -120,9 +120,9 @@ class Template:
             suited = Chat(messages, chat.learned, chat.tools, chat.arguments)
             try:
                 text = self._render(suited, len(messages))
-            except Malformed:
+            except (Malformed, MemoryError):
                 raise
-            except Exception as error:  # of any kind: the template is a stranger's
+            except Exception as error:  # of any other kind: the template is a stranger's
                 said = said or " ".join(str(error).split()) or type(error).__name__
                 continue
             if _words(chat.messages[-1]) in text:

@@ -1,0 +1,205 @@
+"""What a file is, by its first bytes and its name; which split it belongs to; what a name of the hub means."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+from pathlib import Path
+
+import pyarrow as arrow
+import pytest
+from slipway.errors import DataError, UsageError
+from slipway.tokens import folders, hub, sources
+from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, TEXT, VALUES, Source, recognise
+
+ROW = b'{"text": "a"}'
+
+
+def written(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+@pytest.mark.parametrize("name, content, kind", [
+    ("a.txt", b"words", TEXT), ("a.txt", ROW + b"\n" + ROW, LINES), ("a", ROW, LINES), ("a.txt", b"[" + ROW, VALUES),
+    ("a.txt", b' [ {"a b\\"c" : 1', VALUES), ("a.txt", b"[1, 2]", TEXT), ("a.txt", b"{ words }", TEXT),
+    ("a.py", ROW, TEXT), ("a.md", ROW, TEXT), ("a.rst", ROW, LINES),
+    ("a.jsonl", ROW + b"\n" + ROW, LINES), ("a.jsonl", b"[" + ROW + b"]", VALUES), ("a.jsonl", b"words", LINES),
+    ("a.json", ROW, LINES), ("a.json", b'{\n"text": "a"\n}', VALUES), ("a.json", b"  \n" + ROW + b"\n" + ROW, LINES),
+    ("a.json", b'{"text":\n"a"}\n' + ROW, VALUES), ("a.ndjson", b"{broken\n" + ROW, LINES), ("a.JSON", ROW, LINES),
+    ("a.csv", b"a,b\n1,2", CSV), ("a.TSV", ROW, CSV), ("a.jsonl", b"", LINES), ("a.json", b" ", LINES),
+    ("a", b"PAR1", PARQUET), ("a.parquet", b"PAR1", PARQUET), ("a.arrow", b"ARROW1", ARROW),
+    ("a.arrow", b"\xff\xff\xff\xff", ARROW),
+])  # fmt: skip
+def test_what_a_file_holds(tmp_path, name, content, kind):
+    assert recognise(written(tmp_path, name, content)) == Source(tmp_path / name, kind)
+
+
+@pytest.mark.parametrize("encoding, mark", [
+    ("utf-8", codecs.BOM_UTF8), ("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE),
+    ("utf-32-le", codecs.BOM_UTF32_LE), ("utf-32-be", codecs.BOM_UTF32_BE), ("utf-16-le", b""), ("utf-16-be", b""),
+])  # fmt: skip
+def test_in_which_encoding(tmp_path, encoding, mark):
+    text = '{"text": "words and ünïcödé"}\n' * 20
+    file = written(tmp_path, "a.jsonl", mark + text.encode(encoding))
+    found = recognise(file)
+    assert found == Source(file, LINES, "", encoding, len(mark))
+    assert found.is_plain == (encoding == "utf-8")
+    with file.open("rb") as raw:
+        assert b"".join(found.blocks(raw)).decode() == text
+    assert found.describe() == "JSON lines" + (f", {encoding}" if encoding != "utf-8" else "")
+
+
+def test_short_texts_are_utf_8(tmp_path):
+    assert recognise(written(tmp_path, "a.txt", "abc".encode("utf-16-le")[:6].replace(b"\0", b"x"))).encoding == "utf-8"
+    assert recognise(written(tmp_path, "b.txt", "abcd".encode("utf-16-le"))).encoding == "utf-16-le"
+    with pytest.raises(DataError, match=r"c\.txt:1 holds a NUL byte"):
+        recognise(written(tmp_path, "c.txt", "abc".encode("utf-16-le")))
+
+
+@pytest.mark.parametrize("packing, pack", [
+    ("gzip", gzip.compress), ("zstd", lambda content: arrow.compress(content, codec="zstd", asbytes=True))
+])  # fmt: skip
+def test_what_is_packed(tmp_path, packing, pack):
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.jsonl", "A.JSONL.GZ"):
+        file = written(tmp_path, name, pack(ROW + b"\n"))
+        found = recognise(file)
+        assert found == Source(file, LINES, packing) and not found.is_plain
+        assert found.describe() == f"JSON lines, {packing}"
+        with file.open("rb") as raw:
+            assert b"".join(found.blocks(raw)) == ROW + b"\n"
+    with pytest.raises(DataError, match=f"is parquet packed by {packing}; unpack it first"):
+        recognise(written(tmp_path, "b.parquet", pack(b"PAR1")))
+
+
+@pytest.mark.parametrize("begin", sources.NOT_READ)
+def test_what_is_handed_over_by_mistake_is_named(tmp_path, begin):
+    """By its own bytes alone: whatever follows, and whatever the name says."""
+    for name, rest in (("a.txt", b""), ("a.jsonl", b" more"), ("a", bytes(9))):
+        with pytest.raises(DataError) as error:
+            recognise(written(tmp_path, name, begin + rest))
+        assert f"{name} is {sources.NOT_READ[begin]}, which is not read; give JSON lines" in str(error.value)
+
+
+def test_the_first_bytes_are_those_that_such_files_have(tmp_path):
+    import io
+    import pickle
+    import zipfile
+
+    import numpy as np
+
+    for protocol in (2, 3, 4, 5):
+        with pytest.raises(DataError, match="is a pickle"):
+            recognise(written(tmp_path, "a.txt", pickle.dumps(["a"], protocol)))
+    for make, said in (
+        (lambda file: np.save(file, np.zeros(2)), "an array of NumPy's"),
+        (lambda file: zipfile.ZipFile(file, "w").writestr("a", "b"), "a zip archive"),
+    ):
+        file = io.BytesIO()
+        make(file)
+        with pytest.raises(DataError, match=said):
+            recognise(written(tmp_path, "a.txt", file.getvalue()))
+
+
+def test_a_name_that_promises_something_else(tmp_path):
+    for name, content, said in (
+        ("a.parquet", ROW, "is named .parquet but does not begin like such a file"),
+        ("a.txt.gz", b"words", "is named .gz but is not packed"),
+        ("a.json", b"words", "a.json:1: not JSON: it begins with 'w'"),
+        ("a.bin", b"a\nb\0", r"a\.bin:2 is binary"),
+        ("a.md", b"\0", r"a\.md:1 holds a NUL byte"),
+    ):
+        with pytest.raises(DataError, match=said):
+            recognise(written(tmp_path, name, content))
+    assert recognise(written(tmp_path, "empty.gz", b"")).kind == TEXT
+
+
+# ---------------------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize("name, split", [
+    *((f"{word}.jsonl", "validation") for word in ("validation", "valid", "val", "dev")),
+    *((f"{word}.jsonl", "test") for word in ("test", "testing", "eval", "evaluation")),
+    *((f"{word}.jsonl", "train") for word in ("train", "training", "words", "a", "contest", "latest", "devil")),
+    ("data/train_sft-00000-of-00003.parquet", "train_sft"), ("data/gold-00000-of-00003-abc.parquet", "gold"),
+    ("data/test-00000-of-00001.jsonl.gz", "test"), ("other/gold-00000-of-00003.parquet", "train"),
+    ("data/gold-0-of-3.parquet", "train"), ("test/train.jsonl", "train"), ("test/a.jsonl", "test"),
+    ("x/Test-1/a.b.jsonl", "test"), ("my_val_2.csv", "validation"), ("data/x-00000-of-00001.y.parquet", "train"),
+])  # fmt: skip
+def test_the_split_of_a_file(name, split):
+    assert folders.split_of(name) == split
+
+
+def test_the_split_that_is_read():
+    assert folders.chosen("D", {"train": [], "test": []}, None) == "train"
+    assert folders.chosen("D", {"train": [], "validation": []}, "dev") == "validation"
+    assert folders.chosen("D", {"dev": [], "validation": []}, "dev") == "dev", "its own word counts first"
+    for asked, said in ((None, "no split train; it has test"), ("tets", "no split tets, did you mean test")):
+        with pytest.raises(UsageError, match=said):
+            folders.chosen("D", {"test": []}, asked)
+
+
+CONFIG = {"config_name": "default", "data_files": [{"split": "gold", "path": "a/*"}, {"path": ["b/*", "c.jsonl"]}]}
+
+
+@pytest.mark.parametrize("configs, found", [
+    ([CONFIG], {"gold": ["a/1.jsonl"], "train": ["b/1.jsonl", "c.jsonl"]}),
+    ([{**CONFIG, "config_name": "x"}], {"gold": ["a/1.jsonl"], "train": ["b/1.jsonl", "c.jsonl"]}),
+    ([{"config_name": "x", "data_files": "a/*"}, CONFIG],
+     {"x/train": ["a/1.jsonl"], "gold": ["a/1.jsonl"], "train": ["b/1.jsonl", "c.jsonl"]}),
+    ([{"config_name": "x", "data_files": "a/*"}, {"config_name": "y", "default": True, "data_files": ["b/*"]}],
+     {"x/train": ["a/1.jsonl"], "train": ["b/1.jsonl"]}),
+    ([{"config_name": "x", "data_files": "a/*"}, {"config_name": "y", "data_files": "b/*"}],
+     {"x/train": ["a/1.jsonl"], "y/train": ["b/1.jsonl"]}),
+    ([{"config_name": "x", "data_files": "none/*"}, 3], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
+    ([{"config_name": "x", "data_files": {"split": "s"}}], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
+    ([], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
+])  # fmt: skip
+def test_the_splits_of_a_card(configs, found):
+    assert folders.splits_of(["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"], {"configs": configs}) == found
+
+
+def test_what_is_read_and_what_is_left_is_said_shortly(tmp_path):
+    for name in ("a.jsonl", "b.json", "test.jsonl", "state.json", ".hidden.jsonl", "c.png", "note.txt"):
+        written(tmp_path, name, ROW)
+    found = folders.inputs_of(tmp_path, None)
+    assert [source.path.name for source in found.sources] == ["a.jsonl", "b.json", "note.txt"]
+    assert found.describe(tmp_path) == (
+        "reading a.jsonl, b.json, note.txt (JSON lines); left: c.png (not of a kind that is read), "
+        "state.json (about the data), test.jsonl (split test)"
+    )
+    written(tmp_path, "readme.txt", b"about it")
+    assert folders.inputs_of(tmp_path, None).left["note.txt"] == "about the data"
+    one = folders.inputs_of(tmp_path / "a.jsonl", None)
+    assert one.left == {} and one.describe(tmp_path / "a.jsonl") == "reading a.jsonl (JSON lines)"
+    for number in range(4, 9):
+        written(tmp_path, f"{number}.jsonl", ROW)
+    said = folders.inputs_of(tmp_path, "train").describe(tmp_path)
+    assert said.startswith("reading 4.jsonl, 5.jsonl, 6.jsonl, 7.jsonl, 8.jsonl, a.jsonl and 1 more (JSON lines)")
+
+
+# ---------------------------------------------------------------------------- names of the hub
+
+
+@pytest.mark.parametrize("name, found", [
+    ("org/set", ("org/set", "main", "", None)), ("set", ("set", "main", "", None)),
+    ("org/set@v1", ("org/set", "v1", "", None)), ("org/set/a/b.json", ("org/set", "main", "a/b.json", None)),
+    ("org/set@v1/dir:test", ("org/set", "v1", "dir", "test")), ("org/set:test", ("org/set", "main", "", "test")),
+    ("org/set:", ("org/set", "main", "", None)),
+])  # fmt: skip
+def test_the_parts_of_a_name(name, found):
+    assert hub.parse(f"hf://datasets/{name}") == hub.Name(*found)
+    assert str(hub.Name(*found)) == f"hf://datasets/{found[0]}@{found[1]}"
+
+
+@pytest.mark.parametrize("name", ["", "/set", "org/", "org//set", "@v1", "org/set//a"])
+def test_what_is_no_name(name):
+    with pytest.raises(UsageError, match=r"is not the name of a data set; give hf://datasets/ORG/NAME"):
+        hub.parse(f"hf://datasets/{name}")
+
+
+def test_where_data_is_that_is_not_downloaded():
+    assert hub.located("dir/a.jsonl") == (Path("dir/a.jsonl"), None)
+    assert hub.located("hf:///dir/a.jsonl") == (Path("/dir/a.jsonl"), None)
+    with pytest.raises(UsageError, match=r"^DATA hf://org/name names a model; a data set is hf://datasets/org/name$"):
+        hub.located("hf://org/name")
