@@ -2,7 +2,8 @@
 
 Run as a program it is a server: each line of its input is {"words": [...], "output": PATH}, for a `slipway` command
 that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended. With
-"gate": PATH a worker of the command waits there, see Gate. With "many": PATH it is the runs of training/train_many.py.
+"gate": PATH a worker of the command waits there, see Gate; "folder" and "env" are where it runs and what variables it
+has. With "many": PATH it is the runs of training/train_many.py.
 """
 
 from __future__ import annotations
@@ -130,9 +131,21 @@ class Commands:
         self._server.stdin.close()
         self._server.wait(timeout=LIMIT)
 
-    def start(self, words: list[str], output: Path, gate: Gate | None = None) -> Command:
-        """Begin a command; what it prints goes to `output`."""
-        return self._ask({"words": words, "gate": str(gate.path) if gate else ""}, output)
+    def start(
+        self,
+        words: list[str],
+        output: Path,
+        gate: Gate | None = None,
+        folder: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Command:
+        """Begin a command; what it prints goes to `output`.
+
+        Args:
+            folder, env: where it runs, and variables that it has beside those of this process.
+        """
+        about = {"gate": str(gate.path) if gate else "", "folder": str(folder or ""), "env": env or {}}
+        return self._ask({"words": words, **about}, output)
 
     def train_many(self, jobs: list[dict[str, Any]], folder: Path) -> None:
         """Do the runs of training/train_many.py, and wait for their end; each leaves how it ended in its own folder."""
@@ -237,6 +250,8 @@ def _work_of(job: dict[str, Any]) -> Callable[[], int | None]:
         return lambda: run_all(Path(job["many"]))
     if job["gate"]:
         Gate.put_before_the_model(Path(job["gate"]))
+    os.chdir(job["folder"] or ".")
+    os.environ.update(job["env"])
     from slipway import cli
 
     return lambda: cli.main(job["words"])

@@ -13,7 +13,6 @@ import pytest
 import slipway
 import torch
 from conftest import make_model
-from forked import Commands
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 TASKS = [("Name the number after {}.", "It is {}."), ("Double {}.", "That makes {}.")]
@@ -62,18 +61,17 @@ def names(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("commands", paths(), ids=lambda commands: commands[0][2].rpartition("/")[2])
-def test_a_path_as_it_is_written(commands, names, tmp_path, monkeypatch):
+def test_a_path_as_it_is_written(commands, names, tmp_path, warm):
     """Each command in turn, and transformers loads what comes out."""
     assert len(commands) <= 6
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEMO_HOME", str(tmp_path / "home"))
+    here = {"folder": tmp_path, "env": {"NEMO_HOME": str(tmp_path / "home")}}
     chats(tmp_path / "chats.json")
     corpus(tmp_path / "corpus")
-    with Commands() as warm:
-        for number, (program, *words) in enumerate(commands):
-            assert program == "slipway"
-            code, output = warm.start([names.get(word, word) for word in words], tmp_path / f"output{number}").finish()
-            assert code == 0 and "Traceback" not in output, output
+    for number, (program, *words) in enumerate(commands):
+        assert program == "slipway"
+        words = [names.get(word, word) for word in words]
+        code, output = warm.start(words, tmp_path / f"output{number}", **here).finish()
+        assert code == 0 and "Traceback" not in output, output
     exported = tmp_path / commands[-1][3]
     base = names[commands[0][2]]
     logits = logits_of(exported, base if "--adapter" in commands[-1] else None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -258,8 +259,20 @@ def one(bed: Bed, kind: str, seed: int) -> Case:
         except Exception:
             case.problems.append(traceback.format_exc(limit=3))
         case.seconds = time.monotonic() - begun
+        if case.problems:
+            case.problems.append(f"what was left is in {_kept(bed, out, seed)}")
         _heal(bed)
     return case
+
+
+def _kept(bed: Bed, out: Path, seed: int) -> Path:
+    """A folder with what a wrong case has left: outputs, scripts, states, and what Slurm wrote down."""
+    folder = Path(tempfile.mkdtemp(prefix=f"slipway-fault-{seed}-"))
+    for one in (out, bed.shared / f"jobs{seed}"):
+        shutil.copytree(one, folder / one.name, dirs_exist_ok=True)
+    for file in bed.folder.glob("*.log"):
+        shutil.copy(file, folder)
+    return folder
 
 
 def _heal(bed: Bed) -> None:
