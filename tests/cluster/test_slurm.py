@@ -148,6 +148,10 @@ def test_a_job_that_is_queued_again_has_not_ended_whatever_slurm_says():
     for given in (["queue", "2-b", "REQUEUED", "None"], ["queue", "2-b", "PENDING", "BeginTime"]):
         found = records(*queued_again([*given, "", "0:00", "1:00", "N/A"], queue("3-c", "PENDING", "Dependency")))
         assert [one.state for one in found.steps] == ["done", "waiting", "waiting"] and not found.has_ended
+    left = ["step", "2-b", "8", "137 900", "", "137 900", "1"]  # a start that was killed as Slurm queued it again
+    found = records(step("1-a", "0 1"), left, queue("2-b", "PENDING", "BeginTime"))
+    assert found.steps[1].state == "waiting" and not found.has_ended and found.exit_code == 0
+    assert records(step("1-a", "0 1"), left, queue("2-b", "COMPLETING")).steps[1].state == "failed"
     # While Slurm does not answer nobody knows: what the job has left is also there if it is queued again.
     found = records(*queued_again(["silent", "Slurmctld is DOWN"]))
     assert [one.state for one in found.steps] == ["done", "not known", "not known"] and not found.has_ended

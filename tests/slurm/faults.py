@@ -184,7 +184,7 @@ def end_of(scene: Scene) -> str:
     while time.monotonic() < deadline:
         bed.hurry()
         reasons = bed.out("squeue", "-h", "-u", bed.user, "-p", "batch", "-o", "%r").split()
-        if {*reasons} <= {"JobHeldUser"} and (end := _told_end(scene)):  # nothing goes on by itself
+        if {*reasons} <= {"JobHeldUser", "Dependency"} and (end := _told_end(scene)):  # nothing goes on by itself
             return end
         time.sleep(1)
     state = bed.out("squeue", "-o", "%i %j %T %r %N") + bed.out("sinfo", "-N")

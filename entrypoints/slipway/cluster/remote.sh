@@ -224,14 +224,19 @@ follow() {
 has_ended() { # TURN
     local i open=()
     for i in "${!NAMES[@]}"; do [ -e "$DIR/${NAMES[i]}.exit" ] || open+=("${IDS[i]}"); done
-    [ "${#open[@]}" -eq 0 ] && return 0
-    [ "$1" -eq 0 ] || return 1
     local said
+    if [ "${#open[@]}" -eq 0 ]; then
+        said=$(squeue -h -t PD -j "$(joined "${IDS[@]}")" -o '%i|%o' 2>/dev/null)
+        [ -n "$(of_this_run <<<"$said")" ] || return 0
+        sleep 5 # a job that has left its code is queued again
+        return 1
+    fi
+    [ "$1" -eq 0 ] || return 1
     answers >/dev/null || return 1
     said=$(squeue -h -j "$(joined "${open[@]}")" -o '%i|%r|%o' 2>&1) || [[ $said == *"Invalid job id"* ]] || return 1
     said=$(of_this_run <<<"$said")
-    # What Slurm has kept of a chain that it has forgotten in part stays held for ever.
-    [ "$(grep -c . <<<"$said")" -eq "${#open[@]}" ] || said=$(grep -v '|JobHeld' <<<"$said")
+    # What Slurm has kept of a chain that it has forgotten in part stays held for ever, and so does what waits for it.
+    [ "$(grep -c . <<<"$said")" -eq "${#open[@]}" ] || said=$(grep -vE '\|(JobHeld|Dependency)' <<<"$said")
     [ -z "$said" ]
 }
 

@@ -153,14 +153,14 @@ def _step(
     def state(kind: str, said: str = "", code: int | None = None) -> StepState:
         return StepState(name, job, kind, said, code, count, progress, status)
 
-    if ended:
-        return state(*_ended(_code(ended), "cancelled" in marks))
     queue = found.get("queue")
     slurm = queue[2] if queue else gone.get(job, "")
+    if slurm in IN_QUEUE and queue:  # whatever it has left: Slurm starts it again
+        return state(WAITING, _waits(queue, count))
+    if ended:
+        return state(*_ended(_code(ended), "cancelled" in marks))
     if slurm in AT_WORK and queue:
         return state(GOING, f"on {queue[4]} for {queue[5]} of {queue[6]}")
-    if slurm in IN_QUEUE and queue:
-        return state(WAITING, _waits(queue, count))
     if "cancelled" in marks:
         return state(CANCELLED)
     if not count and any(one.state in (FAILED, CANCELLED, STOPPED, SKIPPED) for one in before):
@@ -172,7 +172,7 @@ def _step(
     if "stop" in marks:
         return state(STOPPED if count else SKIPPED, "on request")
     if slurm.startswith("CANCELLED"):
-        return state(CANCELLED)
+        return state(CANCELLED, "not by `slipway submit`; submit the same chain again to go on")
     if last:
         return state(*_ended(_code(last), False))
     if slurm:
