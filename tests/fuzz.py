@@ -111,10 +111,12 @@ def of_data() -> list[Target]:
     tokens = tuple(f"tok/{name}" for name in tokens)
     tables = tuple(f"data/{name}" for name in ("a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.txt"))
     rows = tuple(f"data/{name}" for name in ("chats.jsonl", "a.csv", "a.json"))
+    card = ("data/README.md", ".o.jsonl.partial/journal.json")
     said = ["--seq-length", 64, "--show", 0, "--tokenizer"]
     return [
         Target("rows", tokens, lambda at: ["preprocess", at / "data", at / "o.jsonl", *said, at / "tok"]),
         Target("rows", rows, lambda at: ["preprocess", at / "data", at / "o.jsonl", *said, at / "tok"]),
+        Target("carded", card, lambda at: ["preprocess", at / "data", at / "o.jsonl", *said, at / "tok"]),
         Target("tables", tables, lambda at: ["preprocess", at / "data", at / "o.bin", *said, at / "tok"]),
         Target("tokens", ("a.bin", "a.idx", "b.jsonl"), lambda at: ["@scan", at / "a.bin", at / "b.jsonl"]),
     ]

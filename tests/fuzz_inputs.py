@@ -115,6 +115,16 @@ def make_data(folder: Path) -> None:
         words = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         (place / "chat_template.jinja").write_text(words)
         (place / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|return|>"}}))
+    carded = folder / "carded"
+    shutil.copytree(folder / "rows" / "tok", carded / "tok")
+    (carded / "data" / "a").mkdir(parents=True)
+    shutil.copyfile(rows / "chats.jsonl", carded / "data" / "a" / "chats.jsonl")
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": ["a/*"]}]}]
+    (carded / "data" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\nwords\n")
+    unfinished = carded / ".o.jsonl.partial"
+    unfinished.mkdir()
+    journal = {"identity": {}, "sizes": {"content": 0, "lengths": 0, "ends": 0}, "pieces": 1, "counts": {"rows": 3}}
+    (unfinished / "journal.json").write_text(json.dumps(journal))
     (folder / "tokens").mkdir()
     said = ["--tokenizer", folder / "hf", "--show", 0]
     command("preprocess", data / "a.txt", folder / "tokens" / "a.bin", *said)

@@ -71,7 +71,7 @@ def _in_its_form(content: bytes, chance: random.Random, suffix: str) -> bytes | 
         return _in_pickle(content, chance)
     if suffix == ".yaml" and chance.random() < 0.4:
         return yaml.safe_dump(_changed(yaml.safe_load(content), chance)).encode("utf-8", "surrogatepass")
-    if suffix in (".yaml", ".toml"):
+    if suffix in (".yaml", ".toml", ".md"):
         return _in_lines(content.decode(), chance, suffix).encode()
     try:
         value = json.loads(content)
@@ -82,7 +82,7 @@ def _in_its_form(content: bytes, chance: random.Random, suffix: str) -> bytes | 
 
 def _in_lines(text: str, chance: random.Random, suffix: str) -> str:
     """A text with another value in one of its lines."""
-    mark = ":" if suffix == ".yaml" else "="
+    mark = "=" if suffix == ".toml" else ":"
     lines = text.splitlines()
     at = chance.choice([number for number, line in enumerate(lines) if mark in line] or [0])
     name = lines[at].partition(mark)[0] if lines else ""

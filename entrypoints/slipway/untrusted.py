@@ -188,6 +188,37 @@ def read_toml(path: Path, cure: str) -> dict[str, Any]:
         raise DataError(f"{path}: a number is too long; {cure}") from None
 
 
+class NotYaml(ValueError):
+    """Some text is not YAML that is read."""
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; NotYaml for anything else, and for merge keys.
+
+    An alias is another name of one object, but merge keys copy it: a few lines would fill the memory. The value may
+    hold itself, and the same list many times: look only at the parts that are known. PyYAML takes ten seconds for 1 MB.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    class Plain(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("a merge key")
+
+    try:
+        return yaml.load(text, Plain)
+    except (
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        ValueError,
+        ArithmeticError,
+    ) as error:
+        raise NotYaml(type(error).__name__) from None
+
+
 def harmless(text: str, most: int = 4000) -> str:
     """A text on its way to a terminal or a log: no controls, nothing that is no character, no passwords in URLs.
 

@@ -84,6 +84,38 @@ def test_data(arena, mxfp4_model, tmp_path, name):
     assert said in found.check(65, lines=None)
 
 
+MERGED = "\n".join(f"  a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}], x{n}: 1}}" for n in range(40))
+DOUBLED = "[" + "&a0 [x], " + "".join(f"&a{n + 1} [*a{n}, *a{n}], " for n in range(40)) + "]"
+CONFIG = "configs:\n- config_name: default\n  data_files:\n  - split: {split}\n    path: {path}\n"
+CARDS = {
+    "merge keys": f"x:\n  a0: &a0 {{y: 1}}\n{MERGED}\n",
+    "a list in itself": "configs: &a [*a, {data_files: *a}]",
+    "a list of lists of lists": CONFIG.format(split=DOUBLED, path=DOUBLED),
+    "a number of many digits": CONFIG.format(split="0x" + "f" * 5000, path="*"),
+    "a fraction of many parts": CONFIG.format(split="1" + ":1" * 5000 + ".5", path="*"),
+    "patterns that are none": CONFIG.format(split="train", path="[1, null, {a: b}]"),
+    "a pattern of many stars": CONFIG.format(split="train", path='"' + "*a" * 500 + '"'),
+    "brackets": "configs: " + "[" * 100_000,
+    "an object of Python": "configs: !!python/object/apply:os.system [touch marker]",
+    "a table as a name": "? {a: b}\n: c",
+    "a list": "- configs",
+    "configs that are none": "configs: 3",
+    "a long one": "x: " + "a" * (2 << 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_of_a_data_set(arena, mxfp4_model, tmp_path, name):
+    """Its head is YAML of a stranger's: it is read, or it is said what is wrong with it."""
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    (data / "train" / "a.jsonl").write_text('{"text": "some words"}\n')
+    (data / "README.md").write_text(f"---\n{CARDS[name]}\n---\nwords\n")
+    found = arena.run("preprocess", data, tmp_path / "out.jsonl", "--tokenizer", mxfp4_model, "--show", "0")
+    found.check(0, 2, 65, lines=None)
+    assert not list(Path.cwd().glob("marker"))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("letter", ["a", "é", "a b "])
 def test_a_text_without_an_end_of_a_line_is_cut(tmp_path, monkeypatch, packed, letter):

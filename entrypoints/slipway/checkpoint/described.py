@@ -27,7 +27,7 @@ from slipway.errors import DataError
 from slipway.families import Family, described_model, read_config, understood
 from slipway.families.described import GIVE, Described, bounded
 from slipway.tensors.refs import TensorInfo
-from slipway.untrusted import open_file, read_text
+from slipway.untrusted import NotYaml, open_file, parse_yaml, read_text
 
 BRIDGE = "run_config.yaml"
 COMMON = "common.pt"
@@ -104,25 +104,11 @@ def _said(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 
 def _yaml(path: Path, section: str) -> dict[str, Any]:
     """A table of a YAML file, with names for what is a function or a dtype."""
-    import yaml  # type: ignore[import-untyped]
-
     try:
-        whole = yaml.load(read_text(path, LARGEST_YAML, "copy the checkpoint again"), _loader())
+        whole = parse_yaml(read_text(path, LARGEST_YAML, "copy the checkpoint again"))
         return {name: _value(value) for name, value in whole[section].items()}
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError, ValueError, ArithmeticError):
+    except (NotYaml, LookupError, TypeError, AttributeError, ValueError):
         raise DataError(f"{path} is damaged: it has no table {section}; copy the checkpoint again") from None
-
-
-def _loader() -> type:
-    """YAML's plain values, without merge keys: an alias is another name of one object, but these copy it."""
-    import yaml
-
-    class Plain(yaml.SafeLoader):
-        def flatten_mapping(self, node: Any) -> None:
-            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-                raise yaml.YAMLError("a merge key, which no checkpoint has")
-
-    return Plain
 
 
 def _value(value: Any) -> Any:

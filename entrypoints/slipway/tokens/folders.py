@@ -16,6 +16,7 @@ from typing import Any
 from slipway.errors import DataError, UsageError
 from slipway.options import suggestion
 from slipway.tokens.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Source, bare_name, recognise
+from slipway.untrusted import NotYaml, parse_yaml, read_bytes
 
 TRAIN = "train"
 # The hub's words for its three splits; NeMo's data root has training.jsonl, validation.jsonl and test.jsonl.
@@ -27,6 +28,8 @@ WORDS = {
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # data/train_sft-00000-of-00003.parquet is of the split train_sft
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside a data set's files
 CARD = "README.md"
+HEAD = re.compile(r"---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|$)", re.DOTALL)  # YAML between two such lines
+LONGEST_HEAD = 1 << 20  # characters; cards with hundreds of configurations have a tenth
 SHOWN = 6  # names in a message
 
 
@@ -128,11 +131,12 @@ def split_of(name: str) -> str:
 def _by_card(files: list[str], card: dict[str, Any]) -> dict[str, list[str]]:
     """What the card's `configs` say; those of a second configuration have its name before them: "main/train"."""
     splits: dict[str, list[str]] = {}
-    configs = [config for config in card.get("configs") or () if isinstance(config, dict)]
+    said = card.get("configs")
+    configs = [config for config in said if isinstance(config, dict)] if isinstance(said, list) else []
     default = next((c for c in configs if c.get("default") or c.get("config_name") == "default"), None)
     for config in configs:
         is_first = config is (default or (configs[0] if len(configs) == 1 else None))
-        before = "" if is_first else f"{config.get('config_name')}/"
+        before = "" if is_first else f"{_word(config.get('config_name'))}/"
         for split, patterns in _data_files(config.get("data_files")):
             if found := [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]:
                 splits.setdefault(before + split, []).extend(found)
@@ -145,20 +149,31 @@ def _data_files(entry: Any) -> Iterable[tuple[str, list[str]]]:
         if isinstance(each, str):
             yield TRAIN, [each]
         elif isinstance(each, dict) and isinstance(each.get("path"), str | list):
-            yield str(each.get("split") or TRAIN), [each["path"]] if isinstance(each["path"], str) else each["path"]
+            paths = [each["path"]] if isinstance(each["path"], str) else each["path"]
+            yield _word(each.get("split")) or TRAIN, [path for path in paths if isinstance(path, str)]
+
+
+def _word(value: Any) -> str:
+    """A name in a card; what else may stand there can be of any size in a few bytes."""
+    is_number = isinstance(value, int) and abs(value) < 1 << 64
+    return str(value) if isinstance(value, str) or is_number else ""
 
 
 def _card(data: Path) -> dict[str, Any]:
     """The head of README.md, {} without one."""
     readme = data / CARD
-    if not readme.is_file() or not readme.read_bytes().startswith(b"---"):
+    if not readme.is_file():
         return {}
-    from huggingface_hub import metadata_load
-
+    match = HEAD.match(read_bytes(readme).decode(errors="replace"))
+    if match is None:
+        return {}
+    if len(match[1]) > LONGEST_HEAD:
+        raise DataError(f"{readme}: its head has more than {LONGEST_HEAD:,} characters; give the files of the split")
     try:
-        return metadata_load(readme) or {}
-    except Exception:  # of the parser's own kinds
+        found = parse_yaml(match[1])
+    except NotYaml:
         raise DataError(f"{readme}: its head, which says what is of which split, is not YAML; correct it") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _inside(data: Path, file: Path) -> str:
