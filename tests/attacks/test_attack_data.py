@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def no_text() -> bytes:
     return ipc({"text": words})
 
 
+def beyond_the_text() -> bytes:
+    """Where the second text of a column ends is changed to far outside of the file."""
+    sink, rows = arrow.BufferOutputStream(), arrow.table({"text": ["a" * 20] * 5})
+    with arrow.ipc.new_file(sink, rows.schema) as file:
+        file.write_table(rows)
+    content, ends = sink.getvalue().to_pybytes(), struct.pack("<6i", *range(0, 101, 20))
+    assert content.count(ends) == 1
+    return content.replace(ends, struct.pack("<6i", 0, 20, 1 << 30, 60, 80, 100))
+
+
 def of_another_calendar() -> bytes:
     return ipc({"text": arrow.array([1 << 62]).view(arrow.timestamp("s"))})
 
@@ -68,6 +79,7 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a cell of parquet": ("a.parquet", lambda: table({"text": ["a" * MANY]}), "64 MiB"),
     "a cell of arrow": ("a.arrow", lambda: ipc({"text": ["a" * MANY]}), "64 MiB"),
     "a text that is none": ("a.arrow", no_text, "cannot be read"),
+    "a text that ends elsewhere": ("a.arrow", beyond_the_text, "cannot be read"),
     "a day of no calendar": ("a.arrow", of_another_calendar, "cannot be read"),
     "columns": ("a.parquet", lambda: table({f"c{n}": [1] for n in range(5000)}), "no form"),
     "gzip is cut": ("a.jsonl.gz", lambda: gzip.compress(b'{"text": "a"}\n' * 9999)[:-20], "cut off"),

@@ -15,6 +15,7 @@ import classic_models
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import make_model
 from safetensors.torch import load_file
 from slipway import cli
@@ -618,6 +619,15 @@ def test_sizes_that_the_files_do_not_explain(field, value, models, tmp_path, cap
         capsys.readouterr()
         assert cli.main([*map(str, words)]) in (2, 65)
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_numbers_of_run_config_are_numbers_in_yaml(tmp_path):
+    """YAML 1.1, which Megatron-Bridge reads, takes 1e-05 for a text; its model would end with an error."""
+    source = make_model(tmp_path / "hf", "llama31", {"rms_norm_eps": 1e-5, "rope_theta": 1e16}, quantized=False)
+    run("import", source, tmp_path / "bridge", "--format", "bridge")
+    found = yaml.safe_load((tmp_path / "bridge" / "iter_0000000" / "run_config.yaml").read_text())["model"]
+    assert found["layernorm_epsilon"] == 1e-5 and found["rotary_base"] == 1e16
+    assert not [value for value in found.values() if isinstance(value, str) and value[:1].isdecimal()]
 
 
 def test_merge_keys_of_yaml_are_refused(tmp_path):

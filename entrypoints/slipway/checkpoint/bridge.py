@@ -8,6 +8,7 @@ Source: Megatron-Bridge v0.2.2 (training/checkpointing.py, training/state.py, ut
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from slipway.checkpoint import torch_files
@@ -72,7 +73,9 @@ def run_config(opened: Opened) -> bytes:
     model |= {"bf16": True, "params_dtype": bf16, "pipeline_dtype": bf16}
     saved = {"save_optim": False, "save_rng": False, "fully_parallel_save": True, "ckpt_format": "torch_dist"}
     tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "tokenizer"}
-    return as_json({"model": model, "checkpoint": saved, "tokenizer": tokenizer})
+    text = as_json({"model": model, "checkpoint": saved, "tokenizer": tokenizer}).decode()
+    # YAML 1.1 takes 1e-05 for a text: it wants a point.
+    return re.sub(r"(?m)^(.*: -?\d+)(e[-+]\d+,?)$", r"\1.0\2", text).encode()
 
 
 def _value(value: Any) -> Any:
