@@ -1,6 +1,6 @@
 """Training the heads on one GPU: ours, the published way, and the bare forward pass of the same model in one run.
 
-python -m benchmarks.heads_training [--model llama31_8b|qwen25_7b|gpt_oss_20b] [--seq-length 4096] [--layers N]
+python -m benchmarks.heads_training [--model RECIPE] [--seq-length 4096] [--layers N]
 
 The published way keeps the frozen base in the autograd graph (a pipeline stage receives hidden states that want a
 gradient) and computes the loss on whole [sequence, vocabulary] tensors in float32. Weights are random: time and memory
@@ -18,42 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slipway.families import FAMILIES
+from slipway.families import by_model_type
+from slipway.training import recipes
+from slipway.training.bench import config_for
 from torch import Tensor
 
-LLAMA = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-}
-QWEN = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 28,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
-GPT_OSS = {
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_hidden_layers": 24,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "sliding_window": 128,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-    "vocab_size": 201088,
-}
-MODELS = {"llama31_8b": ("llama31", LLAMA), "qwen25_7b": ("qwen25", QWEN), "gpt_oss_20b": ("gpt_oss", GPT_OSS)}
 WARM_UP, TIMES = 3, 10
 
 
@@ -74,12 +43,8 @@ def build(model: str, seq_length: int, layers: int | None) -> Any:
     torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", 0))
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    family, sizes = MODELS[model]
-    config = {**FAMILIES[family].tiny_config(), **sizes, "max_position_embeddings": seq_length}
-    if layers:
-        config["num_hidden_layers"] = layers
-        config |= {"layer_types": config["layer_types"][:layers]} if "layer_types" in config else {}
-    _, target, fields = FAMILIES[family].nemo_model(config)
+    config = {**config_for(model, None, layers)[1], "max_position_embeddings": seq_length}
+    _, target, fields = by_model_type()[config["model_type"]].nemo_model(config)
     module, name = target.split(":")
     bf16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
     made = getattr(importlib.import_module(module), name)(**{**fields, **bf16, "seq_length": seq_length})
@@ -165,7 +130,7 @@ def measure(name: str, step: Callable[[], Any]) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="llama31_8b", choices=MODELS)
+    parser.add_argument("--model", default="llama31_8b", choices=recipes.names())
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     options = parser.parse_args()

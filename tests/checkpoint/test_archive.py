@@ -78,6 +78,20 @@ def test_an_object_without_tensors():
     assert torch.load(io.BytesIO(archive.of_plain(content)), weights_only=True) == content
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        # What Megatron's distributed optimizer saves on a GPU, where weights and gradients have other dtypes.
+        [{(torch.bfloat16, torch.float32): [71303168]}],
+        {torch.float32: [{"padding": False}], (torch.float32, torch.float32): 1},
+    ],
+)
+def test_objects_of_the_optimizer_have_dtypes_for_keys(content, tmp_path):
+    torch.save(content, tmp_path / "object")
+    with (tmp_path / "object").open("rb") as file:
+        archive.check_object(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
 def test_metadata_is_torchs_own():
     index = dcp.MetadataIndex(fqn="x", offset=dcp.size((0, 0)), index=None)
     entry = dcp.TensorStorageMetadata(

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from slipway import cli
 from slipway.errors import PreflightError, UsageError
-from slipway.training import layout, memory
+from slipway.training import layout, memory, recipes
 from slipway.training.recipe import Recipe
-from test_recipes import MODELS, config_of
+from test_recipes import MODELS
 
 GIVEN = {"model": "m", "data": "d", "out": "o"}
 
 
 def checkpoint(folder: Path, name: str) -> Path:
     """The context of a NeMo checkpoint of a published shape: all that is read before a run."""
-    config = config_of(name)
+    config = recipes.config_of(name)
     changes: dict[str, Any] = {"num_experts_per_tok": 8, "topk_group": 4, "n_group": 8} if "deepseek" in name else {}
     config.pop("experts_per_token", None)
     (folder / "context").mkdir(parents=True)
@@ -31,8 +31,8 @@ def checkpoint(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_each_published_size_gets_its_own_recipe(name):
     family = {"gpt": "gpt_oss", "dee": "deepseek_v3"}.get(name[:3], name.split("_")[0])
-    assert layout.recipe_for(family, MODELS[name][1] * 1e9) == name
-    assert layout.recipe_for(family, MODELS[name][1] * 1e9 * 1.15) == name
+    assert layout.recipe_for(family, MODELS[name] * 1e9) == name
+    assert layout.recipe_for(family, MODELS[name] * 1e9 * 1.15) == name
     assert layout.recipe_for(family, 3e6) is None
 
 
@@ -76,7 +76,7 @@ def test_what_a_person_chose_stays_and_the_rest_fits_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("mode, gpus, fits", [("sft", 8, True), ("sft", 1, False), ("lora", 1, True)])
 def test_the_memory_of_the_gpus_decides(mode, gpus, fits):
-    config = config_of("llama31_8b")
+    config = recipes.config_of("llama31_8b")
     values = {**GIVEN, "mode": mode, "seq_length": 4096, "global_batch_size": 32}
     if not fits:
         with pytest.raises(PreflightError, match="no layout of 1 GPUs with 80 GB fits: the smallest needs about"):
@@ -91,13 +91,15 @@ def test_the_memory_of_the_gpus_decides(mode, gpus, fits):
 
 def test_less_sharing_comes_first():
     """A model that fits one GPU is not cut, however many there are."""
-    found = layout.fitted({**GIVEN, "mode": "heads"}, {"mode"}, config_of("qwen25_500m"), 8, 80).values
+    found = layout.fitted({**GIVEN, "mode": "heads"}, {"mode"}, recipes.config_of("qwen25_500m"), 8, 80).values
     assert (found.get("tensor_parallel_size", 1), found.get("pipeline_parallel_size", 1)) == (1, 1)
 
 
 def test_a_layout_that_divides_nothing_is_refused():
     with pytest.raises(UsageError, match="cannot be split into tensor 3"):
-        layout.fitted({**GIVEN, "tensor_parallel_size": 3}, {"tensor_parallel_size"}, config_of("llama31_8b"), 8, 80)
+        layout.fitted(
+            {**GIVEN, "tensor_parallel_size": 3}, {"tensor_parallel_size"}, recipes.config_of("llama31_8b"), 8, 80
+        )
 
 
 def test_a_large_model_without_a_gpu_is_refused_before_anything(tmp_path, capsys):

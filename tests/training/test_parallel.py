@@ -36,10 +36,14 @@ LAYOUTS = {
     "ep2": {"expert_parallel_size": 2},
     "dp2": {},
     "padded": {"seq_length": 56},
+    # So much padding that a part of it is not computed.
+    "cut": {"seq_length": 300},
+    "cut_in_stages": {"seq_length": 300, "pipeline_parallel_size": 2},
+    "cut_and_shared": {"seq_length": 300, "tensor_parallel_size": 2},
     # Two micro batches are on their way, and the layers of one are computed again after the other has passed.
     "recomputed": {"seq_length": 56, "recompute": "full", "pipeline_parallel_size": 2},
 }
-ALONE = ("one", "padded")
+ALONE = ("one", "padded", "cut")
 IN_CI = [
     ("gpt_oss", "heads", "tp2"),
     ("gpt_oss", "heads", "pp2"),
@@ -65,6 +69,9 @@ IN_CI = [
     ("qwen3_moe", "sft", "padded"),
     ("qwen3_moe", "lora", "padded"),
     ("qwen3_moe", "sft", "recomputed"),
+    ("deepseek_v3", "sft", "cut"),
+    ("llama31", "heads", "cut_in_stages"),
+    ("qwen3_moe", "sft", "cut_and_shared"),
 ]
 EVERY = [
     (kind, mode, layout)

@@ -7,70 +7,20 @@ import json
 
 import pytest
 from slipway.errors import UsageError
-from slipway.families import FAMILIES
 from slipway.training import memory, recipes
 from slipway.training.recipe import MODES, Recipe
 
-
-def sizes(hidden, width, layers, heads, groups, vocabulary, **others) -> dict:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": vocabulary,
-        **others,
-    }
-
-
-MLA = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "num_nextn_predict_layers": 0,
-}
-# config.json as published, and the billions of parameters of the model's card.
+# The billions of parameters on each model's card.
 MODELS = {
-    "qwen25_500m": (sizes(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True), 0.49),
-    "qwen25_7b": (sizes(3584, 18944, 28, 28, 4, 152064, tie_word_embeddings=False), 7.6),
-    "llama31_8b": (sizes(4096, 14336, 32, 32, 8, 128256, head_dim=128), 8.0),
-    "gpt_oss_20b": (
-        sizes(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4),
-        20.9,
-    ),
-    "gpt_oss_120b": (
-        sizes(2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128, num_experts_per_tok=4),
-        116.8,
-    ),
-    "qwen3_30b_a3b": (
-        sizes(2048, 6144, 48, 32, 4, 151936, head_dim=128, moe_intermediate_size=768, num_experts=128,
-              num_experts_per_tok=8),
-        30.5,
-    ),
-    "qwen3_235b_a22b": (
-        sizes(4096, 12288, 94, 64, 4, 151936, head_dim=128, moe_intermediate_size=1536, num_experts=128,
-              num_experts_per_tok=8),
-        235,
-    ),
-    "deepseek_v3": (
-        sizes(7168, 18432, 61, 128, 128, 129280, moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1,
-              first_k_dense_replace=3, num_experts_per_tok=8, **MLA),
-        671,
-    ),
-}  # fmt: skip
-
-
-def config_of(name: str) -> dict:
-    shipped = recipes.load(name, "heads", 80)
-    config = {**FAMILIES[shipped.family].tiny_config(), **MODELS[name][0]}
-    if shipped.family == "qwen3":
-        config["model_type"] = "qwen3_moe"
-    if "layer_types" in config:
-        config["layer_types"] = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
-    return config
+    "qwen25_500m": 0.49,
+    "qwen25_7b": 7.6,
+    "llama31_8b": 8.0,
+    "gpt_oss_20b": 20.9,
+    "gpt_oss_120b": 116.8,
+    "qwen3_30b_a3b": 30.5,
+    "qwen3_235b_a22b": 235,
+    "deepseek_v3": 671,
+}
 
 
 @pytest.fixture
@@ -86,7 +36,7 @@ def test_there_is_one_recipe_for_each_model():
 
 @pytest.mark.parametrize("name, mode, gpu", itertools.product(MODELS, MODES, recipes.GPUS))
 def test_every_layout_divides_the_model_and_fits_its_gpus(name, mode, gpu):
-    shipped, config = recipes.load(name, mode, gpu), config_of(name)
+    shipped, config = recipes.load(name, mode, gpu), recipes.config_of(name)
     world = shipped.nodes * shipped.processes_per_node
     recipe = Recipe("m", "d", "o", mode=mode, **shipped.values)
     recipe.check(world)
@@ -97,7 +47,7 @@ def test_every_layout_divides_the_model_and_fits_its_gpus(name, mode, gpu):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_counted_from_config_alone(name):
-    assert memory.parts_of(config_of(name)).total / 1e9 == pytest.approx(MODELS[name][1], rel=0.01)
+    assert memory.parts_of(recipes.config_of(name)).total / 1e9 == pytest.approx(MODELS[name], rel=0.01)
 
 
 def test_every_key_of_every_file_says_what_it_is():
@@ -106,9 +56,22 @@ def test_every_key_of_every_file_says_what_it_is():
         assert bare == [], file.name
 
 
-def test_lora_on_llama_8b_takes_what_was_measured():
-    recipe = Recipe("m", "d", "o", mode="lora", seq_length=4096, micro_batch_size=2, global_batch_size=8)
-    assert memory.estimate(recipe, config_of("llama31_8b"), 1).total / 1e9 == pytest.approx(64.7, rel=0.1)
+@pytest.mark.parametrize(
+    "name, layers, values, measured",
+    [
+        ("llama31_8b", 32, {"mode": "lora", "micro_batch_size": 2}, 55.3),
+        ("llama31_8b", 32, {"mode": "lora", "micro_batch_size": 1}, 36.9),
+        ("llama31_8b", 32, {"mode": "lora", "micro_batch_size": 4, "global_batch_size": 64}, 91.9),
+        ("llama31_8b", 32, {"mode": "heads", "micro_batch_size": 1}, 17.7),
+        ("qwen3_30b_a3b", 12, {"mode": "lora", "micro_batch_size": 2}, 33.0),
+        ("qwen3_30b_a3b", 4, {"mode": "sft", "micro_batch_size": 2}, 64.4),
+    ],
+)
+def test_a_gpu_takes_what_was_measured(name, layers, values, measured):
+    """docs/performance.md, in GB."""
+    config = {**recipes.config_of(name), "num_hidden_layers": layers}
+    recipe = Recipe("m", "d", "o", **{"seq_length": 4096, "global_batch_size": 8, **values})
+    assert memory.estimate(recipe, config, 1).total / 1e9 == pytest.approx(measured, rel=0.1)
 
 
 def test_a_larger_gpu_takes_the_layout_of_the_next_smaller_and_a_small_one_none():

@@ -10,6 +10,7 @@ import multiprocessing
 import queue
 import signal
 from multiprocessing.managers import BaseProxy
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def test_files_are_opened_without_the_client_for_object_stores():
     assert msc_utils._FeatureFlag(msc_utils._msc_available).is_enabled(), "upstream"
     read_and_write_plain_files()
     assert not msc_utils.MultiStorageClientFeature.is_enabled()
+
+
+def test_nothing_is_compiled_when_megatron_is_imported():
+    """Its allocator for inference takes a quarter of a minute, where there is a compiler."""
+    from megatron.core.inference import unified_memory
+    from torch.utils import cpp_extension
+
+    assert "load_inline(" in Path(unified_memory.__file__).read_text() and not unified_memory.has_unified_memory
+    with pytest.raises(RuntimeError, match="needs no CUDA extension"):
+        cpp_extension.load_inline(name="x", cpp_sources=[""])
 
 
 def test_the_states_of_random_numbers_are_set():

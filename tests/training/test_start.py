@@ -12,10 +12,11 @@ import pytest
 from conftest import make_model
 from slipway import cli
 from slipway.commands.import_checkpoint import import_checkpoint
-from slipway.errors import UsageError
+from slipway.errors import PreflightError, UsageError
 from slipway.tokens.blend import as_text, order, parts_of
 from slipway.tokens.indexed import write_index
 from slipway.tokens.lines import as_line
+from slipway.training import preflight
 
 SEQ_LENGTH = 16
 
@@ -64,6 +65,25 @@ def test_epochs_become_steps(plan):
         assert code == 0 and recipe["steps"] == steps, said
     code, recipe, _ = plan("--epochs", "2", "--global-batch-size", "1", "--pack")
     assert code == 0 and 30 < recipe["steps"] < 80  # two or more samples in most sequences
+
+
+def test_lora_packs_unless_it_is_told_not_to(plan):
+    code, recipe, said = plan("--mode", "lora")
+    assert code == 0 and recipe["pack"] is True and "--pack=false for one each" in said
+    assert plan("--mode", "lora", "--pack=false")[1]["pack"] is False
+    assert plan("--mode", "heads")[1]["pack"] is False
+
+
+def test_fp8_is_refused_where_no_gpu_can_multiply_it(folder, capsys, tmp_path, monkeypatch):
+    words = ["--model", folder / "llama31", "--data", folder / "data.jsonl", "--out", tmp_path / "out"]
+    words = ["train", *map(str, words), "--seq-length", "16", "--precision", "fp8"]
+    assert cli.main(words) == PreflightError.exit_code
+    assert "needs GPUs from Hopper (H100) on" in capsys.readouterr().err
+    monkeypatch.setattr(preflight, "gpus_here", lambda: 2)
+    monkeypatch.setattr(preflight, "asked_of_gpus", lambda _: ["9.0", "8.0"])
+    assert cli.main(words) == PreflightError.exit_code
+    assert "compute capability 9.0, and there is one of 8.0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

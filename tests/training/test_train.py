@@ -19,9 +19,11 @@ from forked import POLL, Cold, Commands, Gate
 from printed import not_ours
 from safetensors.torch import load_file
 from slipway.commands.preprocess import preprocess
+from slipway.tokens.lines import as_line
 from slipway.training.run_folder import RunFolder
 
 STEPS, SEQ_LENGTH, BATCH = 6, 64, 4
+TOKENS = 62  # of a sequence: a sample has one token less, and its last one is only a label
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def losses(run: RunFolder) -> list[float]:
 def test_a_run_leaves_what_a_person_wants_to_see(whole):
     status = whole.read_status()
     assert (status["state"], status["step"], status["base_changed"]) == ("done", STEPS, False)
-    assert (status["tokens"], status["why"]) == (STEPS * BATCH * SEQ_LENGTH, "all steps are done")
+    assert (status["tokens"], status["why"]) == (STEPS * BATCH * TOKENS, "all steps are done")
     assert status["loss"] == losses(whole)[-1]
     assert len(set(losses(whole))) == STEPS and whole.plot.read_bytes()[1:4] == b"PNG"
     assert list((whole.path / "tensorboard").rglob("events.out.tfevents.*"))
@@ -162,7 +164,7 @@ def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_
         assert code == 75 and "Traceback" not in output, output
         status = run.read_status()
         assert (status["state"], status["why"], status["step"]) == ("stopped", by.name, after)
-        assert status["tokens"] == after * BATCH * SEQ_LENGTH and not run.read_evaluations()
+        assert status["tokens"] == after * BATCH * TOKENS and not run.read_evaluations()
         saved = run.latest_checkpoint()
         assert saved[0] == after if after else saved is None and "step 1/" not in output
     words = flags(nemo_model, data, run.path)
@@ -194,8 +196,10 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(whole,
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_too_little_memory_says_which_knobs_to_turn(nemo_model, data, tmp_path):
+def test_too_little_memory_says_which_knobs_to_turn(nemo_model, tmp_path):
     """Attention over 80,000 tokens wants 100 GB more; the limit makes that fail on any machine."""
+    data = tmp_path / "long.jsonl"
+    data.write_bytes(as_line([5], [7] * 79_990))
     words = flags(nemo_model, data, tmp_path / "run", seq_length=80_000, nproc_per_node=2)
     code, output = train(words, limits={resource.RLIMIT_AS: 64 << 30})
     last = output.strip().splitlines()[-1]

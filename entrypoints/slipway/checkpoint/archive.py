@@ -339,5 +339,11 @@ class _PlainUnpickler(SafeUnpickler):
             raise Unexpected(f"it names {module}.{name}, which torch does not write there")
         return _plain
 
+    def is_key(self, value: Any) -> bool:
+        """Megatron's optimizer has keys that are dtypes, and pairs of them."""
+        if isinstance(value, tuple):
+            return super().is_key(tuple("" if part is _plain else part for part in value))
+        return value is _plain or super().is_key(value)
+
     def persistent_load(self, saved: Any) -> _Plain:
         return _Plain()

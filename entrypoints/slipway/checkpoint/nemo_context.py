@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slipway.families.decoder import Symbol
@@ -133,6 +134,11 @@ def context_files(
         "model.yaml": _yaml(model, config, fields) + (_yaml_of(transform) if transform else b""),
         SOURCE_CONFIG: (json.dumps(hf_config, indent=2) + "\n").encode(),
     }
+
+
+def has_tokenizer(checkpoint: Path) -> bool:
+    """A NeMo checkpoint holds a tokenizer. config.json, by which transformers finds one without a class, is none."""
+    return any(file.name != "config.json" for file in (checkpoint / "context" / TOKENIZER).glob("*"))
 
 
 def _yaml(model: str, config: str, fields: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ from slipway.cluster.chain import Kind
 from slipway.cluster.submission import Answer, Wanted
 from slipway.cluster.submission import submit as submit_chain
 from slipway.commands import (
+    bench,
     dequant,
     doctor,
     export,
@@ -36,6 +37,7 @@ STEPS = {
     "train": Kind(
         train.train, ("model", "data", "out", "eval_data", "adapter", "recipe", "run_token_file"), whole=True
     ),
+    "bench": Kind(bench.bench, ("recipe", "config", "run_token_file")),
     "extract-heads": Kind(extract_heads.extract_heads, ("ckpt", "out")),
     "merge-heads": Kind(merge_heads.merge_heads, ("heads", "base", "out")),
 }

@@ -110,3 +110,7 @@ class Windows:
     def __getitem__(self, unit: int) -> list[Sample]:
         start = unit * self.seq_length
         return [Sample([], self.documents.tokens[start : start + self.seq_length + 1].tolist())]
+
+    def positions(self, unit: int) -> int:
+        """How many positions of a sequence a window takes: all of them."""
+        return self.seq_length

@@ -209,6 +209,11 @@ class Lines:
         lines = [unit] if self.index.packs is None else self.index.packs[unit]
         return [self._sample(int(line)) for line in lines]
 
+    def positions(self, unit: int) -> int:
+        """How many positions of a sequence the unit takes: a sample's last token is only a label."""
+        lines = [unit] if self.index.packs is None else self.index.packs[unit]
+        return sum(int(self.index.lengths[line]) - 1 for line in lines)
+
     def _sample(self, line: int) -> Sample:
         if self._map is None:  # in the process that reads: a mapping cannot be sent to a worker of the data loader
             with self.path.open("rb") as file:

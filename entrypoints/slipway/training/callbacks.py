@@ -180,8 +180,9 @@ def checksum(module: torch.nn.Module) -> str:
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         if ".adapter." in name or not tensor.numel():
             continue
-        words = tensor.detach().contiguous().view(-1).view(torch.uint8).view(-1, tensor.element_size())
-        weights = torch.arange(1, 1 + tensor.element_size(), device=tensor.device) * 257
+        stored = getattr(tensor, "_data", tensor).detach()  # in FP8, Transformer Engine's bytes
+        words = stored.contiguous().view(-1).view(torch.uint8).view(-1, stored.element_size())
+        weights = torch.arange(1, 1 + stored.element_size(), device=stored.device) * 257
         total = sum((chunk.long() * weights).sum() for chunk in words.split(1 << 24))
         digest.update(f"{name} {tuple(tensor.shape)} {int(total)}\n".encode())
     return digest.hexdigest()

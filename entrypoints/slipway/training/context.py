@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import handover
-from slipway.checkpoint.nemo_context import TOKENIZER
+from slipway.checkpoint.nemo_context import has_tokenizer
 
 
 def model_of(checkpoint: Path) -> Any:
@@ -20,9 +20,8 @@ def model_of(checkpoint: Path) -> Any:
     from nemo.lightning.io import load_context
 
     calls = load_context(checkpoint / "context", subpath="model", build=False)
-    files = {file.name for file in (checkpoint / "context" / TOKENIZER).glob("*")}
     # Where there is no tokenizer, `import` once wrote a call for it all the same.
-    built = {"config", "tokenizer"} if files - {"config.json"} else {"config"}
+    built = {"config", "tokenizer"} if has_tokenizer(checkpoint) else {"config"}
     for name in set(calls.__arguments__) - built:
         delattr(calls, name)
     return fiddle.build(calls)

@@ -16,23 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipway.training.counting import INFINITE, SMALLEST, VALUES, count
 from slipway.training.heads import EPSILON_MASS, EPSILON_TEMPERATURE, TOP_P_SHARPNESS
-
-# 32 exponents of 128 fractions each, for both signs: positive values first, the largest first, then negative ones. All
-# bfloat16 numbers would be 65536, and the counts of a row would not fit into the registers of one program.
-VALUES = 8192
-SMALLEST = 109 << 7  # the bits of 2^-18: 109 - 127 = -18. The largest value with a place of its own is nearly 2^14.
-INFINITE = 0x7F80  # the bits of infinity; those of NaN are larger
-COUNT_BLOCK = 1024  # logits that one step of the counting loop reads
-
-
-@triton.jit
-def _place(bits, HALF: tl.constexpr, SMALLEST: tl.constexpr):
-    """The place of a bfloat16 among the values in descending order."""
-    # The bits of a positive float grow with its value, so their difference is the number of values in between.
-    size = tl.minimum(tl.maximum((bits & 0x7FFF) - SMALLEST, 0), HALF - 1)
-    is_negative = (bits & 0xFFFF) > 0x8000  # -0 (0x8000) is equal to 0 and must have its place
-    return tl.where(is_negative, HALF + size, HALF - 1 - size)
 
 
 @triton.jit
@@ -49,32 +34,6 @@ def _expm1(x):
     """exp(x) - 1 without cancellation near zero."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
     return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1)
-
-
-@triton.jit
-def _count_kernel(
-    logits, labels, counts, label_places, label_ranks, largest, vocabulary,
-    VALUES: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of one row: how often each value occurs, the place of the label, its number among the tokens that are equal to
-    it, and the bits of the logit that is largest in size."""
-    row = tl.program_id(0).to(tl.int64)  # row * vocabulary can exceed 32 bits
-    label = tl.load(labels + row)
-    wanted = _place(tl.load(logits + row * vocabulary + label).to(tl.int32), VALUES // 2, SMALLEST)
-    equal = tl.zeros([BLOCK], tl.int32)
-    size = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocabulary, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < vocabulary
-        bits = tl.load(logits + row * vocabulary + at, mask=inside, other=0).to(tl.int32)
-        place = _place(bits, VALUES // 2, SMALLEST)
-        # Several lanes may count the same value at once. Nobody reads the counts before the kernel has ended.
-        tl.atomic_add(counts + row * VALUES + place, 1, mask=inside, sem="relaxed")
-        equal += ((place == wanted) & (at <= label) & inside).to(tl.int32)
-        size = tl.maximum(size, bits & 0x7FFF)
-    tl.store(label_places + row, wanted)
-    tl.store(label_ranks + row, tl.sum(equal))
-    tl.store(largest + row, tl.max(size))
 
 
 @triton.jit
@@ -203,17 +162,10 @@ class CountedRows:
     """
 
     def __init__(self, logits: Tensor, labels: Tensor) -> None:
-        tokens, self.vocabulary = logits.shape
-        integers = {"dtype": torch.int32, "device": logits.device}
-        self.counts = torch.zeros(tokens, VALUES, **integers)
-        self.label_places, self.label_ranks, largest = (torch.empty(tokens, **integers) for _ in range(3))
-        self.is_easy = logits.argmax(-1) == labels
-        if tokens:
-            _count_kernel[(tokens,)](
-                logits.contiguous().view(torch.int16), labels, self.counts, self.label_places, self.label_ranks,
-                largest, self.vocabulary, VALUES, SMALLEST, COUNT_BLOCK, num_warps=4,
-            )  # fmt: skip
-        self.is_finite = largest < INFINITE
+        self.vocabulary = logits.shape[1]
+        found = count(logits, labels)
+        self.counts, self.label_places, self.label_ranks = found.counts, found.places, found.ranks
+        self.is_easy, self.is_finite = found.is_first, found.largest < INFINITE
 
     def features(self, temperature: Tensor) -> Tensor:
         """[tokens, 4]: see heads.distribution_features."""

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from slipway.training.patches import MEGATRON, NEMO, TORCH, define, replace, wrap
+from slipway.training.repairs import compile_nothing
 
 CPU = torch.device("cpu")
 GPU_ONLY = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
@@ -81,15 +82,9 @@ def _without_kernels() -> None:
 def _without_compiling() -> None:
     """No C++ compiler is needed, and no time spent in one: tiny models run faster than they compile."""
     import torch._dynamo
-    from torch.utils import cpp_extension
 
     torch._dynamo.config.disable = True
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no GPU: CUDA extensions are not compiled")
-
-    # Megatron compiles a CUDA allocator when it is imported, if it finds nvcc.
-    replace(cpp_extension, "load_inline", refuse, TORCH)
+    compile_nothing()
 
 
 class _Stream:

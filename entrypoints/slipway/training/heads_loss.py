@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from slipway.training.heads import DecodingHeads, Rows
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 4096
 
 
 def rows_of(logits: Tensor, labels: Tensor) -> Any:

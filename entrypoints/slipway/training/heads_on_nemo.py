@@ -25,7 +25,7 @@ from torch.nn import functional
 from slipway.training.heads import DecodingHeads
 from slipway.training.heads_loss import heads_loss
 from slipway.training.patches import NEMO, replace, wrap
-from slipway.training.steps import attention_options, last_stage, megatron_gpt
+from slipway.training.steps import attention_options, last_stage, megatron_gpt, output_weight, to_hidden_states
 
 
 class FromBase(PEFT):
@@ -73,8 +73,7 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     if not gpt.post_process:
         return hidden
 
-    weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
-    weight = gpt.output_layer.weight if weight is None else weight
+    weight = output_weight(gpt)
     if gpt.config.sequence_parallel:  # each rank has the hidden states of its part of the sequence
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     total, count = heads_loss(
@@ -124,10 +123,9 @@ def frozen(gpt: MegatronGPT) -> Iterator[None]:
     """The base in evaluation mode (no dropout, no update of routers). It returns its last hidden states, not logits."""
     if gpt.training:  # NeMo's PEFT puts the frozen base into training mode, and again after an evaluation
         gpt.eval()
-    # These make Megatron's forward() apply the output layer and the loss.
-    post_process, mtp_process = gpt.post_process, gpt.mtp_process
-    gpt.post_process = gpt.mtp_process = False
+    mtp_process, gpt.mtp_process = gpt.mtp_process, False
     try:
-        yield
+        with to_hidden_states(gpt):
+            yield
     finally:
-        gpt.post_process, gpt.mtp_process = post_process, mtp_process
+        gpt.mtp_process = mtp_process

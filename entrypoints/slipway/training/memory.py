@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer follow from the parallel sizes. Activations are what Megatron keeps of a layer for the
 backward pass, with flash attention and sequence parallelism, in BF16. LoRA on the shape of Llama-3.1-8B is estimated
-with 67 GB and took 64.7 GB (docs/performance.md).
+with 55.7 GB and took 55.3 GB (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from slipway.training.recipe import Recipe
 
 BF16, FP32 = 2, 4
 GRADIENT, OPTIMIZER = FP32, 3 * FP32  # of a weight; the optimizer keeps a master copy and two moments
-CHUNK = 1024  # tokens whose logits exist at once under the heads: heads_loss.CHUNK_TOKENS, which needs torch
-OVERHEAD = 3e9  # bytes for CUDA's context, communicators, workspaces and unusable gaps
+# Tokens whose logits exist at once: heads_loss.CHUNK_TOKENS, and cross_entropy.CHUNK_TOKENS, which need torch.
+CHUNK, CHUNK_OF_LORA = 4096, 2048
+OVERHEAD = 1.5e9  # bytes for workspaces and unusable gaps; CUDA's context is in what layout.SHARE leaves
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 STACKED = ".experts.experts."
 ALL = "all-linear"  # every linear layer gets an adapter
@@ -171,7 +172,7 @@ def _activations(recipe: Recipe, c: Mapping[str, Any], layers: int, in_flight: i
     attention, feed_forward = _widths(c)
     layer = tokens * BF16 * (4 * c["hidden_size"] + attention + feed_forward)
     if recipe.mode == "heads":
-        return 2 * layer  # without a backward pass only two layers' values exist at once
+        return layer  # without a backward pass only one layer's values exist at once
     if recipe.recompute == "full":
         return layers * in_flight * tokens * BF16 * c["hidden_size"] + 2 * layer
     return layers * in_flight * layer
@@ -181,8 +182,10 @@ def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:
     tokens = recipe.micro_batch_size * recipe.seq_length / recipe.context_parallel_size
     part = c["vocab_size"] / recipe.tensor_parallel_size
     if recipe.mode == "heads":
-        return min(tokens, CHUNK) * part * 2 * BF16
-    return tokens * part * (BF16 + 2 * FP32)  # the logits, and float32 copies of them for the loss and its gradient
+        return min(tokens, CHUNK) * part * BF16
+    if recipe.is_frozen:
+        return min(tokens, CHUNK_OF_LORA) * part * BF16
+    return part * BF16 * (tokens + c["hidden_size"])  # the logits, which become their gradient, and the weight's
 
 
 def _adapters(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer]) -> float:
@@ -203,9 +206,6 @@ def _adapters(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer]) -> floa
         "linear_kv_up_proj": rank + of_values,
     }
     targets = recipe.lora_targets if recipe.lora_targets != ALL else "linear_qkv,linear_proj,linear_fc1,linear_fc2"
-    total = 0.0
-    for layer in layers:
-        for target in targets.split(","):
-            many = layer.count / recipe.expert_parallel_size if layer.count and "fc" in target else 1
-            total += recipe.lora_rank * sides.get(target, 0) * many
-    return total / recipe.tensor_parallel_size
+    # A layer's experts share their adapters.
+    of_layer = recipe.lora_rank * sum(sides.get(target, 0) for target in targets.split(","))
+    return len(layers) * of_layer / recipe.tensor_parallel_size

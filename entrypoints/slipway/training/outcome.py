@@ -33,6 +33,7 @@ class Run:
     begins_at: int
     started: float
     scanned: Scanned | None = None  # where the data had to be read to know the steps
+    measured: bool = False  # only the speed counts, see worker.run
 
 
 def claim_folder(run: Run, inputs: dict[str, str]) -> None:
@@ -48,7 +49,7 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
         before = run.folder.read_status()
         # A run that continues shows the loss of the step from which it continues.
         known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
-        tokens = run.begins_at * run.recipe.global_batch_size * run.recipe.seq_length
+        tokens = sum(step["tokens"] for step in run.folder.read_metrics() if step["step"] < run.begins_at)
         begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
         begun |= {"begun_at": run.begins_at, "in_vain": _in_vain(run, before)}
         run.folder.write_status(known | begun | {"started": now(), "updated": now()})
@@ -92,8 +93,8 @@ def note(folder: RunFolder, state: str, why: str, code: int) -> None:
 def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary:
     """The summary of a run that has done all steps. Else an error: the errors are those of `train`."""
     status, latest = run.folder.read_status(), run.folder.latest_checkpoint()
-    if not failure and latest and status.get("state") == "done":
-        return _summary(run, latest[1], status)
+    if not failure and (latest or run.measured) and status.get("state") == "done":
+        return _summary(run, latest[1] if latest else run.folder.path, status)
     saved = latest[0] if latest else 0
     if not failure and status.get("state") == "stopped":
         raise stopped(run, f"train: stopped and saved at step {saved} of {run.recipe.steps}; {CONTINUE}")

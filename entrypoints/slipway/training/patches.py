@@ -32,6 +32,7 @@ MEGATRON = Upstream("megatron-core", "0.15.3")
 NEMO = Upstream("nemo_toolkit", "2.7.3")
 LIGHTNING = Upstream("lightning", "2.4.0")
 TORCH = Upstream("torch", "2.11.0")
+TRANSFORMER_ENGINE = Upstream("transformer_engine", "2.9.0")
 
 MISSING = object()
 CURE = "install the locked versions with `make setup`, or use the image"

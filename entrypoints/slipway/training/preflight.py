@@ -11,7 +11,7 @@ from typing import Any
 
 from slipway.checkpoint import handover
 from slipway.checkpoint.lora import BASE_NOTE, Adapters, noted_base
-from slipway.checkpoint.nemo_context import SOURCE_CONFIG, TOKENIZER
+from slipway.checkpoint.nemo_context import SOURCE_CONFIG, has_tokenizer
 from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError, PreflightError, UsageError, WriteError
 from slipway.families import read_config, understood
@@ -23,10 +23,12 @@ from slipway.tokens.tokenise import MOST_LOST
 from slipway.training import memory
 from slipway.training.agreement import changed
 from slipway.training.recipe import Recipe
+from slipway.training.recipes import asked_of_gpus
 from slipway.training.run_folder import RunFolder
 from slipway.untrusted import read_object, read_text, tell, without_credentials
 
 NOTE_BYTES = 1 << 20
+FP8_SINCE = 9.0  # compute capability: Hopper
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 # What may change between two starts of one run.
 MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
@@ -99,7 +101,7 @@ def check_adapter(adapter: Path, model: Path) -> None:
 
 def without_tokenizer(model: Path) -> list[str]:
     """What to say where a checkpoint has no tokenizer: training needs none, but what is exported later has none."""
-    if any((model / "context" / TOKENIZER).glob("*")):
+    if has_tokenizer(model):
         return []
     return [f"{model} has no tokenizer, so an export of this run will have none; import the model again to have it"]
 
@@ -129,6 +131,19 @@ def check_gpus(config: Mapping[str, Any]) -> None:
         raise PreflightError(
             f"this machine shows no GPU, and the model has {parameters / 1e9:.1f} billion weights, too many for the "
             "CPU; start on a machine with GPUs: docker run --gpus all, srun --gpus-per-node, Kubernetes nvidia.com/gpu"
+        )
+
+
+def check_precision(recipe: Recipe) -> None:
+    """PreflightError where a GPU here cannot multiply FP8, or there is none."""
+    if recipe.precision != "fp8":
+        return
+    if not gpus_here():
+        raise PreflightError("--precision fp8 needs GPUs from Hopper (H100) on, and this machine shows none; use bf16")
+    oldest = min(map(float, asked_of_gpus("compute_cap")), default=FP8_SINCE)
+    if oldest < FP8_SINCE:
+        raise PreflightError(
+            f"--precision fp8 needs GPUs of compute capability {FP8_SINCE}, and there is one of {oldest}; use bf16"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ class Recipe:
         "full = keep only the input of each layer and compute the rest again in the backward pass",
         choices=("none", "full"),
     )
+    precision: str = option(
+        "bf16",
+        "of the factors of large products; fp8 = FP8 with a scale for each tensor, on GPUs from Hopper (H100) on",
+        choices=("bf16", "fp8"),
+    )
     save_every: int = _size(100, "steps between checkpoints")
     keep: int = _size(2, "number of checkpoints to keep, the newest ones")
     seed: int = option(1234, "seed of the new weights, the order of the data and dropout", low=0, high=2**32 - 1)
@@ -88,8 +93,10 @@ class Recipe:
         "",
         "NeMo checkpoint of adapters to continue from, see `import --adapter`; gives rank, alpha and targets",
     )
-    pack: bool = option(
-        False, "put several samples of a .jsonl file into one sequence if they fit; none of them sees another"
+    pack: bool | None = option(
+        None,
+        "put several samples of a .jsonl file into one sequence if they fit; none of them sees another",
+        otherwise="true for sft and lora where the model and the layout allow it",
     )
     eval_data: str = option("", "tokens that are held out, for evaluations during the training")
     eval_every: int = _size(100, "steps between evaluations")
@@ -147,7 +154,8 @@ class Recipe:
                 f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
             )
 
-        self._check_packing()
+        if self.pack and (problem := self.unpackable_data() or self._unpackable_layout()):
+            raise UsageError(f"--pack {problem}")
 
     def _check_schedule(self) -> None:
         """UsageError where warm-up and constant steps take more than there is, or the curve would rise."""
@@ -160,17 +168,44 @@ class Recipe:
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr is {self.min_lr:g}, larger than --lr {self.lr:g}; lower --min-lr")
 
-    def _check_packing(self) -> None:
-        if not self.pack:
-            return
+    def unpackable_data(self) -> str:
+        """Why the samples of the data cannot be packed; "" where they can."""
         for path in (part.path for data in (self.data, self.eval_data) if data for part in parts_of(data)):
             if path.suffix == ".bin":
-                raise UsageError(f"--pack is for samples of .jsonl files, and {path} has full sequences already")
+                return f"is for samples of .jsonl files, and {path} has full sequences already"
+        return ""
+
+    def _unpackable_layout(self) -> str:
         for name in ("micro_batch_size", "context_parallel_size"):
             if (value := getattr(self, name)) > 1:
-                raise UsageError(
-                    f"--pack puts many samples into one sequence, which takes --{name.replace('_', '-')} 1, not {value}"
-                )
+                return f"puts many samples into one sequence, which takes --{name.replace('_', '-')} 1, not {value}"
+        return ""
+
+    def unpackable_model(self, c: Mapping[str, Any]) -> str:
+        """Why samples cannot be packed for the model with this config.json; "" where they can."""
+        if c["model_type"] == "gpt_oss":
+            return "cannot be used with gpt_oss: Transformer Engine has no attention with sinks for packed samples"
+        if self.mode in ("sft", "pretrain") and c.get("num_nextn_predict_layers"):
+            return (
+                f"cannot be used with --mode {self.mode} and the model's MTP layer, which would predict one sample's "
+                "tokens from another's"
+            )
+        return ""
+
+    def should_pack(self, c: Mapping[str, Any] | None, chosen: Collection[str]) -> tuple[bool, str]:
+        """(whether samples are packed where nobody said so, why they are not where one would expect it).
+
+        Args:
+            c: config.json of the model, if it is known.
+            chosen: the fields that a person asked for.
+        """
+        if self.mode not in ("sft", "lora") or self.unpackable_data():
+            return False, ""
+        if problem := self.unpackable_model(c) if c else "needs to know the model's config.json: give --config":
+            return False, problem
+        one = self if "micro_batch_size" in chosen else dataclasses.replace(self, micro_batch_size=1)
+        problem = one._unpackable_layout()
+        return not problem, problem
 
     def check_model(self, c: Mapping[str, Any]) -> None:
         """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
@@ -201,15 +236,8 @@ class Recipe:
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
                 "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
             )
-        if self.pack and c["model_type"] == "gpt_oss":
-            raise UsageError(
-                "--pack cannot be used with gpt_oss: Transformer Engine has no attention with sinks for packed samples"
-            )
-        if self.pack and self.mode in ("sft", "pretrain") and c.get("num_nextn_predict_layers"):
-            raise UsageError(
-                f"--pack cannot be used with --mode {self.mode} and the model's MTP layer, which would predict one "
-                "sample's tokens from another's"
-            )
+        if self.pack and (problem := self.unpackable_model(c)):
+            raise UsageError(f"--pack {problem}")
         if self.expert_parallel_size > 1 and not experts:
             raise UsageError(f"--expert-parallel-size is {self.expert_parallel_size}, and the model has no experts")
 

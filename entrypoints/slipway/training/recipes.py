@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from slipway.errors import UsageError
+from slipway.families import FAMILIES
 from slipway.options import NAMES, Parameter, check, from_text, option, parameters_of, suggestion
 from slipway.training.recipe import MODES, Recipe
 from slipway.untrusted import read_toml
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 GPUS = (80, 141)  # GB of memory
-ABOUT = {"family": str, "base": str, "parameters": float}  # what a file says beside its modes
+ABOUT = {"family": str, "base": str, "parameters": float, "shape": dict}  # what a file says beside its modes
 OF_A_RUN = ("model", "data", "out", "mode")  # not for a file to say
 
 
@@ -88,6 +89,15 @@ def parameters_of_model(name: str) -> float:
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())["parameters"]
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """config.json of the model that a shipped recipe is for, as far as it decides sizes and speed."""
+    tables = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    config = {**FAMILIES[tables["family"]].tiny_config(), **tables["shape"]}
+    if kinds := config.get("layer_types"):
+        config["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config["num_hidden_layers"])]
+    return config
+
+
 def load(name: str, mode: str, gpu: int) -> Shipped:
     """The recipe of this name, or in this file; UsageError or DataError for what it cannot be.
 
@@ -156,11 +166,22 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 def gpu_memory() -> int:
     """GB of the smallest GPU here as nvidia-smi says it; without any, of the smallest that recipes know."""
-    if (program := shutil.which("nvidia-smi")) is None:
-        return GPUS[0]
-    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
-        return min(int(int(line) * 2**20 / 1e9) for line in said.splitlines())
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return min(int(int(size) * 2**20 / 1e9) for size in asked_of_gpus("memory.total"))
+    except ValueError:
         return GPUS[0]
+
+
+def asked_of_gpus(question: str) -> list[str]:
+    """What nvidia-smi says of each GPU here; [] where it says nothing.
+
+    Args:
+        question: a field of its --query-gpu, such as memory.total, which is in MiB.
+    """
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    words = [program, f"--query-gpu={question}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []

@@ -13,23 +13,34 @@ from slipway.report import human_seconds, say
 from slipway.training.curve import plot_losses
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder, now
-from slipway.training.throughput import peak_tflops
+from slipway.training.samples import Samples, computed_positions
+from slipway.training.steps import shares_of_positions
+from slipway.training.throughput import Arithmetic, Load, load_of, peak_tflops
 
 STEPS_DONE = "steps_done"  # the metric that names checkpoints
 PLOT_SECONDS, PLOT_SHARE = 20.0, 0.02  # the plot is drawn again after so long, and takes at most this share of the time
+NO_SPEED = ("step", "loss", "lr", "tokens", "positions", "seconds")
+PADDED = 1.05  # positions for each token from which on it is said how many positions are computed
 MEAN_OF = 20  # steps whose time says how long the rest takes
 
 
 class Record(Callback):
     """On rank 0: a line, an entry of the metrics and the status after each step, and the plot now and then."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, flops_per_token: float, started: float) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, arithmetic: Arithmetic, samples: Samples, started: float
+    ) -> None:
         """`started`: time.time() when the command began."""
-        self.recipe, self.folder, self.flops_per_token, self.started = recipe, folder, flops_per_token, started
+        self.recipe, self.folder, self.started = recipe, folder, started
+        self.arithmetic, self.samples = arithmetic, samples
         self.status: dict[str, Any] = folder.read_status()  # the command has written its beginning
         self._clock, self._lr = time.monotonic(), 0.0
         self._seconds: list[float] = []  # of the last steps
         self._plotted, self._plot_took = time.monotonic(), 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """NeMo writes its callbacks into the context of every checkpoint, where the samples have no use."""
+        return {**vars(self), "samples": None}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.status |= {"state": "running", "started_at_step": trainer.global_step}
@@ -58,15 +69,13 @@ class Record(Callback):
             self.status["seconds_to_first_step"] = round(time.time() - self.started, 1)
             print(f"worker: first step done {self.status['seconds_to_first_step']} s after the start", flush=True)
         left = self._seconds_left(trainer.global_step)
-        tokens = trainer.global_step * entry["tokens"]
+        tokens = self.status.get("tokens", 0) + entry["tokens"]
         self.status |= {"step": trainer.global_step, "loss": entry["loss"], "tokens": tokens}
         self.status |= {"seconds_left": round(left, 1), "updated": now()}
         self.folder.write_status(self.status)  # first: a reader of the metrics must find the step in the status
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        speed = {
-            name: value for name, value in entry.items() if name not in ("step", "loss", "lr", "tokens", "seconds")
-        }
+        speed = {name: value for name, value in entry.items() if name not in NO_SPEED}
         trainer.logger.log_metrics({f"speed/{name}": value for name, value in speed.items()}, trainer.global_step)
         say(step_line(entry, self.recipe.steps, left), living=True)
         self._plot_now_and_then()
@@ -76,17 +85,29 @@ class Record(Callback):
         moment = time.monotonic()
         seconds, self._clock = moment - self._clock, moment
         self._seconds = [*self._seconds[-MEAN_OF + 1 :], seconds]
-        tokens = self.recipe.global_batch_size * self.recipe.seq_length
+        load = self._load(trainer.global_step - 1)
         norm = trainer.callback_metrics.get("grad_norm")  # Megatron skips a step whose gradients are no numbers
         return {
             "step": trainer.global_step - 1,
             "loss": float(trainer.callback_metrics["reduced_train_loss"]),
             "lr": self._lr,
             **({"grad_norm": round(float(norm), 6)} if norm is not None else {}),
-            "tokens": tokens,
+            "tokens": load.tokens,
+            "positions": load.positions,
             "seconds": round(seconds, 4),
-            **self._speed(tokens / seconds, trainer.world_size),
+            **self._speed(load, seconds, trainer.world_size),
         }
+
+    def _load(self, step: int) -> Load:
+        """What a step computes on all ranks, which depends on the order of the samples alone."""
+        first, size = step * self.recipe.global_batch_size, self.recipe.global_batch_size
+        lengths = [self.samples.positions(number) for number in range(first, first + size)]
+        whole, ranks = self.recipe.seq_length, shares_of_positions()
+        return load_of(
+            lengths,
+            self.recipe.micro_batch_size,
+            lambda longest: whole if self.recipe.pack else computed_positions(longest, whole, ranks),
+        )
 
     def _seconds_left(self, step: int) -> float:
         """The first step of a start is slower than all others: it does not count once there are others."""
@@ -103,13 +124,16 @@ class Record(Callback):
             file.write(json.dumps({"step": trainer.global_step - 1, "loss": loss}) + "\n")
         say(f"evaluation after step {trainer.global_step}: loss {loss:.6f}")
 
-    def _speed(self, tokens_per_second: float, ranks: int) -> dict[str, float]:
-        """Tokens per second of all GPUs and of one, arithmetic in TFLOP/s, and the peak of rank 0's memory in GB."""
-        per_gpu = tokens_per_second / ranks
+    def _speed(self, load: Load, seconds: float, ranks: int) -> dict[str, float]:
+        """Tokens per second of all GPUs and of one, without padding and with it; arithmetic in TFLOP/s, without
+        padding; and the peak of rank 0's memory in GB."""
+        rate = load.tokens / seconds
+        operations = self.arithmetic.per_token(self.recipe.mode, load.length)
         speed = {
-            "tokens_per_second": round(tokens_per_second, 1),
-            "tokens_per_second_per_gpu": round(per_gpu, 1),
-            "tflops_per_gpu": round(per_gpu * self.flops_per_token / 1e12, 4),
+            "tokens_per_second": round(rate, 1),
+            "tokens_per_second_per_gpu": round(rate / ranks, 1),
+            "positions_per_second": round(load.positions / seconds, 1),
+            "tflops_per_gpu": round(rate / ranks * operations / 1e12, 4),
         }
         if torch.cuda.is_available():
             peak = peak_tflops(torch.cuda.get_device_name())
@@ -138,6 +162,11 @@ class Record(Callback):
             plot_losses(self.folder)
 
 
+def _is_padded(entry: dict[str, Any]) -> bool:
+    """So much of a step is padding that its speed is not the tokens' speed."""
+    return entry["positions"] > PADDED * entry["tokens"]
+
+
 def step_line(entry: dict[str, Any], steps: int, seconds_left: float) -> str:
     """The line that a person reads after a step; what matters most comes first, a narrow terminal cuts the rest off."""
     line = f"step {entry['step'] + 1}/{steps} loss {entry['loss']:.6f} lr {entry['lr']:.3g}"
@@ -145,5 +174,6 @@ def step_line(entry: dict[str, Any], steps: int, seconds_left: float) -> str:
     line += f", grad norm {entry['grad_norm']:.3g}" if "grad_norm" in entry else ""
     line += f", {entry['seconds']:.3g} s, {entry['tokens_per_second_per_gpu']:.0f} tokens/s/GPU"
     line += f" {entry['tflops_per_gpu']:.3g} TFLOP/s/GPU"
+    line += f" ({entry['positions_per_second']:.0f} tokens/s with padding)" if _is_padded(entry) else ""
     line += f" MFU {entry['mfu']:.1%}" if "mfu" in entry else ""
     return line + (f" {entry['memory_gb']:.1f} GB" if "memory_gb" in entry else "")

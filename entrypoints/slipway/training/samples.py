@@ -6,6 +6,7 @@ run continues exactly where it stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -18,6 +19,18 @@ from slipway.tokens.scan import Sample, Units
 from slipway.training.heads import EASY_TOKEN_DROP_RATE
 
 PAD_ID = 0
+ALIGNED = 128  # positions: kernels work on blocks, and each length is another plan for some of them
+
+
+def computed_positions(longest: int, seq_length: int, ranks: int) -> int:
+    """How many positions of its sequences a micro batch computes: its longest sample's, and what makes them even.
+
+    Args:
+        longest: positions of the longest sample.
+        ranks: how many equal parts the positions are shared in.
+    """
+    step = math.lcm(ALIGNED, ranks)
+    return min(seq_length, -(-longest // step) * step)
 
 
 class Samples(Dataset):
@@ -59,6 +72,11 @@ class Samples(Dataset):
         # A generator that counts (Philox) has no state: sample `number` gets the same numbers without those before it.
         random = np.random.Generator(np.random.Philox(key=[self.seed, number]))
         return found | {"drop_if_easy": torch.from_numpy(random.random(self.seq_length) < EASY_TOKEN_DROP_RATE)}
+
+    def positions(self, number: int) -> int:
+        """How many positions of sequence `number` of the run are no padding."""
+        part, unit = self.unit_of(number)
+        return self.parts[part].positions(unit)
 
     def unit_of(self, number: int) -> tuple[int, int]:
         """(file, unit in it) of sequence `number` of the run."""

@@ -49,6 +49,7 @@ class Request:
     Args:
         given: the fields of Recipe that flags gave.
         resume: auto or never.
+        measured: only the speed counts, see worker.run.
     """
 
     given: dict[str, Any]
@@ -56,6 +57,7 @@ class Request:
     placement: Placement
     patience: Patience
     resume: str
+    measured: bool = False
 
 
 def plan(request: Request) -> str:
@@ -108,8 +110,22 @@ def run(request: Request) -> Summary:
             return result_of(run, failure, stop.grace_is_over)
 
 
+def settled(request: Request) -> Run:
+    """What `run` would do, with every value of the recipe decided; nothing is said or written."""
+    return _settle(request, dry_run=False)[0]
+
+
 def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, Any] | None]:
     """(the run, config.json of its model where the checkpoint has one), everything checked that can be checked now."""
+    run, config, said = _settle(request, dry_run)
+    for line in said:
+        tell(f"train: {line}")
+    if not dry_run and run.begins_at < run.recipe.steps:
+        preflight.check_base(run.recipe)
+    return run, config
+
+
+def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None, list[str]]:
     started = time.time()
     request.patience.check()
     chosen = request.given | recipes.parse_settings(request.choice.set or [])
@@ -124,6 +140,9 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
         topology = _of_recipe(shipped, topology.master_port)
     values = (shipped.values if shipped else {}) | chosen | {"model": str(model)}
     preflight.check_data(values["data"], values.get("eval_data", ""))
+    packing, notes = _packing(values, chosen, config)
+    values |= packing
+    said += notes
     scanned = None
     if (epochs := request.choice.epochs) is not None:
         _check_epochs(values, chosen)
@@ -149,6 +168,8 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
     recipe = Recipe(**values)
     recipe.check(topology.world_size, shipped.name if shipped else "")
     preflight.check_logging(recipe)
+    if not dry_run:
+        preflight.check_precision(recipe)
     if config and not dry_run:
         preflight.check_gpus(config)
     for name in PATHS:
@@ -156,11 +177,25 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
             setattr(recipe, name, as_text(parts_of(path)) if name == "data" else str(Path(path).absolute()))
     folder = RunFolder.of(recipe)
     begins_at, notes = preflight.first_step(recipe, folder, request.resume)
-    for line in [*foreign_notes, *said, *notes, *preflight.without_tokenizer(model)]:
-        tell(f"train: {line}")
-    if not dry_run and begins_at < recipe.steps:
-        preflight.check_base(recipe)
-    return Run(recipe, topology, folder, begins_at, started, scanned), config
+    notes = [*foreign_notes, *said, *notes, *([] if request.measured else preflight.without_tokenizer(model))]
+    return Run(recipe, topology, folder, begins_at, started, scanned, request.measured), config, notes
+
+
+def _packing(
+    values: Mapping[str, Any], chosen: Collection[str], config: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """(the fields of Recipe that say whether samples are packed, notes), where no flag says so."""
+    if values.get("pack") is not None:
+        return {}, []
+    recipe = Recipe(**values)
+    before = RunFolder.of(recipe).recipe
+    if before.is_file():  # a run goes on as it began
+        return {"pack": Recipe.load(before).pack}, []
+    packs, problem = recipe.should_pack(config, chosen)
+    if not packs:
+        return {"pack": False}, [f"samples are not packed: --pack {problem}"] if problem else []
+    said = "several samples share a sequence where they fit, and none sees another; --pack=false for one each"
+    return {"pack": True, "micro_batch_size": 1}, [said]
 
 
 def _scan(values: Mapping[str, Any]) -> preflight.Scanned:
@@ -170,7 +205,7 @@ def _scan(values: Mapping[str, Any]) -> preflight.Scanned:
         values.get("eval_data", ""),
         values.get("seq_length", Recipe.seq_length),
         preflight.vocab_size(Path(values["model"])),
-        values.get("pack", Recipe.pack),
+        bool(values.get("pack")),
     )
 
 
@@ -284,7 +319,8 @@ def _of_recipe(shipped: recipes.Shipped, port: int) -> Topology:
 
 def _worker_arguments(scratch: Path, run: Run) -> list[str]:
     files = [f"{scratch}/recipe.json", "--indices", str(scratch), "--stop-file", f"{scratch}/stop"]
-    return [*files, "--nodes", str(run.topology.nodes), "--started", str(run.started)]
+    measured = ["--measured"] if run.measured else []
+    return [*files, "--nodes", str(run.topology.nodes), "--started", str(run.started), *measured]
 
 
 def _logs(run: Run) -> Path:
@@ -306,7 +342,7 @@ def _work(run: Run, scratch: Path, stop: StopRequests, link: Link) -> Failure | 
     def work() -> None:
         from slipway.training import worker
 
-        worker.run(run.recipe, scratch, stop.stop_file, 1, run.started)
+        worker.run(run.recipe, scratch, stop.stop_file, 1, run.started, measured=run.measured)
 
     try:
         torchrun.run_here(run.topology, work, stop)

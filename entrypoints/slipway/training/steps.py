@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
+from slipway.training.cross_entropy import linear_cross_entropy
 from slipway.training.padding import RealTokens, only
+from slipway.training.samples import computed_positions
 
 FIRST_STAGE_KEYS = ("tokens", "position_ids")
 LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
@@ -24,7 +29,7 @@ EVERY_STAGE_KEYS = ("cu_seqlens", "is_real")
 def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
     """The next micro batch on the device, this rank's context-parallel share; None for what its stage does not need."""
     batch = next(iterator)
-    batch = batch[0] if isinstance(batch, tuple) else batch
+    batch = without_needless_padding(batch[0] if isinstance(batch, tuple) else batch)
     wanted: tuple[str, ...] = FIRST_STAGE_KEYS if parallel_state.is_pipeline_first_stage() else ()
     wanted += LAST_STAGE_KEYS if parallel_state.is_pipeline_last_stage() else ()
     wanted += EVERY_STAGE_KEYS
@@ -33,6 +38,22 @@ def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
     batch = get_batch_on_this_cp_rank(batch)  # Recipe.check refuses packed samples with context parallelism
     found = {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS, *EVERY_STAGE_KEYS)}
     return found | {"lengths": lengths}
+
+
+def without_needless_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The micro batch, still on the CPU, cut behind its longest sample. Packed sequences stay as they are."""
+    if "cu_seqlens" in batch:
+        return batch
+    is_real = batch["is_real"]
+    kept = computed_positions(int(is_real.sum(1).max()), is_real.size(1), shares_of_positions())
+    return {key: value[:, :kept] for key, value in batch.items()}
+
+
+def shares_of_positions() -> int:
+    """How many equal parts the positions of a sequence are shared in by the ranks."""
+    context = parallel_state.get_context_parallel_world_size()
+    # Of a causal mask each context parallel rank has a light and a heavy part.
+    return parallel_state.get_tensor_model_parallel_world_size() * (2 * context if context > 1 else 1)
 
 
 def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
@@ -77,18 +98,69 @@ def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
 
 def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
     """(sum of the cross entropies of the counted tokens, their number) on the last stage, hidden states before it."""
-    with only(real_tokens(batch)):
-        output = megatron_gpt(model)(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            **attention_options(batch),
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-        )
-    if batch["labels"] is None:  # not the last stage: these are hidden states for the next one
-        return output
-    counted = last_stage(batch, "loss_mask")
-    return (output.float() * counted).sum(), counted.sum()
+    gpt = megatron_gpt(model)
+    with only(real_tokens(batch)), to_hidden_states(gpt):
+        hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], **attention_options(batch))
+    if not gpt.post_process:
+        return hidden
+    labels, counted = last_stage(batch, "labels"), last_stage(batch, "loss_mask")
+    # With layers for multi-token prediction their hidden states follow the decoder's.
+    further = gpt.config.mtp_num_layers if gpt.mtp_process else 0
+    hidden, *others = hidden.chunk(1 + (further or 0))
+    total = _loss(gpt, hidden, labels, counted)
+    if others and gpt.training:
+        more = _loss_of_further_tokens(gpt, others, labels, counted)
+        total = total + more - more.detach()  # it is learned from, and not a part of what is reported
+    return total, counted.sum()
+
+
+@contextlib.contextmanager
+def to_hidden_states(gpt: MegatronGPT) -> Iterator[None]:
+    """In the block the last stage's forward() ends before the output layer, with the hidden states [S, B, H]."""
+    before, gpt.post_process = gpt.post_process, False
+    try:
+        yield
+    finally:
+        gpt.post_process = before
+
+
+def output_weight(gpt: MegatronGPT) -> Tensor:
+    """The weight of the output layer [V, H], which may be the embedding's; this rank's rows of it."""
+    if gpt.share_embeddings_and_output_weights:
+        return gpt.shared_embedding_or_output_weight()
+    return gpt.output_layer.weight
+
+
+def _loss(gpt: MegatronGPT, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """The sum of the cross entropies of the counted tokens.
+
+    Args:
+        hidden: [S, B, H], or this rank's part of the positions under sequence parallelism.
+        labels, counted: [B, S].
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    # Either way Megatron adds up the gradients of the ranks, each of which has a part of the vocabulary.
+    if gpt.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+    rows = counted.T.flatten().nonzero().squeeze(-1)  # other tokens need no logits
+    hidden = hidden.reshape(-1, hidden.size(-1))
+    return linear_cross_entropy(hidden[rows], output_weight(gpt), labels.T.flatten()[rows], group)
+
+
+def _loss_of_further_tokens(gpt: MegatronGPT, hidden: list[Tensor], labels: Tensor, counted: Tensor) -> Tensor:
+    """What the layers for multi-token prediction add to the loss, weighted as the model's configuration says.
+
+    Args:
+        hidden: of each such layer; the first one predicts the token after the next.
+    """
+    total = torch.zeros((), device=labels.device)
+    for states in hidden:
+        labels, _ = roll_tensor(labels, shifts=-1, dims=-1, cp_group=gpt.cp_group)
+        counted, _ = roll_tensor(counted, shifts=-1, dims=-1, cp_group=gpt.cp_group)
+        total = total + _loss(gpt, states, labels, counted)
+    return total * gpt.config.mtp_loss_scaling_factor / len(hidden)
 
 
 def last_stage(batch: dict[str, Tensor | None], key: str) -> Tensor:

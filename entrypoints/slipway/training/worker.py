@@ -26,9 +26,10 @@ from slipway.untrusted import tell
 
 if TYPE_CHECKING:
     from slipway.training.record import Record
+    from slipway.training.throughput import Arithmetic
 
 
-def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
+def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float, *, measured: bool = False) -> None:
     """Train from the newest checkpoint in the run's folder, else from the base.
 
     Args:
@@ -37,25 +38,29 @@ def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: flo
         stop_file: training saves and stops soon after this file appears.
         nodes: number of nodes in the run.
         started: time.time() when the command began, for the time to the first step.
+        measured: only the speed counts: weights stay random, nothing is saved, and the last step is profiled.
 
     Errors: PreflightError if memory runs out, WriteError if the disk is full.
     """
     try:
-        _train(recipe, indices, stop_file, nodes, started)
+        _train(recipe, indices, stop_file, nodes, started, measured)
     except Exception as error:
         if known := explained(error, recipe):
             raise known from None
         raise
 
 
-def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float) -> None:
+def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: float, measured: bool) -> None:
     import_starts = time.monotonic()
     quiet()
     # NeMo's import creates millions of objects, and none of them is garbage. Looking for it takes a tenth of the time.
     gc.disable()
     import torch
 
+    from slipway.training.repairs import compile_nothing
+
     on_gpu = torch.cuda.is_available()
+    compile_nothing()
     if not on_gpu:
         from slipway.training import cpu
 
@@ -63,16 +68,24 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     import nemo.lightning as nl
     from nemo.collections import llm
 
+    from slipway.training.low_rank import add_in_place
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
     from slipway.training.record import Record
-    from slipway.training.repairs import keep_routers_counts, read_and_write_plain_files
+    from slipway.training.repairs import keep_no_scales, keep_routers_counts, read_and_write_plain_files
 
     gc.freeze()
     gc.enable()
     read_and_write_plain_files()
     keep_routers_counts()
     ignore_padding()
+    add_in_place()
+    if on_gpu:
+        from slipway.training.experts import group_products
+
+        group_products()
+        if recipe.precision == "fp8":
+            keep_no_scales()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
@@ -80,17 +93,17 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     folder = RunFolder.of(recipe)
     model = load_model(recipe, on_gpu)
     data = load_data(recipe, indices)
-    record = Record(recipe, folder, flops_per_token(recipe, model.config), started)
-    trainer = make_trainer(recipe, record, stop_file, nodes, on_gpu)
+    record = Record(recipe, folder, arithmetic_of(recipe, model.config), data.samples, started)
+    trainer = make_trainer(recipe, _callbacks(recipe, record, stop_file, measured), nodes, on_gpu, measured)
     latest = folder.latest_checkpoint()
     llm.finetune(
         model=model,
         data=data,
         trainer=trainer,
-        log=make_logger(recipe, folder),
+        log=make_logger(recipe, folder, measured),
         resume=nl.AutoResume(
             # The tokenizer came with the model: where NeMo looks for it on a resume without adapters there is none.
-            restore_config=nl.RestoreConfig(path=recipe.model, load_artifacts=False),
+            restore_config=None if measured else nl.RestoreConfig(path=recipe.model, load_artifacts=False),
             resume_from_path=str(latest[1]) if latest else None,
         ),
         optim=make_optimizer(recipe, on_gpu),
@@ -138,7 +151,13 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     config.forward_step_fn = MODES[recipe.mode].forward_step
     for name in ("_training_loss_reduction", "_validation_loss_reduction"):
         replace(model, name, TokenLoss(), NEMO)
-    if not on_gpu:
+    # Micro batches are as long as their longest sample, see steps.py; the stages tell each other.
+    if recipe.pipeline_parallel_size > 1 and not recipe.pack:
+        # Megatron looks at the way to experts even where there are none.
+        config.variable_seq_lengths, config.moe_token_dispatcher_type = True, "alltoall"
+    if on_gpu:
+        config.moe_permute_fusion = bool(config.num_moe_experts)
+    else:
         from slipway.training import cpu
 
         cpu.configure_model(config)
@@ -174,7 +193,7 @@ def _samples(recipe: Recipe, data: str, indices: Path, purpose: str, batches: in
         recipe.seq_length,
         recipe.seed,
         shares=[part.share for part in parts],
-        packed=recipe.pack,
+        packed=bool(recipe.pack),
         learn_prompts=recipe.mode == "pretrain",
         shuffled=shuffled,
     )
@@ -198,22 +217,34 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
     return nl.MegatronOptimizerModule(config=config, lr_scheduler=Schedule(recipe))
 
 
-def flops_per_token(recipe: Recipe, config: Any) -> float:
-    """Floating-point operations per token of this run, for the log."""
+def arithmetic_of(recipe: Recipe, config: Any) -> Arithmetic:
+    """The floating-point operations of this run's model, for the log."""
     from slipway.checkpoint.torch_dist import Reader
     from slipway.training.throughput import arithmetic
 
-    tensors = Reader(Path(recipe.model)).tensors
-    return arithmetic(tensors, config, recipe.seq_length).per_token(recipe.mode)
+    return arithmetic(Reader(Path(recipe.model)).tensors, config)
 
 
-def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on_gpu: bool) -> Any:
+def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool) -> list[Any]:
+    from slipway.training.callbacks import Finite, FrozenBase, StopOnRequest
+
+    if measured:
+        from slipway.training.profile import Profile
+
+        return [Profile(recipe.steps, RunFolder.of(recipe).path), record]
+    return [
+        StopOnRequest(stop_file, record),
+        *([FrozenBase(record)] if recipe.is_frozen else []),
+        record,
+        Finite(recipe),  # the last: the record of a step is written before the run ends because of it
+    ]
+
+
+def make_trainer(recipe: Recipe, callbacks: list[Any], nodes: int, on_gpu: bool, measured: bool) -> Any:
     """NeMo's trainer with the run's parallel sizes and callbacks. torchrun's variables tell it its rank."""
     import nemo.lightning as nl
     import torch
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
-
-    from slipway.training.callbacks import Finite, FrozenBase, StopOnRequest
 
     options = {
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
@@ -237,14 +268,9 @@ def make_trainer(recipe: Recipe, record: Record, stop_file: Path, nodes: int, on
         max_steps=recipe.steps,
         strategy=nl.MegatronStrategy(**options),
         # Lightning would guess: it finds Slurm's variables, although torchrun has started this process.
-        plugins=[TorchElasticEnvironment(), *([precision()] if on_gpu else [])],
-        # Finite comes last: the record of a step is written before the run ends because of it.
-        callbacks=[
-            StopOnRequest(stop_file, record),
-            *([FrozenBase(record)] if recipe.is_frozen else []),
-            record,
-            Finite(recipe),
-        ],
+        plugins=[TorchElasticEnvironment(), *([precision(recipe)] if on_gpu else [])],
+        callbacks=callbacks,
+        enable_checkpointing=not measured,  # else Lightning would bring a callback of its own
         **_evaluations(recipe),
         num_sanity_val_steps=0,  # no evaluation before the first step
         log_every_n_steps=1,
@@ -269,26 +295,39 @@ def _evaluations(recipe: Recipe) -> dict[str, Any]:
     return {"val_check_interval": recipe.eval_every, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
 
 
-def precision() -> Any:
-    """Weights in BF16 from the beginning (without params_dtype they are created in float32), gradients in float32."""
+def precision(recipe: Recipe) -> Any:
+    """Weights in BF16 from the beginning (without params_dtype they are created in float32), gradients in float32.
+
+    With FP8 the factors of large products are FP8, with a scale for each tensor; a frozen base is kept so.
+    """
     import nemo.lightning as nl
     import torch
 
+    in_fp8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param_gather": recipe.is_frozen}
     return nl.MegatronMixedPrecision(
         precision="bf16-mixed",
         params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16,
         autocast_enabled=False,
         grad_reduce_in_fp32=True,
+        **(in_fp8 if recipe.precision == "fp8" else {}),
     )
 
 
-def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
-    """NeMo's logger: TensorBoard, and the newest `keep` checkpoints."""
+def make_logger(recipe: Recipe, folder: RunFolder, measured: bool = False) -> Any:
+    """NeMo's logger: TensorBoard, and the newest `keep` checkpoints; none of these where only the speed counts."""
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from slipway.training.callbacks import Checkpoints
+
+    logs = {
+        "explicit_log_dir": str(folder.path / "logs"),
+        "tensorboard": TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version=""),
+        "update_logger_directory": False,
+    }
+    if measured:
+        return nl.NeMoLogger(ckpt=None, **logs)
     from slipway.training.record import STEPS_DONE
 
     checkpoint = Checkpoints(
@@ -305,13 +344,7 @@ def make_logger(recipe: Recipe, folder: RunFolder) -> Any:
         save_optim_on_train_end=True,
         save_on_train_epoch_end=False,
     )
-    return nl.NeMoLogger(
-        explicit_log_dir=str(folder.path / "logs"),
-        ckpt=checkpoint,
-        tensorboard=TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version=""),
-        wandb=_wandb(recipe, folder) if recipe.wandb_project else None,
-        update_logger_directory=False,
-    )
+    return nl.NeMoLogger(ckpt=checkpoint, wandb=_wandb(recipe, folder) if recipe.wandb_project else None, **logs)
 
 
 def _wandb(recipe: Recipe, folder: RunFolder) -> Any:
@@ -351,12 +384,14 @@ def main() -> None:
     parser.add_argument("--stop-file", type=Path, required=True)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--started", type=float, required=True)
-    arguments = parser.parse_args()
+    parser.add_argument("--measured", action="store_true")
+    given = parser.parse_args()
     heed_the_parent_alone()
     try:
-        run(Recipe.load(arguments.recipe), arguments.indices, arguments.stop_file, arguments.nodes, arguments.started)
+        recipe = Recipe.load(given.recipe)
+        run(recipe, given.indices, given.stop_file, given.nodes, given.started, measured=given.measured)
     except SlipwayError as error:
-        leave_word(arguments.stop_file.parent, int(os.environ["LOCAL_RANK"]), error)
+        leave_word(given.stop_file.parent, int(os.environ["LOCAL_RANK"]), error)
         tell(f"slipway: {error}")
         sys.exit(error.exit_code)
 

@@ -1,0 +1,46 @@
+"""`slipway bench`: how fast a recipe trains on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from slipway.launch.placement import Placement
+from slipway.options import option, take, with_options
+from slipway.training.recipes import Choice, parse_settings
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    layers: int | None = option(None, "number of layers the model is cut to", low=1, otherwise="all of them")
+    steps: int = option(5, "steps that are measured, after two that are not", low=1, high=1000)
+
+
+@with_options(Size, Choice, Placement)
+def bench(
+    recipe: str = "",
+    *,
+    mode: Literal["heads", "lora", "sft", "pretrain"] = "lora",
+    lengths: Literal["full", "chat"] = "full",
+    **options: Any,
+) -> Any:
+    """Train a model of the true shape for a few steps, on random weights and tokens, and say how fast that is.
+
+    It prints tokens per second, TFLOP/s and their share of what a large matrix product reaches here, the memory beside
+    the estimate, and where the time goes. Nothing is downloaded, and nothing is left behind.
+
+    Args:
+        recipe: a shipped recipe; its model is measured.
+        mode: what is trained.
+        lengths: full = samples as long as a sequence, chat = as long as chats are (lognormal, mean 600 tokens).
+    """
+    from slipway.training import bench as benching
+
+    choice, size = take(Choice, options), take(Size, options)
+    named = recipe or choice.recipe or ""
+    name, config = benching.config_for(named, choice.config, size.layers)
+    given = {"mode": mode, **parse_settings(choice.set or [])}
+    choice = Choice(recipe=named or None, gpu_memory=choice.gpu_memory)
+    return benching.run(benching.Wanted(name, config, given, choice, take(Placement, options), lengths, size.steps))

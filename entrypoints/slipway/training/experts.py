@@ -1,0 +1,175 @@
+"""All experts of a layer in one product, where Transformer Engine makes one product for each.
+
+A layer of 128 experts starts 128 kernels forward and 128 or 256 backward, and the GPU waits for the host. torch's
+grouped product takes the rows of all experts at once. For it the experts' weights must lie one behind the other: a
+frozen base is moved there once. Trained weights lie in Megatron's buffer, which takes parameters in reverse; so they
+are registered in reverse, and their gradients are added to the buffer in one go as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slipway.training.patches import MEGATRON, TRANSFORMER_ENGINE, replace, wrap
+
+
+def group_products() -> None:
+    """Make Megatron's grouped experts use torch's grouped product in BF16, and compile Transformer Engine's kernels
+    that sort the tokens by expert."""
+    from megatron.core.extensions.transformer_engine import TEGroupedLinear
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    _let_sorting_compile()
+    wrap(TEGroupedLinear, "__init__", _registered_in_reverse, MEGATRON)
+    wrap(TEGroupedLinear, "forward", _in_one_product, MEGATRON)
+    wrap(token_dispatcher, "sort_chunks_by_idxs", _unless_sorted, MEGATRON)
+    replace(TEGroupedMLP, "_apply_bias", staticmethod(_add_bias), MEGATRON)
+
+
+def _let_sorting_compile() -> None:
+    """Transformer Engine 2.9 calls a function of Triton that Triton 3.6 lets kernels call only when it is marked."""
+    import types
+
+    import triton
+    from transformer_engine.pytorch.triton import permutation
+    from triton.language import core
+
+    marked = types.ModuleType(core.__name__)
+    vars(marked).update(vars(core))
+    marked.get_int_dtype = triton.constexpr_function(core.get_int_dtype)  # type: ignore[attr-defined]
+    replace(permutation, "core", marked, TRANSFORMER_ENGINE)
+
+
+def _registered_in_reverse(make: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(make)
+    def made(module: nn.Module, *arguments: Any, **options: Any) -> None:
+        make(module, *arguments, **options)
+        # Weights apart from biases, so that they are neighbours.
+        for name in sorted(reversed(list(module._parameters)), key=lambda name: name.startswith("weight")):
+            module._parameters[name] = module._parameters.pop(name)
+
+    return made
+
+
+def _unless_sorted(sort: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron sorts the tokens by expert a second time, which changes nothing where one rank has all experts."""
+
+    @functools.wraps(sort)
+    def found(inputs: Tensor, sizes: Tensor, order: Tensor, *, probs: Any = None, fused: bool = False) -> Any:
+        if not hasattr(order, "changes_nothing"):  # asked once: the answer comes from the GPU
+            order.changes_nothing = order.tolist() == list(range(len(order)))
+        if order.changes_nothing:
+            return inputs, probs
+        return sort(inputs, sizes, order, probs=probs, fused=fused)
+
+    return found
+
+
+def _in_one_product(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def found(module: Any, inputs: Tensor, sizes: list[int]) -> tuple[Tensor, list[Tensor] | None]:
+        weights = [getattr(module, f"weight{number}") for number in range(module.num_gemms)]
+        if not all(type(one.data) is Tensor and one.dtype == torch.bfloat16 for one in (inputs, weights[0])):
+            return forward(module, inputs, sizes)  # FP8
+        output = grouped_product(inputs, weights, sizes)
+        if not module.use_bias:
+            return output, None
+        biases = [getattr(module, f"bias{number}") for number in range(module.num_gemms)]
+        if module.te_return_bias:
+            return output, biases
+        return output + _of_rows(biases, sizes), None
+
+    return found
+
+
+def _add_bias(output: Tensor, biases: Sequence[Tensor] | None, sizes: list[int], probabilities: Tensor) -> Tensor:
+    """TEGroupedMLP's: each row plus its expert's bias times the probability of its token. [rows, H]"""
+    if biases is None:
+        return output
+    return (output + _of_rows(biases, sizes) * probabilities).to(output.dtype)
+
+
+def _of_rows(biases: Sequence[Tensor], sizes: list[int]) -> Tensor:
+    """[rows, N]: the bias of each row's expert."""
+    counts = torch.tensor(sizes).to(biases[0].device, non_blocking=True)
+    return torch.stack(list(biases)).repeat_interleave(counts, dim=0, output_size=sum(sizes))
+
+
+def grouped_product(inputs: Tensor, weights: Sequence[Tensor], sizes: list[int]) -> Tensor:
+    """Each expert's rows times the transpose of its weight: [rows, N].
+
+    Args:
+        inputs: [rows, K], the rows of the first expert first.
+        weights: of each expert [N, K].
+        sizes: number of rows of each expert.
+    """
+    trained = weights[0].requires_grad
+    if not trained:
+        _lay_together(weights)
+    ends = torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32).to(inputs.device, non_blocking=True)
+    buffer = _buffer_of(weights) if trained else None
+    # With a buffer for the gradients the weights need not be known to autograd: 128 small additions are saved.
+    known = weights if trained and buffer is None else []
+    return _GroupedProduct.apply(inputs, ends, tuple(weights), _as_one(weights), buffer, *known)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """`stacked` and `buffer` are the weights and their gradients as [E, N, K], where these lie together."""
+
+    @staticmethod
+    def forward(ctx, inputs, ends, weights, stacked, buffer, *known):
+        ctx.save_for_backward(inputs, ends)
+        ctx.weights, ctx.stacked, ctx.buffer, ctx.known = weights, stacked, buffer, len(known)
+        return torch._grouped_mm(inputs, _whole(stacked, weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_inputs = torch._grouped_mm(gradient, _whole(ctx.stacked, ctx.weights), offs=ends)
+        if ctx.buffer is None and not ctx.known:
+            return of_inputs, None, None, None, None
+        of_weights = torch._grouped_mm(gradient.t(), inputs, offs=ends)
+        if ctx.known:
+            return of_inputs, None, None, None, None, *of_weights.unbind()
+        ctx.buffer.add_(of_weights)
+        for weight in ctx.weights:
+            weight.grad_added_to_main_grad = True
+        return of_inputs, None, None, None, None
+
+
+def _whole(stacked: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    """[E, N, K]: what lies together, else a copy."""
+    return torch.stack([weight.detach() for weight in weights]) if stacked is None else stacked
+
+
+def _buffer_of(weights: Sequence[Tensor]) -> Tensor | None:
+    """Megatron's buffer of the weights' gradients as [E, N, K]; None where there is none, or it is not in one piece."""
+    if getattr(weights[0], "main_grad", None) is None:
+        return None
+    return _as_one([weight.main_grad for weight in weights])
+
+
+def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view of tensors that lie one behind the other as one more dimension; None where they do not."""
+    first, size = tensors[0].detach(), tensors[0].numel() * tensors[0].element_size()
+    start = first.data_ptr()
+    if not all(one.data_ptr() == start + number * size and one.is_contiguous() for number, one in enumerate(tensors)):
+        return None
+    if first.untyped_storage().data_ptr() != tensors[-1].untyped_storage().data_ptr():
+        return None  # neighbours in memory by chance
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def _lay_together(weights: Sequence[Tensor]) -> None:
+    """Move frozen weights into one piece of memory, once."""
+    if _as_one(weights) is None:
+        for weight, part in zip(weights, torch.stack([weight.detach() for weight in weights]), strict=True):
+            weight.data = part

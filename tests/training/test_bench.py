@@ -1,0 +1,95 @@
+"""`slipway bench`: a model of the true shape that nobody has to have, and what it says of a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from slipway import cli
+from slipway.checkpoint import handover
+from slipway.checkpoint.hollow import write_hollow
+from slipway.checkpoint.torch_dist import Reader
+from slipway.errors import UsageError
+from slipway.families import FAMILIES
+from slipway.training import bench, memory, preflight, profile, recipes
+from slipway.training.recipe import Recipe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hollow_checkpoint_is_a_whole_one_without_weights(family, tmp_path):
+    config = FAMILIES[family].tiny_config()
+    write_hollow(tmp_path / "nemo", config)
+    preflight.check_checkpoint(tmp_path / "nemo")
+    handover.check(tmp_path / "nemo")
+    assert Reader(tmp_path / "nemo").tensors == FAMILIES[family].rules(config).megatron
+
+
+def test_a_large_one_takes_no_room(tmp_path):
+    write_hollow(tmp_path / "nemo", recipes.config_of("llama31_8b"))
+    taken = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*"))
+    sizes = sum(file.stat().st_size for file in tmp_path.rglob("*"))
+    assert sizes > 16e9 and taken < 1e6
+
+
+@pytest.mark.parametrize("words", [["--mode", "lora", "--lengths", "chat"], ["--mode", "sft", "--nproc-per-node", "2"]])
+def test_it_trains_and_says_how_fast(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(FAMILIES["qwen3"].tiny_config()))
+    few = ["--set", "seq_length=256", "--set", "global_batch_size=4", "--steps", "1", "--layers", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "slipway.cli", "bench", "--config", "tiny/config.json", *words, *few, "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens_per_second"] > 0 and found["seconds_per_step"] > 0 and found["mode"] == words[1]
+    assert found["name"] == "tiny with 1 layers" and found["gpus"] == (2 if "sft" in words else 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["no_recipe"], "bench needs a model"),
+        ([], "bench needs a model"),
+        (["qwen25_500m", "--layers", "25"], "--layers is 25, and the model has 24"),
+        (["qwen25_500m", "--nodes", "2", "--node-rank", "0", "--master-addr", "a"], "bench measures one machine"),
+        (["qwen25_500m", "--set", "lrr=1"], "did you mean lr?"),
+    ],
+)
+def test_what_it_cannot_measure_is_said_at_once(words, said, capsys):
+    assert cli.main(["bench", *words]) == UsageError.exit_code
+    assert said in capsys.readouterr().err
+
+
+def test_a_profile_comes_to_shares_of_the_time():
+    kernels = [
+        ("nvjet_gemm", 0.0, 60.0),
+        ("cudnn_sdpa_flash", 50.0, 70.0),  # at the same time in another stream
+        ("vectorized_elementwise_kernel", 80.0, 100.0),
+    ]
+    found = profile.summary(kernels)
+    assert found["busy"] == 0.9 and found["launches"] == 3
+    assert found["kinds"] == {"products": 0.6, "attention": 0.2, "others": 0.2}
+    assert found["largest"][0] == ["nvjet_gemm", 0.6, 1]
+    assert profile.summary([])["busy"] == 0.0
+
+
+def test_it_advises_what_the_memory_allows(monkeypatch):
+    monkeypatch.setattr(recipes, "gpu_memory", lambda: 80)
+    config = recipes.config_of("llama31_8b")
+    values = {"mode": "lora", "seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 8}
+    recipe = Recipe("m", "d", "o", **values, pack=False)
+    about = {"name": "n", "mode": "lora", "gpu": "g", "gpus": 1, "seconds_to_first_step": 1.0, "memory_gb": 37.0}
+    rates = {"tokens_per_second": 1.0, "tokens_per_second_per_gpu": 1.0, "seconds_per_step": 1.0, "tflops_per_gpu": 1.0}
+    found = bench.Measured(**about, **rates, estimated_gb=39.0, reachable_tflops=700.0, busy=0.5)
+    assert "--micro-batch-size 2" in bench.advice(found, recipe, config)[0]
+    found.busy = 0.97
+    assert bench.advice(found, recipe, config) == []
+    full = Recipe("m", "d", "o", **values, pack=False, recompute="full")
+    assert "--recompute none" in bench.advice(found, full, config)[0]
+    assert memory.estimate(recipe, config, 1).total < 0.92 * 80e9

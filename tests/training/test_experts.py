@@ -1,0 +1,83 @@
+"""The grouped product of all experts, against one product for each."""
+
+import pytest
+import torch
+from slipway.training import experts
+from slipway.training.experts import grouped_product
+
+SIZES, ROWS, WIDTH = [3, 0, 7, 1, 5], 24, 16
+
+
+def _inputs(trained: bool):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(ROWS, WIDTH).bfloat16(), requires_grad=trained) for _ in SIZES]
+    return torch.randn(sum(SIZES), WIDTH).bfloat16().requires_grad_(), weights
+
+
+def _one_by_one(inputs, weights):
+    return torch.cat([part @ weight.T for part, weight in zip(inputs.split(SIZES), weights, strict=True)])
+
+
+def _same(one, other):
+    torch.testing.assert_close(one.float(), other.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_outputs_and_gradients_are_those_of_one_product_for_each(trained):
+    inputs, weights = _inputs(trained)
+    gradient = torch.randn(sum(SIZES), ROWS).bfloat16()
+    wanted = _one_by_one(inputs, weights)
+    of_wanted = torch.autograd.grad(wanted, [inputs, *weights][: None if trained else 1], gradient)
+    found = grouped_product(inputs, weights, SIZES)
+    _same(found, wanted)
+    of_found = torch.autograd.grad(found, [inputs, *weights][: None if trained else 1], gradient)
+    for one, other in zip(of_found, of_wanted, strict=True):
+        _same(one, other)
+
+
+def test_frozen_weights_are_moved_together_once_and_keep_their_values():
+    inputs, weights = _inputs(False)
+    before = [weight.clone() for weight in weights]
+    grouped_product(inputs, weights, SIZES)
+    places = [weight.data_ptr() for weight in weights]
+    assert experts._as_one(weights) is not None
+    assert all(map(torch.equal, before, weights))
+    grouped_product(inputs, weights, SIZES)
+    assert places == [weight.data_ptr() for weight in weights]
+
+
+def test_gradients_go_into_megatrons_buffer_where_it_is_in_one_piece():
+    inputs, weights = _inputs(True)
+    wanted = torch.autograd.grad(_one_by_one(inputs, weights).sum(), weights)
+    buffer = torch.ones(len(weights), ROWS, WIDTH)
+    for weight, part in zip(weights, buffer, strict=True):
+        weight.main_grad, weight.grad_added_to_main_grad = part, False
+    grouped_product(inputs, weights, SIZES).sum().backward()
+    _same(buffer - 1, torch.stack(wanted))
+    assert all(weight.grad is None and weight.grad_added_to_main_grad for weight in weights)
+
+
+def test_tokens_that_are_in_order_are_not_sorted_again():
+    calls = []
+    sort = experts._unless_sorted(lambda inputs, sizes, order, **options: calls.append(options) or ("sorted", None))
+    sizes, probs = torch.tensor([2, 1, 1]), torch.rand(4)
+    assert sort("inputs", sizes, torch.arange(3), probs=probs, fused=True) == ("inputs", probs)
+    assert not calls
+    assert sort("inputs", sizes, torch.tensor([0, 2, 1]), probs=probs, fused=True) == ("sorted", None)
+    assert calls == [{"probs": probs, "fused": True}]
+
+
+def test_every_row_gets_its_experts_bias():
+    output, biases = torch.zeros(4, 2), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])]
+    found = experts._add_bias(output, biases, [1, 0, 3], torch.tensor([[1.0], [0.5], [1.0], [0.0]]))
+    assert found.tolist() == [[1.0, 2.0], [2.5, 3.0], [5.0, 6.0], [0.0, 0.0]]
+    assert experts._add_bias(output, None, [1, 0, 3], torch.ones(4, 1)) is output
+
+
+def test_neighbours_in_memory_that_do_not_belong_together_are_copied():
+    weights = _inputs(True)[1]
+    assert experts._as_one(weights) is None
+    whole = torch.stack([weight.detach() for weight in weights])
+    assert torch.equal(experts._as_one(whole.unbind()), whole)
+    assert experts._as_one(whole.flip(0).unbind()[::2]) is None
+    assert experts._as_one(list(whole.unbind())[::-1]) is None
