@@ -65,6 +65,7 @@ def test_every_key_of_every_file_says_what_it_is():
         ("llama31_8b", 32, {"mode": "heads", "micro_batch_size": 1}, 17.7),
         ("qwen3_30b_a3b", 12, {"mode": "lora", "micro_batch_size": 2}, 33.0),
         ("qwen3_30b_a3b", 4, {"mode": "sft", "micro_batch_size": 2}, 64.4),
+        ("gpt_oss_20b", 12, {"mode": "lora", "micro_batch_size": 1}, 36.4),
     ],
 )
 def test_a_gpu_takes_what_was_measured(name, layers, values, measured):

@@ -163,7 +163,9 @@ def _widths(c: Mapping[str, Any]) -> tuple[float, float]:
     if any(key in c for key in EXPERTS):
         width = c.get("moe_intermediate_size", c["intermediate_size"])
         chosen = c["num_experts_per_tok"] + c.get("n_shared_experts", 0)
-        return attention, chosen * (3 * width + 2 * c["hidden_size"])
+        # An activation that is clamped is computed in more steps, each of which is kept for the backward pass.
+        kept = 5 if c.get("swiglu_limit") else 3
+        return attention, chosen * (kept * width + 2 * c["hidden_size"])
     return attention, 3 * c["intermediate_size"]
 
 
