@@ -63,6 +63,15 @@ LONGEST = [
 ]
 
 
+def pytest_configure() -> None:
+    """A new seed for attacks/test_attack_fuzz.py, unless one is given; processes of pytest-xdist inherit it."""
+    os.environ.setdefault("SLIPWAY_FUZZ_SEED", str(secrets.randbelow(1 << 32)))
+
+
+def pytest_report_header() -> str:
+    return f"fuzz: SLIPWAY_FUZZ_SEED={os.environ['SLIPWAY_FUZZ_SEED']} gives the same spoiled inputs"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))

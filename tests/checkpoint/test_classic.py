@@ -630,6 +630,13 @@ def test_numbers_of_run_config_are_numbers_in_yaml(tmp_path):
     assert not [value for value in found.values() if isinstance(value, str) and value[:1].isdecimal()]
 
 
+def test_a_note_whose_options_are_null(split, models, tmp_path):
+    """The fuzzer found it: what is null is not said."""
+    noted = Path(shutil.copytree(split, tmp_path / "noted"))
+    (noted / "slipway" / "layout.json").write_text('{"tensor_parallel_size": null, "noop_layers": null}')
+    run("verify", noted, models("t8"))
+
+
 def test_merge_keys_of_yaml_are_refused(tmp_path):
     """Ten levels of ten merges are ten thousand million fields."""
     from slipway.checkpoint import described

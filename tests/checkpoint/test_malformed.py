@@ -191,6 +191,11 @@ MEGATRON = {
     "a rank's file is empty": ("classic", lambda m: (m / RANK).write_bytes(b""), "is damaged"),
     "a rank's file is cut": ("classic", lambda m: (m / RANK).write_bytes((m / RANK).read_bytes()[:-99]), "is damaged"),
     "a rank's file is no checkpoint": ("classic", lambda m: torch.save([1], m / RANK), "is damaged"),
+    "a rank's file is old": (
+        "classic",
+        lambda m: torch.save({"model": {}}, m / RANK, _use_new_zipfile_serialization=False),
+        "torch before 1.6",
+    ),
     "a rank has no model": ("classic", lambda m: torch.save({"iteration": 1}, m / RANK), "is missing"),
     "a rank lacks a tensor": ("classic", lambda m: edit_rank(m / RANK, without(PROJECTION)), "linear_proj.weight is"),
     "a rank has another shape": ("classic", lambda m: edit_rank(m / RANK, halved(PROJECTION)), "but the layout needs"),

@@ -209,7 +209,7 @@ def _of_note(path: Path) -> dict[str, Any]:
     known = {field.name for field in fields(Options)}
     if surplus := set(found) - known:
         raise DataError(f"{path}: unknown option {min(surplus)}; {AGAIN}")
-    return found
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _seen(ranks: Ranks) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from slipway.checkpoint import archive, dcp
 from slipway.checkpoint.archive import STORAGE_DTYPES, STORAGES, elements_at
+from slipway.checkpoint.pytorch_bin import OLD_MAGIC
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.tensors.refs import TensorInfo
@@ -252,6 +253,8 @@ def read_header(path: Path) -> Saved:
     """Where the tensors of a file are; DataError for a damaged file."""
     try:
         with open_file(path) as file:
+            if os.pread(file.fileno(), len(OLD_MAGIC), 0) == OLD_MAGIC:
+                raise DataError(f"{path} was written by torch before 1.6; load it with a newer one and save it again")
             return _read(file.fileno())
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); copy the checkpoint again") from None
