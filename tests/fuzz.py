@@ -137,7 +137,7 @@ def of_runs() -> list[Target]:
         Target("recipe", made, lambda at: train(at / "made", at / "data.jsonl", *steps)),
         Target("packets", ("greeting", "report"), lambda at: ["@packet", at / "greeting"]),
         Target("cluster", ("lab.toml",), lambda at: ["submit", "--cluster", at / "lab.toml", *CHAIN]),
-        Target("cluster", ("status.json",), lambda at: ["@told", at / "status.json"]),
+        Target("cluster", ("status.json", "answer.tsv"), lambda at: ["@told", at / "lab.toml", at / "answer.tsv"]),
     ]
 
 

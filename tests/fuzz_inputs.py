@@ -227,6 +227,10 @@ def make_cluster(folder: Path) -> None:
     (folder / "cluster" / "lab.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
     status = {"state": "running", "step": 3, "steps": 9, "loss": 0.5, "updated": "2026-11-26T05:00:00Z"}
     (folder / "cluster" / "status.json").write_text(json.dumps(status))
+    records = ["run 20261126-1", "now 1795672000", "meta x 2", "step 1-import 77 0/1795661678   ", "sacct 78 RUNNING"]
+    records += ["queue 2-train RUNNING None n1 1:00 2:00 N/A", "step 2-train 78   2", "progress 2-train /out STATUS"]
+    lines = [record.replace(" ", "\t").replace("/1", " 1") for record in records]
+    (folder / "cluster" / "answer.tsv").write_text("\n".join(lines))
 
 
 def tensors_of(model: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from slipway.cluster import chain, kubectl, remote, runs, settings, slurm, yaml
 from slipway.cluster.chain import Kind, Step
 from slipway.cluster.settings import Lab, Slurm
-from slipway.errors import UsageError
+from slipway.errors import PreflightError, UsageError
 from slipway.options import option, suggestion
 from slipway.report import say
 from slipway.untrusted import harmless_lines
@@ -62,13 +62,26 @@ def submit(words: Sequence[str], wanted: Wanted, kinds: Mapping[str, Kind]) -> A
     """
     lab = settings.read(Path(wanted.cluster), {verb: kind.whole for verb, kind in kinds.items()})
     if words[0] in VERBS:
-        return _ask(words, wanted, lab)
+        with _understood():
+            return _ask(words, wanted, lab)
     if words[0] not in kinds and (near := suggestion(words[0], VERBS)):
         raise UsageError(f"submit: {words[0]!r} is no step{near}; there are {', '.join((*VERBS, *kinds))}")
     if wanted.step is not None:
         raise UsageError("submit: --step belongs to `slipway submit logs`; leave it out")
     steps = chain.steps_of(list(words), lab, kinds)
     return _send(steps, lab, wanted)
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """What a cluster answers that is no answer of ours becomes a PreflightError."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as error:
+        raise PreflightError(
+            f"submit: the cluster's answer is not understood ({type(error).__name__}); does the login shell print into "
+            "it, or is another version of Slipway there?"
+        ) from None
 
 
 def _send(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview:
@@ -84,8 +97,9 @@ def _send(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview
     except KeyboardInterrupt:
         said = f"submit: interrupted while the chain was sent; `slipway submit status {run}` says whether it is there"
         return Answer(said, {"run": run}, INTERRUPTED)
-    jobs = next(record[1:] for record in records if record[0] == "submitted")
-    named = ", ".join(f"{step.verb} {job}" for step, job in zip(steps, jobs, strict=True))
+    with _understood():
+        jobs = next(record[1:] for record in records if record[0] == "submitted")
+        named = ", ".join(f"{step.verb} {job}" for step, job in zip(steps, jobs, strict=True))
     where = f" to {lab.own.host}" if lab.own.host else ""
     said = f"submit: run {run}{where}: {named}; look with `slipway submit status`"
     if wanted.follow:
