@@ -96,5 +96,5 @@ def test_the_paths_of_every_step_are_arguments_of_it(verb):
 
     parameters, words = arguments_of(STEPS[verb].function)
     assert set(STEPS[verb].paths) <= parameters.keys()
-    plain = {"config", "path", "src", "dst", "out", "ckpt", "heads", "base", "a", "b", "data", "model"}
+    plain = {"config", "path", "src", "dst", "out", "ckpt", "heads", "base", "a", "b", "data", "model", "recipe"}
     assert set(words) <= set(STEPS[verb].paths) & plain
