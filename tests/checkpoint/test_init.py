@@ -88,3 +88,10 @@ def test_the_numbers_are_normal():
     assert np.abs(expected - np.arange(0, 200_000, 100) / 200_000).max() < 0.004
     other = _normal(1, "another", 0, 200_000)
     assert abs(np.corrcoef(_normal(1, "a tensor", 0, 200_000), other)[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("value", ["0.02", None, True, -1, float("nan"), float("inf"), [0.02], 1e9])
+def test_a_deviation_that_is_none(value, tmp_path, capsys):
+    source = make_model(tmp_path / "hf", "qwen3_dense", {"initializer_range": value}, quantized=False)
+    code, said = run(capsys, "init", source, tmp_path / "nemo")
+    assert code == 65 and "field initializer_range is" in said and len(said.splitlines()) == 1

@@ -22,7 +22,7 @@ from slipway.checkpoint import (
 from slipway.checkpoint.companions import Companions, companions_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.heads import merged_config
-from slipway.checkpoint.initialise import STANDARD_DEVIATION, RandomWeights, changed
+from slipway.checkpoint.initialise import RandomWeights, changed, deviation_of
 from slipway.checkpoint.opened import (
     NOTHING,
     Given,
@@ -108,7 +108,7 @@ def init_plan(folder: Path, settings: Iterable[str], seed: int) -> tuple[Plan, D
     given, notes = changed(read_config(where), settings)
     family, config = understood(without_mtp({k: v for k, v in given.items() if k not in QUANTIZATION}), where)
     model = family.rules(config)
-    reader = RandomWeights(model.hf, config.get("initializer_range", STANDARD_DEVIATION), seed)
+    reader = RandomWeights(model.hf, deviation_of(config, where), seed)
     opened = Opened(config, family, model, reader, (*notes, *families.notes(config)), others=folder)
     plan, details = nemo_plan(opened, "", ["init", dict(config), seed])
     parameters = sum(math.prod(info.shape) for info in model.hf.values())

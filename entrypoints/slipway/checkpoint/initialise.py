@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slipway.errors import UsageError
+from slipway.errors import DataError, UsageError
 from slipway.tensors.bits import Bits, to_bfloat16
 from slipway.tensors.refs import Ref, TensorInfo
 from slipway.untrusted import parse_json
@@ -23,6 +23,7 @@ ONES = ("norm.weight",)  # also layernorm.weight
 ZEROS = (".bias", "_bias")
 PER_STEP = 8  # normal numbers that Philox's counter stands for: four outputs of 64 bits, two numbers each
 STANDARD_DEVIATION = 0.02  # transformers' own, where config.json does not say
+LARGEST_DEVIATION = 100  # a model that begins with so much computes nothing
 
 
 class RandomWeights:
@@ -79,6 +80,16 @@ def _normal(seed: int, name: str, start: int, count: int) -> np.ndarray:
     np.multiply(length, np.cos(angle), out=pairs[:, 0])
     np.multiply(length, np.sin(angle), out=pairs[:, 1])
     return pairs.reshape(-1)[skip : skip + count]
+
+
+def deviation_of(config: Mapping[str, Any], where: Path) -> float:
+    """The standard deviation of the matrices that config.json asks for; DataError for what is none."""
+    said = config.get("initializer_range", STANDARD_DEVIATION)
+    if type(said) not in (int, float) or not 0 <= said <= LARGEST_DEVIATION:
+        raise DataError(
+            f"{where}: field initializer_range is {said!r}; it must be a number from 0 to {LARGEST_DEVIATION}"
+        )
+    return float(said)
 
 
 def changed(config: Mapping[str, Any], settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
