@@ -77,6 +77,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: the tests on Slurm wait for most of their time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture
 def slipway():
     """Runs the command in a process of its own; returns it finished, with stdout and stderr as text."""

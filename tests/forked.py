@@ -2,8 +2,8 @@
 
 Run as a program it is a server: each line of its input is {"words": [...], "output": PATH}, for a `slipway` command
 that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended. With
-"gate": PATH a worker of the command waits there, see Gate; "folder" and "env" are where it runs and what variables it
-has. With "many": PATH it is the runs of training/train_many.py.
+"gate": PATH a worker of the command waits there, see Gate; "folder", "env" and "screen" are where it runs, what
+variables it has, and a terminal for its output. With "many": PATH it is the runs of training/train_many.py.
 """
 
 from __future__ import annotations
@@ -138,13 +138,16 @@ class Commands:
         gate: Gate | None = None,
         folder: Path | None = None,
         env: dict[str, str] | None = None,
+        screen: str = "",
     ) -> Command:
         """Begin a command; what it prints goes to `output`.
 
         Args:
             folder, env: where it runs, and variables that it has beside those of this process.
+            screen: a terminal that gets its standard output.
         """
         about = {"gate": str(gate.path) if gate else "", "folder": str(folder or ""), "env": env or {}}
+        about["screen"] = screen
         return self._ask({"words": words, **about}, output)
 
     def train_many(self, jobs: list[dict[str, Any]], folder: Path) -> None:
@@ -254,7 +257,12 @@ def _work_of(job: dict[str, Any]) -> Callable[[], int | None]:
     os.environ.update(job["env"])
     from slipway import cli
 
-    return lambda: cli.main(job["words"])
+    def work() -> int:
+        if job["screen"]:
+            os.dup2(os.open(job["screen"], os.O_WRONLY | os.O_NOCTTY), 1)
+        return cli.main(job["words"])
+
+    return work
 
 
 def _keep(work: Callable[[], int | None], output: Path, answers: int) -> None:

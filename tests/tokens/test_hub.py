@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.files = {name: table(name) for name in names} | {"README.md": b"# A card", "image.png": b"\x89PNG"}
         self.card: dict | None = None
         self.asked: list[str] = []
+        self.is_a_page = False  # as of a proxy that wants a login
 
 
 def table(name: str) -> bytes:
@@ -52,7 +53,9 @@ class Answer(BaseHTTPRequestHandler):
         hub = self.server
         path = self.path.partition("?")[0]
         hub.asked.append(f"{self.command} {path}")
-        if path in (f"/api/datasets/{REPOSITORY}/revision/{name}" for name in ("main", COMMIT)):
+        if hub.is_a_page:
+            self.answer(b"<html>who are you?</html>")
+        elif path in (f"/api/datasets/{REPOSITORY}/revision/{name}" for name in ("main", COMMIT)):
             siblings = [{"rfilename": name} for name in hub.files]
             about = {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "cardData": hub.card}
             self.answer(json.dumps(about).encode())
@@ -135,6 +138,13 @@ def test_the_card_names_the_splits(run, hub):
 def test_each_refusal_has_its_line(run, name, code, said):
     done, _ = run(name)
     assert done.returncode == code and said in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_page_of_somebody_else_is_not_the_hub(run, hub):
+    hub.is_a_page = True
+    done, _ = run(f"hf://datasets/{REPOSITORY}")
+    assert done.returncode == 78, done.stderr
+    assert "does not answer as the hub does" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_what_cannot_be_reached(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -131,19 +132,21 @@ def test_a_real_run_is_followed_to_its_end(folder, tmp_path, warm):
     assert status["seconds_left"] == 0 and status["started"] <= status["updated"] <= now()
 
 
-def test_a_terminal_has_one_living_line(folder, tmp_path):
+def test_a_terminal_has_one_living_line(folder, tmp_path, warm):
     """Seen through a pseudo-terminal: each step's line takes the place of the one before."""
     main, other = pty.openpty()
-    command = [sys.executable, "-m", "slipway.cli", *words(folder, tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=other, stderr=subprocess.PIPE, text=True)
-    os.close(other)
+    process = warm.start(words(folder, tmp_path / "run"), tmp_path / "errors", screen=os.ttyname(other))
     shown = b""
+    while not shown and process.poll() is None:  # once it has written, the command has the terminal open
+        shown = os.read(main, 65536) if select.select([main], [], [], 0.1)[0] else b""
+    os.close(other)
     while True:
         try:
             shown += os.read(main, 65536)
         except OSError:  # the other end is closed
             break
-    assert process.wait() == 0, process.stderr.read()
+    code, errors = process.finish()
+    assert code == 0, errors
     text = shown.decode()
     lines = text.split("\r\x1b[2K")
     assert len(lines) == STEPS + 1 and all(line.startswith(f"step {n}/{STEPS}") for n, line in enumerate(lines[1:], 1))
