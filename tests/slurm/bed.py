@@ -151,6 +151,7 @@ class Bed:
         (self.folder / "id").write_text(self.id)
         self.user = self.id if user else "root"
         self.shared = self.folder / "shared"
+        self._waiting: dict[str, float] = {}  # jobs that were queued again, and when that was seen
 
     # ------------------------------------------------------------------ up and down
 
@@ -354,10 +355,31 @@ class Bed:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def hurry(self) -> None:
-        """A job that was queued again waits for two minutes: let it start at once."""
+        """A job that was queued again waits for two minutes: let it start after three seconds.
+
+        In the second in which a node has ended the last start it refuses the next one.
+
+        Where a controller that was killed has forgotten a start, Slurm cannot start the job again on the same node, and
+        takes that out of service: a person releases the job, as `status` says, and an administrator puts the node back.
+        """
         for job in self.out("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines():
-            if job.endswith("BeginTime"):
+            if job.endswith("BeginTime") and self._has_waited(job):
                 self.run("scontrol", "update", f"JobId={job.split()[0]}", "StartTime=now", user="root")
+            if job.endswith("launch failed requeued held"):
+                self.put_back()
+                self.run("scontrol", "release", job.split()[0])
+
+    def _has_waited(self, job: str) -> bool:
+        """It was seen to wait three seconds ago; the next time it is new again."""
+        if time.monotonic() - self._waiting.setdefault(job, time.monotonic()) < 3:
+            return False
+        del self._waiting[job]
+        return True
+
+    def put_back(self) -> None:
+        """The nodes that Slurm has taken out of service are put back."""
+        for node in {*self.out("sinfo", "-h", "-N", "-t", "drain", "-o", "%N").split()} & {*NODES}:
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", user="root")
 
     def wait(
         self, until: Callable[[], Any], what: str, limit: float = LIMIT, hurry: bool = False, pause: float = 0.2

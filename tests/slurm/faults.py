@@ -277,6 +277,7 @@ def _kept(bed: Bed, out: Path, seed: int) -> Path:
 
 def _heal(bed: Bed) -> None:
     bed.run("scancel", "-u", bed.user, user="root")
+    bed.put_back()
     bed.wait_for_nodes()
 
 

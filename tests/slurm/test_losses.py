@@ -79,15 +79,15 @@ def a_start_that_is_cut_off_gives_way_to_the_next_one(bed: Bed, client: Client, 
 
 
 def an_srun_that_hears_nothing_of_a_node_does_not_wait_for_ever(bed: Bed, client: Client, out: Path) -> None:
-    """The network of a node is cut as the last step is done, so that nobody hears that its task has ended well."""
-    run, jobs = client.sent(*chain(out, 24))
-    wait_for(bed, out / "run.events", "step 22")
+    """The network of a node is cut until the work is done, so that nobody hears that its task has ended well."""
+    run, jobs = client.sent(*chain(out, 60))
+    wait_for(bed, out / "run.events", "step 9")
     cut = bed.out("scontrol", "show", "hostnames", bed.job(jobs[1])["NodeList"]).split()[1]
     bed.cut(cut)
     bed.wait(lambda: "MESSAGE_TASK_EXIT" in (bed.folder / f"slurmd.{cut}.log").read_text(), "a word that nobody hears")
     bed.join(cut)
     client.wait_for_end(run)
-    assert client.states(run) == ["done"] * 3 and steps_done(out) == list(range(1, 25))
+    assert client.states(run) == ["done"] * 3 and steps_done(out) == list(range(1, 61))
     assert "waits for a node that cannot be heard" in client.submit("logs", run, "--step", "train").stdout
 
 

@@ -55,6 +55,10 @@ def test_what_is_neither_text_nor_messages_is_named(key, value):
 def test_many_keys_are_shown_shortly():
     with pytest.raises(Malformed, match=r"its keys are (k\d+, ){11}k11 and 8 more \(and null are n\); needed are"):
         form_of({f"k{number}": 1 for number in range(20)}, ["n"])
+    with pytest.raises(Malformed, match=r"its keys are (k\d+, ){11}k11 and 1 more;"):
+        form_of({f"k{number}": 1 for number in range(13)})
+    with pytest.raises(Malformed, match=r"its keys are (k\d+, ){11}k11;"):
+        form_of({f"k{number}": 1 for number in range(12)})
     with pytest.raises(Malformed, match=f"its keys are {'k' * 40};"):
         form_of({"k" * 60: 1})
 
@@ -134,6 +138,12 @@ def test_a_template_that_wants_the_arguments_of_a_call_as_a_text_gets_one():
 def test_a_template_that_wants_content_in_parts_gets_parts():
     asks = "{% for m in messages %}{% for p in m.content %}{{ p['text'] }}{% endfor %}<e>{% endfor %}"
     assert texts(asks, USER, SAYS) == [[("q<e>", False), ("a<e>", True)]]
+
+
+def test_lines_of_a_template_are_as_transformers_has_them():
+    """A new line after a block is not written, nor the white space before one."""
+    asks = "{% for m in messages %}\n  {{ m.content }}<e>\n  {% endfor %}\n"
+    assert "".join(text for text, _ in texts(asks, USER, SAYS)[0]) == "  q<e>\n  a<e>"
 
 
 def test_the_day_is_that_of_the_settings():

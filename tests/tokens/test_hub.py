@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -51,7 +52,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.server
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         hub.asked.append(f"{self.command} {path}")
         if hub.is_a_page:
             self.answer(b"<html>who are you?</html>")
@@ -127,6 +128,15 @@ def test_the_card_names_the_splits(run, hub):
     assert run(f"hf://datasets/{REPOSITORY}:gold")[1] == ["data/train-00000-of-00001.parquet⟦b<|end|>⟧"]
     done, _ = run(f"hf://datasets/{REPOSITORY}")
     assert done.returncode == 2 and "no split train; it has gold" in done.stderr
+
+
+@pytest.mark.parametrize("name, content, found", [
+    ("train[1].jsonl", b'{"prompt": "p", "completion": "b"}\n', "p⟦b<|end|>⟧"), ("a.txt", b"words", "⟦words<|end|>⟧")
+])  # fmt: skip
+def test_files_with_odd_names_and_files_without_rows(run, hub, name, content, found):
+    hub.files = {name: content}
+    done, samples = run(f"hf://datasets/{REPOSITORY}")
+    assert samples == [found], done.stderr
 
 
 @pytest.mark.parametrize("name, code, said", [

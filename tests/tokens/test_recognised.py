@@ -203,3 +203,14 @@ def test_where_data_is_that_is_not_downloaded():
     assert hub.located("hf:///dir/a.jsonl") == (Path("/dir/a.jsonl"), None)
     with pytest.raises(UsageError, match=r"^DATA hf://org/name names a model; a data set is hf://datasets/org/name$"):
         hub.located("hf://org/name")
+
+
+def test_which_files_are_downloaded_where_the_hub_cannot_be_asked(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = hub._patterns(hub.parse("hf://datasets/org/set"))
+    assert found[0] == "README.md" and len(found) == len({*found})
+    for suffix in (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md", ".py"):
+        assert {f"*{suffix}", f"*{suffix}.gz", f"*{suffix}.zst"} <= {*found}
+    assert hub._patterns(hub.parse("hf://datasets/org/set/dir/a.csv")) == ["README.md", "dir/a.csv", "dir/a.csv/*"]

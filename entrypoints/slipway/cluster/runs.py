@@ -34,6 +34,7 @@ REASONS = {
     "Priority": "for jobs before it",
     "JobHeldUser": "it is held; `scontrol release` of the job lets it begin",
     "JobHeldAdmin": "an administrator holds it",
+    "launch failed requeued held": "Slurm could not start it, and holds it; `scontrol release` of the job tries again",
     "None": "",
 }
 

@@ -91,18 +91,13 @@ run_step() {
     local work watcher tries begins
     for tries in $(seq 60); do
         begins=$(stat -c %s "$STATE.log" 2>/dev/null || echo 0)
-        step &
+        (trap - TERM USR1 && step) &
         work=$!
         watch_over "$work" &
         watcher=$!
-        code=
-        while [ -z "$code" ]; do
-            wait "$work"
-            code=$?
-            # `wait` also ends when this script gets a signal, which is for srun to heed.
-            kill -0 "$work" 2>/dev/null && code=
-        done
-        kill "$watcher" 2>/dev/null
+        wait "$work"
+        code=$?
+        kill -KILL "$watcher" 2>/dev/null
         wait "$watcher" 2>/dev/null
         is_newest || exit 0
         [ ! -e "$STATE.unheard" ] || { rm -f "$STATE.unheard" && code=69; }
@@ -123,7 +118,7 @@ again() {
     for tries in $(seq 360); do
         said=$(requeue 2>&1)
         case "$?" in
-        0 | 1[2-9][0-9]) sleep 60; exit "$1" ;; # Slurm ends this script meanwhile; it may have ended scontrol too
+        0 | 1[2-9][0-9]) (trap - TERM && exec sleep 60); exit "$1" ;; # Slurm ends this script meanwhile; it may have ended scontrol too
         3) exit "$1" ;;
         esac
         case "$said" in *[Cc]ontact* | *timed\ out* | *onnect*) sleep 10 ;; *) break ;; esac
@@ -147,7 +142,7 @@ lost_nodes() {
     local node
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
         [ "$node" != "$SLURMD_NODENAME" ] || continue
-        { timeout 60 srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --gpus=0 --nodelist="$node" --immediate=30 true \
+        { timeout -k 5 60 srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=1 --gpus=0 --nodelist="$node" --immediate=30 true \
             >/dev/null 2>&1 || echo "$node"; } &
         [ "$(jobs -rp | wc -l)" -lt 32 ] || wait -n
     done
@@ -172,7 +167,8 @@ lost_a_node() {
 }
 
 ME="$SLURM_JOB_ID.$RESTARTS.$$@$(hostname)"
-trap : TERM USR1 # for the tasks of srun; this script ends after them
+# For the tasks of srun; this script ends after them. Not with a command: bash 5.2 can break off what it reads meanwhile.
+trap '' TERM USR1
 secrets
 take_over
 run_step
