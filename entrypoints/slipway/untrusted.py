@@ -251,6 +251,10 @@ class Harmless(io.TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override] # some libraries ask for it
+        return self.stream.encoding or "utf-8"
+
     def writable(self) -> bool:
         return True
 

@@ -21,7 +21,7 @@ import slipway
 import torch
 from arena import Outcome
 from safetensors.torch import load_file, save_file
-from slipway.untrusted import harmless_lines
+from slipway.untrusted import Harmless, harmless_lines
 
 EVIL = "\x1b[2J\x1b]0;pwned\x07\u202e\x9b31m"
 SPELLED = "\\x1b[2J\\x1b]0;pwned\\x07\\u202e\\x9b31m"
@@ -163,6 +163,16 @@ def test_what_is_printed_on_the_way_is_made_harmless():
             continue
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not [call for call in calls if getattr(call.func, "id", "") == "print"], f"{name} prints: use tell()"
+
+
+def test_a_stream_for_libraries_that_print_by_themselves():
+    import io
+
+    kept = io.StringIO()
+    stream = Harmless(kept)
+    print(f"a {EVIL}", f"https://user:{'x' * 9}@host/", file=stream, flush=True)
+    assert kept.getvalue() == f"a {SPELLED} https://***@host/\n"
+    assert not stream.isatty() and stream.encoding == "utf-8" and stream.writable()
 
 
 def test_lines_stay_lines():

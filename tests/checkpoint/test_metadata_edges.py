@@ -205,3 +205,14 @@ def test_the_marks_of_the_format():
         "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
         "common_backend_version": 1,
     }  # fmt: skip
+
+
+def test_a_dtype_that_is_a_word(tmp_path):
+    """The fuzzer found it: a text stands where torch's dtype is."""
+    write_torch_dist(tmp_path / "weights", {"a": torch.ones(2)})
+    path = tmp_path / "weights" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["module.a"].properties.dtype = "__class__"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DataError, match=r"\.metadata is damaged"):
+        torch_dist.Reader(tmp_path)

@@ -22,7 +22,7 @@ from typing import Any
 from slipway.checkpoint import archive, dcp
 from slipway.errors import DataError, UsageError
 from slipway.tensors.bits import Bits, bits_type, empty
-from slipway.tensors.refs import Ref, TensorInfo
+from slipway.tensors.refs import DTYPE_BYTES, Ref, TensorInfo
 from slipway.untrusted import read_bytes, read_text
 
 PREFIX = "module."  # NeMo's module around Megatron's model
@@ -314,8 +314,8 @@ def _fill_exactly(boxes: list[_Box], size: int) -> bool:
 
 
 def _known(dtype: Any) -> str:
-    if not isinstance(dtype, str):
-        raise ValueError(f"{dtype} is not a known dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError("not a known dtype")
     return dtype
 
 
