@@ -6,6 +6,8 @@ variable "TAG" {}
 variable "OUTPUT" {}
 variable "PINS" {}
 variable "VERSION" {}
+variable "REVISION" {}
+variable "ORIGIN" {}
 variable "CUDA" {}
 variable "DRIVER" {}
 variable "MAX_JOBS" {}
@@ -48,6 +50,8 @@ target "image" {
     "org.opencontainers.image.description" = "NeMo and Megatron for ${MODEL}, variant ${VARIANT}"
     "org.opencontainers.image.version"     = VERSION
     "org.opencontainers.image.licenses"    = "Apache-2.0"
+    "org.opencontainers.image.revision"    = REVISION
+    "org.opencontainers.image.source"      = ORIGIN
     "org.slipway.model"                    = MODEL
     "org.slipway.variant"                  = VARIANT
     "org.slipway.pins"                     = PINS

@@ -127,6 +127,8 @@ def _variables(staging: Path, request: Request) -> dict[str, str]:
         "MODEL": request.manifest.family,
         "VARIANT": request.variant,
         "STAGING": str(staging),
+        "REVISION": provenance.revision(),
+        "ORIGIN": provenance.origin(),
         "PINS": json.dumps(provenance.pins(request.wanted), sort_keys=True),
         "VERSION": lock.version(),
         "CUDA": provenance.cuda(),

@@ -9,6 +9,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from images import debian, engine, lock, sbom
 from images.manifest import Source
@@ -125,6 +126,16 @@ def _locks() -> list[dict[str, Any]]:
     """The locks name every Python and Debian package with its hash."""
     files = {"uv.lock": lock.LOCK, "images/debian.lock": debian.LOCK}
     return [{"name": n, "uri": f"file:{n}", "digest": {"sha256": sha256_of(path)}} for n, path in files.items()]
+
+
+def origin() -> str:
+    """Where this checkout was cloned from, if that is an address of the web; "" for any other place, or none."""
+    words = ["git", "remote", "get-url", "origin"]
+    found = urlsplit(subprocess.run(words, cwd=lock.ROOT, capture_output=True, text=True).stdout.strip())
+    if found.scheme not in ("http", "https") or not found.hostname:
+        return ""
+    # Without a name and a password, which an image would show to everybody.
+    return urlunsplit((found.scheme, found.netloc.rpartition("@")[2], found.path, "", ""))
 
 
 def revision() -> str:

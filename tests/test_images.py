@@ -353,6 +353,23 @@ def _sources_of(variant: str) -> list[Source]:
 # ---------------------------------------------------------------------------- upkeep
 
 
+@pytest.mark.parametrize(
+    "url, said",
+    [
+        ("https://git.example.org/team/slipway.git", "https://git.example.org/team/slipway.git"),
+        ("https://me:secret@git.example.org/slipway?x=1", "https://git.example.org/slipway"),
+        ("git@git.example.org:team/slipway.git", ""),
+        ("/srv/slipway", ""),
+    ],
+)
+def test_the_label_of_the_source_is_an_address_without_a_password(url, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "ROOT", tmp_path)
+    assert provenance.origin() == ""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", url], check=True)
+    assert provenance.origin() == said
+
+
 def test_the_age_of_the_locks_is_said():
     day = debian.locked_on() + datetime.timedelta(days=40)
     assert f"Debian packages of {debian.locked_on()} (40 days old), Python packages of " in image.ages(day)

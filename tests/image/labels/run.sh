@@ -29,6 +29,11 @@ installed = json.loads((work / "installed.json").read_text())
 assert json.loads(labels["org.slipway.pins"]) == pins
 assert int(labels["org.slipway.driver"]) >= 580 and labels["org.slipway.cuda"] == "13.0", labels
 assert not any("buildx" in label for label in labels.values()), labels
+sys.path.insert(0, os.environ["ROOT"])
+from images import provenance
+
+assert labels["org.opencontainers.image.revision"] == provenance.revision(), labels
+assert labels["org.opencontainers.image.source"] == provenance.origin(), labels
 
 # The statement of provenance names each source as it was taken, and nothing else of it.
 store = pathlib.Path(os.environ.get("SLIPWAY_STORE") or pathlib.Path.home() / ".cache/slipway")
