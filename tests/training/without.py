@@ -55,6 +55,7 @@ WITHOUT: dict[str, Callable[[], None]] = {
     "scale_auxiliary_loss": change(repairs, scale_auxiliary_loss=lambda config, recipe: None),
     "ignore_padding": change(padding, ignore_padding=lambda: None),
     "tensor_parallel.checkpoint": change(padding, _with_its_own_mask=lambda checkpoint: checkpoint),
+    "carry_gradients_to_the_first_layer": change(modes, carry_gradients_to_the_first_layer=lambda model: None),
     "LoRA._begin": change(modes.LoRA, _begin=lambda self, layer: None),
     "FromBase": lambda: delattr(heads_on_nemo.FromBase, "apply_transform"),
     "leave_out_backward": leave_out_nothing,

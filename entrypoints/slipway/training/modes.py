@@ -19,7 +19,7 @@ from nemo.lightning.pytorch.callbacks.peft import PEFT
 
 from slipway.training.heads_on_nemo import FromBase, HeadsTransform, heads_step, leave_out_backward
 from slipway.training.recipe import Recipe
-from slipway.training.repairs import mark_experts
+from slipway.training.repairs import carry_gradients_to_the_first_layer, mark_experts
 from slipway.training.steps import language_model_step
 from slipway.training.targets import ALL, EVERY
 
@@ -48,6 +48,7 @@ class Adapters(FromBase):
                 self._begin(layer)
         if self.adapter:
             self._continue(model)
+        carry_gradients_to_the_first_layer(model)
         return mark_experts(model)
 
     def _continue(self, model: torch.nn.Module) -> None:

@@ -122,6 +122,19 @@ def keep_latent_epsilon(module: nn.Module) -> nn.Module:
     return module
 
 
+def carry_gradients_to_the_first_layer(module: nn.Module) -> None:
+    """Let what a frozen embedding gives have a gradient where layers are computed again in the backward pass.
+
+    Megatron computes a layer again only if its input has a gradient. Behind a frozen embedding the first one has none,
+    so its output has none either, and so on through the whole stage: no adapter in it would ever learn.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    for gpt in module.modules():
+        if isinstance(gpt, GPTModel) and gpt.pre_process and gpt.config.recompute_granularity == "full":
+            gpt.embedding.register_forward_hook(lambda _, __, hidden: hidden.requires_grad_(torch.is_grad_enabled()))
+
+
 def mark_experts(module: nn.Module) -> nn.Module:
     """Mark which weights of experts differ from rank to rank (`allreduce` is False), before Megatron wraps the model.
 
