@@ -94,7 +94,15 @@ def test_what_train_gets_of_lines(tmp_path):
 def test_spans_that_are_not_learned_may_touch():
     line = b'{"inputs": {"p_ids": [], "r_ids": [1, 2, 3, 4], "context": [[0, 1], [1, 2], [2, 2]]}}'
     assert read_line(line, "x").context == ((0, 1), (1, 2), (2, 2))
-    for spans in (b"[[1, 2], [0, 1]]", b"[[0, 5]]", b"[[-1, 1]]", b"[[0, 4]]", b"[[0, 2], [1, 3]]", b"[[2, 1]]"):
+    for spans in (
+        b"[[1, 2], [0, 1]]",
+        b"[[0, 5]]",
+        b"[[3, 5]]",
+        b"[[-1, 1]]",
+        b"[[0, 4]]",
+        b"[[0, 2], [1, 3]]",
+        b"[[2, 1]]",
+    ):
         with pytest.raises(DataError, match="not a sample"):
             read_line(line.replace(b"[[0, 1], [1, 2], [2, 2]]", spans), "x")
 
