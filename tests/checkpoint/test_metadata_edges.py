@@ -216,3 +216,16 @@ def test_a_dtype_that_is_a_word(tmp_path):
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(DataError, match=r"\.metadata is damaged"):
         torch_dist.Reader(tmp_path)
+
+
+@pytest.mark.parametrize("alpha", ["2001-99-99", "1e", "--1", ".", "9" * 5000])
+def test_an_alpha_that_is_no_number(alpha, tmp_path):
+    """The fuzzer found a date in model.yaml."""
+    from types import SimpleNamespace
+
+    from slipway.checkpoint import lora
+
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "model.yaml").write_text(f"model_transform:\n  alpha: {alpha}\n  dim: 4\n")
+    with pytest.raises(DataError, match="does not contain the adapters' alpha"):
+        lora.settings_of(SimpleNamespace(folder=tmp_path / "weights"))
