@@ -29,7 +29,7 @@ def alpaca(folder: Path) -> Path:
     """A data set as the hub has it."""
     rows = [
         {"instruction": ask.format(n), "input": "", "output": answer.format(n + 1), "text": "all of it once more"}
-        for n in range(60)
+        for n in range(240)
         for ask, answer in TASKS
     ]
     (folder / "data").mkdir(parents=True)

@@ -91,6 +91,22 @@ def an_srun_that_hears_nothing_of_a_node_does_not_wait_for_ever(bed: Bed, client
     assert "waits for a node that cannot be heard" in client.submit("logs", run, "--step", "train").stdout
 
 
+def an_allocation_in_which_nothing_starts_is_given_back(bed: Bed, client: Client, out: Path) -> None:
+    """Slurm 22.05 may give one as a node is lost. Here an srun before the real one says what it says there."""
+    tool = out / "bin" / "srun"
+    tool.parent.mkdir()
+    said = "srun: error: Unable to create step for job $SLURM_JOB_ID: Invalid generic resource (gres) specification"
+    refuse = f'case "${{SLURM_RESTART_COUNT:-0}} $*" in "0 "*" train "*) echo "{said}" >&2; exit 1 ;; esac'
+    tool.write_text(f'#!/bin/bash\n{refuse}\nexec /usr/bin/srun "$@"\n')
+    tool.chmod(0o755)
+    (bed.shared / ".bashrc").write_text(f"PATH={tool.parent}:$PATH\n")
+    run, _ = client.sent(*chain(out))
+    client.wait_for_end(run)
+    assert client.states(run) == ["done"] * 3 and steps_done(out) == list(range(1, 13))
+    assert client.status(run)["steps"][1]["starts"] == 2
+    assert said.partition("$")[0] in client.submit("logs", run, "--step", "train").stdout
+
+
 def what_the_controller_cannot_say_the_files_do(bed: Bed, client: Client, out: Path) -> None:
     """Two chains: one is done, and one is queued again, of which nobody can say whether it will go on."""
     over, _ = client.sent(*chain(out / "over"))
@@ -162,6 +178,7 @@ LOSSES: list[Loss] = [
     a_lost_node_is_excluded_and_the_run_goes_on,
     an_srun_that_hears_nothing_of_a_node_does_not_wait_for_ever,
     a_start_that_is_cut_off_gives_way_to_the_next_one,
+    an_allocation_in_which_nothing_starts_is_given_back,
     what_the_controller_cannot_say_the_files_do,
     a_controller_that_forgets_gives_ids_again_and_nobody_touches_jobs_of_another_run,
     a_client_that_is_killed_leaves_a_whole_chain_or_none,

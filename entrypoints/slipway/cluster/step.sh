@@ -104,6 +104,8 @@ run_step() {
         echo "$code $(date +%s)" >"$STATE.last"
         [ "$code" -ne 0 ] && tail -c "+$((begins + 1))" "$STATE.log" | grep -qE "$NOT_STARTED" || return
         [ ! -e "$STATE.stop" ] || return
+        # Slurm answers, but nothing starts in what it has given: a node was lost as it did. Another allocation may do.
+        if [ "$tries" -ge 12 ] && is_running; then code=69 && return; fi
         say "srun could not start the step (try $tries); trying again"
         sleep 10
     done
@@ -131,7 +133,7 @@ again() {
 is_running() {
     local job
     job=$(scontrol -o show job "$SLURM_JOB_ID") || return 1
-    [[ $job == *" JobState=RUNNING "* ]] || return 3
+    [[ $job == *" JobState="@(RUNNING|SIGNALING)" "* ]] || return 3 # SIGNALING while TERM or USR1 is on its way
 }
 
 # A job that was cancelled must not come again, though Slurm would let it.
