@@ -32,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}  # file → how many more times its download is cut in the middle
         self.token: str | None = None  # whose bearer may fetch files of the model, which is gated
         self.status = 200
+        self.is_a_page = False  # as of a proxy that wants a login
 
     def got(self, name: str) -> list[str | None]:
         """The ranges asked for of one file, None for all of it."""
@@ -52,6 +53,8 @@ class Answer(BaseHTTPRequestHandler):
         hub.asked.append((self.command, self.path, self.headers.get("Range")))
         if hub.status != 200:
             self.refuse(hub.status, "")
+        elif hub.is_a_page:
+            self.answer(b"<html>Please log in.</html>")
         elif self.path in (f"/api/models/{REPOSITORY}/revision/{name}" for name in ("main", "v1", COMMIT)):
             siblings = [{"rfilename": name} for name in hub.files]
             self.answer(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode())
@@ -157,6 +160,11 @@ def test_a_connection_that_is_cut_for_good_says_so_and_the_next_run_goes_on(slip
     hub.cuts.clear()
     assert slipway("inspect", f"hf://{REPOSITORY}", env=env).returncode == 0
     assert hub.got(name)[-1] not in (None, "bytes=0-")
+
+
+def test_a_page_of_somebody_else_is_not_the_hub(slipway, hub, env):
+    hub.is_a_page = True
+    refused(slipway("inspect", f"hf://{REPOSITORY}", env=env), 78, "does not answer as the hub does", "HF_ENDPOINT")
 
 
 def test_each_refusal_has_its_line(slipway, hub, env):

@@ -12,6 +12,7 @@ The folder of a training run stands for its newest complete checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -181,6 +182,8 @@ def _explained(error: Exception, where: str) -> SlipwayError | None:
     """The error in our words; None if another attempt may help."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, json.JSONDecodeError):  # the client's is an OSError too
+        return no_hub(where, error)
     status = _status(error)
     endpoint = shown_url(constants.ENDPOINT)
     if isinstance(error, errors.GatedRepoError) or status == 403:

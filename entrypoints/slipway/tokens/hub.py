@@ -5,7 +5,6 @@ Only the files of the split are downloaded, into the hub's cache. What is there 
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from dataclasses import dataclass
@@ -77,8 +76,6 @@ def _fetched(name: Name) -> Path:
         except (OSError, RuntimeError) as error:  # of the client; RuntimeError of its library for large files
             if (known := _explained(error, str(name))) is not None:
                 raise _of_data_set(known) from None
-            if isinstance(error, json.JSONDecodeError):  # the client's is of both kinds
-                raise no_hub(str(name), error) from None
             reason = type(error).__name__
         except OF_ODD_ANSWERS as error:
             raise no_hub(str(name), error) from None
