@@ -10,7 +10,6 @@ chat the samples of a micro batch are padded to the longest of them.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from slipway.training import recipes
-from slipway.training.bench import CHAT_MEAN, CHAT_SPREAD, config_for
+from slipway.training.bench import chat_lengths, config_for
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -54,11 +53,8 @@ def build(options: argparse.Namespace) -> tuple[Any, int]:
 
 def batches(options: argparse.Namespace, vocabulary: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(tokens, labels) of each micro batch of a step; labels are -100 where there is padding."""
-    random = np.random.default_rng(step)
-    sizes = np.full(options.global_batch_size, options.seq_length - 1)
-    if options.lengths == "chat":
-        drawn = random.lognormal(math.log(CHAT_MEAN) - CHAT_SPREAD**2 / 2, CHAT_SPREAD, options.global_batch_size)
-        sizes = np.clip(drawn, 16, options.seq_length - 1).astype(int)
+    count, longest = options.global_batch_size, options.seq_length - 1
+    sizes = chat_lengths(count, longest, step) if options.lengths == "chat" else np.full(count, longest)
     found = []
     for part in np.split(sizes, options.global_batch_size // options.micro_batch_size):
         tokens = torch.randint(5, vocabulary, (len(part), int(part.max())), device="cuda")

@@ -391,7 +391,7 @@ class Bed:
                 return found
             if hurry:
                 self.hurry()
-            time.sleep(pause)
+            time.sleep(pause)  # Slurm tells nobody of a change: one has to ask again
         state = self.out("squeue", "-o", "%i %j %T %r %N") + "\n" + self.out("sinfo", "-N")
         raise AssertionError(f"waited {limit:.0f} s for {what}\n{state}")
 

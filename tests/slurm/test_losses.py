@@ -69,7 +69,7 @@ def a_start_that_is_cut_off_gives_way_to_the_next_one(bed: Bed, client: Client, 
     bed.cut(cut)
     bed.wait(lambda: client.status(run)["steps"][1]["starts"] == 2, "another start", hurry=True, pause=1.0)
     bed.wait(lambda: [one for one in events(out / "run") if one[3] != cut], "work on another node")
-    time.sleep(2)
+    time.sleep(2)  # time for an old start that has not given way to write steps beside the new one's
     found = [one for one in events(out / "run") if one[4][0] == "step"]
     last = max(at for at, _, _, node, _ in found if node == cut)
     first = min(at for at, _, _, node, _ in found if node != cut)
@@ -155,7 +155,7 @@ def whole_or_none(bed: Bed, before: set[str]) -> bool:
     jobs = {*bed.out("squeue", "-h", "-t", "all", "-o", "%i").split()} - before
     held = "JobHeldUser" in bed.out("squeue", "-h", "-o", "%i %r")
     if not jobs:
-        time.sleep(5)
+        time.sleep(5)  # none yet, or none for good: sbatch may be on its way still
         return not {*bed.out("squeue", "-h", "-t", "all", "-o", "%i").split()} - before
     return len(jobs) == 3 and not held
 

@@ -59,6 +59,7 @@ def test_it_trains_and_says_how_fast(words, tmp_path, monkeypatch, capfd):
         (["qwen25_500m", "--layers", "25"], "--layers is 25, and the model has 24"),
         (["qwen25_500m", "--nodes", "2", "--node-rank", "0", "--master-addr", "a"], "bench measures one machine"),
         (["qwen25_500m", "--set", "lrr=1"], "did you mean lr?"),
+        (["qwen25_500m", "--epochs", "2"], "bench measures steps, not epochs"),
     ],
 )
 def test_what_it_cannot_measure_is_said_at_once(words, said, capsys):

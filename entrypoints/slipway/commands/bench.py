@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from slipway.errors import UsageError
 from slipway.launch.placement import Placement
 from slipway.options import option, take, with_options
 from slipway.training.recipes import Choice, parse_settings
@@ -39,8 +40,9 @@ def bench(
     from slipway.training import bench as benching
 
     choice, size = take(Choice, options), take(Size, options)
-    named = recipe or choice.recipe or ""
-    name, config = benching.config_for(named, choice.config, size.layers)
+    if choice.epochs is not None:
+        raise UsageError("bench measures steps, not epochs; give --steps in place of --epochs")
+    name, config = benching.config_for(recipe, choice.config, size.layers)
     given = {"mode": mode, **parse_settings(choice.set or [])}
-    choice = Choice(recipe=named or None, gpu_memory=choice.gpu_memory)
+    choice = Choice(recipe=recipe or None, gpu_memory=choice.gpu_memory)
     return benching.run(benching.Wanted(name, config, given, choice, take(Placement, options), lengths, size.steps))

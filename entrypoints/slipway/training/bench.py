@@ -20,13 +20,13 @@ from slipway.launch.placement import Patience, Placement
 from slipway.launch.topology import find_topology
 from slipway.tokens.lines import as_line
 from slipway.training import memory, recipes, start
+from slipway.training.layout import SHARE
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
 WARM_UP = 2  # steps that do not count: kernels are compiled and chosen in them
 PROFILE = "profile.json"  # profile.FILE, which needs torch
 CHAT_MEAN, CHAT_SPREAD = 600, 1.0  # tokens of a chat, lognormal: its mean, and the deviation of its logarithm
-ROOM = 0.92  # of a GPU's memory that a larger micro batch may take
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,18 @@ def write_samples(data: Path, recipe: Recipe, vocabulary: int, lengths: str) -> 
     if lengths == "full":
         sizes = np.full(max(64, recipe.global_batch_size), full)
     else:
-        few = recipe.global_batch_size * max(1, full // CHAT_MEAN if recipe.pack else 1) * 8
-        drawn = random.lognormal(math.log(CHAT_MEAN) - CHAT_SPREAD**2 / 2, CHAT_SPREAD, few)
-        sizes = np.clip(drawn, 16, full).astype(int)
+        sizes = chat_lengths(recipe.global_batch_size * max(1, full // CHAT_MEAN if recipe.pack else 1) * 8, full, 0)
     with data.open("wb") as file:
         for size in sizes:
             ids = random.integers(0, vocabulary, size).tolist()
             prompt = 1 if lengths == "full" else max(1, size // 4)
             file.write(as_line(ids[:prompt], ids[prompt:]))
+
+
+def chat_lengths(count: int, longest: int, seed: int) -> np.ndarray:
+    """Lengths as chats have them, in tokens: int [count], 16 to `longest`."""
+    drawn = np.random.default_rng(seed).lognormal(math.log(CHAT_MEAN) - CHAT_SPREAD**2 / 2, CHAT_SPREAD, count)
+    return np.clip(drawn, 16, longest).astype(int)
 
 
 def _found(wanted: Wanted, recipe: Recipe, world_size: int, folder: RunFolder) -> Measured:
@@ -174,14 +178,14 @@ def advice(found: Measured, recipe: Recipe, config: Mapping[str, Any]) -> list[s
     at_once = recipe.global_batch_size // size * recipe.context_parallel_size
     larger = memory.estimate(Recipe(**{**vars(recipe), "micro_batch_size": 2 * size}), config, found.gpus).total / 1e9
     gpu = recipes.gpu_memory()
-    if found.busy < 0.9 and larger < ROOM * gpu and at_once % 2 == 0 and not recipe.pack:
+    if found.busy < 0.9 and larger < SHARE * gpu and at_once % 2 == 0 and not recipe.pack:
         said.append(
             f"The GPU waits {1 - found.busy:.0%} of the time for the host: --micro-batch-size {2 * size} gives it more "
             f"at once, and takes about {larger:.0f} GB."
         )
     if recipe.recompute == "full":
         plain = memory.estimate(Recipe(**{**vars(recipe), "recompute": "none"}), config, found.gpus).total / 1e9
-        if plain < ROOM * gpu:
+        if plain < SHARE * gpu:
             said.append(f"--recompute none takes about {plain:.0f} GB, which fits, and a quarter less time.")
     return said
 
