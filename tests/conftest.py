@@ -37,28 +37,42 @@ if TYPE_CHECKING:
 LONGEST = [
     "slurm/test_losses.py",
     "slurm/test_real.py",
-    "training/test_parallel.py",
     "training/test_nodes.py",
+    "training/test_parallel.py",
     "training/test_resume.py",
+    "slurm/test_submit.py",
     "training/test_train.py",
-    "families/test_matrix.py",
-    "checkpoint/test_nemo_made.py",
-    "checkpoint/test_lora.py",
     "test_contributing.py",
     "test_demo.py",
-    "slurm/test_submit.py",
-    "test_paths.py",
-    "checkpoint/test_peft.py",
+    "families/test_matrix.py",
+    "checkpoint/test_lora.py",
+    "training/test_bench.py",
+    "checkpoint/test_interrupted.py",
+    "checkpoint/test_nemo_made.py",
+    "training/test_nf4_base.py",
+    "checkpoint/test_classic.py",
+    "checkpoint/test_megatron_made.py",
+    "attacks/test_attack_servers.py",
+    "checkpoint/test_layouts.py",
+    "cluster/test_kubernetes.py",
+    "training/test_adapter.py",
+    "test_preprocess.py",
     "training/test_data_in_training.py",
+    "test_setup.py",
+    "training/test_cpu.py",
+    "training/test_low_rank.py",
+    "tokens/test_windows.py",
+    "checkpoint/test_locate.py",
+    "training/test_repairs.py",
+    "attacks/test_attack_meeting.py",
+    "attacks/test_attack_tokenizers.py",
+    "attacks/test_attack_secrets.py",
+    "test_paths.py",
+    "attacks/test_attack_fuzz.py",
+    "checkpoint/test_peft.py",
     "training/test_watch.py",
     "checkpoint/test_formats.py",
-    "attacks/test_attack_servers.py",
-    "attacks/test_attack_secrets.py",
-    "attacks/test_attack_fuzz.py",
     "checkpoint/test_verify.py",
-    "checkpoint/test_locate.py",
-    "training/test_adapter.py",
-    "tokens/test_windows.py",
     "tokens/test_reading.py",
 ]
 
@@ -78,8 +92,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: the tests on Slurm wait for most of their time."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two more than there are cores: the tests on Slurm wait for most of their time."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def import_nemo() -> None:
     cpu.enable()
     from slipway.training import callbacks, data, modes, repairs  # noqa: F401 (for the forks)
 
-    repairs.read_and_write_plain_files()
+    repairs.hand_over_in_this_process()
 
 
 def fork(work: Callable[[], int | None], output: Path) -> int:

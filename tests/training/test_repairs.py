@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
+import subprocess
+import sys
 from multiprocessing.managers import BaseProxy
 from pathlib import Path
 
@@ -63,23 +65,35 @@ def test_norms_in_latent_attention_have_an_epsilon_of_their_own(tmp_path, monkey
 
 def test_results_of_a_save_need_no_other_process(monkeypatch):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from slipway.training.repairs import read_and_write_plain_files
+    from slipway.training.repairs import hand_over_in_this_process
 
     monkeypatch.setattr(filesystem_async, "_results_queue", None)  # as it is before the first save
     before = multiprocessing.active_children()
     assert isinstance(filesystem_async._get_write_results_queue(), BaseProxy), "upstream"
     assert len(multiprocessing.active_children()) == len(before) + 1, "upstream"
-    read_and_write_plain_files()
+    hand_over_in_this_process()
     assert isinstance(filesystem_async._get_write_results_queue(), queue.SimpleQueue)
 
 
-def test_files_are_opened_without_the_client_for_object_stores():
-    from megatron.core import msc_utils
-    from slipway.training.repairs import read_and_write_plain_files
+LESS = """
+import sys
+from pathlib import Path
+from slipway.training import cpu
+cpu.enable()
+from megatron.core import msc_utils
+from nemo.collections import llm
+assert "import multistorageclient" in Path(msc_utils.__file__).read_text(), "upstream"
+assert not msc_utils.MultiStorageClientFeature.is_enabled()
+assert "wandb.sdk" not in sys.modules and "jsonschema" not in sys.modules
+import wandb
+assert wandb.Settings and "wandb.sdk" in sys.modules
+"""
 
-    assert msc_utils._FeatureFlag(msc_utils._msc_available).is_enabled(), "upstream"
-    read_and_write_plain_files()
-    assert not msc_utils.MultiStorageClientFeature.is_enabled()
+
+def test_what_no_run_uses_is_not_imported_and_what_few_use_when_they_do():
+    """The client for object stores, through which Megatron would open every file, and that of Weights & Biases."""
+    done = subprocess.run([sys.executable, "-c", LESS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_compiled_when_megatron_is_imported():

@@ -146,7 +146,10 @@ class Finite(Callback):
 def first_not_finite(module: torch.nn.Module) -> str:
     """The name of the first weight of this rank with a value that is NaN or infinite; "" where there is none."""
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter.detach().sum()) and not torch.isfinite(parameter.detach()).all():
+        packed = getattr(parameter, "packed_in", None)
+        # A number that is none makes the scale of its block one too.
+        values = packed.scales_of(parameter) if packed else parameter.detach()
+        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             return name.replace("module.", "")
     return ""
 
@@ -178,8 +181,8 @@ def checksum(module: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
-        if ".adapter." in name or not tensor.numel():
-            continue
+        if ".adapter." in name or tensor.is_meta or not tensor.numel():
+            continue  # a matrix in NF4 is a buffer, and its parameter has no memory
         stored = getattr(tensor, "_data", tensor).detach()  # in FP8, Transformer Engine's bytes
         words = stored.contiguous().view(-1).view(torch.uint8).view(-1, stored.element_size())
         weights = torch.arange(1, 1 + stored.element_size(), device=stored.device) * 257

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from slipway.training.imports import import_less
 from slipway.training.patches import MEGATRON, NEMO, TORCH, define, replace, wrap
-from slipway.training.repairs import compile_nothing
 
 CPU = torch.device("cpu")
 GPU_ONLY = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
@@ -84,7 +84,7 @@ def _without_compiling() -> None:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    compile_nothing()
+    import_less()
 
 
 class _Stream:

@@ -125,15 +125,17 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, ends, weights, stacked, buffer, *known):
-        ctx.save_for_backward(inputs, ends)
-        ctx.weights, ctx.stacked, ctx.buffer, ctx.known = weights, stacked, buffer, len(known)
+        # What is saved so may be unpacked again for the backward pass (nf4_base.py); an attribute would keep it.
+        ctx.save_for_backward(inputs, ends, stacked)
+        ctx.weights = weights if known or buffer is not None else ()
+        ctx.buffer, ctx.known = buffer, len(known)
         return torch._grouped_mm(inputs, _whole(stacked, weights).transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx, gradient):
-        inputs, ends = ctx.saved_tensors
+        inputs, ends, stacked = ctx.saved_tensors
         gradient = gradient.contiguous()
-        of_inputs = torch._grouped_mm(gradient, _whole(ctx.stacked, ctx.weights), offs=ends)
+        of_inputs = torch._grouped_mm(gradient, _whole(stacked, ctx.weights), offs=ends)
         if ctx.buffer is None and not ctx.known:
             return of_inputs, None, None, None, None
         of_weights = torch._grouped_mm(gradient.t(), inputs, offs=ends)

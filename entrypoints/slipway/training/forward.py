@@ -92,9 +92,9 @@ def load(checkpoint: Path) -> GPTModel:
         cpu.enable()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-    from slipway.training.repairs import keep_latent_epsilon, read_and_write_plain_files
+    from slipway.training.repairs import hand_over_in_this_process, keep_latent_epsilon
 
-    read_and_write_plain_files()
+    hand_over_in_this_process()
     from slipway.training.context import model_of
 
     if not torch.distributed.is_initialized():

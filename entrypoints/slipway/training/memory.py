@@ -18,6 +18,7 @@ from slipway.families.decoder import MTP
 from slipway.training.recipe import Recipe
 
 BF16, FP32 = 2, 4
+NF4 = 0.5 + FP32 / 64  # a code, and a scale for each 64 weights
 GRADIENT, OPTIMIZER = FP32, 3 * FP32  # of a weight; the optimizer keeps a master copy and two moments
 # Tokens whose logits exist at once: heads_loss.CHUNK_TOKENS, and cross_entropy.CHUNK_TOKENS, which need torch.
 CHUNK, CHUNK_OF_LORA = 4096, 2048
@@ -129,8 +130,10 @@ def _stage(
         recipe.expert_parallel_size,
     )
     is_last = number == pipeline - 1
-    plain = sum(layer.plain for layer in layers) + (parts.embedding if number == 0 else 0)
-    plain = (plain + (parts.output or parts.embedding * (pipeline > 1) if is_last else 0)) / tensor
+    outside = parts.embedding if number == 0 else 0
+    outside += (parts.output or parts.embedding * (pipeline > 1)) if is_last else 0
+    in_layers = sum(layer.plain for layer in layers)
+    plain = (outside + in_layers) / tensor
     experts = sum(layer.expert * layer.count for layer in layers) / expert
     # Ranks with the same weights share the optimizer's state. Experts are spread over more ranks, so fewer share it.
     copies = world_size / tensor / pipeline
@@ -143,13 +146,23 @@ def _stage(
         optimizer = (plain / copies + experts / copies_of_experts) * OPTIMIZER
     # A stage keeps the activations of a micro batch until its backward pass: the first stage waits longest for it.
     in_flight = 1 if recipe.mode == "heads" else max(1, pipeline - number)
+    weights = (plain + experts) * BF16
+    if recipe.base_precision == "nf4":
+        weights = outside / tensor * BF16 + (in_layers / tensor + experts) * NF4 + _unpacked(recipe, c)
     return Estimate(
-        (plain + experts) * BF16,
+        weights,
         gradients,
         optimizer,
         _activations(recipe, c, len(layers), in_flight),
         _logits(recipe, c) if is_last else 0.0,
     )
+
+
+def _unpacked(recipe: Recipe, c: Mapping[str, Any]) -> float:
+    """Bytes of the largest matrix of a layer, which exists in BF16 for its product; grouped experts are one."""
+    dense = 2 * c["intermediate_size"] * c["hidden_size"] / recipe.tensor_parallel_size
+    experts = next((c[key] for key in EXPERTS if key in c), 0) / recipe.expert_parallel_size
+    return BF16 * max(dense, experts * 2 * c.get("moe_intermediate_size", c["intermediate_size"]) * c["hidden_size"])
 
 
 def _widths(c: Mapping[str, Any]) -> tuple[float, float]:

@@ -69,6 +69,12 @@ class Recipe:
         "of the factors of large products; fp8 = FP8 with a scale for each tensor, on GPUs from Hopper (H100) on",
         choices=("bf16", "fp8"),
     )
+    base_precision: str = option(
+        "bf16",
+        "of the frozen base of --mode lora; nf4 = four bits for a weight and a scale for each 64 (QLoRA), in all "
+        "matrices of the layers but the routers'",
+        choices=("bf16", "nf4"),
+    )
     save_every: int = _size(100, "steps between checkpoints")
     keep: int = _size(2, "number of checkpoints to keep, the newest ones")
     seed: int = option(1234, "seed of the new weights, the order of the data and dropout", low=0, high=2**32 - 1)
@@ -154,8 +160,21 @@ class Recipe:
                 f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
             )
 
+        self._check_base_precision()
         if self.pack and (problem := self.unpackable_data() or self._unpackable_layout()):
             raise UsageError(f"--pack {problem}")
+
+    def _check_base_precision(self) -> None:
+        """UsageError where a base in NF4 would be trained, or cannot be what it is needed for."""
+        if self.base_precision == "bf16":
+            return
+        given = f"--base-precision {self.base_precision}"
+        if self.mode != "lora":
+            raise UsageError(f"{given} is for adapters on a frozen base: use --mode lora, or --base-precision bf16")
+        if self.precision == "fp8":
+            raise UsageError(f"{given} unpacks the base to BF16: use --precision bf16, or --base-precision bf16")
+        if self.dora:
+            raise UsageError(f"{given} keeps no matrix whose rows --dora could measure: leave out one of them")
 
     def _check_schedule(self) -> None:
         """UsageError where warm-up and constant steps take more than there is, or the curve would rise."""

@@ -16,36 +16,20 @@ from torch import Tensor, nn
 
 from slipway.errors import PreflightError
 from slipway.families.decoder import LATENT_EPSILON
-from slipway.training.patches import CURE, MEGATRON, TORCH, TRANSFORMER_ENGINE, replace, wrap
+from slipway.training.patches import CURE, MEGATRON, TRANSFORMER_ENGINE, replace, wrap
 from slipway.training.recipe import Recipe
 
 LATENT_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
 
 
-def compile_nothing() -> None:
-    """Keep Megatron from compiling an allocator for inference when it is imported, which takes 14 to 18 seconds.
+def hand_over_in_this_process() -> None:
+    """Give the results of a save to who waits for them, which every save is.
 
-    Call it before NeMo or Megatron is imported. Megatron takes the refusal for a machine that has no compiler.
-    """
-    from torch.utils import cpp_extension
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("training needs no CUDA extension that is compiled when it starts")
-
-    replace(cpp_extension, "load_inline", refuse, TORCH)
-
-
-def read_and_write_plain_files() -> None:
-    """Leave out what checkpoints on a file system do not need.
-
-    Megatron opens every file through the client for object stores if that is installed, and the client counts
-    each of the many small reads of a checkpoint's metadata. And although every save is waited for, Megatron hands its
-    results over through another process, which first imports torch: four seconds at the first checkpoint of every rank.
+    Megatron hands them over through another process, which first imports torch: four seconds at the first checkpoint of
+    every rank.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.msc_utils import MultiStorageClientFeature
 
-    MultiStorageClientFeature.disable()
     replace(filesystem_async, "_results_queue", queue.SimpleQueue(), MEGATRON)
 
 

@@ -57,10 +57,10 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     gc.disable()
     import torch
 
-    from slipway.training.repairs import compile_nothing
+    from slipway.training.imports import import_less
 
     on_gpu = torch.cuda.is_available()
-    compile_nothing()
+    import_less()
     if not on_gpu:
         from slipway.training import cpu
 
@@ -72,11 +72,11 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
     from slipway.training.record import Record
-    from slipway.training.repairs import keep_no_scales, keep_routers_counts, read_and_write_plain_files
+    from slipway.training.repairs import hand_over_in_this_process, keep_no_scales, keep_routers_counts
 
     gc.freeze()
     gc.enable()
-    read_and_write_plain_files()
+    hand_over_in_this_process()
     keep_routers_counts()
     ignore_padding()
     add_in_place()
@@ -86,6 +86,10 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         group_products()
         if recipe.precision == "fp8":
             keep_no_scales()
+    if recipe.base_precision == "nf4":
+        from slipway.training.nf4_base import pack_base
+
+        pack_base()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
 
