@@ -28,8 +28,8 @@ audit: setup  ## known vulnerabilities of Python packages, updates of Debian pac
 demo: setup  ## the whole flow on a tiny model: no GPU, no container engine
 	@.venv/bin/slipway demo --model $(MODEL)
 
-test: setup transformers5 lint  ## unit and integration tests
-	@.venv/bin/pytest tests --ignore tests/image --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: setup transformers5 lint  ## unit and integration tests; those on a Slurm and on images have targets of their own
+	@.venv/bin/pytest tests --ignore tests/image --ignore tests/slurm --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slurm: setup  ## `submit` and the commands on a real Slurm of their own (as root; installs Debian's packages)
 	@SLIPWAY_TESTS_NEED_SLURM=1 .venv/bin/pytest tests/slurm --numprocesses 3 --dist loadfile

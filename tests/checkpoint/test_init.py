@@ -72,7 +72,7 @@ def test_fields_of_config_json_can_be_set(tmp_path, capsys):
     assert code == 65 and "hidden_size is 0" in said
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(start=st.integers(0, 3000), count=st.integers(1, 3000))
 def test_any_part_of_a_tensor_is_that_part_of_the_whole(start, count):
     whole = _normal(7, "x", 0, 6000)

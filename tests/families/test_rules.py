@@ -25,7 +25,6 @@ def identical(back: tuple, parts: tuple) -> bool:
     return len(back) == len(parts) and all(np.array_equal(a, b) for a, b in zip(back, parts, strict=True))
 
 
-@settings(deadline=None)
 @given(groups=sizes, queries=sizes, dim=sizes, width=st.integers(0, 5))
 def test_qkv_comes_back(groups, queries, dim, width):
     tail = (width,) if width else ()  # a bias has no columns
@@ -43,7 +42,6 @@ def test_qkv_is_grouped_as_megatron_reads_it():
     assert merged.tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
 
 
-@settings(deadline=None)
 @given(rows=sizes, columns=sizes)
 def test_gate_and_up_come_back(rows, columns):
     for op, shape in (
@@ -88,7 +86,7 @@ def shapes(family: str) -> st.SearchStrategy[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("cell_bytes", [rules.MAX_CELL_BYTES, 1000])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_models_of_any_shape_are_covered_and_come_back(name, cell_bytes, monkeypatch, data):
     """In whole tensors, and in the blocks that large tensors go in."""
