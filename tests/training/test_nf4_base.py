@@ -142,6 +142,26 @@ def test_the_kernel_unpacks_the_same():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+class Keeper(torch.nn.Linear):
+    """Keeps a reference to its weight, as some layers of Transformer Engine do."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.kept = self.weight
+        return torch.nn.functional.linear(inputs, self.weight)
+
+
+def test_nothing_keeps_the_memory_of_an_unpacked_matrix():
+    layer = Keeper(128, 8, bias=False)
+    packed = Packed(layer, ["weight"])
+    inputs = torch.randn(3, 128, requires_grad=True)
+    output = layer(inputs)
+    assert layer.kept.untyped_storage().size() == 0
+    output.sum().backward()
+    assert torch.equal(inputs.grad, packed.unpacked()[0].sum(0).expand(3, 128))
+    moved = layer.double()  # what Megatron does to a model, to BF16
+    assert moved.weight.is_meta and moved.nf4_scales.dtype == torch.int32
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_base_with_a_value_that_is_no_number_is_noticed(bad):
     """Of a packed matrix nothing but the scales shows it."""

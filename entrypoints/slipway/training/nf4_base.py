@@ -130,8 +130,12 @@ class Packed:
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """The module's own, with unpacked matrices."""
         weights = self.unpacked()
-        with self._in_their_places(weights), torch.autograd.graph.saved_tensors_hooks(self._kept(weights), _again):
-            return self._forward(*arguments, **options)
+        try:
+            with self._in_their_places(weights), torch.autograd.graph.saved_tensors_hooks(self._kept(weights), _again):
+                return self._forward(*arguments, **options)
+        finally:
+            # Transformer Engine's fused norm and linear layer keeps the weight for the backward pass, which needs none.
+            weights.untyped_storage().resize_(0)
 
     @contextlib.contextmanager
     def _in_their_places(self, weights: Tensor) -> Iterator[None]:
