@@ -8,7 +8,6 @@ variables it has, and a terminal for its output. With "many": PATH it is the run
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -166,21 +165,22 @@ class Commands:
 
 
 class Gate:
-    """Where a worker waits, after the run has begun and before it loads the model, until it is opened: a named pipe."""
+    """Where a worker waits, after the run has begun and before it loads the model, until it is opened: a folder.
+
+    It looks again and again: in one long wait a signal that comes just before would be heeded at its end.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._writer = path, -1
-        os.mkfifo(path)
+        self.path = path
+        path.mkdir()
 
     def is_reached(self) -> bool:
         """Somebody waits."""
-        with contextlib.suppress(OSError):  # nobody has opened the pipe for reading
-            self._writer = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
-        return self._writer >= 0
+        return (self.path / "reached").exists()
 
     def open(self) -> None:
         """Let the worker go on."""
-        os.close(self._writer)
+        (self.path / "open").touch()
 
     @staticmethod
     def put_before_the_model(path: Path) -> None:
@@ -190,7 +190,9 @@ class Gate:
         load_model = worker.load_model
 
         def wait_and_load(*arguments: Any) -> Any:
-            path.read_bytes()  # ends when the other side has closed the pipe
+            (path / "reached").touch()
+            while not (path / "open").exists() and path.exists():
+                time.sleep(POLL)
             return load_model(*arguments)
 
         worker.load_model = wait_and_load

@@ -41,6 +41,8 @@ def rank_of(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
     part = weight().chunk(RANKS)[rank]
     torch.save(learned(part, torch.distributed.group.WORLD), folder / f"{rank}.pt")
+    torch.distributed.barrier()  # a rank whose partner is gone is aborted
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
