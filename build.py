@@ -107,6 +107,14 @@ def main() -> int:
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"build.py: {error.filename}: {error.strerror}; check this path, and SLIPWAY_STORE and SLIPWAY_LOCAL where they are set",
+            file=sys.stderr,
+        )
+        return 73
     except KeyboardInterrupt:
         print("build.py: interrupted; run the same command again to continue", file=sys.stderr)
         return 130

@@ -196,3 +196,16 @@ def test_no_file_names_a_package_registry():
     hosts = ["pypi" + ".org", "pythonhosted" + ".org", "deb.debian" + ".org", "registry.npm" + "js"]
     done = subprocess.run(["git", "grep", "-lE", "|".join(hosts)], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing"])
+def test_a_store_that_is_no_folder_is_one_line(kind, tmp_path):
+    place = tmp_path / "store"
+    if kind == "a file":
+        place.touch()
+    else:
+        place.symlink_to(tmp_path / "nowhere" / "store")
+    words = [sys.executable, ROOT / "build.py", "fetch", "--variant", "cpu"]
+    done = subprocess.run(words, env={**os.environ, "SLIPWAY_STORE": str(place)}, capture_output=True, text=True)
+    assert done.returncode == 73 and "SLIPWAY_STORE" in done.stderr.splitlines()[-1], done.stderr
+    assert str(place) in done.stderr and "Traceback" not in done.stderr
