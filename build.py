@@ -110,10 +110,8 @@ def main() -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"build.py: {error.filename}: {error.strerror}; check this path, and SLIPWAY_STORE and SLIPWAY_LOCAL where they are set",
-            file=sys.stderr,
-        )
+        where = "check this path, and SLIPWAY_STORE and SLIPWAY_LOCAL where they are set"
+        print(f"build.py: {error.filename}: {error.strerror}; {where}", file=sys.stderr)
         return 73
     except KeyboardInterrupt:
         print("build.py: interrupted; run the same command again to continue", file=sys.stderr)
