@@ -19,6 +19,10 @@ def test_a_chain_runs_to_its_end_and_is_told(bed, client, out):
     done = client.submit("--follow", "--", *chain(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps_done(out) == list(range(1, 13)) and (out / "exported").is_dir()
+    # Others can read what the jobs have written, as far as the person's umask lets them, and not the folder of the run.
+    assert (out / "exported").stat().st_mode & 0o777 == 0o755
+    newest = max((bed.shared / "jobs").iterdir())
+    assert newest.stat().st_mode & 0o777 == 0o700
     assert "==> 2-train" in done.stdout and "train: goes on from step 0" in done.stdout
     assert "run: running, step " in done.stdout and "loss 1.5" in done.stdout
     assert client.states() == ["done", "done", "done"]

@@ -30,8 +30,8 @@ submit() {
         said=$(sbatch --test-only ${CPUS[i]:+--cpus-per-task=${CPUS[i]}} <<<"${SCRIPTS[i]}" 2>&1) ||
             refuse 78 "${NAMES[i]#*-}: Slurm refuses the job: $(sbatch_says "$said"); nothing was submitted"
     done
-    umask 077
-    mkdir "$DIR" 2>/dev/null || refuse 78 "$DIR cannot be made on $(hostname); give a job_dir that you can write to"
+    # Private by its own mode: a umask would be that of the jobs too, and nobody else could read a model that they write.
+    mkdir -m 700 "$DIR" 2>/dev/null || refuse 78 "$DIR cannot be made on $(hostname); give a job_dir that you can write to"
     for i in "${!NAMES[@]}"; do queue "$i"; done
     printf '%s' "$META" >"$DIR/run.json.part" && mv "$DIR/run.json.part" "$DIR/run.json" || undo "$DIR cannot be written"
     # Held until all are there: a chain that was submitted in part never begins.
