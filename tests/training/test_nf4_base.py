@@ -162,6 +162,33 @@ def test_nothing_keeps_the_memory_of_an_unpacked_matrix():
     assert moved.weight.is_meta and moved.nf4_scales.dtype == torch.int32
 
 
+class SavedTwice(torch.autograd.Function):
+    """As Transformer Engine's products: the weight, and the weight as it is multiplied."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(weight, weight.view(-1, weight.shape[-1]))
+        return inputs @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, same = ctx.saved_tensors
+        assert torch.equal(weight, same)
+        return gradient @ weight, None
+
+
+def test_a_matrix_that_is_kept_twice_is_unpacked_once(monkeypatch):
+    layer = torch.nn.Linear(128, 8, bias=False)
+    layer.forward = lambda inputs: SavedTwice.apply(inputs, layer.weight)
+    packed = Packed(layer, ["weight"])
+    times = []
+    unpacked = packed.unpacked
+    monkeypatch.setattr(packed, "unpacked", lambda: times.append(1) or unpacked())
+    for _ in range(2):
+        layer(torch.randn(3, 128, requires_grad=True)).sum().backward()
+    assert len(times) == 4, "once for each pass"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_base_with_a_value_that_is_no_number_is_noticed(bad):
     """Of a packed matrix nothing but the scales shows it."""

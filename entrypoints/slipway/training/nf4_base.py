@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,7 @@ class Packed:
             hollow = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
             vars(hollow).update(vars(weight), packed_in=self)
             setattr(module, name, hollow)
+        self._again: Callable[[], Tensor | None] = lambda: None
         self._forward, self._apply = module.forward, module._apply
         module.forward, module._apply = self.forward, self.apply
 
@@ -126,6 +128,13 @@ class Packed:
         scales = self.module.nf4_scales.view(torch.float32)
         found = unpack(self.module.nf4_codes, scales, self.columns, self.dtype)
         return found.view(len(self.names), self.rows, self.columns)
+
+    def unpacked_again(self, part: Part) -> Tensor:
+        """A part of it for a backward pass. A layer that has kept a matrix under two names shares its memory."""
+        before = self._again()
+        found = (self.unpacked() if before is None else before).as_strided(part.shape, part.stride, part.offset)
+        self._again = weakref.ref(found)
+        return found
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """The module's own, with unpacked matrices."""
@@ -182,7 +191,7 @@ class Part:
 def _again(kept: Any) -> Tensor:
     if not isinstance(kept, Part):
         return kept
-    return kept.packed.unpacked().as_strided(kept.shape, kept.stride, kept.offset)
+    return kept.packed.unpacked_again(kept)
 
 
 def _packed_when_built(build: Callable[..., None]) -> Callable[..., None]:
