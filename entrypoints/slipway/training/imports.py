@@ -1,4 +1,4 @@
-"""What NeMo and Megatron import and compile when they are imported, less what no run needs: half of the time to start.
+"""What NeMo and Megatron import and compile when they are imported, less what no run needs.
 
 Call `import_less` before either of them is imported.
 """

@@ -1,4 +1,4 @@
-"""Unpacking NF4 on a GPU: see nf4_base.py. As fast as the memory: it reads 0.56 bytes of an element and writes two."""
+"""Unpacking NF4 on a GPU: see nf4_base.py. It reads 0.56 bytes of an element and writes two."""
 
 from __future__ import annotations
 
