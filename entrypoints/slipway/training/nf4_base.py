@@ -1,8 +1,8 @@
 """A frozen base in NF4 (QLoRA): four bits for a weight and a scale for each 64 of them.
 
 Every matrix of a layer is unpacked for the product that needs it and forgotten after it; the backward pass unpacks it
-again. The weights take 0.56 bytes each instead of 2. What is small or decides much stays in BF16: norms, biases, routers,
-the embedding and the output layer.
+again. The weights take 0.56 bytes each instead of 2. What is small or decides much stays in BF16: norms, biases,
+routers, the embedding and the output layer.
 """
 
 from __future__ import annotations
