@@ -3,13 +3,15 @@
 Run as a program it is a server: each line of its input is {"words": [...], "output": PATH}, for a `slipway` command
 that it forks; it answers with the process number, and PATH.code gets the exit code when the command has ended. With
 "gate": PATH a worker of the command waits there, see Gate; "folder", "env" and "screen" are where it runs, what
-variables it has, and a terminal for its output. With "many": PATH it is the runs of training/train_many.py.
+variables it has, and a terminal for its output. With "python" the words are those of another program in Python, a file
+or "-c" and its text. With "many": PATH it is the runs of training/train_many.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -149,6 +151,11 @@ class Commands:
         about["screen"] = screen
         return self._ask({"words": words, **about}, output)
 
+    def python(self, words: list[object], output: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+        """Run `python WORDS` to its end: (exit code, everything it printed), which goes to `output` too."""
+        about = {"python": True, "words": [str(word) for word in words], "folder": "", "env": env or {}}
+        return self._ask(about, output).finish()
+
     def train_many(self, jobs: list[dict[str, Any]], folder: Path) -> None:
         """Do the runs of training/train_many.py, and wait for their end; each leaves how it ended in its own folder."""
         file = (
@@ -253,10 +260,12 @@ def _work_of(job: dict[str, Any]) -> Callable[[], int | None]:
         from training.train_many import run_all
 
         return lambda: run_all(Path(job["many"]))
-    if job["gate"]:
-        Gate.put_before_the_model(Path(job["gate"]))
     os.chdir(job["folder"] or ".")
     os.environ.update(job["env"])
+    if "python" in job:
+        return lambda: _run_python(job["words"])
+    if job["gate"]:
+        Gate.put_before_the_model(Path(job["gate"]))
     from slipway import cli
 
     def work() -> int:
@@ -265,6 +274,16 @@ def _work_of(job: dict[str, Any]) -> Callable[[], int | None]:
         return cli.main(job["words"])
 
     return work
+
+
+def _run_python(words: list[str]) -> None:
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _keep(work: Callable[[], int | None], output: Path, answers: int) -> None:

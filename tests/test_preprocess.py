@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -138,7 +136,7 @@ def corpus(tmp_path, small_pieces) -> Path:
     return folder
 
 
-def test_megatron_reads_the_texts(mxfp4_model, tokenizer, corpus, tmp_path):
+def test_megatron_reads_the_texts(mxfp4_model, tokenizer, corpus, tmp_path, warm):
     """Each document is its text and the end, however many pieces it was read in, with Megatron's own reader."""
     summary = preprocess(str(corpus), str(tmp_path / "out.bin"), tokenizer=str(mxfp4_model))
     reads = (
@@ -147,8 +145,9 @@ def test_megatron_reads_the_texts(mxfp4_model, tokenizer, corpus, tmp_path):
         "b = d.document_indices.tolist();"
         "print(json.dumps([sum((d[i].tolist() for i in range(*r)), []) for r in zip(b, b[1:])]))"
     )
-    done = subprocess.run([sys.executable, "-c", reads, tmp_path / "out"], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    code, printed = warm.python(["-c", reads, tmp_path / "out"], tmp_path / "printed")
+    assert code == 0, printed
+    found = json.loads(printed.splitlines()[-1])
     documents = []
     for file in sorted(corpus.iterdir()):
         whole = file.suffix != ".jsonl"

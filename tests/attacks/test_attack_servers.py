@@ -124,7 +124,7 @@ def test_addresses_to_go_on_to(server, arena, model, tmp_path):
             assert found.code in (2, 75, 78), found.err
 
 
-def test_errors_of_weights_and_biases(server, slipway, nemo, samples, tmp_path):
+def test_errors_of_weights_and_biases(server, slipway, warm, nemo, samples, tmp_path):
     """A real run, and the real client, which prints some of what the server says by itself."""
     server.status = 400
     server.body = json.dumps({"errors": [{"message": f"no {EVIL} {server.url}"}], "error": EVIL}).encode()
@@ -136,6 +136,6 @@ def test_errors_of_weights_and_biases(server, slipway, nemo, samples, tmp_path):
     assert done.returncode == 2 and "WANDB_BASE_URL has a user or a password" in done.stderr, done.stderr
     assert_harmless(done.stdout + done.stderr)
     own["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
-    done = slipway("train", *words, env=os.environ | own)
-    assert done.returncode == 78 and server.asked and "pwned" in done.stderr, done.stderr
-    assert_harmless(done.stdout + done.stderr)
+    code, printed = warm.start(["train", *map(str, words)], tmp_path / "printed", env=own).finish()
+    assert code == 78 and server.asked and "pwned" in printed, printed
+    assert_harmless(printed)

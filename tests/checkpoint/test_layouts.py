@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,14 +33,13 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def saved(four_layers, tmp_path_factory) -> Path:
+def saved(four_layers, tmp_path_factory, warm) -> Path:
     """The folder with what Megatron saved in each layout."""
     root = tmp_path_factory.mktemp("saved")
     jobs = [{"name": name, "port": free_port(), **sizes} for name, sizes in LAYOUTS.items()]
     (root / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    words = [sys.executable, "-W", "ignore", SCRIPT, four_layers, root / "jobs.json"]
-    subprocess.run(words, env=environment, check=True)
+    code, printed = warm.python([SCRIPT, four_layers, root / "jobs.json"], root / "output")
+    assert code == 0, printed
     return root
 
 

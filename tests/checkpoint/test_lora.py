@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -233,7 +231,7 @@ JOBS = {
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
+def on_two_ranks(tmp_path_factory, warm):
     """The folder with what two tensor parallel ranks saved of each job."""
     folder = tmp_path_factory.mktemp("ranks")
     import_checkpoint(str(make_model(folder / "hf", "llama31", quantized=False)), str(folder / "nemo"))
@@ -244,8 +242,8 @@ def on_two_ranks(tmp_path_factory):
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     program = Path(__file__).parent / "adapters_in_parallel.py"
-    words = [sys.executable, "-W", "ignore", program, folder / "nemo", folder / "jobs.json"]
-    print(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    code, printed = warm.python([program, folder / "nemo", folder / "jobs.json"], folder / "output")
+    assert code == 0, printed
     for name, (method, _) in JOBS.items():
         (folder / name / "context").mkdir()
         about = f"  _target_: nemo.collections.llm.peft.{method}\n  alpha: {ALPHA}\n  dim: {RANK}\n"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +48,7 @@ def sources(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(sources, tmp_path_factory) -> Path:
+def saved(sources, tmp_path_factory, warm) -> Path:
     """The folder with what Megatron saved, by the number of the job."""
     root = tmp_path_factory.mktemp("saved")
     jobs = []
@@ -60,8 +57,8 @@ def saved(sources, tmp_path_factory) -> Path:
         source = str(sources / f"{kind}-nemo")
         jobs.append({"source": source, "name": str(number), "port": free_port(), "form": form, "apart": apart, **sizes})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-W", "ignore", SCRIPT, root / "jobs.json"], env=environment, check=True)
+    code, printed = warm.python([SCRIPT, root / "jobs.json"], root / "output")
+    assert code == 0, printed
     return root
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +29,7 @@ IMPORTED = {"llama": ("llama31", {"rope_scaling": LLAMA3}), "qwen2": ("qwen25_un
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory, warm) -> Path:
     """The folder with what NeMo has made, by the number of the job or by the name of its module."""
     root = tmp_path_factory.mktemp("made")
     jobs: list[dict] = []
@@ -43,9 +40,8 @@ def made(tmp_path_factory) -> Path:
         source = make_model(root / f"{module}-source", kind, changes, quantized=False)
         jobs.append({"import": module, "source": str(source), "name": module, "port": free_port()})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(folders)}
-    subprocess.run([sys.executable, "-W", "ignore", SCRIPT, root / "jobs.json"], env=environment, check=True)
+    code, printed = warm.python([SCRIPT, root / "jobs.json"], root / "output")
+    assert code == 0, printed
     return root
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -212,7 +210,7 @@ print(json.dumps([batch["labels"].tolist(), batch["loss_mask"].tolist()]))
 """
 
 
-def test_nemo_s_batches_learn_the_assistant_s_words_alone(model, tmp_path):
+def test_nemo_s_batches_learn_the_assistant_s_words_alone(model, tmp_path, warm):
     from conftest import free_port
     from tokenizers import Tokenizer
 
@@ -222,10 +220,9 @@ def test_nemo_s_batches_learn_the_assistant_s_words_alone(model, tmp_path):
         ]
     }
     processed(model, rows(model, chat, {"prompt": "x", "completion": "y"}), show=0)
-    command = [sys.executable, "-W", "ignore", "-c", BATCHES, next(tmp_path.glob("out*")), str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    labels, mask = json.loads(done.stdout.splitlines()[-1])
+    code, printed = warm.python(["-c", BATCHES, next(tmp_path.glob("out*")), free_port()], tmp_path / "printed")
+    assert code == 0, printed[-3000:]
+    labels, mask = json.loads(printed.splitlines()[-1])
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     learned = [
         tokenizer.decode([label for label, on in zip(*row, strict=True) if on], skip_special_tokens=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from slipway import cli
@@ -33,22 +31,19 @@ def test_a_large_one_takes_no_room(tmp_path):
     assert sizes > 16e9 and taken < 1e6
 
 
-def test_it_trains_and_says_how_fast(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(FAMILIES["qwen3"].tiny_config()))
-    words = ["--mode", "lora", "--lengths", "chat", "--nproc-per-node", "2"]
+def test_it_trains_and_says_how_fast(tmp_path, warm):
+    model = tmp_path / "here" / "tiny"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(FAMILIES["qwen3"].tiny_config()))
+    words = ["--mode", "lora", "--lengths", "chat", "--nproc-per-node", "1"]
     few = ["--set", "seq_length=256", "--set", "global_batch_size=4", "--steps", "1", "--layers", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "slipway.cli", "bench", "--config", "tiny/config.json", *words, *few, "--json"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    words = ["bench", "--config", "tiny/config.json", *words, *few, "--json"]
+    code, printed = warm.start(words, tmp_path / "printed", folder=model.parent).finish()
+    assert code == 0, printed
+    found = json.loads(printed.splitlines()[-1])
     assert found["tokens_per_second"] > 0 and found["seconds_per_step"] > 0 and found["mode"] == "lora"
-    assert found["name"] == "tiny with 1 layers" and found["gpus"] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # nothing is left behind
+    assert found["name"] == "tiny with 1 layers" and found["gpus"] == 1
+    assert [path.name for path in model.parent.iterdir()] == ["tiny"]  # nothing is left behind
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 CHECK = """
 import torch
 from slipway.training import cpu
@@ -52,6 +49,6 @@ assert not used, "the adapter was called, so nothing was added in place"
 """
 
 
-def test_outputs_and_gradients_are_those_of_nemos_adapters():
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_outputs_and_gradients_are_those_of_nemos_adapters(warm, tmp_path):
+    code, printed = warm.python(["-c", CHECK], tmp_path / "output")
+    assert code == 0, printed

@@ -136,9 +136,10 @@ def test_a_terminal_has_one_living_line(folder, tmp_path, warm):
     """Seen through a pseudo-terminal: each step's line takes the place of the one before."""
     main, other = pty.openpty()
     process = warm.start(words(folder, tmp_path / "run"), tmp_path / "errors", screen=os.ttyname(other))
-    shown = b""
+    shown, waiting = b"", select.poll()
+    waiting.register(main, select.POLLIN)
     while not shown and process.poll() is None:  # once it has written, the command has the terminal open
-        shown = os.read(main, 65536) if select.select([main], [], [], 0.1)[0] else b""
+        shown = os.read(main, 65536) if waiting.poll(100) else b""
     os.close(other)
     while True:
         try:
