@@ -101,6 +101,19 @@ def test_packed_samples_keep_their_bounds(tmp_path):
     assert Samples([units], 2, 6, 1, learn_prompts=True, shuffled=False)[0]["loss_mask"].tolist() == [1] * 6
 
 
+def test_packed_samples_can_be_shared_in_equal_parts(tmp_path):
+    path = write(tmp_path / "x.jsonl", [([7, 8], [9, 10]), ([], [1] * 6), ([3, 5], [4])])
+    index = scan(path, 8, 100, packed=True, multiple=4)
+    units = open_units(path, index, 8)
+    assert list(map(list, index.packs)) == [[1], [0, 2]], "six places would do for the second, and four of the first"
+    one, other = (Samples([units], 2, 8, 1, packed=True, multiple=4, shuffled=False)[i] for i in range(2))
+    assert one["cu_seqlens"].tolist() == [0, 8] and one["is_real"].tolist() == [True] * 5 + [False] * 3
+    assert other["cu_seqlens"].tolist() == [0, 4, 8]
+    assert other["is_real"].tolist() == [True, True, True, False, True, True, False, False]
+    assert other["tokens"].tolist()[:3] == [7, 8, 9] and other["labels"].tolist()[4:6] == [5, 4]
+    assert other["loss_mask"].tolist() == [0, 1, 1, 0, 0, 1, 0, 0]
+
+
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_packing_loses_nothing_and_nearly_fills(lengths):
     packs = pack(np.array(lengths, np.int32), 20)

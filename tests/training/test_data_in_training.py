@@ -19,7 +19,7 @@ from torch.nn import functional
 SEQ_LENGTH, STEPS = 24, 3
 LENGTHS = (23, 13, 13, 9, 9, 9, 17, 9)  # without their last tokens they go into four sequences
 SAMPLES = len(LENGTHS)
-KINDS = ("llama31", "qwen3_moe", "deepseek_v3")
+KINDS = ("llama31", "qwen3_moe", "deepseek_v3", "gpt_oss")
 # run: kind, what it trains with
 RUNS = {
     "dense-apart": ("llama31", {"mode": "sft"}),
@@ -29,6 +29,8 @@ RUNS = {
     "experts-packed": ("qwen3_moe", {"mode": "lora", "pack": True}),
     "latent-apart": ("deepseek_v3", {"mode": "lora"}),
     "latent-packed": ("deepseek_v3", {"mode": "lora", "pack": True}),
+    "sinks-apart": ("gpt_oss", {"mode": "lora"}),
+    "sinks-packed": ("gpt_oss", {"mode": "lora", "pack": True}),
     "heads": ("llama31", {"mode": "heads"}),
     "heads-packed-and-evaluated": ("llama31", {"mode": "heads", "pack": True, "eval": True}),
     "heads-evaluated": ("llama31", {"mode": "heads", "eval": True}),
@@ -103,7 +105,7 @@ def test_packed_samples_teach_what_they_teach_apart(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, "dense-apart"), rel=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["experts", "latent"])
+@pytest.mark.parametrize("kind", ["experts", "latent", "sinks"])
 def test_packed_samples_meet_the_same_model(runs, kind):
     """Later steps differ a little: the load of the experts that is balanced counts padding."""
     apart, packed = losses(runs, f"{kind}-apart"), losses(runs, f"{kind}-packed")

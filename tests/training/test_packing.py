@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from slipway.families import FAMILIES
 from slipway.training.recipe import Recipe
-from slipway.training.samples import computed_positions
+from slipway.training.samples import computed_positions, share_of_samples
 
-LLAMA = FAMILIES["llama31"].tiny_config()
+LLAMA, GPT_OSS = (FAMILIES[family].tiny_config() for family in ("llama31", "gpt_oss"))
 
 
 def decided(config=LLAMA, chosen=(), data="d.jsonl", **values):
@@ -18,6 +19,8 @@ def decided(config=LLAMA, chosen=(), data="d.jsonl", **values):
 def test_samples_are_packed_where_nothing_is_against_it(mode):
     assert decided(mode=mode) == (True, "")
     assert decided(mode=mode, micro_batch_size=2) == (True, "")  # a recipe's, which nobody asked for
+    assert decided(GPT_OSS, mode=mode) == (True, "")
+    assert decided(mode=mode, context_parallel_size=2) == (True, "")
 
 
 @pytest.mark.parametrize("mode", ["heads", "pretrain"])
@@ -32,10 +35,10 @@ def test_full_sequences_are_not_worth_a_word():
 @pytest.mark.parametrize(
     "config, chosen, values, said",
     [
-        (FAMILIES["gpt_oss"].tiny_config(), (), {"mode": "lora"}, "no attention with sinks"),
         (FAMILIES["deepseek_v3"].tiny_config(), (), {"mode": "sft"}, "MTP layer"),
         (LLAMA, ("micro_batch_size",), {"mode": "lora", "micro_batch_size": 2}, "--micro-batch-size 1, not 2"),
-        (LLAMA, (), {"mode": "sft", "context_parallel_size": 2}, "--context-parallel-size 1, not 2"),
+        (LLAMA, (), {"mode": "sft", "context_parallel_size": 2, "seq_length": 30}, "a multiple of it for --seq-length"),
+        (GPT_OSS, (), {"mode": "sft", "context_parallel_size": 2}, "with sinks takes --context-parallel-size 1, not 2"),
         (None, (), {"mode": "sft"}, "config.json"),
     ],
 )
@@ -58,3 +61,18 @@ def test_why_not_is_said(config, chosen, values, said):
 )
 def test_a_micro_batch_is_as_long_as_its_longest_sample(longest, seq_length, ranks, expected):
     assert computed_positions(longest, seq_length, ranks) == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_context_parallel_ranks_share_each_packed_sample(ranks):
+    """Each has an early part of every sample and the late one that makes up for it, as Transformer Engine wants it."""
+    bounds = torch.tensor([0, 2 * ranks, 8 * ranks, 12 * ranks], dtype=torch.int32)
+    shares = [share_of_samples(bounds, ranks, rank) for rank in range(ranks)]
+    assert torch.equal(torch.stack(shares).sum(0), torch.ones(12 * ranks, dtype=torch.int64))
+    for rank, share in enumerate(shares):
+        expected = []
+        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            size = (end - start) // (2 * ranks)
+            expected += range(start + rank * size, start + (rank + 1) * size)
+            expected += range(end - (rank + 1) * size, end - rank * size)
+        assert share.nonzero().flatten().tolist() == expected

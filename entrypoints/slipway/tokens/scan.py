@@ -20,18 +20,20 @@ def is_indexed(path: Path) -> bool:
     return path.suffix == ".bin"
 
 
-def scan(path: Path, seq_length: int, vocab_size: int, packed: bool = False) -> Index:
+def scan(path: Path, seq_length: int, vocab_size: int, packed: bool = False, multiple: int = 1) -> Index:
     """Check every token once.
 
     Args:
         packed: put several samples into one sequence where they fit; only for JSON lines.
+        multiple: a packed sample takes a multiple of so many positions, see Samples.
 
     Errors: DataError for malformed data, for tokens outside the vocabulary, or if nothing is left to train on.
     """
     if not is_indexed(path):
         index = index_lines(path, seq_length, vocab_size)
         # A sample of n tokens takes n - 1 places: its last token is only a label.
-        return replace(index, packs=pack(index.lengths - 1, seq_length)) if packed else index
+        places = index.lengths - 1 + (1 - index.lengths) % multiple
+        return replace(index, packs=pack(places, seq_length)) if packed else index
     documents = Documents.open(path)
     documents.check(seq_length, vocab_size)
     begins = np.arange(len(Windows(documents, seq_length))) * seq_length

@@ -147,6 +147,7 @@ def _and_seed(init_model_parallel: Callable[..., None]) -> Callable[..., None]:
 
 def _patch_megatron() -> None:
     from megatron.core import tensor_parallel
+    from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -158,6 +159,7 @@ def _patch_megatron() -> None:
     wrap(rope_utils, "fused_apply_rotary_pos_emb", lambda kernel: kernel or NotImplemented, MEGATRON)
     wrap(tensor_parallel.RowParallelLinear, "forward", _and_clone, MEGATRON)
     wrap(torch_norm.WrappedTorchNorm, "__new__", _norm_under_sequence_parallelism, MEGATRON)
+    wrap(FusedScaleMaskSoftmax, "forward_torch_softmax", _window_in_mask, MEGATRON)
     # The dispatcher has imported it by name.
     for module in (moe_utils, token_dispatcher):
         replace(module, "maybe_move_tensor_to_cpu", _maybe_as_numpy, MEGATRON)
@@ -172,6 +174,26 @@ def _and_clone(forward: Callable[..., Any]) -> Callable[..., Any]:
         return output.clone() if output.requires_grad else output, bias
 
     return forward_and_clone
+
+
+def _window_in_mask(softmax: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Where a layer has a window Megatron forgets the mask that it was given, which keeps packed samples apart."""
+    from megatron.core.transformer.utils import get_sliding_window_causal_mask
+
+    @functools.wraps(softmax)
+    def softmax_of_both(
+        self: Any, scores: torch.Tensor, mask: torch.Tensor | None, *sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        window = self.window_size
+        if mask is None or window is None:
+            return softmax(self, scores, mask, *sinks)
+        self.window_size = None
+        try:
+            return softmax(self, scores, mask | get_sliding_window_causal_mask(*scores.shape[2:], window), *sinks)
+        finally:
+            self.window_size = window
+
+    return softmax_of_both
 
 
 def _maybe_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

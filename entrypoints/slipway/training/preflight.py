@@ -217,17 +217,17 @@ def index_file(folder: Path, purpose: str, number: int) -> Path:
     return folder / f"{purpose}{number or ''}.npz"
 
 
-def scan_data(data: str, eval_data: str, seq_length: int, vocab_size: int, pack: bool) -> Scanned:
-    """Check every token, and say what there is; DataError for what cannot be used."""
+def scan_data(data: str, eval_data: str, seq_length: int, vocab_size: int, pack: bool, multiple: int = 1) -> Scanned:
+    """Check every token, and say what there is; DataError for what cannot be used. The last two are as in `scan`."""
     found = []
     for part in parts_of(data):
-        index = scan(part.path, seq_length, vocab_size, pack)
+        index = scan(part.path, seq_length, vocab_size, pack, multiple)
         tell(f"train: {part.path.name}: {index.describe(seq_length)}")
         _check_lost(part.path, index, seq_length)
         found.append(index)
     if not eval_data:
         return Scanned(found, None)
-    held_out = scan(Path(eval_data), seq_length, vocab_size, pack)
+    held_out = scan(Path(eval_data), seq_length, vocab_size, pack, multiple)
     tell(f"train: evaluation on {Path(eval_data).name}: {held_out.describe(seq_length)}")
     _check_lost(Path(eval_data), held_out, seq_length)
     return Scanned(found, held_out)

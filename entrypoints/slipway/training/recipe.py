@@ -195,15 +195,27 @@ class Recipe:
         return ""
 
     def _unpackable_layout(self) -> str:
-        for name in ("micro_batch_size", "context_parallel_size"):
-            if (value := getattr(self, name)) > 1:
-                return f"puts many samples into one sequence, which takes --{name.replace('_', '-')} 1, not {value}"
+        if self.micro_batch_size > 1:
+            return f"puts many samples into one sequence, which takes --micro-batch-size 1, not {self.micro_batch_size}"
+        if self.context_parallel_size > 1 and self.seq_length % self.shares_of_samples:
+            return (
+                f"under --context-parallel-size {self.context_parallel_size} shares each sample in "
+                f"{self.shares_of_samples} parts, which takes a multiple of it for --seq-length, not {self.seq_length}"
+            )
         return ""
+
+    @property
+    def shares_of_samples(self) -> int:
+        """How many equal parts a packed sample is shared in: a light and a heavy one for each context parallel rank."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     def unpackable_model(self, c: Mapping[str, Any]) -> str:
         """Why samples cannot be packed for the model with this config.json; "" where they can."""
-        if c["model_type"] == "gpt_oss":
-            return "cannot be used with gpt_oss: Transformer Engine has no attention with sinks for packed samples"
+        if c["model_type"] == "gpt_oss" and self.context_parallel_size > 1:
+            return (
+                f"of a model with sinks takes --context-parallel-size 1, not {self.context_parallel_size}: use "
+                "--tensor-parallel-size"
+            )
         if self.mode in ("sft", "pretrain") and c.get("num_nextn_predict_layers"):
             return (
                 f"cannot be used with --mode {self.mode} and the model's MTP layer, which would predict one sample's "

@@ -22,6 +22,19 @@ PAD_ID = 0
 ALIGNED = 128  # positions: kernels work on blocks, and each length is another plan for some of them
 
 
+def share_of_samples(bounds: torch.Tensor, ranks: int, rank: int) -> torch.Tensor:
+    """bool [T]: of each packed sample part `rank` and the one as far from its end, of 2 · ranks equal parts.
+
+    Args:
+        bounds: int32 [samples + 1], where each sample begins, and T; the samples are multiples of 2 · ranks long.
+    """
+    lengths = bounds.diff()
+    total = int(bounds[-1])
+    begins, sizes = (torch.repeat_interleave(of_each, lengths, output_size=total) for of_each in (bounds[:-1], lengths))
+    part = (torch.arange(total, device=bounds.device) - begins) * (2 * ranks) // sizes
+    return (part == rank) | (part == 2 * ranks - 1 - rank)
+
+
 def computed_positions(longest: int, seq_length: int, ranks: int) -> int:
     """How many positions of its sequences a micro batch computes: its longest sample's, and what makes them even.
 
@@ -40,6 +53,8 @@ class Samples(Dataset):
         parts: the units of each file; a unit is the content of one sequence: one sample, or several that are packed.
         shares: the part of the sequences that is from each file; None = there is one.
         packed: also give `cu_seqlens`, the positions where the samples begin.
+        multiple: each packed sample takes a multiple of so many positions, the last of them padding, so that it can be
+            shared in equal parts.
         learn_prompts: the loss counts the tokens of p_ids too.
         shuffled: False keeps the order of the file.
     """
@@ -53,11 +68,12 @@ class Samples(Dataset):
         *,
         shares: list[float] | None = None,
         packed: bool = False,
+        multiple: int = 1,
         learn_prompts: bool = False,
         shuffled: bool = True,
     ) -> None:
         self.parts, self.count, self.seq_length, self.seed = parts, count, seq_length, seed
-        self.packed, self.learn_prompts, self.shuffled = packed, learn_prompts, shuffled
+        self.packed, self.multiple, self.learn_prompts, self.shuffled = packed, multiple, learn_prompts, shuffled
         self._blend = order(shares, count) if shares and len(parts) > 1 else None
         self._epochs = [(-1, np.arange(len(units))) for units in parts]  # of each file: which one, and its order
 
@@ -93,8 +109,12 @@ class Samples(Dataset):
     def _join(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         tokens = torch.full((self.seq_length,), PAD_ID, dtype=torch.int64)
         labels, positions, mask = tokens.clone(), torch.arange(self.seq_length), torch.zeros(self.seq_length)
-        bounds = [0, *accumulate(len(prompt) + len(response) - 1 for prompt, response, _ in samples)]
-        for (prompt, response, context), start, end in zip(samples, bounds[:-1], bounds[1:], strict=True):
+        is_real = torch.zeros(self.seq_length, dtype=torch.bool)
+        lengths = [len(prompt) + len(response) - 1 for prompt, response, _ in samples]
+        bounds = [0, *accumulate(length + -length % self.multiple for length in lengths)]
+        for (prompt, response, context), start, length in zip(samples, bounds[:-1], lengths, strict=True):
+            end = start + length
+            is_real[start:end] = True
             ids = torch.tensor(prompt + response, dtype=torch.int64)
             tokens[start:end], labels[start:end] = ids[:-1], ids[1:]
             # Position i predicts token i + 1: the last token of the prompt predicts the first one of the response.
@@ -104,7 +124,6 @@ class Samples(Dataset):
                 # A label stands one place before its token; a token at the very beginning is no label.
                 mask[max(start, start + len(prompt) + first - 1) : start + len(prompt) + last - 1] = 0
             positions[start:end] = torch.arange(end - start)
-        is_real = torch.arange(self.seq_length) < bounds[-1]
         found = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions, "is_real": is_real}
         if self.packed:
             # Padding is a sample of its own, so that no token attends to it.

@@ -156,9 +156,12 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
             values |= lora
             said += notes
         known = request.choice.gpu_memory or (recipes.gpu_memory() if dry_run or gpus_here() else None)
+        before = values
         found = layout.fitted(values, chosen, config, topology.world_size, known)
         values = found.values
         said += [f"for {topology.world_size} processes: {', '.join(found.changes)}"] if found.changes else []
+        if scanned and found.values.get("context_parallel_size") != before.get("context_parallel_size"):
+            scanned = _scan(values)  # packed samples are shared in other parts
         if scanned and epochs is not None:  # the layout may have another global batch
             values |= _steps_of(epochs, scanned, values)
             schedule = _fitting_schedule(values, chosen)
@@ -206,6 +209,7 @@ def _scan(values: Mapping[str, Any]) -> preflight.Scanned:
         values.get("seq_length", Recipe.seq_length),
         preflight.vocab_size(Path(values["model"])),
         bool(values.get("pack")),
+        Recipe(**values).shares_of_samples,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slipway.training.cross_entropy import linear_cross_entropy
 from slipway.training.padding import RealTokens, only
-from slipway.training.samples import computed_positions
+from slipway.training.samples import computed_positions, share_of_samples
 
 FIRST_STAGE_KEYS = ("tokens", "position_ids")
 LAST_STAGE_KEYS = ("labels", "loss_mask", "drop_if_easy")
@@ -35,9 +35,20 @@ def data_step(iterator: Iterator) -> dict[str, Tensor | None]:
     wanted += EVERY_STAGE_KEYS
     batch = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
     lengths = batch["is_real"].sum(1)
-    batch = get_batch_on_this_cp_rank(batch)  # Recipe.check refuses packed samples with context parallelism
+    batch = on_this_context_parallel_rank(batch)
     found = {key: batch.get(key) for key in (*FIRST_STAGE_KEYS, *LAST_STAGE_KEYS, *EVERY_STAGE_KEYS)}
     return found | {"lengths": lengths}
+
+
+def on_this_context_parallel_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The positions that this rank has: a light and a heavy part of each sequence, or of each packed sample."""
+    if "cu_seqlens" not in batch:
+        return get_batch_on_this_cp_rank(batch)
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if ranks == 1:
+        return batch
+    mine = share_of_samples(batch["cu_seqlens"].flatten(), ranks, rank)
+    return {key: value if key == "cu_seqlens" else value[:, mine] for key, value in batch.items()}
 
 
 def without_needless_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:

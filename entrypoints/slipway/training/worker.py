@@ -86,6 +86,10 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         group_products()
         if recipe.precision == "fp8":
             keep_no_scales()
+        if recipe.pack:
+            from slipway.training.sinks import attend_with_sinks
+
+            attend_with_sinks()
     if recipe.base_precision == "nf4":
         from slipway.training.nf4_base import pack_base
 
@@ -198,6 +202,7 @@ def _samples(recipe: Recipe, data: str, indices: Path, purpose: str, batches: in
         recipe.seed,
         shares=[part.share for part in parts],
         packed=bool(recipe.pack),
+        multiple=recipe.shares_of_samples if recipe.pack else 1,
         learn_prompts=recipe.mode == "pretrain",
         shuffled=shuffled,
     )

@@ -1,0 +1,113 @@
+"""Attention with sinks for packed samples, which Transformer Engine has only for samples that each have their own row.
+
+A sink is one more score of each head, whose value is zero: it takes a share of the softmax and gives nothing. So flash
+attention without sinks is computed, and its output is what it would be with them but for a factor, which follows from
+the sums of exponentials that flash attention returns. In the backward pass its kernel computes the weights from such
+sums again: given the sums that the sinks are a part of, it computes the weights with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipway.training.patches import MEGATRON, wrap
+
+UNLIMITED = -1  # a window's size for flash attention
+
+
+def attend_with_sinks() -> None:
+    """Let Megatron's attention by Transformer Engine take packed samples where it has sinks."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    wrap(TEDotProductAttention, "forward", _packed_with_sinks, MEGATRON)
+
+
+def _packed_with_sinks(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        packed = options.get("packed_seq_params")
+        if packed is None or layer.softmax_type == "vanilla":
+            return forward(layer, query, key, value, *arguments, **options)
+        found = SinkAttention.apply(
+            *(query, key, value, layer.softmax_offset),
+            *(packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.size(-1)), layer.window_size[0]),
+        )
+        return found.flatten(1)
+
+    return attend
+
+
+class SinkAttention(torch.autograd.Function):
+    """Causal attention of samples that stand one after the other.
+
+    Args of apply:
+        query: [T, heads, D], BF16.
+        key, value: [T, groups, D].
+        sinks: [heads], a score for each.
+        bounds: int32 [samples + 1], where each sample begins, and T.
+        longest: tokens of the longest sample.
+        scale: of the other scores.
+        window: how many tokens before its own a token sees; UNLIMITED for all of its sample.
+
+    Returns: [T, heads, D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, *sizes: Any):
+        longest, scale, window = sizes
+        found, sums, *state = forward_without_sinks(query, key, value, bounds, longest, scale, window)
+        with_sinks = torch.logaddexp(sums, sinks.float().unsqueeze(1))
+        found = found * (sums - with_sinks).exp().T.unsqueeze(-1).to(found.dtype)
+        ctx.save_for_backward(query, key, value, sinks, bounds, found, with_sinks, *state)
+        ctx.sizes = sizes
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):  # type: ignore[override] # autograd's own signature has no types
+        query, key, value, sinks, bounds, found, sums, *state = ctx.saved_tensors
+        of_inputs = backward_from_sums(gradient, query, key, value, found, sums, bounds, *ctx.sizes, state)
+        shares = (sinks.float().unsqueeze(1) - sums).exp()
+        # The derivative of a softmax: the sink's value is zero, and the mean of all values, so weighted, is `found`.
+        of_sinks = -(shares * (gradient.float() * found.float()).sum(-1).T).sum(1).to(sinks.dtype)
+        return *of_inputs, of_sinks, None, None, None, None
+
+
+def forward_without_sinks(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, window: int
+) -> tuple[Tensor, ...]:
+    """Flash attention: the output, the logarithms of the sums of exponentials (float32 [heads, T]), and its state."""
+    found, sums, *state, _ = torch.ops.aten._flash_attention_forward(
+        *(query, key, value, bounds, bounds, longest, longest, 0.0, True, False),
+        scale=scale,
+        window_size_left=window,
+        window_size_right=0,
+    )
+    return found, sums, *state
+
+
+def backward_from_sums(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    found: Tensor,
+    sums: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+    state: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flash attention's gradients of query, key and value, with the weights that belong to these sums."""
+    return torch.ops.aten._flash_attention_backward(
+        *(gradient.contiguous(), query, key, value, found, sums, bounds, bounds, longest, longest, 0.0, True, *state),
+        scale=scale,
+        window_size_left=window,
+        window_size_right=0,
+    )
