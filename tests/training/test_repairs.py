@@ -75,6 +75,25 @@ def test_results_of_a_save_need_no_other_process(monkeypatch):
     assert isinstance(filesystem_async._get_write_results_queue(), queue.SimpleQueue)
 
 
+def test_a_window_hides_what_a_mask_hides_too():
+    """The mask of packed samples, where no token sees one of another sample."""
+    from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.utils import attention_mask_func
+
+    softmax = FusedScaleMaskSoftmax(False, False, AttnMaskType.causal, False, attention_mask_func, True, None, (2, 0))
+    apart = torch.ones(6, 6, dtype=torch.bool).tril()
+    apart[3:, :3] = False
+    scores = torch.zeros(1, 1, 6, 6)
+
+    def weights(of) -> list[float]:
+        return of(softmax, scores.clone(), ~apart[None, None])[0, 0, 3].tolist()
+
+    upstream = patches.APPLIED["megatron.core.fusions.fused_softmax.FusedScaleMaskSoftmax.forward_torch_softmax"].before
+    assert weights(upstream) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0, 0]), "upstream"
+    assert weights(FusedScaleMaskSoftmax.forward_torch_softmax) == pytest.approx([0, 0, 0, 1, 0, 0])
+
+
 LESS = """
 import sys
 from pathlib import Path

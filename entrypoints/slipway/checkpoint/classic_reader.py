@@ -19,6 +19,7 @@ from slipway.checkpoint import classic, nf4, torch_files
 from slipway.checkpoint.archive import Stored
 from slipway.checkpoint.classic import Cut, Layout, Options, Placement, Rank
 from slipway.checkpoint.classic_files import AGAIN, Ranks
+from slipway.checkpoint.descriptors import Descriptors
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, empty, piece_number, scratch
@@ -42,7 +43,7 @@ class Reader:
         for (key, _), places in layout.places.items():
             if key not in self.tensors:
                 self.tensors[key] = TensorInfo(layout.tensors[key].shape, self._dtype(places[0]))
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors = Descriptors()
         self._kept = threading.local()
         self._sources: dict[tuple[Rank, str, str], nf4.Source] = {}
 
@@ -143,10 +144,7 @@ class Reader:
     def _elements(self, place: Placement, name: str, begin: int = 0, count: int | None = None) -> Bits:
         held = self._held[place.rank][place.chunk][name]
         path = self._ranks.path(place.rank, self._options)
-        descriptor = self._descriptors.get(path)
-        if descriptor is None:
-            descriptor = self._descriptors.setdefault(path, os.open(path, os.O_RDONLY))
-        return _elements(descriptor, path, name, held, begin, count)
+        return _elements(self._descriptors.of(path), path, name, held, begin, count)
 
     def _packed(self, place: Placement) -> nf4.Source:
         """A rank's packed tensor; what is known of it is read once."""

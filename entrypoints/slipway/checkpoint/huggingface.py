@@ -23,6 +23,7 @@ import numpy as np
 
 from slipway.checkpoint import formats, pytorch_bin
 from slipway.checkpoint.codecs import FP8, FP8_SCALES, Codec, Plain, Rows, codec_of
+from slipway.checkpoint.descriptors import Descriptors
 from slipway.checkpoint.shards import AGAIN, Stored, read_header
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, contiguous, empty
@@ -213,7 +214,7 @@ class Reader:
         self.folder, self.stored = folder, stored
         self._devices = devices
         self.declared = formats.declared(config, folder)
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors = Descriptors()
         kinds = {name: kind for name in stored if (kind := left_out(name))}
         infos = {name: place.info for name, place in stored.items() if name not in kinds}
         formats.refuse_unread(infos, self.declared, folder)
@@ -315,10 +316,7 @@ class Reader:
         return contiguous(np.lib.stride_tricks.as_strided(elements, shape, steps))
 
     def _fill(self, view: memoryview, file: Path, offset: int, name: str) -> None:
-        # Two threads may open the same file at the same time: the second descriptor is a waste, but no fault.
-        descriptor = self._descriptors.get(file)
-        if descriptor is None:
-            descriptor = self._descriptors.setdefault(file, os.open(file, os.O_RDONLY))
+        descriptor = self._descriptors.of(file)
         done = 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], offset + done)

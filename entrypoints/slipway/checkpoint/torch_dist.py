@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import pickle
 import re
 import struct
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import archive, dcp
+from slipway.checkpoint.descriptors import Descriptors
 from slipway.errors import DataError, UsageError
 from slipway.tensors.bits import Bits, bits_type, empty
 from slipway.tensors.refs import DTYPE_BYTES, Ref, TensorInfo
@@ -138,7 +138,7 @@ class Reader:
         self.tensors: dict[str, TensorInfo] = {}
         self.extents: dict[str, int] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
-        self._descriptors: dict[str, int] = {}
+        self._descriptors = Descriptors()
         self._found: dict[_Chunk, archive.Stored] = {}
         try:
             metadata = dcp.loads(read_bytes(path, MAX_METADATA_BYTES, AGAIN))
@@ -258,10 +258,7 @@ class Reader:
     def _load(self, name: str, chunk: _Chunk, box: _Box) -> Bits:
         """The elements in a box of a chunk: a tensor that one rank has saved is one chunk, of any size."""
         where = self.folder / chunk.file
-        # Two threads may open the same file at the same time: the second descriptor is a waste, but no fault.
-        descriptor = self._descriptors.get(chunk.file)
-        if descriptor is None:
-            descriptor = self._descriptors.setdefault(chunk.file, os.open(where, os.O_RDONLY))
+        descriptor = self._descriptors.of(where)
         try:
             found = self._found.get(chunk)
             if found is None:  # the directory and the pickle of the archive are read once

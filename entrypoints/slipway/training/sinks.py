@@ -69,9 +69,10 @@ class SinkAttention(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor):  # type: ignore[override] # autograd's own signature has no types
+    def backward(ctx: Any, gradient: Tensor):
         query, key, value, sinks, bounds, found, sums, *state = ctx.saved_tensors
-        of_inputs = backward_from_sums(gradient, query, key, value, found, sums, bounds, *ctx.sizes, state)
+        longest, scale, window = ctx.sizes
+        of_inputs = backward_from_sums(gradient, query, key, value, found, sums, bounds, longest, scale, window, state)
         shares = (sinks.float().unsqueeze(1) - sums).exp()
         # The derivative of a softmax: the sink's value is zero, and the mean of all values, so weighted, is `found`.
         of_sinks = -(shares * (gradient.float() * found.float()).sum(-1).T).sum(1).to(sinks.dtype)

@@ -1,0 +1,30 @@
+"""Files that a reader opens when it first needs them, and keeps open as long as it lives."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+
+class Descriptors:
+    """Descriptors for reading, of many threads; they are closed when this object is forgotten."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, int] = {}
+        weakref.finalize(self, _close, self._kept)
+
+    def of(self, path: Path) -> int:
+        """The descriptor of a file; OSError where it cannot be opened."""
+        if (kept := self._kept.get(path)) is not None:
+            return kept
+        opened = os.open(path, os.O_RDONLY)
+        kept = self._kept.setdefault(path, opened)
+        if kept != opened:  # another thread was quicker
+            os.close(opened)
+        return kept
+
+
+def _close(kept: dict[Path, int]) -> None:
+    for descriptor in kept.values():
+        os.close(descriptor)
