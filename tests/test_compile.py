@@ -89,3 +89,22 @@ def test_progress_says_how_many_objects_of_how_many(capsys):
         "te, binding: 1 of 1 objects",
     ]
     assert len(last) == 7 and max(map(len, last)) == wheel.SHOWN_WIDTH
+
+
+@pytest.mark.parametrize("architectures, is_changed", [("100", True), ("100;103a", True), ("90;100", False)])
+def test_transformer_engine_is_compiled_for_new_architectures_alone(tmp_path, architectures, is_changed):
+    lists = tmp_path / wheel.LISTS
+    lists.parent.mkdir(parents=True)
+    text = 'list(REMOVE_ITEM CMAKE_CUDA_ARCHITECTURES "100")\n\n# cuDNN frontend API\nset(X)\n'
+    lists.write_text(text)
+    for _ in range(2):
+        wheel.allow_new_architectures_alone(tmp_path, architectures)
+    assert (lists.read_text() != text) == is_changed and lists.read_text().count(wheel.NOT_EMPTY) == is_changed
+    assert lists.read_text().replace(wheel.NOT_EMPTY, "") == text
+
+
+def test_another_transformer_engine_is_compiled_as_it_is(tmp_path, capsys):
+    (tmp_path / wheel.LISTS).parent.mkdir(parents=True)
+    (tmp_path / wheel.LISTS).write_text("project(x)\n")
+    wheel.allow_new_architectures_alone(tmp_path, "100")
+    assert (tmp_path / wheel.LISTS).read_text() == "project(x)\n" and "as it is" in capsys.readouterr().out

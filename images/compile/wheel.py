@@ -6,6 +6,7 @@ the build fails: it has megabytes.
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 
 EVERY_SECONDS = 20
 SHOWN_LINES, SHOWN_WIDTH = 120, 1000  # of a build that failed
@@ -38,9 +40,34 @@ def watch(name: str, lines: Iterable[str]) -> deque[str]:
     return last
 
 
+# Transformer Engine 2.9 takes architectures from 10.0 on out of CMake's list, and compiles for them by flags of its own.
+# CMake refuses a list of which nothing is left, but takes OFF.
+TAKEN_OUT_SINCE = 100
+LISTS = "transformer_engine/common/CMakeLists.txt"
+BEFORE = "# cuDNN frontend API\n"  # the first line after what takes them out
+NOT_EMPTY = "if(NOT CMAKE_CUDA_ARCHITECTURES)\n  set(CMAKE_CUDA_ARCHITECTURES OFF)\nendif()\n"
+
+
+def allow_new_architectures_alone(source: Path, architectures: str) -> None:
+    """Let Transformer Engine be compiled for 10.0 and later without an older architecture.
+
+    Args:
+        architectures: as NVTE_CUDA_ARCHS has them, "90;100".
+    """
+    if any(int(name.rstrip("af")) < TAKEN_OUT_SINCE for name in architectures.split(";")):
+        return
+    before, found, after = (source / LISTS).read_text().partition(BEFORE)
+    if not found:
+        print(f"te: {LISTS} has no line {BEFORE!r}: it is compiled as it is (see images/compile/wheel.py)", flush=True)
+    elif NOT_EMPTY not in before:
+        (source / LISTS).write_text(before + NOT_EMPTY + found + after)
+
+
 def main(name: str) -> int:
     """Build one source; returns uv's exit status."""
     started = time.monotonic()
+    if name == "te":
+        allow_new_architectures_alone(Path("/src/te"), os.environ["NVTE_CUDA_ARCHS"])
     command = ["/uv/uv", "build", "--wheel", "--no-build-isolation", "--out-dir", "/out", f"/src/{name}"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

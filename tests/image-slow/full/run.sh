@@ -27,6 +27,15 @@ for file in "$WORK"/unpacked/amp_C*.so "$WORK"/unpacked/transformer_engine/libtr
     if strings "$file" | grep -F "$WORK"; then exit 1; fi
 done
 
+# For the later architecture alone.
+build wheels --architecture 10.0 --out "$WORK/later" "${sources[@]}"
+mkdir "$WORK/later-unpacked"
+for wheel in "$WORK"/later/{apex,transformer}*.whl; do unzip -q -d "$WORK/later-unpacked" "$wheel"; done
+for file in "$WORK"/later-unpacked/amp_C*.so "$WORK"/later-unpacked/transformer_engine/libtransformer_engine.so; do
+    strings "$file" | grep -q sm_100
+    if strings "$file" | grep -F sm_90; then exit 1; fi
+done
+
 # After one changed line, the rest comes from ccache.
 build wheels --out "$WORK/cached" "${sources[@]}"
 echo '// changed' >>"$WORK/apex/csrc/amp_C.cpp"
