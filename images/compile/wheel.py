@@ -40,7 +40,7 @@ def watch(name: str, lines: Iterable[str]) -> deque[str]:
     return last
 
 
-# Transformer Engine 2.9 takes architectures from 10.0 on out of CMake's list, and compiles for them by flags of its own.
+# Transformer Engine 2.9 takes architectures from 10.0 on out of CMake's list, and has flags of its own for them.
 # CMake refuses a list of which nothing is left, but takes OFF.
 TAKEN_OUT_SINCE = 100
 LISTS = "transformer_engine/common/CMakeLists.txt"

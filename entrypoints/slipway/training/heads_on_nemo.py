@@ -22,6 +22,7 @@ from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import Tensor
 from torch.nn import functional
 
+from slipway.training.graphs import run_graphed
 from slipway.training.heads import DecodingHeads
 from slipway.training.heads_loss import heads_loss
 from slipway.training.patches import NEMO, replace, wrap
@@ -69,7 +70,8 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     """
     gpt = megatron_gpt(model)
     with torch.no_grad(), frozen(gpt):
-        hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], **attention_options(batch))
+        options = attention_options(batch)
+        hidden = run_graphed(gpt, lambda ids, places: gpt(input_ids=ids, position_ids=places, **options), batch)
     if not gpt.post_process:
         return hidden
 
