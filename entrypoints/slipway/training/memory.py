@@ -190,7 +190,10 @@ def _activations(recipe: Recipe, c: Mapping[str, Any], layers: int, in_flight: i
         return layer  # without a backward pass only one layer's values exist at once
     if recipe.recompute == "full":
         return layers * in_flight * tokens * BF16 * c["hidden_size"] + 2 * layer
-    return layers * in_flight * layer
+    # Beside what is kept, the tokens of experts exist again while a layer is computed backwards: as they were sorted,
+    # and, where other ranks have experts too, as they were sent.
+    more = (2 if recipe.expert_parallel_size > 1 else 1) if any(key in c for key in EXPERTS) else 0
+    return (layers * in_flight + more) * layer
 
 
 def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:
