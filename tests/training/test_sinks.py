@@ -5,8 +5,11 @@ The kernel runs on GPUs alone. Here its place is taken by the same formulas in p
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from slipway.errors import PreflightError
 from slipway.training import sinks
 from slipway.training.sinks import UNLIMITED, SinkAttention
 from torch import Tensor
@@ -75,3 +78,12 @@ def test_output_and_gradients_are_those_of_the_definition(window, monkeypatch):
     for ours, theirs in zip(*results, strict=True):
         # The sinks count in float32, whatever the model's type is.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_refused_where_it_would_be_left_out():
+    attend = sinks._packed_with_sinks(lambda *_, **__: "as upstream")
+    layer = SimpleNamespace(softmax_type="learnable", attention_dropout=0.1)
+    packed = SimpleNamespace(cu_seqlens_q=BOUNDS)
+    with pytest.raises(PreflightError, match=r"attention_dropout of 0\.1.*--pack=false"):
+        attend(layer, *torch.zeros(3, 1), packed_seq_params=packed)
+    assert attend(layer, *torch.zeros(3, 1)) == "as upstream", "samples that are not packed"

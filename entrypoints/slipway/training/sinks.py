@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipway.errors import PreflightError
 from slipway.training.patches import MEGATRON, wrap
 
 UNLIMITED = -1  # a window's size for flash attention
@@ -34,6 +35,11 @@ def _packed_with_sinks(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         packed = options.get("packed_seq_params")
         if packed is None or layer.softmax_type == "vanilla":
             return forward(layer, query, key, value, *arguments, **options)
+        if layer.attention_dropout:
+            raise PreflightError(
+                f"the model's context has an attention_dropout of {layer.attention_dropout}, and packed samples with sinks "
+                "are computed without: use --pack=false"
+            )
         found = SinkAttention.apply(
             *(query, key, value, layer.softmax_offset),
             *(packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.size(-1)), layer.window_size[0]),
