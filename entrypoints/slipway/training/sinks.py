@@ -37,8 +37,8 @@ def _packed_with_sinks(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return forward(layer, query, key, value, *arguments, **options)
         if layer.attention_dropout:
             raise PreflightError(
-                f"the model's context has an attention_dropout of {layer.attention_dropout}, and packed samples with sinks "
-                "are computed without: use --pack=false"
+                f"the model's context has an attention_dropout of {layer.attention_dropout}, and packed samples with "
+                "sinks are computed without: use --pack=false"
             )
         found = SinkAttention.apply(
             *(query, key, value, layer.softmax_offset),
