@@ -34,6 +34,12 @@ class Graph:
         # Megatron keeps the angles of some shapes and forgets the oldest, but the graph reads them where they are.
         self._angles: list[Any] = []
         watched = gpt.rotary_pos_emb.register_forward_hook(lambda _, __, angles: self._angles.append(angles))
+        try:
+            self._record(gpt, run, pool)
+        finally:
+            watched.remove()
+
+    def _record(self, gpt: MegatronGPT, run: Pass, pool: Any) -> None:
         _draw_nothing(gpt)
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
@@ -45,7 +51,6 @@ class Graph:
         # NCCL looks after its work from a thread of its own, which must not end the recording.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._found = run(self._tokens, self._positions)
-        watched.remove()
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the pass finds for these; the next call of any graph writes over it."""
@@ -69,14 +74,23 @@ class Graphs:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._of_shapes: dict[torch.Size, Graph] = {}
+        self._most = MOST
 
     def __call__(self, gpt: MegatronGPT, run: Pass, tokens: Tensor, positions: Tensor) -> Tensor:
         """As `run`, without its gradient."""
         graph = self._of_shapes.get(tokens.shape)
         if graph is None:
-            if len(self._of_shapes) == MOST:
+            if len(self._of_shapes) >= self._most:
                 return run(tokens, positions)
-            graph = self._of_shapes[tokens.shape] = Graph(gpt, run, tokens, positions, self._pool)
+            try:
+                graph = self._of_shapes[tokens.shape] = Graph(gpt, run, tokens, positions, self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a GPU, a driver or a layer that cannot: the run is slower, and goes on
+                self._most = 0
+                why = str(error).partition("\n")[0]
+                print(f"worker: no CUDA graph of the base ({why}): its kernels are started one by one", flush=True)
+                return run(tokens, positions)
         return graph(tokens, positions)
 
 
