@@ -32,7 +32,7 @@ build wheels --architecture 10.0 --out "$WORK/later" "${sources[@]}"
 mkdir "$WORK/later-unpacked"
 for wheel in "$WORK"/later/{apex,transformer}*.whl; do unzip -q -d "$WORK/later-unpacked" "$wheel"; done
 for file in "$WORK"/later-unpacked/amp_C*.so "$WORK"/later-unpacked/transformer_engine/libtransformer_engine.so; do
-    strings "$file" | grep -q sm_100
+    strings "$file" | grep -c sm_100
     if strings "$file" | grep -F sm_90; then exit 1; fi
 done
 
