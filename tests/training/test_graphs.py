@@ -30,7 +30,7 @@ def test_a_pass_that_cannot_be_recorded_is_computed_and_said_once(graphs, monkey
     for length in (3, 4, 3):
         tokens = torch.arange(length)
         assert torch.equal(found(None, twice, tokens, tokens), 3 * tokens)
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().err.splitlines()
     assert said == [
         "worker: no CUDA graph of the base (operation not permitted when stream is capturing): its kernels are started "
         "one by one"

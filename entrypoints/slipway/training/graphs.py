@@ -16,6 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPT
 from torch import Tensor
 
+from slipway.untrusted import tell
+
 MOST = 32  # shapes of a model; others are computed without a graph
 WARM_UP = 2  # passes before a graph is recorded: kernels are compiled and chosen in them
 
@@ -89,7 +91,7 @@ class Graphs:
             except RuntimeError as error:  # a GPU, a driver or a layer that cannot: the run is slower, and goes on
                 self._most = 0
                 why = str(error).partition("\n")[0]
-                print(f"worker: no CUDA graph of the base ({why}): its kernels are started one by one", flush=True)
+                tell(f"worker: no CUDA graph of the base ({why}): its kernels are started one by one")
                 return run(tokens, positions)
         return graph(tokens, positions)
 
