@@ -54,7 +54,7 @@ def allow_new_architectures_alone(source: Path, architectures: str) -> None:
     Args:
         architectures: as NVTE_CUDA_ARCHS has them, "90;100".
     """
-    if any(int(name.rstrip("af")) < TAKEN_OUT_SINCE for name in architectures.split(";")):
+    if any(int(name) < TAKEN_OUT_SINCE for name in architectures.split(";")):
         return
     before, found, after = (source / LISTS).read_text().partition(BEFORE)
     if not found:
