@@ -34,6 +34,7 @@ LAYOUTS = {
     "tp2": {"tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
     "ep2": {"expert_parallel_size": 2},
+    "ep2_packed": {"expert_parallel_size": 2, "pack": True},  # tokens reach experts in another way, see dispatch.py
     "dp2": {},
     "padded": {"seq_length": 56},
     # So much padding that a part of it is not computed.
@@ -49,6 +50,7 @@ IN_CI = [
     ("gpt_oss", "heads", "pp2"),
     ("gpt_oss", "heads", "ep2"),
     ("gpt_oss", "lora", "ep2"),
+    ("gpt_oss", "lora", "ep2_packed"),
     ("gpt_oss", "sft", "tp2"),
     ("deepseek_v3", "sft", "tp2"),
     ("deepseek_v3", "sft", "ep2"),
@@ -58,6 +60,7 @@ IN_CI = [
     ("qwen25_tied", "sft", "pp2"),
     ("llama31", "lora", "tp2"),
     ("qwen3_moe", "sft", "tp2"),
+    ("qwen3_moe", "sft", "ep2_packed"),
     ("qwen3_dense", "pretrain", "dp2"),
     ("deepseek_v3", "heads", "padded"),
     ("gpt_oss", "heads", "padded"),
@@ -78,7 +81,7 @@ IN_CI = [
 EVERY = [
     (kind, mode, layout)
     for kind, mode, layout in itertools.product(KINDS, MODES, LAYOUTS)
-    if (kind in MOE or layout != "ep2")
+    if (kind in MOE or not layout.startswith("ep2"))
     and (kind not in MOE or mode != "lora" or layout not in ("tp2", "cut_and_shared"))  # refused
 ] + [(kind, "lora-attention", "tp2") for kind in MOE]
 ATTENTION = {"deepseek_v3": "linear_q_up_proj,linear_kv_up_proj,linear_proj"}  # elsewhere linear_qkv and linear_proj

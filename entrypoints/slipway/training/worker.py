@@ -141,6 +141,7 @@ def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
 def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     """NeMo's model from the checkpoint's context, configured for the mode and the machine. Its weights come later."""
     from slipway.training.context import model_of
+    from slipway.training.dispatch import choose_dispatcher
     from slipway.training.modes import MODES
     from slipway.training.repairs import scale_auxiliary_loss
     from slipway.training.steps import TokenLoss, data_step
@@ -160,9 +161,8 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
     for name in ("_training_loss_reduction", "_validation_loss_reduction"):
         replace(model, name, TokenLoss(), NEMO)
     # Micro batches are as long as their longest sample, see steps.py; the stages tell each other.
-    if recipe.pipeline_parallel_size > 1 and not recipe.pack:
-        # Megatron looks at the way to experts even where there are none.
-        config.variable_seq_lengths, config.moe_token_dispatcher_type = True, "alltoall"
+    config.variable_seq_lengths = recipe.pipeline_parallel_size > 1 and not recipe.pack
+    choose_dispatcher(config, recipe)
     if on_gpu:
         config.moe_permute_fusion = bool(config.num_moe_experts)
     else:
