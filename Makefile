@@ -8,7 +8,7 @@ VARIANT ?= full
 # Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
 
-.PHONY: help setup transformers5 lock audit demo docs test test-slurm slurm-slow lint engine image images engine-stop test-image test-image-slow verify size sbom push archive sqsh
+.PHONY: help setup transformers5 lock audit demo docs test test-slurm slurm-slow lint engine image images engine-stop test-image test-image-slow test-image-gpu verify size sbom push archive sqsh
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -46,7 +46,7 @@ lint: setup  ## style, types, shell, Dockerfile, and tables of docs/ (no network
 	@.venv/bin/ruff format --quiet --check .
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/python docs/tables.py --check
-	@.venv/bin/shellcheck --shell=bash .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint entrypoints/slipway/cluster/remote.sh tests/slurm/stand-in
+	@.venv/bin/shellcheck --shell=bash .ci/run tests/image/run tests/image/*/run.sh tests/image-slow/*/run.sh tests/image-gpu/*/run.sh deploy/*.sbatch images/compile/one-job images/root/usr/local/bin/slipway-entrypoint entrypoints/slipway/cluster/remote.sh tests/slurm/stand-in
 	@.venv/bin/hadolint images/Dockerfile
 
 engine:  ## a Docker engine: the one that answers, else a private one (Debian, as root)
@@ -87,6 +87,9 @@ test-image: engine image  ## build the image and run the tests of it
 test-image-slow: engine image  ## the tests that build again: times of rebuilds, squashfs, digests of two builds
 	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-slow tests/image/run
 	@$(BUILD) verify --model $(MODEL) --variant $(VARIANT)
+
+test-image-gpu: image  ## the tests of the full image that need a GPU, and an engine that gives it to a container
+	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-gpu tests/image/run
 
 engine-stop:  ## stop the private engine; what it built is kept
 	@$(BUILD) engine-stop

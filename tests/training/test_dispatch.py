@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from slipway.tokens.lines import as_line
+from slipway.tokens.scan import scan
 from slipway.training import patches
 from slipway.training.dispatch import choose_dispatcher
+from slipway.training.preflight import index_file
 from slipway.training.recipe import Recipe
+from slipway.training.worker import equally_long
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +29,7 @@ def on_the_cpu() -> None:
         ({"expert_parallel_size": 4}, "allgather"),
         ({"expert_parallel_size": 8}, "alltoall"),  # more than a token has experts
         ({"expert_parallel_size": 1}, "alltoall"),
-        ({"pack": False}, "alltoall"),  # the ranks' micro batches are not equally long
+        ({"equally_long": False}, "alltoall"),
         ({"moe_shared_expert_overlap": True}, "alltoall"),
         ({"num_moe_experts": None}, "alltoall"),
     ],
@@ -34,16 +38,33 @@ def test_every_token_goes_to_all_ranks_where_that_is_less(changes, chosen):
     values = {"num_moe_experts": 32, "moe_router_topk": 4, "moe_shared_expert_overlap": False}
     config = SimpleNamespace(variable_seq_lengths=False, moe_token_dispatcher_type="alltoall")
     vars(config).update({name: changes.get(name, value) for name, value in values.items()})
-    recipe = {name: value for name, value in changes.items() if name not in values}
-    choose_dispatcher(config, Recipe("m", "d", "o", mode="lora", **{"expert_parallel_size": 2, "pack": True, **recipe}))
+    recipe = Recipe("m", "d", "o", expert_parallel_size=changes.get("expert_parallel_size", 2))
+    choose_dispatcher(config, recipe, changes.get("equally_long", True))
     assert config.moe_token_dispatcher_type == chosen
 
 
 def test_stages_that_tell_each_other_lengths_need_the_usual_way():
     """Megatron refuses its own default there, of a model without experts too."""
     config = SimpleNamespace(variable_seq_lengths=True, moe_token_dispatcher_type="allgather", num_moe_experts=None)
-    choose_dispatcher(config, Recipe("m", "d", "o", mode="lora", pipeline_parallel_size=2))
+    choose_dispatcher(config, Recipe("m", "d", "o", pipeline_parallel_size=2), False)
     assert config.moe_token_dispatcher_type == "alltoall"
+
+
+@pytest.mark.parametrize(
+    "lengths, pack, expected",
+    [
+        ([300, 9], False, False),
+        ([300, 9], True, True),
+        ([300, 260], False, True),  # both compute 384
+        ([513, 513], False, True),
+        ([513, 100], False, False),
+    ],
+)
+def test_micro_batches_are_equally_long(tmp_path, lengths, pack, expected):
+    (tmp_path / "data.jsonl").write_bytes(b"".join(as_line([], [5] * length) for length in lengths))
+    recipe = Recipe("m", str(tmp_path / "data.jsonl"), "o", seq_length=512, pack=pack)
+    scan(tmp_path / "data.jsonl", 514, 512).save(index_file(tmp_path, "train", 0))
+    assert equally_long(recipe, tmp_path) is expected
 
 
 def test_what_the_ranks_add_up_has_the_precision_of_the_model(monkeypatch):

@@ -16,9 +16,15 @@ from slipway.errors import PreflightError, UsageError
 from slipway.tokens.blend import as_text, order, parts_of
 from slipway.tokens.indexed import write_index
 from slipway.tokens.lines import as_line
-from slipway.training import preflight
+from slipway.training import preflight, start
+from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder
 
 SEQ_LENGTH = 16
+
+
+def end_here(_: Recipe) -> None:
+    raise PreflightError("reached")
 
 
 def write_texts(file: Path, sequences: int) -> Path:
@@ -48,9 +54,11 @@ def folder(tmp_path_factory) -> Path:
 def plan(folder, capsys):
     """(exit code, recipe, what was said) of a dry run."""
 
-    def run(*words: str, kind: str = "llama31", data: str = "data.jsonl") -> tuple[int, dict, str]:
+    def run(
+        *words: str, kind: str = "llama31", data: str = "data.jsonl", seq_length: int = SEQ_LENGTH
+    ) -> tuple[int, dict, str]:
         data = str(folder / data) if ":" not in data else data
-        given = ["--model", folder / kind, "--data", data, "--out", folder / "out", "--seq-length", SEQ_LENGTH]
+        given = ["--model", folder / kind, "--data", data, "--out", folder / "out", "--seq-length", seq_length]
         code = cli.main(["train", *map(str, given), *words, "--dry-run"])
         said = capsys.readouterr()
         return code, json.JSONDecoder().raw_decode(said.out)[0] if not code else {}, said.err
@@ -84,6 +92,40 @@ def test_fp8_is_refused_where_no_gpu_can_multiply_it(folder, capsys, tmp_path, m
     assert cli.main(words) == PreflightError.exit_code
     assert "compute capability 9.0, and there is one of 8.0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_fp8_of_a_recipe_is_used_where_it_can_be(plan, folder, capsys, tmp_path, monkeypatch):
+    """It is faster, and nothing that a run cannot do without."""
+    in_fp8, in_bf16 = "large products are in FP8, as the recipe has it", "large products are in BF16, because"
+    named = ("--mode", "lora", "--recipe", "llama31_8b")
+    code, recipe, said = plan(*named)
+    assert code == 0 and recipe["precision"] == "fp8" and in_fp8 in said
+    assert plan(*named, "--precision", "bf16")[1]["precision"] == "bf16"
+    for words, length, why in (
+        ((), 24, "takes micro batches of a multiple of 16 tokens, not 1 × --seq-length 24"),
+        (("--base-precision", "nf4"), 16, "does not go with --base-precision nf4"),
+    ):
+        code, recipe, said = plan(*named, *words, seq_length=length)
+        assert code == 0 and recipe["precision"] == "bf16" and in_bf16 in said and why in said
+        code, _, said = plan(*named, *words, "--precision", "fp8", seq_length=length)
+        assert code == 2 and why in said
+    # A machine without FP8 trains in BF16, and says so. It gets as far as the base, which is refused on purpose.
+    monkeypatch.setattr(preflight, "check_base", end_here)
+    words = ["--model", folder / "llama31", "--data", folder / "data.jsonl", "--out", tmp_path / "out"]
+    words = ["train", *map(str, words), "--seq-length", "16", *named, "--steps", "2"]
+    for capabilities, expected in (([], in_bf16), (["9.0"], in_fp8), (["8.0"], "and there is one of 8.0")):
+        monkeypatch.setattr(preflight, "gpus_here", lambda found=capabilities: len(found))
+        monkeypatch.setattr(preflight, "asked_of_gpus", lambda _, found=capabilities: found)
+        assert cli.main(words) == PreflightError.exit_code
+        said = capsys.readouterr().err
+        assert expected in said and "reached" in said
+    # What has begun goes on as it is.
+    (tmp_path / "out").mkdir()
+    Recipe("m", "d", "o", mode="lora", precision="fp8").save(RunFolder(tmp_path / "out").recipe)
+    assert start._precision({"model": "m", "data": "d", "out": str(tmp_path / "out")}, (), None, False) == (
+        {"precision": "fp8"},
+        [],
+    )
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,6 @@ def nemo_fields(c: Config) -> dict[str, Any]:
         "rotary_base": c["rope_theta"],
         "seq_length": c["max_position_embeddings"],
         "share_embeddings_and_output_weights": is_tied(c),
-        # It needs Apex's kernels, and helps only if the base itself is trained.
+        # It needs Apex; `train` sets it where Apex is there and the base itself is trained.
         "gradient_accumulation_fusion": False,
     }

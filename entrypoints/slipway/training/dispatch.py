@@ -17,25 +17,27 @@ from slipway.training.patches import MEGATRON, wrap
 from slipway.training.recipe import Recipe
 
 
-def choose_dispatcher(config: Any, recipe: Recipe) -> None:
-    """Give Megatron's configuration of a model the dispatcher of tokens that sends less, where it can be chosen."""
+def choose_dispatcher(config: Any, recipe: Recipe, equally_long: bool) -> None:
+    """Give Megatron's configuration of a model the dispatcher of tokens that sends less, where it can be chosen.
+
+    Args:
+        equally_long: every micro batch of every rank computes as many positions.
+    """
     if config.variable_seq_lengths:
         config.moe_token_dispatcher_type = "alltoall"  # Megatron asks for it even where there are no experts
-    elif config.num_moe_experts and gathers(config, recipe):
+    elif config.num_moe_experts and equally_long and sends_less(config, recipe):
         from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
         config.moe_token_dispatcher_type = "allgather"
         wrap(MoEAllGatherTokenDispatcher, "token_combine", _in_its_own_precision, MEGATRON)
 
 
-def gathers(config: Any, recipe: Recipe) -> bool:
-    """Whether every token is sent to all ranks that share the experts.
+def sends_less(config: Any, recipe: Recipe) -> bool:
+    """Whether to send every token to all ranks that share the experts is not more than Megatron's usual way.
 
-    The micro batches of all ranks must then be equally long, which packed ones are. What hides the exchange behind the
-    shared experts knows only the usual way.
+    What hides the exchange behind the shared experts knows only the usual way.
     """
-    few = 1 < recipe.expert_parallel_size <= config.moe_router_topk
-    return few and bool(recipe.pack) and not config.moe_shared_expert_overlap
+    return 1 < recipe.expert_parallel_size <= config.moe_router_topk and not config.moe_shared_expert_overlap
 
 
 def _in_its_own_precision(combine: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:

@@ -136,15 +136,16 @@ def check_gpus(config: Mapping[str, Any]) -> None:
 
 def check_precision(recipe: Recipe) -> None:
     """PreflightError where a GPU here cannot multiply FP8, or there is none."""
-    if recipe.precision != "fp8":
-        return
+    if recipe.precision == "fp8" and (problem := without_fp8()):
+        raise PreflightError(f"--precision fp8 {problem}; use bf16")
+
+
+def without_fp8() -> str:
+    """Why nothing can be multiplied in FP8 here; "" where it can."""
     if not gpus_here():
-        raise PreflightError("--precision fp8 needs GPUs from Hopper (H100) on, and this machine shows none; use bf16")
+        return "needs GPUs from Hopper (H100) on, and this machine shows none"
     oldest = min(map(float, asked_of_gpus("compute_cap")), default=FP8_SINCE)
-    if oldest < FP8_SINCE:
-        raise PreflightError(
-            f"--precision fp8 needs GPUs of compute capability {FP8_SINCE}, and there is one of {oldest}; use bf16"
-        )
+    return f"needs GPUs of compute capability {FP8_SINCE}, and there is one of {oldest}" if oldest < FP8_SINCE else ""
 
 
 def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, list[str]]:

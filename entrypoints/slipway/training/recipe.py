@@ -16,6 +16,7 @@ from slipway.tokens.blend import parts_of
 from slipway.untrusted import read_object, replace_file
 
 MODES = ("heads", "lora", "sft", "pretrain")
+FP8_MULTIPLE = 16  # of the sides of matrices whose product is in FP8
 
 
 def _size(default: int, help: str, unit: str = "", low: int = 1) -> Any:
@@ -161,8 +162,28 @@ class Recipe:
             )
 
         self._check_base_precision()
+        if self.precision == "fp8" and (problem := self.unfit_for_fp8(None)):
+            raise UsageError(f"--precision fp8 {problem}; use bf16")
         if self.pack and (problem := self.unpackable_data() or self._unpackable_layout()):
             raise UsageError(f"--pack {problem}")
+
+    def unfit_for_fp8(self, c: Mapping[str, Any] | None) -> str:
+        """Why nothing can be multiplied in FP8, as a part of a sentence; "" where it can.
+
+        Args:
+            c: config.json of the model, if it is known.
+        """
+        if self.base_precision != "bf16":
+            return f"does not go with --base-precision {self.base_precision}, which is unpacked to BF16"
+        ranks = self.tensor_parallel_size * self.context_parallel_size
+        if self.seq_length * self.micro_batch_size % (FP8_MULTIPLE * ranks):
+            return (
+                f"takes micro batches of a multiple of {FP8_MULTIPLE * ranks} tokens, not {self.micro_batch_size} × "
+                f"--seq-length {self.seq_length}"
+            )
+        sizes = {key: c[key] for key in ("hidden_size", "intermediate_size", "moe_intermediate_size") if c and key in c}
+        odd = [f"{key} {size}" for key, size in sizes.items() if size % (FP8_MULTIPLE * self.tensor_parallel_size)]
+        return f"takes matrices whose sides are multiples of {FP8_MULTIPLE}, not {odd[0]}" if odd else ""
 
     def _check_base_precision(self) -> None:
         """UsageError where a base in NF4 would be trained, or cannot be what it is needed for."""
@@ -171,8 +192,6 @@ class Recipe:
         given = f"--base-precision {self.base_precision}"
         if self.mode != "lora":
             raise UsageError(f"{given} is for adapters on a frozen base: use --mode lora, or --base-precision bf16")
-        if self.precision == "fp8":
-            raise UsageError(f"{given} unpacks the base to BF16: use --precision bf16, or --base-precision bf16")
         if self.dora:
             raise UsageError(f"{given} keeps no matrix whose rows --dora could measure: leave out one of them")
 
@@ -267,6 +286,8 @@ class Recipe:
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
                 "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
             )
+        if self.precision == "fp8" and (problem := self.unfit_for_fp8(c)):
+            raise UsageError(f"--precision fp8 {problem}; use bf16")
         if self.pack and (problem := self.unpackable_model(c)):
             raise UsageError(f"--pack {problem}")
         if self.expert_parallel_size > 1 and not experts:

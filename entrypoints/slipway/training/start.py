@@ -143,6 +143,9 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
     packing, notes = _packing(values, chosen, config)
     values |= packing
     said += notes
+    precision, notes = _precision(values, chosen, config, dry_run)
+    values |= precision
+    said += notes
     scanned = None
     if (epochs := request.choice.epochs) is not None:
         _check_epochs(values, chosen)
@@ -199,6 +202,26 @@ def _packing(
         return {"pack": False}, [f"samples are not packed: --pack {problem}"] if problem else []
     said = "several samples share a sequence where they fit, and none sees another; --pack=false for one each"
     return {"pack": True, "micro_batch_size": 1}, [said]
+
+
+def _precision(
+    values: Mapping[str, Any], chosen: Collection[str], config: Mapping[str, Any] | None, dry_run: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """(the field of Recipe that says in what is multiplied, notes), where no flag says so.
+
+    A recipe's FP8 is a matter of speed: where it cannot be, the run does without. --dry-run plans for other machines.
+    """
+    if "precision" in chosen:
+        return {}, []
+    recipe = Recipe(**values)
+    before = RunFolder.of(recipe).recipe
+    if before.is_file():  # a run goes on as it began
+        return {"precision": Recipe.load(before).precision}, []
+    if recipe.precision != "fp8":
+        return {}, []
+    if problem := recipe.unfit_for_fp8(config) or ("" if dry_run else preflight.without_fp8()):
+        return {"precision": "bf16"}, [f"large products are in BF16, because the recipe's fp8 {problem}"]
+    return {}, ["large products are in FP8, as the recipe has it; --precision bf16 for BF16, which takes longer"]
 
 
 def _scan(values: Mapping[str, Any]) -> preflight.Scanned:

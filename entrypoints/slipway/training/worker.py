@@ -99,7 +99,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
 
     MODES[recipe.mode].prepare()
     folder = RunFolder.of(recipe)
-    model = load_model(recipe, on_gpu)
+    model = load_model(recipe, on_gpu, equally_long(recipe, indices))
     data = load_data(recipe, indices)
     record = Record(recipe, folder, arithmetic_of(recipe, model.config), data.samples, started)
     trainer = make_trainer(recipe, _callbacks(recipe, record, stop_file, measured), nodes, on_gpu, measured)
@@ -138,7 +138,7 @@ def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, **options: mark_experts(keep_latent_epsilon(build(*arguments, **options)))
 
 
-def load_model(recipe: Recipe, on_gpu: bool) -> Any:
+def load_model(recipe: Recipe, on_gpu: bool, equally_long: bool) -> Any:
     """NeMo's model from the checkpoint's context, configured for the mode and the machine. Its weights come later."""
     from slipway.training.context import model_of
     from slipway.training.dispatch import choose_dispatcher
@@ -162,14 +162,22 @@ def load_model(recipe: Recipe, on_gpu: bool) -> Any:
         replace(model, name, TokenLoss(), NEMO)
     # Micro batches are as long as their longest sample, see steps.py; the stages tell each other.
     config.variable_seq_lengths = recipe.pipeline_parallel_size > 1 and not recipe.pack
-    choose_dispatcher(config, recipe)
+    choose_dispatcher(config, recipe, equally_long)
     if on_gpu:
         config.moe_permute_fusion = bool(config.num_moe_experts)
+        config.gradient_accumulation_fusion = not recipe.is_frozen and _adds_gradients_in_products()
     else:
         from slipway.training import cpu
 
         cpu.configure_model(config)
     return model
+
+
+def _adds_gradients_in_products() -> bool:
+    """Whether Apex is there, with which a product adds the gradient of a weight to Megatron's buffer itself."""
+    from megatron.core.tensor_parallel import layers
+
+    return layers._grad_accum_fusion_available
 
 
 def load_data(recipe: Recipe, indices: Path) -> Any:
@@ -179,6 +187,27 @@ def load_data(recipe: Recipe, indices: Path) -> Any:
     samples = _samples(recipe, recipe.data, indices, "train", recipe.steps)
     held_out = _samples(recipe, recipe.eval_data, indices, "eval", None) if recipe.eval_data else None
     return TokenData(samples, held_out, recipe.micro_batch_size, recipe.global_batch_size)
+
+
+def equally_long(recipe: Recipe, indices: Path) -> bool:
+    """Whether every micro batch of every rank computes as many positions: packed ones, or windows of texts."""
+    import numpy as np
+
+    from slipway.tokens.blend import parts_of
+    from slipway.tokens.scan import Index
+    from slipway.training.preflight import index_file
+    from slipway.training.samples import computed_positions
+
+    if recipe.pack:
+        return True
+    files = [index_file(indices, "train", number) for number in range(len(parts_of(recipe.data)))]
+    files += [index_file(indices, "eval", 0)] if recipe.eval_data else []
+    lengths = np.concatenate([Index.load(file).lengths for file in files])
+    shares = recipe.tensor_parallel_size * recipe.shares_of_samples
+    least, most = (
+        computed_positions(int(one) - 1, recipe.seq_length, shares) for one in (lengths.min(), lengths.max())
+    )
+    return least == most
 
 
 def _samples(recipe: Recipe, data: str, indices: Path, purpose: str, batches: int | None) -> Any:

@@ -1,0 +1,175 @@
+"""Apex's extensions on the GPU beside torch, forward and backward: a line for each. Ends with 1 if one differs."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BF16_ROUNDING = 2e-2  # of the largest value
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def with_gradients(output: Tensor, *of: Tensor) -> list[Tensor]:
+    """The output, and the gradients of a sum of it that weighs every element differently."""
+    weights = torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output)
+    return [output, *torch.autograd.grad((output.float() * weights).sum(), of)]
+
+
+def adam() -> tuple[list[Tensor], list[Tensor]]:
+    """amp_C: three steps."""
+    from apex.optimizers import FusedAdam
+
+    def trained(optimizer_of) -> list[Tensor]:
+        torch.manual_seed(1)
+        parameters = [nn.Parameter(torch.randn(n, device="cuda")) for n in (7, 4096, 100_001)]
+        optimizer = optimizer_of(parameters, lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    return trained(FusedAdam), trained(torch.optim.AdamW)
+
+
+def flatten() -> tuple[list[Tensor], list[Tensor]]:
+    """apex_C: tensors into one and back."""
+    import apex_C
+
+    parts = [torch.randn(3, 5, device="cuda"), torch.randn(11, device="cuda")]
+    flat = apex_C.flatten(parts)
+    return [flat, *apex_C.unflatten(flat, parts)], [torch.cat([part.flatten() for part in parts]), *parts]
+
+
+def layer_norm() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.normalization import FusedLayerNorm
+
+    x, layer = inputs(512, 4096), FusedLayerNorm(4096).cuda().bfloat16()
+    ours = with_gradients(layer(x), x, layer.weight, layer.bias)
+    plain = functional.layer_norm(x, (4096,), layer.weight, layer.bias, layer.eps)
+    return ours, with_gradients(plain, x, layer.weight, layer.bias)
+
+
+def rms_norm() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.normalization import FusedRMSNorm
+
+    x, layer = inputs(512, 4096), FusedRMSNorm(4096).cuda().bfloat16()
+    ours = with_gradients(layer(x), x, layer.weight)
+    return ours, with_gradients(functional.rms_norm(x, (4096,), layer.weight, layer.eps), x, layer.weight)
+
+
+def fused_dense() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.fused_dense import FusedDense
+
+    layer, x = FusedDense(256, 384).cuda().bfloat16(), inputs(64, 256)
+    ours = with_gradients(layer(x), x, layer.weight, layer.bias)
+    return ours, with_gradients(functional.linear(x, layer.weight, layer.bias), x, layer.weight, layer.bias)
+
+
+def mlp() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.mlp import MLP
+
+    layer, x = MLP([256, 512, 128], bias=True, activation="relu").cuda().half(), inputs(64, 256, dtype=torch.half)
+    plain = x
+    for weight, bias in zip(layer.weights, layer.biases, strict=True):
+        plain = functional.linear(plain, weight, bias).relu()
+    return with_gradients(layer(x), x, *layer.weights), with_gradients(plain, x, *layer.weights)
+
+
+def rotary_positions() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.transformer.functional.fused_rope import fused_apply_rotary_pos_emb
+
+    x, angles = inputs(128, 2, 4, 64), torch.rand(128, 1, 1, 32, device="cuda").repeat(1, 1, 1, 2)
+    turned = torch.cat((-x[..., 32:], x[..., :32]), dim=-1)
+    plain = (x * angles.cos() + turned * angles.sin()).to(x.dtype)
+    return with_gradients(fused_apply_rotary_pos_emb(x, angles), x), with_gradients(plain, x)
+
+
+def weight_gradient() -> tuple[list[Tensor], list[Tensor]]:
+    """Added to what is there in float32, which is what Megatron's gradient_accumulation_fusion takes it for."""
+    import fused_weight_gradient_mlp_cuda as extension
+
+    x, gradient, sums = inputs(512, 256).detach(), inputs(512, 384).detach(), torch.ones(384, 256, device="cuda")
+    plain = sums + gradient.float().t() @ x.float()
+    extension.wgrad_gemm_accum_fp32(x, gradient, sums)
+    return [sums], [plain]
+
+
+def causal_softmax() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.transformer.functional.fused_softmax import ScaledUpperTriangMaskedSoftmax
+
+    x = inputs(8, 128, 128)
+    hidden = torch.ones(128, 128, device="cuda", dtype=torch.bool).triu(1)
+    plain = (x.float() * 0.5).masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
+    return with_gradients(ScaledUpperTriangMaskedSoftmax.apply(x, 0.5), x), with_gradients(plain, x)
+
+
+def masked_softmax(name: str) -> tuple[list[Tensor], list[Tensor]]:
+    from apex.transformer.functional import fused_softmax
+
+    x, hidden = inputs(2, 4, 64, 128), torch.rand(2, 1, 64, 128, device="cuda") < 0.3
+    plain = (x.float() * 0.5).masked_fill(hidden, -10000.0).softmax(-1).to(x.dtype)
+    return with_gradients(getattr(fused_softmax, name).apply(x, hidden, 0.5), x), with_gradients(plain, x)
+
+
+def plain_softmax() -> tuple[list[Tensor], list[Tensor]]:
+    from apex.transformer.functional.fused_softmax import ScaledSoftmax
+
+    x = inputs(2, 4, 64, 128)
+    plain = (x.float() * 0.5).softmax(-1).to(x.dtype)
+    return with_gradients(ScaledSoftmax.apply(x, 0.5), x), with_gradients(plain, x)
+
+
+def batch_norm_sums() -> tuple[list[Tensor], list[Tensor]]:
+    import syncbn
+
+    x = inputs(16, 8, 12, 12, dtype=torch.float32).detach()
+    return list(syncbn.welford_mean_var(x)), [x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)]
+
+
+CHECKS = {
+    "amp_C": adam,
+    "apex_C": flatten,
+    "fused_layer_norm_cuda": layer_norm,
+    "fused_layer_norm_cuda, RMS": rms_norm,
+    "fused_dense_cuda": fused_dense,
+    "mlp_cuda": mlp,
+    "fused_rotary_positional_embedding": rotary_positions,
+    "fused_weight_gradient_mlp_cuda": weight_gradient,
+    "scaled_upper_triang_masked_softmax_cuda": causal_softmax,
+    "scaled_masked_softmax_cuda": lambda: masked_softmax("ScaledMaskedSoftmax"),
+    "generic_scaled_masked_softmax_cuda": lambda: masked_softmax("GenericScaledMaskedSoftmax"),
+    "scaled_softmax_cuda": plain_softmax,
+    "syncbn": batch_norm_sums,
+}
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max())
+
+
+def main() -> int:
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    failed = 0
+    for name, check in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            ours, torchs = check()
+            largest = max(apart(one, other) for one, other in zip(ours, torchs, strict=True))
+            said, right = f"{largest:.1e} of the largest value apart", largest < BF16_ROUNDING
+        except Exception as error:  # the others are still worth knowing
+            said, right = f"{type(error).__name__}: {error}", False
+        failed += not right
+        print(f"{'ok  ' if right else 'FAIL'} {name}: {said}", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
