@@ -34,7 +34,7 @@ LAYOUTS = {
     "tp2": {"tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
     "ep2": {"expert_parallel_size": 2},
-    "ep2_packed": {"expert_parallel_size": 2, "pack": True},  # tokens reach experts in another way, see dispatch.py
+    "ep2_copies": {"expert_parallel_size": 2},  # tokens reach experts in Megatron's usual way, see dispatch.py
     "dp2": {},
     "padded": {"seq_length": 56},
     # So much padding that a part of it is not computed.
@@ -50,17 +50,18 @@ IN_CI = [
     ("gpt_oss", "heads", "pp2"),
     ("gpt_oss", "heads", "ep2"),
     ("gpt_oss", "lora", "ep2"),
-    ("gpt_oss", "lora", "ep2_packed"),
+    ("gpt_oss", "lora", "ep2_copies"),
     ("gpt_oss", "sft", "tp2"),
     ("deepseek_v3", "sft", "tp2"),
     ("deepseek_v3", "sft", "ep2"),
+    ("deepseek_v3", "sft", "ep2_copies"),
     ("deepseek_v3", "heads", "pp2"),
     ("deepseek_v3", "lora", "pp2"),
     ("qwen25_tied", "heads", "tp2"),
     ("qwen25_tied", "sft", "pp2"),
     ("llama31", "lora", "tp2"),
     ("qwen3_moe", "sft", "tp2"),
-    ("qwen3_moe", "sft", "ep2_packed"),
+    ("qwen3_moe", "sft", "ep2"),
     ("qwen3_dense", "pretrain", "dp2"),
     ("deepseek_v3", "heads", "padded"),
     ("gpt_oss", "heads", "padded"),
@@ -109,7 +110,7 @@ WRONG = [
 FAILING = [
     ("RowParallelLinear.forward", "gpt_oss", "sft", "one", "is a view and is being modified inplace"),
     ("WrappedTorchNorm.__new__", "llama31", "lora", "tp2", "sequence parallel not supported by torch LayerNorm"),
-    ("maybe_move_tensor_to_cpu", "gpt_oss", "sft", "ep2", "alltoall_base(): incompatible function arguments"),
+    ("maybe_move_tensor_to_cpu", "gpt_oss", "sft", "ep2_copies", "alltoall_base(): incompatible function arguments"),
     ("te_general_gemm", "gpt_oss", "sft", "one", "name 'te_general_gemm' is not defined"),
     ("fused_apply_rotary_pos_emb", "llama31", "lora", "one", "apply_rope_fusion is not available"),
     ("_fix_tensors_device", "llama31", "lora", "one", "AssertionError: (False, False)"),
@@ -133,6 +134,8 @@ def job(root: Path, kind: str, mode: str, layout: str, **more: Any) -> dict:
         recipe["lora_targets"] = ATTENTION.get(kind, "linear_qkv,linear_proj")
     if kind == "deepseek_v3" and "pipeline_parallel_size" in recipe:  # three layers
         recipe |= {"first_stage_layers": 2, "last_stage_layers": 1}
+    if layout == "ep2_copies":
+        more.setdefault("without", "sends_less")
     ranks = 1 if layout in ALONE else 2
     return {"recipe": recipe, "indices": str(root), "ranks": ranks, "port": free_port(), **more}
 

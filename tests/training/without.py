@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from slipway.training import cpu, heads_on_nemo, modes, padding, patches, repairs
+from slipway.training import cpu, dispatch, heads_on_nemo, modes, padding, patches, repairs
 
 MEGATRON, PEFT = "megatron.core", "nemo.collections.llm.peft"
 MOVE = [f"{MEGATRON}.transformer.moe.{module}.maybe_move_tensor_to_cpu" for module in ("moe_utils", "token_dispatcher")]
@@ -47,6 +47,16 @@ def leave_out_nothing() -> None:
     modes.MODES["heads"] = dataclasses.replace(modes.MODES["heads"], prepare=lambda: None)
 
 
+def send_copies() -> None:
+    """One for each expert of a token, as Megatron does."""
+    dispatch.sends_less = lambda config, recipe: False
+
+
+def send_copies_of_what_stays() -> None:
+    send_copies()
+    undo(*MOVE)()
+
+
 # Repair → what takes it away. Those without a patch of their own are functions of ours.
 WITHOUT: dict[str, Callable[[], None]] = {
     "mark_experts": lambda: (
@@ -63,7 +73,8 @@ WITHOUT: dict[str, Callable[[], None]] = {
     "attention_of_mla": change(cpu, attention_of_mla=lambda: DotProductAttention),
     "RowParallelLinear.forward": undo(f"{MEGATRON}.tensor_parallel.layers.RowParallelLinear.forward"),
     "WrappedTorchNorm.__new__": undo(f"{MEGATRON}.transformer.torch_norm.WrappedTorchNorm.__new__"),
-    "maybe_move_tensor_to_cpu": undo(*MOVE),
+    "maybe_move_tensor_to_cpu": send_copies_of_what_stays,
+    "sends_less": send_copies,
     "te_general_gemm": undo(f"{MEGATRON}.transformer.moe.moe_utils.te_general_gemm"),
     "fused_apply_rotary_pos_emb": undo(f"{MEGATRON}.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb"),
     "_fix_tensors_device": undo("nemo.lightning.io.pl._fix_tensors_device"),

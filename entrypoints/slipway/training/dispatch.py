@@ -7,13 +7,18 @@ is not more, mostly less, to send each token to every rank, once, and to add up 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
+import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.moe import moe_layer, moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from torch import Tensor
 
-from slipway.training.patches import MEGATRON, wrap
+from slipway.training.patches import MEGATRON, replace
 from slipway.training.recipe import Recipe
 
 
@@ -26,10 +31,8 @@ def choose_dispatcher(config: Any, recipe: Recipe, equally_long: bool) -> None:
     if config.variable_seq_lengths:
         config.moe_token_dispatcher_type = "alltoall"  # Megatron asks for it even where there are no experts
     elif config.num_moe_experts and equally_long and sends_less(config, recipe):
-        from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
-
         config.moe_token_dispatcher_type = "allgather"
-        wrap(MoEAllGatherTokenDispatcher, "token_combine", _in_its_own_precision, MEGATRON)
+        replace(moe_layer, "MoEAllGatherTokenDispatcher", Dispatcher, MEGATRON)
 
 
 def sends_less(config: Any, recipe: Recipe) -> bool:
@@ -40,16 +43,39 @@ def sends_less(config: Any, recipe: Recipe) -> bool:
     return 1 < recipe.expert_parallel_size <= config.moe_router_topk and not config.moe_shared_expert_overlap
 
 
-def _in_its_own_precision(combine: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Add up in the precision of the model, as all ranks' partial sums are, not in that of the router's probabilities,
-    which is float32 and twice as much to send."""
+class Dispatcher(MoEAllGatherTokenDispatcher):
+    """Megatron's, which asks the GPU three times for a number before it goes on, and adds up in float32.
 
-    @functools.wraps(combine)
-    def combined(dispatcher: Any, hidden: Tensor) -> Tensor:
-        dispatcher.local_probs = hidden  # it is asked for its dtype alone
-        try:
-            return combine(dispatcher, hidden)
-        finally:
-            dispatcher.local_probs = None
+    The host must know how many tokens each expert has. Here it asks for that before the tokens are sent, and has it
+    when they have come; so the GPU never waits for the host to go on. What the ranks' experts have made is added up in
+    the precision of the model; in that of the router's probabilities, float32, it would be twice as much to send.
+    """
 
-    return combined
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden states [tokens of all ranks, H], their probabilities [tokens of all ranks, experts of this rank])."""
+        mine = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+        routed = gather_from_sequence_parallel_region(self.routing_map, group=self.tp_ep_group)
+        self.local_map = routed[:, mine].contiguous()
+        self._counts = self.local_map.sum(0).to("cpu", non_blocking=True)
+        self._counted = torch.cuda.current_stream().record_event() if routed.is_cuda else None
+        probs = gather_from_sequence_parallel_region(probs, group=self.tp_ep_group)
+        hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_ep_group, use_global_buffer=True)
+        return hidden, probs[:, mine].contiguous()
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows [N, H], the first expert's first; int64 [experts of this rank], rows of each; probabilities [N])."""
+        self.hidden_shape_before_permute, self.routing_map = hidden_states.shape, None
+        if self._counted is not None:
+            self._counted.synchronize()
+        rows, of_rows, self.reversed_local_input_permutation_mapping = moe_utils.permute(
+            hidden_states,
+            self.local_map,
+            probs=probs,
+            num_out_tokens=int(self._counts.sum()),
+            fused=self.config.moe_permute_fusion,
+        )
+        return rows, self._counts, of_rows
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """[tokens of this rank, H]: the sums over the ranks."""
+        return reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
