@@ -83,7 +83,7 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     if name == "push":
         add("--to", required=True, metavar="HOST/NAME:TAG", help="the name in the registry")
     if name in ("push", "archive"):
-        add("--compression", default="zstd", help="compression of the layers: zstd or gzip (default: zstd)")
+        add("--compression", help="of the layers: zstd or gzip (default: zstd; gzip where the engine has no other)")
     if name == "sign":
         add("--key", required=True, metavar="FILE", help="a private EC or RSA key in PEM")
         add("--statement", metavar="FILE", help="a statement (default: the one of the image's last build)")

@@ -106,16 +106,6 @@ def has_containerd_store() -> bool:
     return "io.containerd.snapshotter" in docker(*words, capture_output=True, text=True).stdout
 
 
-def require_containerd_store(what: str) -> None:
-    """BuildError unless the engine has containerd's image store, which `what` needs."""
-    if not has_containerd_store():
-        raise BuildError(
-            f"{what} needs an engine with containerd's image store, and this one has Docker's older store; set "
-            '"features": {"containerd-snapshotter": true} in its daemon.json (newer Docker has it on), or run '
-            "`make engine` with DOCKER_HOST unset"
-        )
-
-
 def require_architecture() -> None:
     """BuildError unless this machine and the engine's are x86-64."""
     words = ["info", "--format", "{{.Architecture}}"]

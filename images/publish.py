@@ -13,6 +13,7 @@ from pathlib import Path
 
 from images import engine, provenance, registry, sbom
 from images.image import build
+from images.repack import repack
 from images.request import Request
 from images.store import BuildError, sha256_of
 
@@ -21,22 +22,25 @@ PROVENANCE, BILL = "application/vnd.in-toto+json", "application/vnd.cyclonedx+js
 COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compression=gzip"}
 
 
-def archive(model: str, variant: str, out: str, compression: str = "zstd", **given: list[str] | None) -> None:
+def archive(model: str, variant: str, out: str, compression: str | None = None, **given: list[str] | None) -> None:
     """Write an image as an OCI archive, for example for `podman load`, and OUT.provenance.json next to it.
 
     Args:
         model, variant, given: those of image.image.
         out: the file; it appears when it is complete.
-        compression: of the layers, zstd or gzip.
+        compression: of the layers, zstd or gzip; None: zstd where the engine can.
     """
     target = Path(out).absolute()
     if not target.parent.is_dir():
         raise BuildError(f"--out {out}: folder {target.parent} not found; create it first", exit_code=73)
-    request = _request(model, variant, compression, given)
-    engine.require_containerd_store("archive")
+    compression = _compression(compression)
+    request = Request.of(model, variant, **given)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as scratch:
         part = Path(scratch) / "image.tar"
-        digest = _export(request, request.tag, f"type=oci,dest={part}", compression)
+        if engine.has_containerd_store():
+            digest = _export(request, request.tag, f"type=oci,dest={part}", compression)
+        else:
+            digest = _save(request, part)
         statement = Path(scratch) / "provenance.json"
         provenance.write_statement(statement, request, request.tag, digest)
         os.replace(statement, f"{target}.provenance.json")
@@ -44,7 +48,7 @@ def archive(model: str, variant: str, out: str, compression: str = "zstd", **giv
     print(f"archive: {target} {digest}, {target.stat().st_size / 1e9:.2f} GB")
 
 
-def push(model: str, variant: str, to: str, compression: str = "zstd", **given: list[str] | None) -> None:
+def push(model: str, variant: str, to: str, compression: str | None = None, **given: list[str] | None) -> None:
     """Push an image to a registry that docker is logged in to, and attach its provenance and SBOM to it there.
 
     The provenance, pushed.json, is also next to that of the image in the store.
@@ -52,15 +56,18 @@ def push(model: str, variant: str, to: str, compression: str = "zstd", **given: 
     Args:
         model, variant, given: those of image.image.
         to: HOST/NAME:TAG.
-        compression: of the layers, zstd or gzip.
+        compression: of the layers, zstd or gzip; None: zstd where the engine can.
     """
     if "/" not in to or "://" in to:
         raise BuildError(f"--to {to}: expected HOST/NAME:TAG, the same form as for `docker push`", exit_code=2)
     started = time.monotonic()
-    request = _request(model, variant, compression, given)
-    engine.require_containerd_store("push")
+    compression = _compression(compression)
+    request = Request.of(model, variant, **given)
     try:
-        digest = _export(request, to, "type=image,push=true,unpack=false", compression)
+        if engine.has_containerd_store():
+            digest = _export(request, to, "type=image,push=true,unpack=false", compression)
+        else:
+            digest = _push(request, to)
     finally:
         engine.docker("image", "rm", "--force", to, capture_output=True)
     pushed = provenance.folder_of(model, variant) / "pushed.json"
@@ -98,10 +105,19 @@ def wheels(model: str, variant: str, out: str, no_cache: bool = False, **given: 
         print(f"wheels: {sha256_of(wheel)}  {wheel.name}")
 
 
-def _request(model: str, variant: str, compression: str, given: dict[str, list[str] | None]) -> Request:
-    if compression not in COMPRESSIONS:
-        raise BuildError(f"--compression {compression}: use {' or '.join(COMPRESSIONS)}", exit_code=2)
-    return Request.of(model, variant, **given)
+def _compression(asked: str | None) -> str:
+    """Of the layers; BuildError where there is no such one, or the engine in use cannot write it."""
+    if asked not in (None, *COMPRESSIONS):
+        raise BuildError(f"--compression {asked}: use {' or '.join(COMPRESSIONS)}", exit_code=2)
+    if engine.has_containerd_store():
+        return asked or "zstd"
+    if asked == "zstd":
+        raise BuildError(
+            "--compression zstd: this engine has Docker's older image store, which has gzip alone; use gzip, or set "
+            '"features": {"containerd-snapshotter": true} in its daemon.json (newer Docker has it on)',
+            exit_code=2,
+        )
+    return "gzip"
 
 
 def _export(request: Request, name: str, output: str, compression: str) -> str:
@@ -112,3 +128,29 @@ def _export(request: Request, name: str, output: str, compression: str) -> str:
         # The digest of the compressed image: it differs from that of the uncompressed one in the engine.
         build(request, name, words, "--metadata-file", str(metadata))
         return json.loads(metadata.read_text())["image"]["containerimage.digest"]
+
+
+def _save(request: Request, part: Path) -> str:
+    """Build the image, and write it as an OCI archive from what Docker's older store saves; returns its digest."""
+    build(request, request.tag, f"type=image,name={request.tag}")
+    saved = part.with_name("saved.tar")
+    done = engine.docker("image", "save", "--output", str(saved), request.tag, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"docker save {request.tag}: {done.stderr.strip()}; free some disk and try again")
+    try:
+        return repack(saved, part, request.tag, part.parent)
+    finally:
+        saved.unlink()
+
+
+def _push(request: Request, to: str) -> str:
+    """Build the image, and push it as Docker's older store does, which compresses the layers; returns its digest."""
+    build(request, to, f"type=image,name={to}")
+    if engine.docker("image", "push", to).returncode:
+        raise BuildError(f"docker push {to} failed, see above")
+    shown = engine.docker("image", "inspect", "--format", "{{json .RepoDigests}}", to, capture_output=True, text=True)
+    repository = to.rpartition(":")[0]
+    digests = [one.partition("@")[2] for one in json.loads(shown.stdout) if one.partition("@")[0] == repository]
+    if not digests:
+        raise BuildError(f"docker push {to}: the engine does not say which digest it pushed; push again")
+    return digests[0]

@@ -22,6 +22,7 @@ from images.store import BuildError
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKERS = "application/vnd.docker.distribution.manifest.v2+json"  # what Docker's older image store pushes
 EMPTY = {
     "mediaType": "application/vnd.oci.empty.v1+json",
     "digest": "sha256:" + hashlib.sha256(b"{}").hexdigest(),
@@ -65,7 +66,7 @@ class Registry:
     def describe(self, reference: str) -> dict[str, Any]:
         """The descriptor of a manifest."""
         status, headers, body = self._ask(
-            "GET", f"{self.base}/manifests/{reference}", {"Accept": f"{MANIFEST}, {INDEX}"}
+            "GET", f"{self.base}/manifests/{reference}", {"Accept": f"{MANIFEST}, {INDEX}, {DOCKERS}"}
         )
         if status != 200:
             raise self._wrong(f"has no manifest {reference}", status, body)

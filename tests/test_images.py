@@ -41,6 +41,7 @@ from images import (
     objects,
     process,
     provenance,
+    publish,
     request,
     sbom,
     slim,
@@ -493,14 +494,16 @@ def test_another_architecture_is_refused_with_what_is_missing(tmp_path, monkeypa
         engine.require_architecture()
 
 
-def test_an_engine_with_the_older_image_store_is_told_what_archive_needs(tmp_path, monkeypatch):
+def test_an_engine_with_the_older_image_store_compresses_with_gzip(tmp_path, monkeypatch):
     docker = tmp_path / "docker"
     docker.write_text('#!/bin/sh\necho \'[["Backing Filesystem","extfs"],["Native Overlay Diff","true"]]\'\n')
     docker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
-    with pytest.raises(BuildError, match=r'archive needs .*"containerd-snapshotter": true'):
-        engine.require_containerd_store("archive")
+    assert publish._compression(None) == publish._compression("gzip") == "gzip"
+    with pytest.raises(BuildError, match=r'has gzip alone; use gzip, or set .*"containerd-snapshotter": true') as error:
+        publish._compression("zstd")
+    assert error.value.exit_code == 2
 
 
 # ---------------------------------------------------------------------------- what is taken out
