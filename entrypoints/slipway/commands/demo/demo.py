@@ -24,13 +24,14 @@ from slipway import errors
 from slipway.commands.demo.checks import Check, checks
 from slipway.errors import SlipwayError, UsageError
 from slipway.families import FAMILIES
+from slipway.launch.topology import gpus_here
 from slipway.options import option, take, with_options
 from slipway.report import human_bytes
 from slipway.training.run_folder import RunFolder
 
 MARK = ".slipway-demo"  # a folder with this file in it may be thrown away
 SEQ_LENGTH = 128
-PROCESSES = 2
+PROCESSES = 2  # where there are so many GPUs, or none
 
 
 @dataclass
@@ -207,7 +208,7 @@ def _train(result: Demo, folder: Path, steps: int) -> None:
     words = ["train", "--model", f"{f}/nemo", "--data", f"{f}/data.jsonl", "--out", f"{f}/run"]
     words += ["--steps", str(steps), "--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "2"]
     words += ["--global-batch-size", "8", "--lr", "2e-3", "--warmup-steps", "2", "--constant-steps", "2"]
-    words += ["--nproc-per-node", str(PROCESSES), "--master-port", str(_free_port())]
+    words += ["--nproc-per-node", str(min(PROCESSES, gpus_here() or PROCESSES)), "--master-port", str(_free_port())]
 
     def stop_in_the_middle(process: subprocess.Popen) -> None:
         import threading
