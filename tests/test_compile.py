@@ -108,3 +108,11 @@ def test_another_transformer_engine_is_compiled_as_it_is(tmp_path, capsys):
     (tmp_path / wheel.LISTS).write_text("project(x)\n")
     wheel.allow_new_architectures_alone(tmp_path, "100")
     assert (tmp_path / wheel.LISTS).read_text() == "project(x)\n" and "as it is" in capsys.readouterr().out
+
+
+def test_no_file_of_a_source_keeps_its_time(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "scale.cu").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    wheel.forget_times(tmp_path)
+    assert {file.lstat().st_mtime for file in tmp_path.rglob("*")} == {0}

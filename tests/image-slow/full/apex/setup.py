@@ -26,7 +26,10 @@ def empty(name):
 
 extensions = [empty("apex_C")] if os.environ.get("APEX_CPP_EXT") else []
 if os.environ.get("APEX_CUDA_EXT"):
-    extensions += [CUDAExtension("amp_C", ["csrc/amp_C.cpp", "csrc/scale.cu"]), *map(empty, EMPTY)]
+    # With -lineinfo the times of sources and of the headers of CUDA and torch get into the device code.
+    options = {"cxx": [], "nvcc": ["-lineinfo"]}
+    amp = CUDAExtension("amp_C", ["csrc/amp_C.cpp", "csrc/scale.cu"], extra_compile_args=options)
+    extensions += [amp, *map(empty, EMPTY)]
 setup(
     name="apex",
     version="0.1",

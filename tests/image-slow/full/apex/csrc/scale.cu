@@ -1,4 +1,5 @@
 #include <ATen/cuda/CUDAContext.h>
+#include <cuda_fp16.h>
 #include <cudnn.h>
 #include <torch/extension.h>
 
@@ -6,7 +7,8 @@ namespace {
 // nvcc renames the symbols of an unnamed namespace in each compile, unless it gets a seed.
 __global__ void multiply(float* values, float factor, long count) {
     long place = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x;
-    if (place < count) values[place] *= factor;
+    // A function of a header is inlined here: with -lineinfo the device code names the header, and its time.
+    if (place < count) values[place] = __half2float(__hmul(__float2half(values[place]), __float2half(factor)));
 }
 }  // namespace
 
