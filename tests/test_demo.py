@@ -13,6 +13,7 @@ from conftest import seconds_of_children
 from printed import not_ours
 from safetensors.torch import load_file, save_file
 from slipway.commands.demo import checks as demo_checks
+from slipway.commands.demo import demo
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ def test_the_readme_shows_what_the_demo_prints(finished):
     assert re.findall(r"(?m)^ok   (.*?): ", shown) == [
         check["what"].partition(": ")[0] for check in finished[0]["checks"]
     ]
+
+
+@pytest.mark.parametrize("gpus, processes", [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_it_takes_no_more_processes_than_there_are_gpus(tmp_path, monkeypatch, gpus, processes):
+    commands = []
+    monkeypatch.setattr(demo, "gpus_here", lambda: gpus)
+    monkeypatch.setattr(demo, "_run", lambda result, name, words, **_: commands.append(words))
+    (tmp_path / "run").mkdir()
+    demo.RunFolder(tmp_path / "run").status.write_text("{}")
+    demo._train(demo.Demo(tmp_path), tmp_path, steps=4)
+    trains = [words for words in commands if words[0] == "train"]
+    assert [words[words.index("--nproc-per-node") + 1] for words in trains] == [str(processes)] * 2
 
 
 @pytest.mark.parametrize("broken", ["bf16", "merged"])

@@ -34,7 +34,7 @@ def on_the_cpu() -> None:
 )
 def test_every_token_goes_to_all_ranks_where_that_is_less(changes, chosen):
     values = {"num_moe_experts": 32, "moe_router_topk": 4, "moe_shared_expert_overlap": False}
-    config = SimpleNamespace(variable_seq_lengths=False, moe_token_dispatcher_type="alltoall")
+    config = SimpleNamespace(variable_seq_lengths=False, moe_token_dispatcher_type="allgather")
     vars(config).update({name: changes.get(name, value) for name, value in values.items()})
     recipe = Recipe("m", "d", "o", expert_parallel_size=changes.get("expert_parallel_size", 2))
     from slipway.training.dispatch import choose_dispatcher

@@ -28,9 +28,9 @@ def choose_dispatcher(config: Any, recipe: Recipe, equally_long: bool) -> None:
     Args:
         equally_long: every micro batch of every rank computes as many positions.
     """
-    if config.variable_seq_lengths:
-        config.moe_token_dispatcher_type = "alltoall"  # Megatron asks for it even where there are no experts
-    elif config.num_moe_experts and equally_long and sends_less(config, recipe):
+    # Without experts too: Megatron's default is not allowed where stages tell each other the length of a micro batch.
+    config.moe_token_dispatcher_type = "alltoall"
+    if config.num_moe_experts and equally_long and not config.variable_seq_lengths and sends_less(config, recipe):
         config.moe_token_dispatcher_type = "allgather"
         replace(moe_layer, "MoEAllGatherTokenDispatcher", Dispatcher, MEGATRON)
 
