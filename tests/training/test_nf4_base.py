@@ -211,7 +211,7 @@ def test_a_base_with_a_value_that_is_no_number_is_noticed(bad):
     [
         (["--mode=sft"], "is for adapters on a frozen base"),
         (["--mode=heads"], "is for adapters on a frozen base"),
-        (["--mode=lora", "--precision=fp8"], "unpacks the base to BF16"),
+        (["--mode=lora", "--precision=fp8"], "does not go with --base-precision nf4, which is unpacked to BF16"),
         (["--mode=lora", "--dora=true"], "keeps no matrix whose rows --dora could measure"),
         (["--mode=lora", "--base-precision=nf5"], "nf5"),
     ],
