@@ -99,7 +99,9 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
 
     MODES[recipe.mode].prepare()
     folder = RunFolder.of(recipe)
-    model = load_model(recipe, on_gpu, equally_long(recipe, indices))
+    # Asked only where it matters: it reads the lengths of all samples.
+    even = recipe.expert_parallel_size > 1 and equally_long(recipe, indices)
+    model = load_model(recipe, on_gpu, even)
     data = load_data(recipe, indices)
     record = Record(recipe, folder, arithmetic_of(recipe, model.config), data.samples, started)
     trainer = make_trainer(recipe, _callbacks(recipe, record, stop_file, measured), nodes, on_gpu, measured)
