@@ -506,6 +506,25 @@ def test_an_engine_with_the_older_image_store_compresses_with_gzip(tmp_path, mon
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "kind, name", [(tarfile.SYMTYPE, "t/link"), (tarfile.REGTYPE, "t/../../x"), (tarfile.REGTYPE, "/x")]
+)
+def test_a_source_archive_holds_plain_files_below_its_folder(kind, name):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    with pytest.raises(BuildError, match="is no plain file below its folder"):
+        sources._as_ours(member)
+
+
+def test_what_a_source_archive_holds_is_this_users_with_plain_modes():
+    """As tarfile's own filter makes it, which Debian 12's Python does not have."""
+    for mode, is_folder in ((0o600, False), (0o4777, False), (0o700, True)):
+        member = tarfile.TarInfo("t/a")
+        member.mode, member.uid, member.type = mode, 4242, tarfile.DIRTYPE if is_folder else tarfile.REGTYPE
+        expected = 0o755 if is_folder or mode & 0o100 else 0o644
+        assert (sources._as_ours(member).mode, member.uid) == (expected, os.getuid())
+
+
 # ---------------------------------------------------------------------------- what is taken out
 
 
