@@ -10,7 +10,7 @@ from slipway.tokens.lines import as_line
 from slipway.tokens.scan import scan
 from slipway.training.preflight import index_file
 from slipway.training.recipe import Recipe
-from slipway.training.worker import equally_long
+from slipway.training.worker import has_equal_lengths
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +66,7 @@ def test_micro_batches_are_equally_long(tmp_path, lengths, pack, expected):
     (tmp_path / "data.jsonl").write_bytes(b"".join(as_line([], [5] * length) for length in lengths))
     recipe = Recipe("m", str(tmp_path / "data.jsonl"), "o", seq_length=512, pack=pack)
     scan(tmp_path / "data.jsonl", 514, 512).save(index_file(tmp_path, "train", 0))
-    assert equally_long(recipe, tmp_path) is expected
+    assert has_equal_lengths(recipe, tmp_path) is expected
 
 
 def test_the_ranks_send_the_precision_of_the_model(monkeypatch):

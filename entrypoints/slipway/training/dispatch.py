@@ -44,11 +44,11 @@ def sends_less(config: Any, recipe: Recipe) -> bool:
 
 
 class Dispatcher(MoEAllGatherTokenDispatcher):
-    """Megatron's, which asks the GPU three times for a number before it goes on, and adds up in float32.
+    """Megatron's, which waits for the GPU after the tokens have come, and adds up in float32.
 
-    The host must know how many tokens each expert has. Here it asks for that before the tokens are sent, and has it
-    when they have come; so the GPU never waits for the host to go on. What the ranks' experts have made is added up in
-    the precision of the model; in that of the router's probabilities, float32, it would be twice as much to send.
+    The host must know how many tokens each expert has. Here it asks for that before the tokens are sent, so that it can
+    go on while they are on their way. What the ranks' experts have made is added up in the precision of the model; in
+    that of the router's probabilities, float32, it would be twice as much to send.
     """
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     MODES[recipe.mode].prepare()
     folder = RunFolder.of(recipe)
     # Asked only where it matters: it reads the lengths of all samples.
-    even = recipe.expert_parallel_size > 1 and equally_long(recipe, indices)
+    even = recipe.expert_parallel_size > 1 and has_equal_lengths(recipe, indices)
     model = load_model(recipe, on_gpu, even)
     data = load_data(recipe, indices)
     record = Record(recipe, folder, arithmetic_of(recipe, model.config), data.samples, started)
@@ -191,7 +191,7 @@ def load_data(recipe: Recipe, indices: Path) -> Any:
     return TokenData(samples, held_out, recipe.micro_batch_size, recipe.global_batch_size)
 
 
-def equally_long(recipe: Recipe, indices: Path) -> bool:
+def has_equal_lengths(recipe: Recipe, indices: Path) -> bool:
     """Whether every micro batch of every rank computes as many positions: packed ones, or windows of texts."""
     import numpy as np
 
