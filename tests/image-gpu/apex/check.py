@@ -5,40 +5,21 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor, nn
+from beside_torch import Both, after_three_steps, inputs, run, with_gradients
+from torch import Tensor
 from torch.nn import functional
 
 BOUND = 1e-2  # of the norm: rounding of BF16
 
 
-def inputs(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
-
-
-def with_gradients(output: Tensor, *of: Tensor) -> list[Tensor]:
-    """The output, and the gradients of a sum of it that weighs every element differently."""
-    weights = torch.randn(output.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(5))
-    return [output.detach(), *torch.autograd.grad((output.float() * weights).sum(), of)]
-
-
-def adam() -> tuple[list[Tensor], list[Tensor]]:
-    """amp_C: three steps."""
+def adam() -> Both:
+    """amp_C."""
     from apex.optimizers import FusedAdam
 
-    def trained(optimizer_of) -> list[Tensor]:
-        torch.manual_seed(1)
-        parameters = [nn.Parameter(torch.randn(n, device="cuda")) for n in (7, 4096, 100_001)]
-        optimizer = optimizer_of(parameters, lr=1e-2, weight_decay=0.1)
-        for _ in range(3):
-            for parameter in parameters:
-                parameter.grad = torch.randn_like(parameter)
-            optimizer.step()
-        return [parameter.detach() for parameter in parameters]
-
-    return trained(FusedAdam), trained(torch.optim.AdamW)
+    return after_three_steps(FusedAdam), after_three_steps(torch.optim.AdamW)
 
 
-def flatten() -> tuple[list[Tensor], list[Tensor]]:
+def flatten() -> Both:
     """apex_C: tensors into one and back."""
     import apex_C
 
@@ -47,7 +28,7 @@ def flatten() -> tuple[list[Tensor], list[Tensor]]:
     return [flat, *apex_C.unflatten(flat, parts)], [torch.cat([part.flatten() for part in parts]), *parts]
 
 
-def layer_norm() -> tuple[list[Tensor], list[Tensor]]:
+def layer_norm() -> Both:
     from apex.normalization import FusedLayerNorm
 
     x, layer = inputs(512, 4096), FusedLayerNorm(4096).cuda().bfloat16()
@@ -56,7 +37,7 @@ def layer_norm() -> tuple[list[Tensor], list[Tensor]]:
     return ours, with_gradients(plain, x, layer.weight, layer.bias)
 
 
-def rms_norm() -> tuple[list[Tensor], list[Tensor]]:
+def rms_norm() -> Both:
     from apex.normalization import FusedRMSNorm
 
     x, layer = inputs(512, 4096), FusedRMSNorm(4096).cuda().bfloat16()
@@ -64,7 +45,7 @@ def rms_norm() -> tuple[list[Tensor], list[Tensor]]:
     return ours, with_gradients(functional.rms_norm(x, (4096,), layer.weight, layer.eps), x, layer.weight)
 
 
-def fused_dense() -> tuple[list[Tensor], list[Tensor]]:
+def fused_dense() -> Both:
     from apex.fused_dense import FusedDense
 
     layer, x = FusedDense(256, 384).cuda().bfloat16(), inputs(64, 256)
@@ -72,10 +53,10 @@ def fused_dense() -> tuple[list[Tensor], list[Tensor]]:
     return ours, with_gradients(functional.linear(x, layer.weight, layer.bias), x, layer.weight, layer.bias)
 
 
-def mlp() -> tuple[list[Tensor], list[Tensor]]:
+def mlp() -> Both:
+    """With sigmoids: at the kink of ReLU rounding decides which gradients are 0."""
     from apex.mlp import MLP
 
-    """With sigmoids: at the kink of ReLU rounding decides which gradients are 0."""
     layer, x = MLP([256, 512, 128], bias=True, activation="sigmoid").cuda().half(), inputs(64, 256, dtype=torch.half)
     plain = x
     for weight, bias in zip(layer.weights, layer.biases, strict=True):
@@ -83,7 +64,7 @@ def mlp() -> tuple[list[Tensor], list[Tensor]]:
     return with_gradients(layer(x), x, *layer.weights), with_gradients(plain, x, *layer.weights)
 
 
-def rotary_positions() -> tuple[list[Tensor], list[Tensor]]:
+def rotary_positions() -> Both:
     from apex.transformer.functional.fused_rope import fused_apply_rotary_pos_emb
 
     x, angles = inputs(128, 2, 4, 64), torch.rand(128, 1, 1, 32, device="cuda").repeat(1, 1, 1, 2)
@@ -92,7 +73,7 @@ def rotary_positions() -> tuple[list[Tensor], list[Tensor]]:
     return with_gradients(fused_apply_rotary_pos_emb(x, angles), x), with_gradients(plain, x)
 
 
-def weight_gradient() -> tuple[list[Tensor], list[Tensor]]:
+def weight_gradient() -> Both:
     """Added to what is there in float32, which is what Megatron's gradient_accumulation_fusion takes it for."""
     import fused_weight_gradient_mlp_cuda as extension
 
@@ -102,7 +83,7 @@ def weight_gradient() -> tuple[list[Tensor], list[Tensor]]:
     return [sums], [plain]
 
 
-def causal_softmax() -> tuple[list[Tensor], list[Tensor]]:
+def causal_softmax() -> Both:
     from apex.transformer.functional.fused_softmax import ScaledUpperTriangMaskedSoftmax
 
     x = inputs(8, 128, 128)
@@ -117,7 +98,7 @@ def masked(x: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, (x.float() * 0.5).masked_fill(hidden, -10000.0).softmax(-1).to(x.dtype)
 
 
-def masked_softmax() -> tuple[list[Tensor], list[Tensor]]:
+def masked_softmax() -> Both:
     from apex.transformer.functional.fused_softmax import ScaledMaskedSoftmax
 
     x = inputs(2, 4, 64, 128)
@@ -125,7 +106,7 @@ def masked_softmax() -> tuple[list[Tensor], list[Tensor]]:
     return with_gradients(ScaledMaskedSoftmax.apply(x, hidden, 0.5), x), with_gradients(plain, x)
 
 
-def generic_masked_softmax() -> tuple[list[Tensor], list[Tensor]]:
+def generic_masked_softmax() -> Both:
     """Called directly: Apex's own function for it forgets to import it in its backward pass."""
     import generic_scaled_masked_softmax_cuda as extension
 
@@ -137,7 +118,7 @@ def generic_masked_softmax() -> tuple[list[Tensor], list[Tensor]]:
     return [result, extension.backward(gradient.detach().clone(), ours, 0.5)], [plain, expected]
 
 
-def plain_softmax() -> tuple[list[Tensor], list[Tensor]]:
+def plain_softmax() -> Both:
     from apex.transformer.functional.fused_softmax import ScaledSoftmax
 
     x = inputs(2, 4, 64, 128)
@@ -145,7 +126,7 @@ def plain_softmax() -> tuple[list[Tensor], list[Tensor]]:
     return with_gradients(ScaledSoftmax.apply(x, 0.5), x), with_gradients(plain, x)
 
 
-def batch_norm_sums() -> tuple[list[Tensor], list[Tensor]]:
+def batch_norm_sums() -> Both:
     import syncbn
 
     x = inputs(16, 8, 12, 12, dtype=torch.float32).detach()
@@ -169,26 +150,6 @@ CHECKS = {
 }
 
 
-def apart(one: Tensor, other: Tensor) -> float:
-    """The norm of the difference, as a share of the norm."""
-    return float((one.float() - other.float()).norm() / other.float().norm())
-
-
-def main() -> int:
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    failed = 0
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            ours, torchs = check()
-            largest = max(apart(one, other) for one, other in zip(ours, torchs, strict=True))
-            said, right = f"{largest:.1e} of the norm apart", largest < BOUND
-        except Exception as error:  # the others are still worth knowing
-            said, right = f"{type(error).__name__}: {error}", False
-        failed += not right
-        print(f"{'ok  ' if right else 'FAIL'} {name}: {said}", flush=True)
-    return bool(failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    sys.exit(run((name, check, 0, BOUND) for name, check in CHECKS.items()))
