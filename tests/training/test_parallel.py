@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, make_model, tensor_of
+from slipway.checkpoint import handover
 from slipway.checkpoint.torch_dist import Reader
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.tokens.lines import as_line
@@ -204,6 +205,11 @@ def difference(run: Path, other: Path, base: Path) -> float:
 
 def step(run: Path) -> Path:
     return run / "checkpoints" / f"step={STEPS}"
+
+
+@pytest.mark.parametrize("kind, mode, layout", CELLS)
+def test_what_training_saves_can_be_gone_on_from(runs, kind, mode, layout):
+    handover.check(step(runs / f"{kind}-{mode}-{layout}"))
 
 
 @pytest.mark.parametrize("kind, mode, layout", CELLS)

@@ -21,10 +21,13 @@ from test_parallel import LAYOUTS, write_data
 STEPS, SEQ_LENGTH = 5, 32
 MODES = ("heads", "lora", "sft", "pretrain")
 # Layout → the kind of model that is trained in it.
-KINDS = {"one": "llama31", "dp2": "llama31", "tp2": "llama31", "ep2": "qwen3_moe"}
+KINDS = {"one": "llama31", "latent": "deepseek_v3", "sinks": "gpt_oss"}
+KINDS |= {"dp2": "llama31", "tp2": "llama31", "ep2": "qwen3_moe"}
+ALONE = ("one", "latent", "sinks")
 EVERY = list(itertools.product(MODES, KINDS))
 # Here every mode alone and in one layout.
 IN_CI = [*((mode, "one") for mode in MODES), ("heads", "dp2"), ("lora", "tp2"), ("sft", "ep2"), ("pretrain", "dp2")]
+IN_CI += [("sft", "latent"), ("lora", "sinks")]
 CELLS = EVERY if os.environ.get("SLIPWAY_MATRIX") == "all" else IN_CI
 KILLED = CELLS if CELLS == EVERY else [(mode, "one") for mode in MODES]
 # mode, the layout that the run began in, and the one that it goes on in
@@ -41,7 +44,7 @@ def job(root: Path, mode: str, layout: str, name: str, **more: object) -> dict:
         "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "warmup_steps": 1, "constant_steps": 1,
         "save_every": 2, "keep": 3, **LAYOUTS.get(layout, {}),
     }  # fmt: skip
-    return {"recipe": recipe, "indices": str(root), "ranks": 1 if layout == "one" else 2, "port": free_port(), **more}
+    return {"recipe": recipe, "indices": str(root), "ranks": 1 if layout in ALONE else 2, "port": free_port(), **more}
 
 
 def longer(job: dict) -> dict:

@@ -29,6 +29,7 @@ from slipway.untrusted import harmless, open_file, read_bytes, read_object
 CURE = "import the model again, and use checkpoints of people whom you trust"
 COPY = "copy the checkpoint again"
 CONFIG, METADATA = "fiddle._src.config:Config", "fiddle._src.config:BuildableTraverserMetadata"
+PARTIAL = "fiddle._src.partial:Partial"
 CONTAINERS = ("builtins:list", "builtins:tuple", "builtins:dict")
 ROOT, MODEL = "<root>", "<root>.model"
 MOST_CONTEXT_BYTES, MOST_OBJECT_BYTES = 64 << 20, 16 << 20
@@ -44,8 +45,17 @@ BESIDE_THE_MODEL = {
     "nemo.collections.llm.peft.canonical_lora:CanonicalLoRA",
 }
 OURS = "slipway.training."  # what Slipway's own training attaches, and how its learning rate goes
+# What builds Megatron's layers. Of DeepSeek's NeMo notes which arguments it gives: they are flags.
+LAYERS = {
+    "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec",
+    *(
+        f"nemo.collections.llm.gpt.model.base:{name}_layer_spec"
+        for name in ("default", "local", "transformer_engine", "transformer_engine_full")
+    ),
+}
 # Values of a configuration's fields that are not numbers or words: dtypes, activations, what NeMo's classes have set.
 VALUES = {
+    *LAYERS,
     *(f"torch:{name}" for name in TORCH_NAMES.values()),
     *(f"torch.nn.functional:{name}" for name in ("silu", "gelu", "relu")),
     *(f"nemo.collections.llm.gpt.model.base:gpt_{name}_step" for name in ("data", "forward")),
@@ -213,10 +223,14 @@ class _Context:
             if not isinstance(called, _Named) or len(others) != 2 or any(others):
                 raise _Refused("a call has tags or a history")
             return Called(called.target, dict.fromkeys(names))
-        if kind != CONFIG:
+        if kind not in (CONFIG, PARTIAL):
             raise _Refused(f"it has an object of {kind}, which is not on the list")
         about = self._value(value["metadata"], depth + 1)
-        return Called(about.target, dict(zip(about.arguments, items, strict=True)))
+        if kind == CONFIG:
+            return Called(about.target, dict(zip(about.arguments, items, strict=True)))
+        if _named(about) not in LAYERS or not all(isinstance(item, bool) for item in items):
+            raise _Refused(f"it has a {kind} of {_named(about)}, which is not on the list or has other arguments")
+        return _Named(about.target)
 
     def _reached(self, key: str) -> set[str]:
         """The objects that NeMo looks at to build the model: what has a path in it, and all that these refer to."""
@@ -231,7 +245,7 @@ class _Context:
 
     def _check_the_rest(self, reached: set[str]) -> None:
         """What is named elsewhere in the file is of packages that training uses; NeMo does not look at it."""
-        known = {*self._models, *self._configs, *BESIDE_THE_MODEL, *VALUES, *CONTAINERS, CONFIG, METADATA}
+        known = {*self._models, *self._configs, *BESIDE_THE_MODEL, *VALUES, *CONTAINERS, CONFIG, PARTIAL, METADATA}
         known |= {TOKENIZER_CLASS, "nemo.lightning.io.pl:TrainerContext"}
         for key, value in self.objects.items():
             # Of what has no path NeMo looks the class up, whosever it is.

@@ -6,6 +6,7 @@ torchrun starts it for every rank. If there is only one, it is called in the pro
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import sys
@@ -166,6 +167,8 @@ def load_model(recipe: Recipe, on_gpu: bool, equally_long: bool) -> Any:
     config.variable_seq_lengths = recipe.pipeline_parallel_size > 1 and not recipe.pack
     choose_dispatcher(config, recipe, equally_long)
     if on_gpu:
+        if isinstance(layers := config.transformer_layer_spec, functools.partial):  # DeepSeek's, maybe noted on a CPU
+            config.transformer_layer_spec = functools.partial(layers, use_transformer_engine=True)
         config.moe_permute_fusion = bool(config.num_moe_experts)
         config.gradient_accumulation_fusion = not recipe.is_frozen and _adds_gradients_in_products()
     else:
