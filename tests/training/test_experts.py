@@ -46,6 +46,39 @@ def test_frozen_weights_are_moved_together_once_and_keep_their_values():
     assert places == [weight.data_ptr() for weight in weights]
 
 
+class Grouped(torch.nn.Module):
+    """As Transformer Engine's GroupedLinear makes its weights: each is registered, then all are filled."""
+
+    def __init__(self, fp8: bool = False, device: str = "cpu") -> None:
+        super().__init__()
+        self.num_gemms, self.primary_weights_in_fp8, self.about = len(SIZES), fp8, {}
+        for number in range(self.num_gemms):
+            weight = torch.nn.Parameter(torch.empty(ROWS, WIDTH, device=device, dtype=torch.bfloat16))
+            self.register_parameter(f"weight{number}", weight, filled_with=number)
+        self.register_parameter("bias0", torch.nn.Parameter(torch.zeros(ROWS)), filled_with=None)
+        for name, parameter in self.named_parameters():
+            torch.nn.init.constant_(parameter, self.about[name] or 0)
+
+    def register_parameter(self, name, parameter, filled_with) -> None:
+        super().register_parameter(name, parameter)
+        self.about[name] = filled_with
+
+
+@pytest.mark.parametrize("options, together", [({}, True), ({"fp8": True}, False), ({"device": "meta"}, False)])
+def test_weights_are_made_in_one_piece_of_memory(monkeypatch, options, together):
+    monkeypatch.setattr(Grouped, "__init__", experts._made_together(Grouped.__init__))
+    made = Grouped(**options)
+    weights = [made.get_parameter(f"weight{number}") for number in range(len(SIZES))]
+    assert "register_parameter" not in vars(made)
+    assert all(isinstance(weight, torch.nn.Parameter) and weight.requires_grad for weight in weights)
+    if together:
+        piece = experts._as_one(weights)
+        assert piece is not None and piece.untyped_storage().nbytes() == len(SIZES) * ROWS * WIDTH * 2
+        assert [weight.unique().tolist() for weight in weights] == [[float(number)] for number in range(len(SIZES))]
+    elif not weights[0].is_meta:
+        assert experts._as_one(weights) is None
+
+
 def test_gradients_go_into_megatrons_buffer_where_it_is_in_one_piece():
     inputs, weights = _inputs(True)
     wanted = torch.autograd.grad(_one_by_one(inputs, weights).sum(), weights)

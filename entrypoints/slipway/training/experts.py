@@ -1,9 +1,10 @@
 """All experts of a layer in one product, where Transformer Engine makes one product for each.
 
 A layer of 128 experts starts 128 kernels forward and 128 or 256 backward, and the GPU waits for the host. torch's
-grouped product takes the rows of all experts at once. For it the experts' weights must lie one behind the other: a
-frozen base is moved there once. Trained weights lie in Megatron's buffer, which takes parameters in reverse; so they
-are registered in reverse, and their gradients are added to the buffer in one go as well.
+grouped product takes the rows of all experts at once. For it the experts' weights must lie one behind the other: they
+are made so. Moved there later, they would need their memory twice, 15 GB for 256 experts of DeepSeek-V3. Weights that
+are trained lie in Megatron's buffer, which takes parameters in reverse; so they are registered in reverse, and their
+gradients are added to the buffer in one go as well.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def group_products() -> None:
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     _let_sorting_compile()
+    wrap(TEGroupedLinear, "__init__", _made_together, MEGATRON)
     wrap(TEGroupedLinear, "__init__", _registered_in_reverse, MEGATRON)
     wrap(TEGroupedLinear, "forward", _in_one_product, MEGATRON)
     wrap(token_dispatcher, "sort_chunks_by_idxs", _unless_sorted, MEGATRON)
@@ -45,6 +47,32 @@ def _let_sorting_compile() -> None:
     vars(marked).update(vars(core))
     marked.get_int_dtype = triton.constexpr_function(core.get_int_dtype)  # type: ignore[attr-defined]
     replace(permutation, "core", marked, TRANSFORMER_ENGINE)
+
+
+def _made_together(make: Callable[..., None]) -> Callable[..., None]:
+    """Put the weights of all experts into one piece of memory, each as soon as it is made and before it has values."""
+
+    @functools.wraps(make)
+    def made(module: nn.Module, *arguments: Any, **options: Any) -> None:
+        register = module.register_parameter
+        pieces: list[Tensor] = []
+
+        def placed(name: str, parameter: nn.Parameter, **about: Any) -> None:
+            # FP8 weights are made out of these one by one, and lie elsewhere then.
+            if name.startswith("weight") and not parameter.is_meta and not module.primary_weights_in_fp8:
+                if not pieces:
+                    pieces.extend(parameter.new_empty(module.num_gemms, *parameter.shape))
+                parameter.data = pieces[int(name.removeprefix("weight"))]
+            register(name, parameter, **about)
+
+        # On the object, and not by setattr: the module's own __init__ has not run yet.
+        vars(module)["register_parameter"] = placed
+        try:
+            make(module, *arguments, **options)
+        finally:
+            del vars(module)["register_parameter"]
+
+    return made
 
 
 def _registered_in_reverse(make: Callable[..., None]) -> Callable[..., None]:
@@ -125,9 +153,11 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, ends, weights, stacked, buffer, *known):
-        # What is saved so may be unpacked again for the backward pass (nf4_base.py); an attribute would keep it.
-        ctx.save_for_backward(inputs, ends, stacked)
-        ctx.weights = weights if known or buffer is not None else ()
+        trained = bool(known) or buffer is not None
+        # What is saved so may be unpacked again for the backward pass (nf4_base.py); an attribute would keep it. The
+        # inputs are needed for the gradient of weights alone.
+        ctx.save_for_backward(inputs if trained else None, ends, stacked)
+        ctx.weights = weights if trained else ()
         ctx.buffer, ctx.known = buffer, len(known)
         return torch._grouped_mm(inputs, _whole(stacked, weights).transpose(1, 2), offs=ends)
 
@@ -171,7 +201,7 @@ def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _lay_together(weights: Sequence[Tensor]) -> None:
-    """Move frozen weights into one piece of memory, once."""
+    """Move frozen weights into one piece of memory, unless they lie in one as they were made."""
     if _as_one(weights) is None:
         for weight, part in zip(weights, torch.stack([weight.detach() for weight in weights]), strict=True):
             weight.data = part

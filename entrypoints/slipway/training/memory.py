@@ -153,7 +153,7 @@ def _stage(
         weights,
         gradients,
         optimizer,
-        _activations(recipe, c, len(layers), in_flight),
+        _activations(recipe, c, layers, in_flight),
         _logits(recipe, c) if is_last else 0.0,
     )
 
@@ -165,35 +165,46 @@ def _unpacked(recipe: Recipe, c: Mapping[str, Any]) -> float:
     return BF16 * max(dense, experts * 2 * c.get("moe_intermediate_size", c["intermediate_size"]) * c["hidden_size"])
 
 
-def _widths(c: Mapping[str, Any]) -> tuple[float, float]:
-    """Values per token that a layer has at once: in the projections of attention, and in the feed-forward part."""
+def _attention(c: Mapping[str, Any]) -> float:
+    """Values per token in the projections of a layer's attention."""
     heads = c["num_attention_heads"]
     if "kv_lora_rank" in c:
         key, value = c["qk_nope_head_dim"] + c["qk_rope_head_dim"], c["v_head_dim"]
-        attention = heads * (2 * key + 2 * value) + (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
-    else:
-        attention = (2 * heads + 2 * c["num_key_value_heads"]) * head_dim(c)
-    if any(key in c for key in EXPERTS):
-        width = c.get("moe_intermediate_size", c["intermediate_size"])
-        chosen = c["num_experts_per_tok"] + c.get("n_shared_experts", 0)
-        # An activation that is clamped is computed in more steps, each of which is kept for the backward pass.
-        kept = 5 if c.get("swiglu_limit") else 3
-        return attention, chosen * (kept * width + 2 * c["hidden_size"])
-    return attention, 3 * c["intermediate_size"]
+        return heads * (2 * key + 2 * value) + (c.get("q_lora_rank") or 0) + c["kv_lora_rank"]
+    return (2 * heads + 2 * c["num_key_value_heads"]) * head_dim(c)
 
 
-def _activations(recipe: Recipe, c: Mapping[str, Any], layers: int, in_flight: int) -> float:
+def _feed_forward(recipe: Recipe, c: Mapping[str, Any], layer: Layer) -> tuple[float, float]:
+    """Values per token of a layer's feed-forward part: all that exist at once, and those kept for the backward pass."""
+    # The inputs of products are kept for the gradients of weights and adapters alone.
+    all_kept = not recipe.is_frozen or recipe.adapts_feed_forward
+    if not layer.count:
+        width = c["intermediate_size"]
+        return 3 * width, (3 if all_kept else 2) * width
+    width = c.get("moe_intermediate_size", c["intermediate_size"])
+    chosen = c["num_experts_per_tok"] + c.get("n_shared_experts", 0)
+    # An activation that is clamped is computed in more steps, each of which is kept.
+    steps = 5 if c.get("swiglu_limit") else 3
+    whole = chosen * (steps * width + 2 * c["hidden_size"])
+    return whole, whole if all_kept else chosen * (steps - 1) * width
+
+
+def _activations(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer], in_flight: int) -> float:
     tokens = recipe.micro_batch_size * recipe.seq_length / recipe.context_parallel_size / recipe.tensor_parallel_size
-    attention, feed_forward = _widths(c)
-    layer = tokens * BF16 * (4 * c["hidden_size"] + attention + feed_forward)
+    outside = 4 * c["hidden_size"] + _attention(c)
+    parts = [_feed_forward(recipe, c, layer) for layer in layers]
+    largest, kept_of_largest = max(parts)
     if recipe.mode == "heads":
-        return layer  # without a backward pass only one layer's values exist at once
+        return tokens * BF16 * (outside + largest)  # without a backward pass only one layer's values exist at once
     if recipe.recompute == "full":
-        return layers * in_flight * tokens * BF16 * c["hidden_size"] + 2 * layer
+        inputs = len(layers) * in_flight * c["hidden_size"]
+        return tokens * BF16 * (inputs + 2 * outside + largest + kept_of_largest)
+    kept = in_flight * (len(layers) * outside + sum(kept for _, kept in parts))
     # Beside what is kept, the tokens of experts exist again while a layer is computed backwards: as they were sorted,
     # and, where other ranks have experts too, as they were sent.
-    more = (2 if recipe.expert_parallel_size > 1 else 1) if any(key in c for key in EXPERTS) else 0
-    return (layers * in_flight + more) * layer
+    if any(layer.count for layer in layers):
+        kept += (2 if recipe.expert_parallel_size > 1 else 1) * (outside + largest)
+    return tokens * BF16 * kept
 
 
 def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:

@@ -118,7 +118,8 @@ class Recipe:
         return self.mode in ("heads", "lora")
 
     @property
-    def _adapts_experts(self) -> bool:
+    def adapts_feed_forward(self) -> bool:
+        """Adapters are on the feed-forward layers: on the experts where there are any."""
         return "linear_fc" in self.lora_targets or self.lora_targets == "all-linear"
 
     def learning_rate(self, step: int) -> float:
@@ -281,7 +282,7 @@ class Recipe:
                 "--dora cannot be on experts, for which NeMo has no such adapters: choose --lora-targets among "
                 "the modules of attention"
             )
-        if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and self._adapts_experts:
+        if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and self.adapts_feed_forward:
             raise UsageError(
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
                 "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
