@@ -56,6 +56,10 @@ def test_every_key_of_every_file_says_what_it_is():
         assert bare == [], file.name
 
 
+LATENT = {"mode": "lora", "lora_targets": "linear_q_up_proj,linear_kv_up_proj,linear_proj"}
+QLORA = {"mode": "lora", "base_precision": "nf4"}
+
+
 @pytest.mark.parametrize(
     "name, layers, values, measured",
     [
@@ -65,14 +69,19 @@ def test_every_key_of_every_file_says_what_it_is():
         ("llama31_8b", 32, {"mode": "heads", "micro_batch_size": 1}, 17.7),
         ("qwen3_30b_a3b", 12, {"mode": "lora", "micro_batch_size": 2}, 33.0),
         ("qwen3_30b_a3b", 4, {"mode": "sft", "micro_batch_size": 2}, 64.4),
-        ("gpt_oss_20b", 12, {"mode": "lora", "micro_batch_size": 1}, 36.4),
+        ("gpt_oss_20b", 12, {"mode": "lora", "micro_batch_size": 1}, 36.9),
+        ("deepseek_v3", 4, {**LATENT, "micro_batch_size": 1}, 36.3),
+        ("deepseek_v3", 4, {**LATENT, "micro_batch_size": 1, "recompute": "full"}, 33.0),
+        ("llama31_8b", 32, {**QLORA, "micro_batch_size": 2, "tensor_parallel_size": 2}, 27.1),
+        ("qwen3_30b_a3b", 12, {**QLORA, "micro_batch_size": 2, "expert_parallel_size": 2}, 21.3),
     ],
 )
 def test_a_gpu_takes_what_was_measured(name, layers, values, measured):
     """docs/performance.md, in GB."""
     config = {**recipes.config_of(name), "num_hidden_layers": layers}
     recipe = Recipe("m", "d", "o", **{"seq_length": 4096, "global_batch_size": 8, **values})
-    assert memory.estimate(recipe, config, 1).total / 1e9 == pytest.approx(measured, rel=0.1)
+    gpus = recipe.tensor_parallel_size * recipe.expert_parallel_size
+    assert memory.estimate(recipe, config, gpus).total / 1e9 == pytest.approx(measured, rel=0.1)
 
 
 def test_a_larger_gpu_takes_the_layout_of_the_next_smaller_and_a_small_one_none():

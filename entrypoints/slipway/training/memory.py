@@ -191,19 +191,24 @@ def _feed_forward(recipe: Recipe, c: Mapping[str, Any], layer: Layer) -> tuple[f
 
 def _activations(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer], in_flight: int) -> float:
     tokens = recipe.micro_batch_size * recipe.seq_length / recipe.context_parallel_size / recipe.tensor_parallel_size
-    outside = 4 * c["hidden_size"] + _attention(c)
+    streams = 4 * c["hidden_size"]  # inputs and outputs of a layer's two halves, and their norms
+    outside = streams + _attention(c)
+    if recipe.mode == "lora":
+        # Adapters see the whole of the sequence that a layer's norm has a share of, and keep it for their gradient.
+        gathered = 1 + (recipe.adapts_feed_forward and not any(layer.count for layer in layers))
+        outside += gathered * (recipe.tensor_parallel_size - 1) * c["hidden_size"]
     parts = [_feed_forward(recipe, c, layer) for layer in layers]
     largest, kept_of_largest = max(parts)
     if recipe.mode == "heads":
         return tokens * BF16 * (outside + largest)  # without a backward pass only one layer's values exist at once
     if recipe.recompute == "full":
-        inputs = len(layers) * in_flight * c["hidden_size"]
-        return tokens * BF16 * (inputs + 2 * outside + largest + kept_of_largest)
-    kept = in_flight * (len(layers) * outside + sum(kept for _, kept in parts))
+        kept = in_flight * len(layers) * c["hidden_size"] + outside + kept_of_largest
+    else:
+        kept = in_flight * (len(layers) * outside + sum(kept for _, kept in parts))
     # Beside what is kept, the tokens of experts exist again while a layer is computed backwards: as they were sorted,
     # and, where other ranks have experts too, as they were sent.
     if any(layer.count for layer in layers):
-        kept += (2 if recipe.expert_parallel_size > 1 else 1) * (outside + largest)
+        kept += (2 if recipe.expert_parallel_size > 1 else 1) * (streams + largest)
     return tokens * BF16 * kept
 
 
