@@ -6,6 +6,7 @@ parallel, or ends a run, is in test_parallel.py.
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import queue
 import signal
@@ -150,3 +151,15 @@ def test_lightning_leaves_the_signals_alone(tmp_path):
     assert handled(trainer), "upstream"
     leave_signals_alone(trainer)
     assert not handled(trainer)
+
+
+def test_weights_in_fp8_are_built_without_copies():
+    """As Megatron asks for it: it looks whether Transformer Engine knows the parameter."""
+    from slipway.training import repairs
+
+    def fp8_model_init(enabled: bool = True, recipe: object = None, preserve_high_precision_init_val: bool = False):
+        return enabled, recipe, preserve_high_precision_init_val
+
+    changed = repairs._without_copies(fp8_model_init)
+    assert "preserve_high_precision_init_val" in inspect.signature(changed).parameters
+    assert changed(enabled=True, recipe="r", preserve_high_precision_init_val=True) == (True, "r", False)

@@ -73,7 +73,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
     from slipway.training.record import Record
-    from slipway.training.repairs import hand_over_in_this_process, keep_no_scales, keep_routers_counts
+    from slipway.training.repairs import hand_over_in_this_process, keep_no_copies, keep_no_scales, keep_routers_counts
 
     gc.freeze()
     gc.enable()
@@ -87,6 +87,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         group_products()
         if recipe.precision == "fp8":
             keep_no_scales()
+            keep_no_copies()
         if recipe.pack:
             from slipway.training.sinks import attend_with_sinks
 
