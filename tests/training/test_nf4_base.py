@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from slipway import cli
 from slipway.checkpoint import nf4
 from slipway.commands.import_checkpoint import import_checkpoint
-from slipway.training.nf4_base import Packed, pack, unpack
+from slipway.training.experts import grouped_product
+from slipway.training.nf4_base import Packed, Part, pack, pack_matrices, unpack
 from slipway.training.run_folder import RunFolder
 from test_parallel import LAYOUTS, SEQ_LENGTH, write_data
 from test_resume import losses
@@ -187,6 +188,43 @@ def test_a_matrix_that_is_kept_twice_is_unpacked_once(monkeypatch):
     for _ in range(2):
         layer(torch.randn(3, 128, requires_grad=True)).sum().backward()
     assert len(times) == 4, "once for each pass"
+
+
+class Experts(torch.nn.Module):
+    """Two experts as TEGroupedLinear has them: registered in reverse, and multiplied by their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in (1, 0):
+            self.register_parameter(f"weight{number}", torch.nn.Parameter(torch.randn(16, 128).bfloat16()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return grouped_product(inputs, [self.weight0, self.weight1], [3, 5])
+
+
+def test_unpacked_experts_are_multiplied_as_they_lie_and_not_kept(monkeypatch):
+    from slipway.training import cpu
+
+    cpu.enable()
+    layer = torch.nn.Sequential(Experts())
+    (packed,) = pack_matrices(layer)
+    kept = []
+
+    def seen(weights):
+        pack = Packed._kept(packed, weights)
+        return lambda tensor: kept.append(pack(tensor)) or kept[-1]
+
+    monkeypatch.setattr(packed, "_kept", seen)
+    inputs = torch.randn(8, 128).bfloat16().requires_grad_()
+    output = layer(inputs)
+    assert [type(one) for one in kept if not isinstance(one, torch.Tensor) or one.numel() > 100] == [Part]
+    of_each = [part @ one.T for part, one in zip(inputs.split([3, 5]), packed.unpacked(), strict=True)]
+    torch.testing.assert_close(output, torch.cat(of_each), rtol=0.02, atol=0.02)
+    gradient = torch.randn(8, 16).bfloat16()
+    (found,) = torch.autograd.grad(output, inputs, gradient)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(torch.cat(of_each), inputs, gradient)[0], rtol=0.02, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

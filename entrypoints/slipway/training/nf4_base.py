@@ -213,6 +213,7 @@ def pack_matrices(layer: nn.Module) -> list[Packed]:
     for module in layer.modules():
         own = module.named_parameters(recurse=False)
         names = [name for name, weight in own if MATRIX.fullmatch(name) and weight.dim() == 2]
+        names.sort(key=lambda name: (len(name), name))  # of experts by number, as their product takes them
         if names and not isinstance(module, Router):
             found.append(Packed(module, names))
     if not found:
