@@ -7,6 +7,9 @@ BUILD := $(PYTHON) build.py
 VARIANT ?= full
 # Sources from elsewhere than their pins say: SOURCES="--source nemo=CLONE --context te=docker-image://NAME"
 SOURCES ?=
+# The processor: linux/amd64 or linux/arm64; that of this machine unless it is said.
+PLATFORM ?=
+OF = --model $(MODEL) --variant $(VARIANT) $(if $(PLATFORM),--platform $(PLATFORM))
 
 .PHONY: help setup transformers5 lock audit demo docs test test-slurm slurm-slow lint engine image images engine-stop test-image test-image-slow test-image-gpu verify size sbom push archive sqsh
 
@@ -53,43 +56,43 @@ engine:  ## a Docker engine: the one that answers, else a private one (Debian, a
 	@$(BUILD) engine
 
 image:  ## an image: MODEL=gpt_oss VARIANT=full, index or cpu
-	@$(BUILD) image --model $(MODEL) --variant $(VARIANT) $(SOURCES)
+	@$(BUILD) image $(OF) $(SOURCES)
 
 images:  ## every family's image
-	@$(BUILD) images --variant $(VARIANT) $(SOURCES)
+	@$(BUILD) images --variant $(VARIANT) $(if $(PLATFORM),--platform $(PLATFORM)) $(SOURCES)
 
 verify:  ## build an image twice without cache and compare the digests
-	@$(BUILD) verify --model $(MODEL) --variant $(VARIANT) $(SOURCES)
+	@$(BUILD) verify $(OF) $(SOURCES)
 
 size:  ## what the layers of an image hold
-	@$(BUILD) size --model $(MODEL) --variant $(VARIANT)
+	@$(BUILD) size $(OF)
 
 sbom:  ## an image's bill of materials
-	@$(BUILD) sbom --model $(MODEL) --variant $(VARIANT)
+	@$(BUILD) sbom $(OF)
 
 push:  ## an image into a registry: TO=HOST/NAME:TAG
-	@$(BUILD) push --model $(MODEL) --variant $(VARIANT) --to $(TO) $(SOURCES)
+	@$(BUILD) push $(OF) --to $(TO) $(SOURCES)
 
 archive: OUT ?= slipway_$(MODEL).tar
 archive:  ## an image as one OCI archive: OUT=FILE
-	@$(BUILD) archive --model $(MODEL) --variant $(VARIANT) --out $(OUT) $(SOURCES)
+	@$(BUILD) archive $(OF) --out $(OUT) $(SOURCES)
 
 sqsh: OUT ?= slipway_$(MODEL).sqsh
 sqsh:  ## an image as a squashfs for enroot and pyxis: OUT=FILE
-	@$(BUILD) sqsh --model $(MODEL) --variant $(VARIANT) --out $(OUT)
+	@$(BUILD) sqsh $(OF) --out $(OUT)
 
 # No git host is needed to test.
 test-image test-image-slow: VARIANT = cpu
 
 test-image: engine image  ## build the image and run the tests of it
-	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) tests/image/run
+	@PYTHON=$(PYTHON) SOURCES="$(SOURCES)" IMAGE=slipway/$(MODEL):$(VARIANT) tests/image/run
 
 test-image-slow: engine image  ## the tests that build again: times of rebuilds, squashfs, digests of two builds
-	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-slow tests/image/run
-	@$(BUILD) verify --model $(MODEL) --variant $(VARIANT)
+	@PYTHON=$(PYTHON) SOURCES="$(SOURCES)" IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-slow tests/image/run
+	@$(BUILD) verify $(OF)
 
 test-image-gpu: image  ## the tests of the full image that need a GPU, and an engine that gives it to a container
-	@PYTHON=$(PYTHON) IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-gpu tests/image/run
+	@PYTHON=$(PYTHON) SOURCES="$(SOURCES)" IMAGE=slipway/$(MODEL):$(VARIANT) TESTS=tests/image-gpu tests/image/run
 
 engine-stop:  ## stop the private engine; what it built is kept
 	@$(BUILD) engine-stop

@@ -22,7 +22,7 @@ def lock_all() -> None:
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "setup": (setup.setup, "install what uv.lock names into .venv"),
-    "lock": (lock_all, "resolve all dependencies again and write uv.lock and images/debian.lock"),
+    "lock": (lock_all, "resolve all dependencies again and write uv.lock and the locks of Debian packages"),
     "transformers5": (transformers5.setup, "make .venv-transformers5, for the tests that compare with that major"),
     "check": (lock.check, "check that uv.lock fits pyproject.toml"),
     "audit": (audit.audit, "list known vulnerabilities of Python packages, and updates of Debian packages"),
@@ -68,6 +68,8 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         add("--source", action="append", metavar="NAME=PLACE", help="take a source from this clone or mirror")
     if name in (*BUILDING, "fetch"):
         add("--context", action="append", metavar="NAME=PLACE", help="replace a stage or a source tree")
+    if name in (*OF_A_MODEL, "images", "fetch"):
+        add("--platform", metavar="linux/arm64", help="the processor: linux/amd64 or linux/arm64 (default: this one's)")
     if name in BUILDING:
         add(
             "--architecture",

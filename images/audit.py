@@ -12,6 +12,7 @@ from pathlib import Path
 
 from images import debian, lock, setup
 from images.store import BuildError
+from images.target import here
 
 # pip-audit has one exit code for all failures: words in its message tell "no network" from the rest.
 UNREACHABLE = ("ServiceError", "ConnectionError", "Max retries exceeded", "Failed to resolve", "timed out", "HTTPError")
@@ -30,14 +31,15 @@ def audit(packages: list[str] | None = None) -> None:
 
 def _debian(lists: list[Path]) -> list[str]:
     """What to say about Debian packages that are behind their suites."""
+    target = here()
     try:
-        behind = debian.newer(lists)
+        behind = debian.newer(target, lists)
     except BuildError as error:
         if error.exit_code != 78:
             raise
         print(f"audit: skipped for Debian packages: {error}", file=sys.stderr)
         return []
-    locked = f"Debian packages of {debian.locked_on()}"
+    locked = f"Debian packages of {debian.locked_on(target)}"
     if not behind:
         print(f"audit: no updates for the {locked}")
         return []

@@ -1,7 +1,7 @@
 """Debian packages by hash: the lock, the packages themselves, and root file systems made of them.
 
-images/debian.lock names every package of two root file systems: `base` (what runs) and `build` (base and compilers).
-A line holds the sets, the name, the version, the SHA-256 and the path in the archive.
+images/debian.amd64.lock and its sibling for arm64 name every package of two root file systems: `base` (what runs) and
+`build` (base and compilers). A line holds the sets, the name, the version, the SHA-256 and the path in the archive.
 
 The lock is resolved against the area main of bookworm, its updates and its security suite. The security archive deletes
 the files that it replaces: a file that a mirror no longer has is taken from an archive of dated snapshots, at the date
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import itertools
 import lzma
 import os
 import re
@@ -29,12 +30,13 @@ from pathlib import Path
 
 from images import process
 from images.store import DOWNLOADS_AT_ONCE, BuildError, download, holds, is_noted, require, sha256_of, store
+from images.target import TARGETS, Target, here
 
-LOCK = Path(__file__).parent / "debian.lock"
 HASHES = Path(__file__).parent / "rootfs.lock"
 SUITE = "bookworm"
 UPDATES, SECURITY = f"{SUITE}-updates", f"{SUITE}-security"
 SECURITY_PATHS = "pool/updates/"  # every path in the security archive begins so, and no other path does
+BINFMT = Path("/proc/sys/fs/binfmt_misc")  # where the kernel lists what emulates other processors
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 # What each root file system holds, in addition to Debian's essential packages. When Triton runs a kernel for the first
@@ -68,15 +70,20 @@ class Package:
         return urllib.parse.unquote(self.path.rpartition("/")[2])
 
 
-def read_lock() -> list[Package]:
-    """The packages of images/debian.lock."""
-    rows = [line.split() for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
+def lock_of(target: Target) -> Path:
+    """The file that names a processor's packages."""
+    return Path(__file__).parent / f"debian.{target.debian}.lock"
+
+
+def read_lock(target: Target) -> list[Package]:
+    """The locked packages of a processor."""
+    rows = [line.split() for line in lock_of(target).read_text().splitlines() if line and not line.startswith("#")]
     return [Package(tuple(sets.split(",")), *rest) for sets, *rest in rows]
 
 
-def locked_on() -> datetime.date:
-    """The day on which images/debian.lock was made."""
-    (day,) = re.findall(r"(?m)^#.* on (\d{4}-\d\d-\d\d)", LOCK.read_text())
+def locked_on(target: Target) -> datetime.date:
+    """The day on which a processor's packages were locked."""
+    (day,) = re.findall(r"(?m)^#.* on (\d{4}-\d\d-\d\d)", lock_of(target).read_text())
     return datetime.date.fromisoformat(day)
 
 
@@ -118,7 +125,7 @@ def _configured(suite: str) -> str | None:
 class Apt:
     """apt with a folder of its own, where no package is installed; the machine's own apt is not changed."""
 
-    def __init__(self, folder: Path, suites: dict[str, str]) -> None:
+    def __init__(self, folder: Path, suites: dict[str, str], target: Target) -> None:
         """`suites` holds the address of each suite's archive."""
         for name in ("lists/partial", "archives/partial"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -131,8 +138,8 @@ class Apt:
             "Dir::State::lists": folder / "lists",
             "Dir::State::status": folder / "status",
             "Dir::Cache": folder,
-            "APT::Architecture": "amd64",
-            "APT::Architectures": "amd64",
+            "APT::Architecture": target.debian,
+            "APT::Architectures": target.debian,
             "APT::Sandbox::User": "root",
             "APT::Install-Recommends": "false",
         }
@@ -152,9 +159,14 @@ class Apt:
 
 
 def lock() -> None:
-    """Resolve both sets again and write images/debian.lock."""
+    """Resolve both sets again for each processor and write the locks."""
+    for target in TARGETS.values():
+        _lock(target)
+
+
+def _lock(target: Target) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        apt = Apt(Path(scratch), suites())
+        apt = Apt(Path(scratch), suites(), target)
         known = _available(apt)
         essential = {name for (name, _), fields in known.items() if fields.get("Essential") == "yes"}
         sets: dict[tuple[str, str], list[str]] = {}
@@ -167,7 +179,7 @@ def lock() -> None:
     today = datetime.datetime.now(datetime.UTC).date()
     source = f"main of {SUITE}, {UPDATES} and {SECURITY} on {today}"
     head = f"# set package version sha256 path-in-archive; {source}, made by `build.py lock`\n"
-    LOCK.write_text(head + "\n".join(lines) + "\n")
+    lock_of(target).write_text(head + "\n".join(lines) + "\n")
 
 
 def _available(apt: Apt) -> Available:
@@ -180,18 +192,19 @@ def _stanzas(text: str) -> Available:
     return {(fields["Package"], fields["Version"]): fields for fields in tables if "Package" in fields}
 
 
-def newer(lists: list[Path] | None = None) -> list[str]:
-    """A line for each locked package of the images of which the suites have a newer version.
+def newer(target: Target, lists: list[Path] | None = None) -> list[str]:
+    """A line for each locked package of a processor's images of which the suites have a newer version.
 
     Args:
+        target: the processor.
         lists: files Packages of suites (also .gz or .xz), carried from elsewhere; else the mirror is asked.
     """
-    known = _carried(lists) if lists else _of_mirror()
+    known = _carried(lists) if lists else _of_mirror(target)
     versions: dict[str, set[str]] = {}
     for name, version in known:
         versions.setdefault(name, set()).add(version)
     lines = []
-    for package in read_lock():
+    for package in read_lock(target):
         newest = package.version
         for version in versions.get(package.name, ()):
             if subprocess.run(["dpkg", "--compare-versions", version, "gt", newest]).returncode == 0:
@@ -202,9 +215,9 @@ def newer(lists: list[Path] | None = None) -> list[str]:
     return lines
 
 
-def _of_mirror() -> Available:
+def _of_mirror(target: Target) -> Available:
     with tempfile.TemporaryDirectory() as scratch:
-        return _available(Apt(Path(scratch), suites()))
+        return _available(Apt(Path(scratch), suites(), target))
 
 
 def _carried(lists: list[Path]) -> Available:
@@ -221,12 +234,13 @@ def _carried(lists: list[Path]) -> Available:
     return found
 
 
-def fetch() -> Path:
-    """Fetch every locked package into the store; returns the folder."""
+def fetch(target: Target) -> Path:
+    """Fetch every locked package of a processor into the store; returns the folder."""
     folder = store() / "debian"
-    missing = [package for package in read_lock() if not (folder / package.file).exists()]
+    wanted = read_lock(target)
+    missing = [package for package in wanted if not (folder / package.file).exists()]
     with ThreadPoolExecutor() as pool:  # what is there may have been carried in
-        there = [package for package in read_lock() if package not in missing]
+        there = [package for package in wanted if package not in missing]
         list(pool.map(lambda package: require(folder / package.file, package.sha256), there))
     if missing:
         archives = {False: mirror().rstrip("/"), True: security_mirror().rstrip("/")}
@@ -239,17 +253,16 @@ def fetch() -> Path:
             except BuildError as error:
                 if error.exit_code != 78:
                     raise
-                _from_snapshot(package, folder / package.file, error)
+                _from_snapshot(package, folder / package.file, locked_on(target), error)
 
         with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
             list(pool.map(bring, missing))
     return folder
 
 
-def _from_snapshot(package: Package, target: Path, error: BuildError) -> None:
+def _from_snapshot(package: Package, target: Path, day: datetime.date, error: BuildError) -> None:
     """Take a package that the mirror no longer has from an archive of snapshots; BuildError if there is none."""
     archive = os.environ.get("SLIPWAY_DEBIAN_SNAPSHOT")
-    day = locked_on()
     if not archive:
         raise BuildError(
             f"{error}; if the mirror has newer packages, set SLIPWAY_DEBIAN_SNAPSHOT to an archive of Debian's dated "
@@ -261,33 +274,33 @@ def _from_snapshot(package: Package, target: Path, error: BuildError) -> None:
     download(address, target, package.sha256, f"Debian package {package.name} {package.version}, snapshot of {day}")
 
 
-def root_file_system(name: str) -> Path:
+def root_file_system(name: str, target: Target) -> Path:
     """The tar of a root file system ("base" or "build"); made once for each state of the lock and kept in the store.
 
     SLIPWAY_ROOTFS names a folder with base.tar and build.tar that another machine made. They are taken if they have the
     hashes in images/rootfs.lock, so where they come from does not matter.
     """
-    target = store() / "rootfs" / f"{name}-{sha256_of(LOCK)[:16]}.tar"
-    made = target.with_suffix(".made")
-    if target.exists():
+    tar = store() / "rootfs" / f"{name}-{sha256_of(lock_of(target))[:16]}.tar"
+    made = tar.with_suffix(".made")
+    expected = hashes(target)[name]
+    if tar.exists():
         # Of other bytes than the lock names it is used only where this machine made it, which is noted elsewhere.
-        own = made.read_text().strip() if made.exists() and _was_made_here(made) else hashes()[name]
-        require(target, own)
+        require(tar, made.read_text().strip() if made.exists() and _was_made_here(made) else expected)
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        tar.parent.mkdir(parents=True, exist_ok=True)
         if ready := os.environ.get("SLIPWAY_ROOTFS"):
-            _take(Path(ready) / f"{name}.tar", name, target)
+            _take(Path(ready) / f"{name}.tar", expected, tar)
         else:
-            make_root_file_system(name, target)
-            if (digest := sha256_of(target)) != hashes()[name]:
+            make_root_file_system(name, tar, target)
+            if (digest := sha256_of(tar)) != expected:
                 print(
-                    f"root file system {name}: SHA-256 {digest}, images/rootfs.lock has {hashes()[name]}: "
+                    f"root file system {name}: SHA-256 {digest}, images/rootfs.lock has {expected}: "
                     "this machine's dpkg or mmdebstrap makes other bytes, and so another digest of the image",
                     file=sys.stderr,
                 )
                 made.write_text(digest)
                 holds(made, sha256_of(made))
-    return target
+    return tar
 
 
 def _was_made_here(note: Path) -> bool:
@@ -295,44 +308,45 @@ def _was_made_here(note: Path) -> bool:
     return is_noted(note, sha256_of(note))
 
 
-def hashes() -> dict[str, str]:
+def hashes(target: Target) -> dict[str, str]:
     """Root file system → its SHA-256, from images/rootfs.lock."""
-    return dict(line.split() for line in HASHES.read_text().splitlines())
+    rows = [line.split() for line in HASHES.read_text().splitlines()]
+    return {name: digest for machine, name, digest in rows if machine == target.debian}
 
 
-def _take(ready: Path, name: str, target: Path) -> None:
+def _take(ready: Path, expected: str, tar: Path) -> None:
     """Copy a root file system that is ready; it appears only if it has the hash in the lock."""
     if not ready.is_file():
         raise BuildError(f"SLIPWAY_ROOTFS: {ready} not found; expected base.tar and build.tar there", exit_code=65)
-    part = target.with_suffix(f".{os.getpid()}")
+    part = tar.with_suffix(f".{os.getpid()}")
     shutil.copyfile(ready, part)
     digest = sha256_of(part)
-    if digest != hashes()[name]:
+    if digest != expected:
         part.unlink()
         raise BuildError(
-            f"{ready} has SHA-256 {digest}, expected {hashes()[name]} from images/rootfs.lock; make it from the same "
-            "images/debian.lock, with `build.py fetch` on Debian",
+            f"{ready} has SHA-256 {digest}, expected {expected} from images/rootfs.lock; make it from the same lock of "
+            "Debian packages, with `build.py fetch` on Debian",
             exit_code=65,
         )
-    os.replace(part, target)
+    os.replace(part, tar)
 
 
 def lock_hashes() -> None:
-    """Make both root file systems of a new lock and write images/rootfs.lock."""
-    HASHES.unlink(missing_ok=True)
+    """Make the root file systems of new locks and write images/rootfs.lock."""
+    lines = []
     with tempfile.TemporaryDirectory() as scratch:
-        lines = []
-        for name in SETS:
-            made = Path(scratch) / f"{name}.tar"
-            make_root_file_system(name, made)
-            lines.append(f"{name} {sha256_of(made)}\n")
+        for target, name in itertools.product(TARGETS.values(), SETS):
+            made = Path(scratch) / "made.tar"
+            make_root_file_system(name, made, target)
+            lines.append(f"{target.debian} {name} {sha256_of(made)}\n")
     HASHES.write_text("".join(lines))
 
 
-def make_root_file_system(name: str, target: Path) -> None:
-    """Make a root file system of its locked packages, always the same bytes; `target` appears when it is complete."""
-    debs = fetch()
-    packages = [package for package in read_lock() if name in package.sets]
+def make_root_file_system(name: str, tar: Path, target: Target) -> None:
+    """Make a root file system of its locked packages, always the same bytes; `tar` appears when it is complete."""
+    require_emulator(target)
+    debs = fetch(target)
+    packages = [package for package in read_lock(target) if name in package.sets]
     # In /tmp: without root, mmdebstrap unpacks as another user ID, which may not look into a home.
     with tempfile.TemporaryDirectory(prefix="slipway-rootfs-") as scratch:
         Path(scratch).chmod(0o755)
@@ -343,10 +357,20 @@ def make_root_file_system(name: str, target: Path) -> None:
             shutil.copyfile(debs / package.file, archive / package.file)
         (archive / "Packages").write_text("\n".join(_stanza(package, archive) for package in packages))
         part = Path(scratch) / "root.tar"
-        _mmdebstrap(archive, [package.name for package in packages], part)
-        beside = target.with_suffix(f".{os.getpid()}")
+        _mmdebstrap(archive, [package.name for package in packages], part, target)
+        beside = tar.with_suffix(f".{os.getpid()}")
         shutil.move(part, beside)
-        os.replace(beside, target)
+        os.replace(beside, tar)
+
+
+def require_emulator(target: Target) -> None:
+    """BuildError unless this machine runs programs of a processor: its own, or one that is emulated here."""
+    if target == here() or (BINFMT / f"qemu-{target.machine}").exists():
+        return
+    raise BuildError(
+        f"this machine is {here().machine} and cannot run programs of {target.machine}; install an emulator (Debian, "
+        "Ubuntu: qemu-user-static and arch-test), or build on a machine with that processor"
+    )
 
 
 def _stanza(package: Package, archive: Path) -> str:
@@ -356,13 +380,13 @@ def _stanza(package: Package, archive: Path) -> str:
     return f"{control}Filename: ./{package.file}\nSize: {file.stat().st_size}\nSHA256: {package.sha256}\n"
 
 
-def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
+def _mmdebstrap(archive: Path, names: list[str], tar: Path, target: Target) -> None:
     command = [
         "mmdebstrap",
         # Without root: in a user namespace, where the user has one (newuidmap, and a line in /etc/subuid).
         f"--mode={'root' if os.getuid() == 0 else 'unshare'}",
         "--variant=custom",
-        "--architectures=amd64",
+        f"--architectures={target.debian}",
         f"--include={','.join(names)}",
         "--dpkgopt=path-exclude=/usr/share/doc/*",
         "--dpkgopt=path-include=/usr/share/doc/*/copyright",
@@ -376,15 +400,15 @@ def _mmdebstrap(archive: Path, names: list[str], target: Path) -> None:
         "--dpkgopt=path-exclude=/usr/lib/*/libubsan.so*",
         "--dpkgopt=path-exclude=/usr/lib/gcc/*/lib*san*",
         "--dpkgopt=path-exclude=/usr/lib/python3.11/config-*/*.a",
-        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libc.a",
-        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libm-*.a",
-        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libmvec.a",
-        "--dpkgopt=path-exclude=/usr/lib/x86_64-linux-gnu/libpython3.11*.a",
+        "--dpkgopt=path-exclude=/usr/lib/*-linux-gnu/libc.a",
+        "--dpkgopt=path-exclude=/usr/lib/*-linux-gnu/libm-*.a",
+        "--dpkgopt=path-exclude=/usr/lib/*-linux-gnu/libmvec.a",
+        "--dpkgopt=path-exclude=/usr/lib/*-linux-gnu/libpython3.11*.a",
         '--customize-hook=rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/etc/apt/sources.list',
         # No program in an image needs to run as another user than its own.
         '--customize-hook=find "$1" -xdev -perm /6000 -type f -exec chmod ug-s {} +',
         "",
-        str(target),
+        str(tar),
         f"deb [trusted=yes] copy:{archive} ./",
     ]
     try:

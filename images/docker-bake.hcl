@@ -1,6 +1,7 @@
 # What `build.py image` passes to `docker buildx bake`. build.py sets every variable.
 variable "MODEL" {}
 variable "VARIANT" {}
+variable "PLATFORM" {}
 variable "STAGING" {}
 variable "TAG" {}
 variable "OUTPUT" {}
@@ -59,8 +60,9 @@ target "image" {
     "org.slipway.driver"                   = DRIVER
     "org.slipway.architectures"            = VARIANT == "cpu" ? "" : CUDA_ARCHITECTURES
   }
-  network = "none"
-  attest  = ["type=provenance,disabled=true"]
-  tags    = [TAG]
-  output  = [OUTPUT]
+  platforms = [PLATFORM]
+  network   = "none"
+  attest    = ["type=provenance,disabled=true"]
+  tags      = [TAG]
+  output    = [OUTPUT]
 }

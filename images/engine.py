@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 from images import process
 from images.debian import Apt, mirror
 from images.store import BuildError, local
+from images.target import Target, here
 
 SUITE = "trixie"  # Debian 12's docker is too old for reproducible images; Debian 13's programs run on Debian 12
 UNPACKED = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
@@ -106,17 +106,30 @@ def has_containerd_store() -> bool:
     return "io.containerd.snapshotter" in docker(*words, capture_output=True, text=True).stdout
 
 
-def require_architecture() -> None:
-    """BuildError unless this machine and the engine's are x86-64."""
+def require_platform(target: Target, compiles_cuda: bool) -> None:
+    """BuildError unless the engine can build for a processor: its own, or one that it emulates.
+
+    Args:
+        compiles_cuda: the build compiles Transformer Engine or Apex, which takes an hour of the processor itself.
+    """
     words = ["info", "--format", "{{.Architecture}}"]
-    engines = docker(*words, capture_output=True, text=True).stdout.strip()
-    for where, found in (("this machine", platform.machine()), ("the engine's machine", engines)):
-        if found and found not in ("x86_64", "amd64"):
-            raise BuildError(
-                f"{where} is {found}, and images can be built for x86-64 only; missing for {found}: its wheels in "
-                "uv.lock (CUDA's toolkit, Transformer Engine), its packages in images/debian.lock, and a machine on "
-                "which the result was tried; build on an x86-64 machine"
-            )
+    own = docker(*words, capture_output=True, text=True).stdout.strip()
+    if own in (target.machine, target.debian):
+        return
+    if compiles_cuda:
+        raise BuildError(
+            f"the engine's machine is {own}, and compiling CUDA code for {target.machine} there would take days, since "
+            f"it can only emulate that processor; missing: an engine on a machine with {target.machine} (set "
+            "DOCKER_HOST to it), or wheels that were built on one: there `build.py wheels --out FOLDER`, here "
+            "`--context built-wheels=FOLDER`"
+        )
+    shown = docker("buildx", "inspect", capture_output=True, text=True).stdout
+    if target.platform not in shown.replace(",", " ").replace("*", " ").split():
+        raise BuildError(
+            f"the engine's machine is {own} and cannot run programs of {target.machine}; missing there: an emulator "
+            f"(Debian, Ubuntu: qemu-user-static, then start the engine again), or an engine on a machine with "
+            f"{target.machine}"
+        )
 
 
 def start() -> None:
@@ -141,7 +154,7 @@ def _install() -> None:
         return
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home()) as scratch:
-        apt = Apt(Path(scratch) / "apt", {SUITE: mirror()})
+        apt = Apt(Path(scratch) / "apt", {SUITE: mirror()}, here())
         debs = Path(scratch) / "debs"
         debs.mkdir()
         apt.run("apt-get", "download", *UNPACKED, cwd=debs)

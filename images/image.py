@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from images import debian, engine, lock, provenance
 from images.machine import compile_jobs
@@ -18,13 +19,14 @@ from images.request import SOURCE_STAGES, Request, contexts_of, fetch_packages, 
 from images.sources import trees
 from images.staging import stage
 from images.store import FREE_SPACE, BuildError, store
+from images.target import Target, of_platform
 
 NEEDED_BYTES = 22_000_000_000  # build cache, image and unpacked image: a cpu image from nothing took 21 GB
 FULL_BYTES = 1_000_000_000  # a build that failed with less free space than this failed because the disk was full
 STAGING = "staging-"
 
 
-def image(model: str, variant: str, **given: list[str] | None) -> None:
+def image(model: str, variant: str, **given: Any) -> None:
     """Build slipway/MODEL:VARIANT; print its digest and size; leave SBOM and provenance in the store.
 
     Args: those of Request.of.
@@ -45,18 +47,23 @@ def image(model: str, variant: str, **given: list[str] | None) -> None:
     )
 
 
-def images(variant: str, **given: list[str] | None) -> None:
+def images(variant: str, **given: Any) -> None:
     """Build every family's image."""
     for model in families():
         image(model, variant, **given)
 
 
-def fetch(variant: list[str] | None = None, source: list[str] | None = None, context: list[str] | None = None) -> None:
+def fetch(
+    variant: list[str] | None = None,
+    source: list[str] | None = None,
+    context: list[str] | None = None,
+    platform: str | None = None,
+) -> None:
     """Fetch everything that images of these variants are made of into the store; the default is cpu and index."""
-    contexts, places = contexts_of(context), places_of(source)
+    contexts, places, target = contexts_of(context), places_of(source), of_platform(platform)
     for name in variant or ("cpu", "index"):
         check_variant(name)
-        fetch_packages(name)
+        fetch_packages(name, target)
         for model in families():
             trees(wanted(read_manifest(model), name, places, contexts), name, places)
 
@@ -75,7 +82,7 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
     """
     require_free(NEEDED_BYTES)
     remove_abandoned()
-    print(f"locks: {ages()}", file=sys.stderr)
+    print(f"locks: {ages(request.target)}", file=sys.stderr)
     # In the store, because staging makes hard links to the store's files, and those need the same file system.
     with tempfile.TemporaryDirectory(dir=store(), prefix=f"{STAGING}{os.getpid()}-") as scratch:
         staging = Path(scratch)
@@ -91,11 +98,11 @@ def build(request: Request, name: str, output: str, *options: str, proof: bool =
         raise BuildError(f"the build of {name} failed; see its last lines above", exit_code=1)
 
 
-def ages(today: datetime.date | None = None) -> str:
+def ages(target: Target, today: datetime.date | None = None) -> str:
     """How old the two locks are: an old one lacks security updates, and `audit` says which."""
     today = today or datetime.datetime.now(datetime.UTC).date()
     days = {
-        "Debian packages": debian.locked_on(),
+        "Debian packages": debian.locked_on(target),
         "Python packages": datetime.date.fromisoformat(lock.pins()["exclude-newer"]),
     }
     return ", ".join(f"{what} of {day} ({(today - day).days} days old)" for what, day in days.items())
@@ -126,10 +133,11 @@ def _variables(staging: Path, request: Request) -> dict[str, str]:
     return trees_of | {
         "MODEL": request.manifest.family,
         "VARIANT": request.variant,
+        "PLATFORM": request.target.platform,
         "STAGING": str(staging),
         "REVISION": provenance.revision(),
         "ORIGIN": provenance.origin(),
-        "PINS": json.dumps(provenance.pins(request.wanted), sort_keys=True),
+        "PINS": json.dumps(provenance.pins(request.wanted, request.target), sort_keys=True),
         "VERSION": lock.version(),
         "CUDA": provenance.cuda(),
         "DRIVER": provenance.oldest_driver(),
@@ -142,8 +150,10 @@ def inspect(name: str) -> tuple[str, int]:
     """(digest, bytes on disk) of an image; BuildError with the command that builds it if it does not exist."""
     done = engine.docker("image", "inspect", "--format", "{{.Id}} {{.Size}}", name, capture_output=True, text=True)
     if done.returncode:
-        model, variant = name.rpartition("/")[2].split(":")
-        cure = f"run `make image MODEL={model} VARIANT={variant}` to build it"
+        model, kind = name.rpartition("/")[2].split(":")
+        variant, _, processor = kind.partition("-")
+        words = f"make image MODEL={model} VARIANT={variant}" + (f" PLATFORM=linux/{processor}" if processor else "")
+        cure = f"run `{words}` to build it"
         raise BuildError(f"{name}: image not found ({done.stderr.strip()}); {cure}")
     digest, size = done.stdout.split()
     return digest, int(size)

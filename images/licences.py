@@ -15,6 +15,7 @@ from pathlib import Path
 
 from images import debian
 from images.store import local, sha256_of, store
+from images.target import Target
 
 NOT_STATED = "not stated by the package"
 LONGEST = 80  # a longer `License` field is the text of a licence, not its name
@@ -61,15 +62,15 @@ def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 @functools.cache
-def of_debian() -> dict[str, str]:
+def of_debian(target: Target) -> dict[str, str]:
     """Package → its licences, for every locked package of the set `base`.
 
     The result is kept on this machine: every image needs it, and reading all packages takes seconds.
     """
-    kept = local() / f"licences-{sha256_of(debian.LOCK)[:16]}.json"
+    kept = local() / f"licences-{sha256_of(debian.lock_of(target))[:16]}.json"
     if not kept.exists():
-        debian.fetch()
-        locked = {package.name: package for package in debian.read_lock() if "base" in package.sets}
+        debian.fetch(target)
+        locked = {package.name: package for package in debian.read_lock(target) if "base" in package.sets}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             files = dict(zip(locked, pool.map(_copyright_file, locked.values()), strict=True))
         found = {name: _licences(_follow(name, files)) for name in locked}

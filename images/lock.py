@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from images.store import BuildError, LockedFile, fetch, index_address, local, sha256_of, store
+from images.target import TARGETS, Target, here
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "uv.lock"
@@ -46,24 +47,43 @@ def locked_packages(lock: Path = LOCK) -> list[dict]:
     return [package for package in packages if "registry" in package["source"]]
 
 
-def locked_files(packages: list[dict]) -> list[LockedFile]:
-    """Every file that uv.lock names for these packages."""
-    return [
-        LockedFile(package["name"], entry["path"], entry["hash"].removeprefix("sha256:"))
-        for package in packages
-        for entry in [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
-    ]
+def wheel_of(package: dict, target: Target) -> dict | None:
+    """The wheel of a locked package for a processor, its path and hash; None where it is built from its archive."""
+    found = [entry for entry in package.get("wheels", []) if wheel_rank(entry["path"], target)]
+    return found[0] if found else None
+
+
+def is_built(package: dict, target: Target) -> bool:
+    """Images build this package from its source archive."""
+    return "sdist" in package and (package["name"] in BUILT_FROM_SOURCE or not wheel_of(package, target))
+
+
+def locked_files(packages: list[dict], target: Target) -> list[LockedFile]:
+    """The files that uv.lock names for these packages and this processor."""
+    found = []
+    for package in packages:
+        wheel = wheel_of(package, target)
+        archive = package["sdist"] if is_built(package, target) else None
+        found += [(package["name"], entry) for entry in (wheel, archive) if entry]
+    return [LockedFile(name, entry["path"], entry["hash"].removeprefix("sha256:")) for name, entry in found]
 
 
 # ---------------------------------------------------------------------------- uv itself
 
 
-def uv() -> Path:
-    """The pinned uv, fetched by hash and unpacked into the store when it is first used."""
-    pin = pins()["uv"]
-    binary = store() / "tools" / f"uv-{pin['version']}"
-    fetch([LockedFile("uv", pin["file"], pin["sha256"])], store() / "tools")
-    with zipfile.ZipFile(store() / "tools" / pin["file"]) as wheel:
+def uv_file(target: Target) -> LockedFile:
+    """The wheel of the pinned uv for a processor."""
+    pin = pins()["uv"][target.machine]
+    return LockedFile("uv", pin["file"], pin["sha256"])
+
+
+def uv(target: Target | None = None) -> Path:
+    """The pinned uv for a processor, this machine's unless said, fetched by hash and unpacked into the store."""
+    target = target or here()
+    file = uv_file(target)
+    binary = store() / "tools" / f"uv-{pins()['uv']['version']}-{target.machine}"
+    fetch([file], store() / "tools")
+    with zipfile.ZipFile(store() / "tools" / file.name) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith("/scripts/uv"))
         content = wheel.read(member)
     # Each time: a store that was carried in may hold another program under this name.
@@ -94,17 +114,15 @@ def run_uv(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
 # ---------------------------------------------------------------------------- locking
 
 
-def wheel_rank(name: str) -> tuple | None:
-    """How well a wheel fits CPython 3.11 on x86-64 Linux with Debian 12's C library; None if it does not fit."""
+def wheel_rank(name: str, target: Target) -> tuple | None:
+    """How well a wheel fits CPython 3.11 on Linux with Debian 12's C library; None if it does not fit."""
     python, abi, platforms = name.removesuffix(".whl").rsplit("-", 3)[1:]
-    glibc = [(int(major), int(minor)) for major, minor in re.findall(r"manylinux_(\d+)_(\d+)_x86_64", platforms)]
-    if "manylinux2014_x86_64" in platforms:
+    machine = target.machine
+    glibc = [(int(major), int(minor)) for major, minor in re.findall(rf"manylinux_(\d+)_(\d+)_{machine}", platforms)]
+    if f"manylinux2014_{machine}" in platforms:
         glibc.append((2, 17))
-    if (
-        "manylinux2010_x86_64" in platforms
-        or "manylinux1_x86_64" in platforms
-        or "linux_x86_64" in platforms.split(".")
-    ):
+    oldest = (f"manylinux2010_{machine}", f"manylinux1_{machine}", f"linux_{machine}")
+    if any(name in platforms.split(".") for name in oldest):
         glibc.append((2, 5))
     if platforms != "any" and not glibc:
         return None
@@ -123,20 +141,27 @@ def wheel_rank(name: str) -> tuple | None:
 
 
 def files_to_lock(package: dict) -> dict:
-    """The one wheel that fits best, and the source archive if there is no such wheel or images build from source."""
-    ranked = [(wheel_rank(_file_name(entry)), entry) for entry in package.get("wheels", [])]
-    suitable = sorted(((rank, _file_name(entry), entry["hash"]) for rank, entry in ranked if rank), reverse=True)
-    files: dict = {}
-    if "sdist" in package and (not suitable or package["name"] in BUILT_FROM_SOURCE):
+    """The wheel that fits best for each processor, and the source archive if one has none or images build from source.
+
+    Errors: BuildError for a package with nothing to install. One that only one processor needs may have that one's.
+    """
+    best = [_best_wheel(package, target) for target in TARGETS.values()]
+    files: dict = {"wheels": list(dict.fromkeys(wheel for wheel in best if wheel))}
+    if "sdist" in package and (None in best or package["name"] in BUILT_FROM_SOURCE):
         files["sdist"] = (_file_name(package["sdist"]), package["sdist"]["hash"])
-    if suitable:
-        files["wheel"] = suitable[0][1:]
-    if not files:
+    elif not files["wheels"]:
         raise BuildError(
-            f"{package['name']} {package['version']} has no wheel for CPython 3.11 on x86-64 Linux and no source "
-            "archive; choose another version in pyproject.toml"
+            f"{package['name']} {package['version']} has no wheel for CPython 3.11 on Linux and no source archive; "
+            "choose another version in pyproject.toml"
         )
     return files
+
+
+def _best_wheel(package: dict, target: Target) -> tuple[str, str] | None:
+    """(file name, hash) of the wheel that fits a processor best."""
+    ranked = [(wheel_rank(_file_name(entry), target), entry) for entry in package.get("wheels", [])]
+    suitable = [(rank, _file_name(entry), entry["hash"]) for rank, entry in ranked if rank]
+    return max(suitable)[1:] if suitable else None
 
 
 def _file_name(entry: dict) -> str:
@@ -167,9 +192,9 @@ def _block_without_addresses(block: str, packages: dict) -> str:
     if "sdist" in files:
         path, digest = files["sdist"]
         lines += f'sdist = {{ path = "{path}", hash = "{digest}" }}\n'
-    if "wheel" in files:
-        path, digest = files["wheel"]
-        lines += f'wheels = [\n    {{ path = "{path}", hash = "{digest}" }},\n]\n'
+    if files["wheels"]:
+        wheels = "".join(f'    {{ path = "{path}", hash = "{digest}" }},\n' for path, digest in files["wheels"])
+        lines += f"wheels = [\n{wheels}]\n"
     # uv puts the files after the plain keys and before the package's own tables.
     head, table, tail = block.partition("\n[package.")
     return head.rstrip("\n") + "\n" + lines + (table.replace("\n[", "\n[") + tail if table else "\n")
@@ -179,7 +204,9 @@ def lock() -> None:
     """Resolve the dependencies again and write uv.lock; then check that uv accepts it."""
     text = (ROOT / "pyproject.toml").read_text()
     text = re.sub(r"(?m)^(no-index|find-links) = .*\n", "", text)
-    text = text.replace("[tool.uv]\n", f'[tool.uv]\nexclude-newer = "{pins()["exclude-newer"]}"\n')
+    of_packages = ", ".join(f'{name} = "{day}"' for name, day in pins()["exclude-newer-package"].items())
+    newest = f'exclude-newer = "{pins()["exclude-newer"]}"\nexclude-newer-package = {{ {of_packages} }}\n'
+    text = text.replace("[tool.uv]\n", f"[tool.uv]\n{newest}")
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "pyproject.toml").write_text(text)
         package = Path(scratch) / "entrypoints" / "slipway"
@@ -188,7 +215,7 @@ def lock() -> None:
         shutil.copy(ROOT / "README.md", scratch)
         run_uv("lock", cwd=Path(scratch), UV_DEFAULT_INDEX=index_address())
         resolved = (Path(scratch) / "uv.lock").read_text()
-    resolved = re.sub(r"(?ms)^\[options\]\n.*?(?=^\[)", "", resolved)
+    resolved = re.sub(r"(?ms)^\[options\]\n.*?(?=^\[(?!options))", "", resolved)
     LOCK.write_text(without_addresses(resolved))
     check()
 
@@ -204,18 +231,27 @@ def check() -> None:
 # ---------------------------------------------------------------------------- what the lock names
 
 
-def requirements(*options: str) -> dict[str, str]:
-    """Package → its requirement, pinned and with hashes, as `uv export` writes it; `options` are uv export's."""
+def requirements(*options: str, target: Target | None = None) -> dict[str, str]:
+    """Package → its requirement, pinned and with hashes, as `uv export` writes it.
+
+    Args:
+        options: those of uv export.
+        target: leave out what this processor does not need; None: this machine's.
+    """
+    target = target or here()
     listed = run_uv("export", "--frozen", "--no-emit-project", "--no-header", "--no-annotate", *options)
     blocks = re.findall(r"(?m)^[\w.-]+==.*(?:\n[ ]+.*)*", listed)
-    return {block.partition("==")[0]: block + "\n" for block in blocks}
+    others = [other.marker for other in TARGETS.values() if other != target]
+    needed = [b for b in blocks if target.marker in b or not any(marker in b for marker in others)]
+    return {block.partition("==")[0]: block + "\n" for block in needed}
 
 
-def fetch_wheels(names: Iterable[str] | None = None) -> None:
-    """Fill wheelhouse/ with the files that uv.lock names for these packages, or for all."""
+def fetch_wheels(names: Iterable[str] | None = None, target: Target | None = None) -> None:
+    """Fill wheelhouse/ with the files that uv.lock names for these packages, or for all, on a processor."""
     wheelhouse = store() / "wheelhouse"
     wanted = None if names is None else set(names)
-    fetch(locked_files([p for p in locked_packages() if wanted is None or p["name"] in wanted]), wheelhouse)
+    chosen = [package for package in locked_packages() if wanted is None or package["name"] in wanted]
+    fetch(locked_files(chosen, target or here()), wheelhouse)
     link = ROOT / "wheelhouse"
     if not link.exists() or link.resolve() != wheelhouse.resolve():
         link.unlink(missing_ok=True)

@@ -13,23 +13,24 @@ from urllib.parse import urlsplit, urlunsplit
 
 from images import debian, engine, lock, sbom
 from images.manifest import Source
-from images.request import Request
+from images.request import Request, tag
 from images.store import sha256_of, store
+from images.target import Target
 
 # SLSA wants URIs. These name what docs/images.md describes; they are no addresses.
 BUILD_TYPE = "urn:slipway:build:image:1"
 BUILDER = "urn:slipway:build.py"
 
 
-def folder_of(model: str, variant: str) -> Path:
+def folder_of(model: str, variant: str, target: Target) -> Path:
     """The folder in the store for the files about an image: provenance.json, sbom.cdx.json."""
-    return store() / "images" / f"{model}-{variant}"
+    return store() / "images" / tag(model, variant, target).partition("/")[2].replace(":", "-")
 
 
-def pins(wanted: list[Source]) -> dict[str, str]:
+def pins(wanted: list[Source], target: Target) -> dict[str, str]:
     """What identifies the inputs: version and commit, or archive, of each source, and the hashes of both locks."""
     versions = {source.name: _origin(source) for source in wanted}
-    return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.LOCK)}
+    return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.lock_of(target))}
 
 
 def _origin(source: Source) -> str:
@@ -62,8 +63,8 @@ def tools() -> dict[str, str]:
 
 def write(request: Request, name: str, digest: str) -> None:
     """Write provenance.json and the SBOM of a built image into the store."""
-    folder = folder_of(request.manifest.family, request.variant)
-    _write(folder / "sbom.cdx.json", sbom.text(request.manifest, request.variant, request.wanted))
+    folder = folder_of(request.manifest.family, request.variant, request.target)
+    _write(folder / "sbom.cdx.json", sbom.text(request.manifest, request.variant, request.wanted, request.target))
     write_statement(folder / "provenance.json", request, name, digest)
 
 
@@ -82,7 +83,11 @@ def _write(path: Path, text: str) -> None:
 def statement(request: Request, name: str, digest: str) -> dict:
     """An in-toto statement with SLSA's provenance, version 1."""
     algorithm, _, value = digest.partition(":")
-    asked: dict[str, str | list[str]] = {"model": request.manifest.family, "variant": request.variant}
+    asked: dict[str, str | list[str]] = {
+        "model": request.manifest.family,
+        "variant": request.variant,
+        "platform": request.target.platform,
+    }
     if request.contexts:
         asked["contexts"] = sorted(request.contexts)
     architectures = request.manifest.cuda_architectures
@@ -94,8 +99,11 @@ def statement(request: Request, name: str, digest: str) -> dict:
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": asked,
-                "internalParameters": {"pins": pins(request.wanted), "cuda_architectures": architectures},
-                "resolvedDependencies": [*_sources(request.wanted), *_locks()],
+                "internalParameters": {
+                    "pins": pins(request.wanted, request.target),
+                    "cuda_architectures": architectures,
+                },
+                "resolvedDependencies": [*_sources(request.wanted), *_locks(request.target)],
             },
             "runDetails": {"builder": {"id": BUILDER, "version": {"build.py": revision(), **tools()}}},
         },
@@ -122,10 +130,14 @@ def _commit(name: str, repository: str, commit: str) -> dict[str, Any]:
     return {"name": name, "uri": f"git+{repository}@{commit}", "digest": {"gitCommit": commit}}
 
 
-def _locks() -> list[dict[str, Any]]:
+def _locks(target: Target) -> list[dict[str, Any]]:
     """The locks name every Python and Debian package with its hash."""
-    files = {"uv.lock": lock.LOCK, "images/debian.lock": debian.LOCK}
-    return [{"name": n, "uri": f"file:{n}", "digest": {"sha256": sha256_of(path)}} for n, path in files.items()]
+    files = [lock.LOCK, debian.lock_of(target)]
+    names = [str(path.relative_to(lock.ROOT)) for path in files]
+    return [
+        {"name": name, "uri": f"file:{name}", "digest": {"sha256": sha256_of(path)}}
+        for name, path in zip(names, files, strict=True)
+    ]
 
 
 def origin() -> str:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from images import engine, provenance, registry, sbom
 from images.image import build
@@ -22,7 +23,7 @@ PROVENANCE, BILL = "application/vnd.in-toto+json", "application/vnd.cyclonedx+js
 COMPRESSIONS = {"zstd": "compression=zstd,compression-level=3", "gzip": "compression=gzip"}
 
 
-def archive(model: str, variant: str, out: str, compression: str | None = None, **given: list[str] | None) -> None:
+def archive(model: str, variant: str, out: str, compression: str | None = None, **given: Any) -> None:
     """Write an image as an OCI archive, for example for `podman load`, and OUT.provenance.json next to it.
 
     Args:
@@ -48,7 +49,7 @@ def archive(model: str, variant: str, out: str, compression: str | None = None, 
     print(f"archive: {target} {digest}, {target.stat().st_size / 1e9:.2f} GB")
 
 
-def push(model: str, variant: str, to: str, compression: str | None = None, **given: list[str] | None) -> None:
+def push(model: str, variant: str, to: str, compression: str | None = None, **given: Any) -> None:
     """Push an image to a registry that docker is logged in to, and attach its provenance and SBOM to it there.
 
     The provenance, pushed.json, is also next to that of the image in the store.
@@ -70,16 +71,16 @@ def push(model: str, variant: str, to: str, compression: str | None = None, **gi
             digest = _push(request, to)
     finally:
         engine.docker("image", "rm", "--force", to, capture_output=True)
-    pushed = provenance.folder_of(model, variant) / "pushed.json"
+    pushed = provenance.folder_of(model, variant, request.target) / "pushed.json"
     provenance.write_statement(pushed, request, to, digest)
     bill = pushed.with_name("pushed.cdx.json")
-    bill.write_text(sbom.text(request.manifest, request.variant, request.wanted))
+    bill.write_text(sbom.text(request.manifest, request.variant, request.wanted, request.target))
     attached = registry.attach(to, digest, {pushed: PROVENANCE, bill: BILL})
     print(f"push: attached provenance and SBOM: {' '.join(attached)}")
     print(f"push: {to}@{digest} in {time.monotonic() - started:.0f} s")
 
 
-def wheels(model: str, variant: str, out: str, no_cache: bool = False, **given: list[str] | None) -> None:
+def wheels(model: str, variant: str, out: str, no_cache: bool = False, **given: Any) -> None:
     """Write the wheels that an image's sources are built into; another site passes them as --context built-wheels=OUT.
 
     Args:

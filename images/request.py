@@ -24,6 +24,7 @@ from images.manifest import (
 )
 from images.sources import trees
 from images.store import BuildError
+from images.target import X86_64, Target, of_platform
 
 # Source → the stage that builds it; its tree is the context STAGE-source. In index, te-torch builds Transformer Engine.
 SOURCE_STAGES = {"nemo": "nemo", "megatron-core": "megatron", "transformer-engine": "te", "apex": "apex"}
@@ -38,6 +39,7 @@ class Request:
     wanted: list[Source]
     folders: dict[str, Path]
     contexts: dict[str, str]
+    target: Target
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Request:
         source: list[str] | None = None,
         context: list[str] | None = None,
         architecture: list[str] | None = None,
+        platform: str | None = None,
     ) -> Request:
         """Check every word, check that an engine answers, and fetch what is missing.
 
@@ -56,11 +59,12 @@ class Request:
             source: NAME=PLACE for each source that comes from another clone or mirror than the pinned one.
             context: NAME=PLACE for each stage or source tree that a named build context replaces.
             architecture: the GPUs to compile for, instead of those of the manifest.
+            platform: the processor, as Docker names it; None: this machine's.
 
         Errors: BuildError, before anything is built.
         """
         check_variant(variant)
-        manifest = read_manifest(model)
+        manifest, target = read_manifest(model), of_platform(platform)
         if architecture:
             check_architectures(architecture, "--architecture")
             manifest = replace(manifest, cuda_architectures=architecture)
@@ -69,18 +73,18 @@ class Request:
         parts = wanted(manifest, variant, places, contexts)
         folders = trees(parts, variant, places)
         engine.require()
-        engine.require_architecture()
-        fetch_packages(variant)
-        return cls(manifest, variant, parts, folders, contexts)
+        engine.require_platform(target, compiles_cuda=variant != "cpu" and "built-wheels" not in contexts)
+        fetch_packages(variant, target)
+        return cls(manifest, variant, parts, folders, contexts, target)
 
     @property
     def tag(self) -> str:
-        return tag(self.manifest.family, self.variant)
+        return tag(self.manifest.family, self.variant, self.target)
 
 
-def tag(model: str, variant: str) -> str:
-    """The image's name."""
-    return f"slipway/{model}:{variant}"
+def tag(model: str, variant: str, target: Target) -> str:
+    """The image's name, as slipway/qwen3:cpu or slipway/qwen3:cpu-arm64."""
+    return f"slipway/{model}:{variant}" + ("" if target == X86_64 else f"-{target.debian}")
 
 
 def wanted(manifest: Manifest, variant: str, places: dict[str, str], contexts: dict[str, str]) -> list[Source]:
@@ -89,13 +93,13 @@ def wanted(manifest: Manifest, variant: str, places: dict[str, str], contexts: d
     return [replace(source, by_git=source.by_git or source.name in places) for source in found]
 
 
-def fetch_packages(variant: str) -> None:
+def fetch_packages(variant: str, target: Target) -> None:
     """Fetch the Python and Debian packages of a variant into the store."""
     groups = ("build", *READY[variant], *(["cuda"] if variant != "cpu" else []))
     words = [word for group in groups for word in ("--group", group)]
-    lock.fetch_wheels(lock.requirements("--no-default-groups", *words))
+    lock.fetch_wheels(lock.requirements("--no-default-groups", *words, target=target), target)
     for name in debian.SETS:
-        debian.root_file_system(name)
+        debian.root_file_system(name, target)
 
 
 def places_of(given: list[str] | None) -> dict[str, str]:

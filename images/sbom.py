@@ -13,6 +13,7 @@ from typing import Any
 
 from images import debian, licences, lock
 from images.manifest import COMPILED, Manifest, Source, check_variant, read_manifest, sources
+from images.target import Target, of_platform
 
 SPEC = "1.6"
 _UNKNOWN = licences.named(licences.NOT_STATED)
@@ -22,17 +23,22 @@ HEADERS = {"transformer-engine": ("nvidia-mathdx", "nvidia-cuda-cccl"), "apex": 
 NAMESPACE = uuid.UUID("6f1f1a3c-7f0e-5d2a-9d0b-2b8d0c6f5a11")
 
 
-def sbom(model: str, variant: str) -> None:
+def sbom(model: str, variant: str, platform: str | None = None) -> None:
     """Print the bill of materials of an image; the image need not be built."""
     check_variant(variant)
-    manifest = read_manifest(model)
-    lock.fetch_wheels([*_distributions(variant), *(name for names in HEADERS.values() for name in names)])
-    print(text(manifest, variant, sources(manifest, variant)), end="")
+    manifest, target = read_manifest(model), of_platform(platform)
+    lock.fetch_wheels([*_distributions(variant, target), *(name for n in HEADERS.values() for name in n)], target)
+    print(text(manifest, variant, sources(manifest, variant), target), end="")
 
 
-def text(manifest: Manifest, variant: str, wanted: list[Source]) -> str:
+def text(manifest: Manifest, variant: str, wanted: list[Source], target: Target) -> str:
     """The bill of materials as JSON text."""
-    components = [*(_source(s, variant) for s in wanted), *_python(variant, wanted), *_programs(), *_debian()]
+    components = [
+        *(_source(source, target) for source in wanted),
+        *_python(variant, wanted, target),
+        *_programs(target),
+        *_debian(target),
+    ]
     content = json.dumps(components, sort_keys=True)
     image = {"type": "container", "bom-ref": "image", "name": f"slipway/{manifest.family}", "version": variant}
     document = {
@@ -57,7 +63,7 @@ def _component(purl: str, name: str, version: str, licence: dict, sha256: str | 
     return component | {"licenses": [licence]}
 
 
-def _source(source: Source, variant: str) -> dict[str, Any]:
+def _source(source: Source, target: Target) -> dict[str, Any]:
     """A source as it was taken: a commit with the submodules that were read, an archive, or a build context.
 
     What a submodule or a package of headers holds is compiled into the source's libraries: it is a part of it.
@@ -70,7 +76,7 @@ def _source(source: Source, variant: str) -> dict[str, Any]:
         purl = f"pkg:pypi/{name}@{source.version}?file_name={source.archive.name}"
         return _component(purl, name, source.version, {"expression": source.license}, source.archive.sha256)
     parts = [_submodule(source, part, sub) for part, sub in source.read_submodules().items()]
-    parts += [_headers(source, package) for package in HEADERS.get(source.name, ())]
+    parts += [_headers(source, package, target) for package in HEADERS.get(source.name, ())]
     component = _commit(source.repository, source.commit, name, source.version, source.license)
     component["properties"] = [{"name": "slipway:commit", "value": source.commit}]
     return component | ({"components": parts} if parts else {})
@@ -93,48 +99,48 @@ def _submodule(source: Source, name: str, sub: dict[str, Any]) -> dict[str, Any]
     return part | {"bom-ref": f"{source.name}/{part['purl']}"}
 
 
-def _headers(source: Source, name: str) -> dict[str, Any]:
+def _headers(source: Source, name: str, target: Target) -> dict[str, Any]:
     """A package of which only headers were used, by the compiler."""
     (package,) = (package for package in lock.locked_packages() if package["name"] == name)
-    part = _wheel(package)
+    part = _locked(package, target)
     return part | {"bom-ref": f"{source.name}/{part['purl']}"}
 
 
-def _distributions(variant: str) -> dict[str, str]:
+def _distributions(variant: str, target: Target) -> dict[str, str]:
     words = ["--group", "te"] if variant != "cpu" else []
-    return lock.requirements("--no-default-groups", *words)
+    return lock.requirements("--no-default-groups", *words, target=target)
 
 
-def _python(variant: str, wanted: list[Source]) -> list[dict[str, Any]]:
+def _python(variant: str, wanted: list[Source], target: Target) -> list[dict[str, Any]]:
     """The distributions that are installed from wheels, or from archives of pure Python."""
-    names = _distributions(variant).keys() - {installed_name(s) for s in wanted} - set(COMPILED[variant])
-    return [_wheel(package) for package in lock.locked_packages() if package["name"] in names]
+    names = _distributions(variant, target).keys() - {installed_name(s) for s in wanted} - set(COMPILED[variant])
+    return [_locked(package, target) for package in lock.locked_packages() if package["name"] in names]
 
 
-def _wheel(package: dict) -> dict[str, Any]:
-    entry = package["wheels"][0] if "wheels" in package else package["sdist"]
+def _locked(package: dict, target: Target) -> dict[str, Any]:
+    """The wheel of a package, or the archive that it is built from."""
+    entry = lock.wheel_of(package, target) or package["sdist"]
     purl = f"pkg:pypi/{package['name']}@{package['version']}"
     licence = licences.of_distribution(entry["path"])
     return _component(purl, package["name"], package["version"], licence, entry["hash"].removeprefix("sha256:"))
 
 
-def _programs() -> list[dict[str, Any]]:
+def _programs(target: Target) -> list[dict[str, Any]]:
     """Slipway itself, and uv for images on top. They are no distributions in the image."""
-    pin, version = lock.pins()["uv"], lock.version()
-    uv = _component(
-        f"pkg:pypi/uv@{pin['version']}", "uv", pin["version"], {"expression": "MIT OR Apache-2.0"}, pin["sha256"]
-    )
+    number, version = lock.pins()["uv"]["version"], lock.version()
+    licence = {"expression": "MIT OR Apache-2.0"}
+    uv = _component(f"pkg:pypi/uv@{number}", "uv", number, licence, lock.uv_file(target).sha256)
     slipway = _component(f"pkg:generic/slipway@{version}", "slipway", version, {"expression": "Apache-2.0"})
     return [part | {"type": "application"} for part in (slipway, uv)]
 
 
-def _debian() -> list[dict[str, Any]]:
-    stated = licences.of_debian()
+def _debian(target: Target) -> list[dict[str, Any]]:
+    stated = licences.of_debian(target)
     found = []
-    for package in debian.read_lock():
+    for package in debian.read_lock(target):
         if "base" in package.sets:
             version = urllib.parse.quote(package.version, safe="")
-            purl = f"pkg:deb/debian/{urllib.parse.quote(package.name)}@{version}?arch=amd64&distro=debian-12"
+            purl = f"pkg:deb/debian/{urllib.parse.quote(package.name)}@{version}?arch={target.debian}&distro=debian-12"
             licence = licences.named(stated[package.name])
             found.append(_component(purl, package.name, package.version, licence, package.sha256))
     return found

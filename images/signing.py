@@ -16,19 +16,21 @@ from pathlib import Path
 from images import provenance
 from images.image import inspect
 from images.store import BuildError
+from images.target import of_platform
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
-def sign(model: str, variant: str, key: str, statement: str | None = None) -> None:
+def sign(model: str, variant: str, key: str, statement: str | None = None, platform: str | None = None) -> None:
     """Sign an image's statement of provenance; the envelope appears next to it, with the ending .dsse.json.
 
     Args:
-        model, variant: the image.
+        model, variant, platform: the image.
         key: the file of a private key.
         statement: another statement than that of the last build: of an archive, or pushed.json.
     """
-    path = Path(statement) if statement else provenance.folder_of(model, variant) / "provenance.json"
+    folder = provenance.folder_of(model, variant, of_platform(platform))
+    path = Path(statement) if statement else folder / "provenance.json"
     if not path.exists():
         cure = f"run `make image MODEL={model} VARIANT={variant}`" if not statement else "check the path"
         raise BuildError(f"{path}: statement not found; {cure}", exit_code=65)

@@ -9,6 +9,7 @@ from images.image import inspect
 from images.manifest import check_variant, read_manifest
 from images.request import tag
 from images.store import BuildError
+from images.target import of_platform
 
 # The layers of images/Dockerfile, from the first: a word in the step that makes the layer, and what the layer holds.
 HOLDS = (
@@ -22,12 +23,12 @@ HOLDS = (
 LARGEST = 12
 
 
-def size(model: str, variant: str) -> None:
+def size(model: str, variant: str, platform: str | None = None) -> None:
     """Print two tables: the layers with their sizes and contents, and the largest Python packages."""
     check_variant(variant)
     read_manifest(model)
     engine.require()
-    name = tag(model, variant)
+    name = tag(model, variant, of_platform(platform))
     digest, on_disk = inspect(name)
     print(f"{name} {digest}\n")
     rows = [(str(number), f"{count:,}", text) for number, (count, text) in enumerate(layers(name), 1)]

@@ -10,6 +10,7 @@ import base64
 import csv
 import hashlib
 import io
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,14 +28,19 @@ LOCKED = (
     ("torch/bin/ptxas", "the same program as triton/backends/nvidia/bin/ptxas, which torch uses if this is missing"),
     ("triton/backends/nvidia/lib/cupti/", "CUPTI of CUDA 12 for Triton's profiler; torch has CUDA 13's"),
     ("triton/instrumentation/", "plug-ins that test Triton's compiler"),
-    ("nvidia/cu13/lib/libnvrtc*.alt.so*", "a second NVRTC; torch loads libnvrtc.so.13"),
     ("nvidia/cu13/lib/libcusolverMg.so*", "cuSOLVER for several GPUs; torch links only libcusolver"),
     ("nvidia/nvshmem/lib/*.bc", "NVSHMEM for device code that a user compiles"),
     ("pulp/solverdir/cbc/osx/", "a program for macOS"),
     ("pulp/solverdir/cbc/win/", "a program for Windows"),
-    ("pulp/solverdir/cbc/linux/arm64/", "a program for another processor"),
     ("pulp/solverdir/cbc/linux/i32/", "a program for another processor"),
 )
+OF_A_PROCESSOR = {
+    "x86_64": (
+        ("nvidia/cu13/lib/libnvrtc*.alt.so*", "a second NVRTC; torch loads libnvrtc.so.13"),
+        ("pulp/solverdir/cbc/linux/arm64/", "a program for another processor"),
+    ),
+    "aarch64": (("pulp/solverdir/cbc/linux/i64/", "a program for another processor"),),
+}
 BUILT = (("tests/", "NeMo's own tests, which its wheel installs next to the packages"),)
 KEPT = ("pyre_extensions/tests",)  # the package imports it
 # These lose debug information (268 MB); the exported symbols stay.
@@ -90,5 +96,6 @@ def _row(site: Path, row: list[str], changed: set[Path]) -> list[str]:
 
 if __name__ == "__main__":
     stage, folder = sys.argv[1], Path(sys.argv[2])
-    removed = remove(folder, {"locked": LOCKED, "built": BUILT}[stage])
+    patterns = {"locked": (*LOCKED, *OF_A_PROCESSOR[platform.machine()]), "built": BUILT}[stage]
+    removed = remove(folder, patterns)
     correct_records(folder, removed, strip(folder) if stage == "locked" else set())

@@ -15,6 +15,7 @@ from images.image import inspect
 from images.manifest import check_variant, read_manifest
 from images.request import tag
 from images.store import BuildError
+from images.target import of_platform
 
 # enroot keeps what it knows of an image in files of its root file system. /etc/rc is the script that starts a command.
 RC = """mkdir -p "{workdir}" 2> /dev/null
@@ -32,7 +33,7 @@ fi
 """
 
 
-def sqsh(model: str, variant: str, out: str) -> None:
+def sqsh(model: str, variant: str, out: str, platform: str | None = None) -> None:
     """Write the image's file system to the file `out`; enroot then starts the image's entrypoint and command.
 
     Errors: BuildError 78 without root, 73 if the file cannot be written.
@@ -40,7 +41,7 @@ def sqsh(model: str, variant: str, out: str) -> None:
     check_variant(variant)
     read_manifest(model)
     engine.require()
-    name = tag(model, variant)
+    name = tag(model, variant, of_platform(platform))
     inspect(name)
     target = Path(out).absolute()
     if not target.parent.is_dir():

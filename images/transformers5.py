@@ -16,6 +16,7 @@ from pathlib import Path
 from images.lock import ROOT, locked_packages, run_uv, wheel_rank
 from images.setup import VENV
 from images.store import BuildError, LockedFile, fetch, index_address, open_url, project_files, sha256_of, store
+from images.target import X86_64
 
 LOCK = ROOT / "tests" / "transformers5.lock"
 WANTED = ("transformers==5.24.0", "peft==0.21.2", "compressed-tensors==0.20.0")
@@ -69,7 +70,7 @@ def _wheel(project: str, version: str, hashes: set[str]) -> LockedFile:
     """The wheel of a version that fits best, fetched, with its hash checked against those that uv noted."""
     offered = project_files(index_address(), project)
     of_version = [name for name in offered if name.endswith(".whl") and name.split("-")[1] == version]
-    ranked = sorted((rank, name) for name in of_version if (rank := wheel_rank(name)))
+    ranked = sorted((rank, name) for name in of_version if (rank := wheel_rank(name, X86_64)))
     if not ranked:
         raise BuildError(f"{project} {version} has no wheel for CPython 3.11 on x86-64 Linux; choose another version")
     name = ranked[-1][1]

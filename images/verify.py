@@ -10,22 +10,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from images import debian, engine
 from images.image import NEEDED_BYTES, build, inspect, require_free
 from images.licences import content
 from images.request import Request
 from images.store import BuildError, sha256_of
+from images.target import Target
 
 SHOWN = 20  # differing files that are named per layer
 
 
-def verify(model: str, variant: str, **given: list[str] | None) -> None:
+def verify(model: str, variant: str, **given: Any) -> None:
     """Build twice without cache and compare; BuildError that names layers and files if the digests differ."""
     request = Request.of(model, variant, **given)
     require_free(2 * NEEDED_BYTES)
     for name in debian.SETS:
-        _compare_root_file_system(name)
+        _compare_root_file_system(name, request.target)
     names = [f"{request.tag}-verify{number}" for number in (1, 2)]
     try:
         digests = [_build_without_cache(request, name) for name in names]
@@ -37,12 +39,12 @@ def verify(model: str, variant: str, **given: list[str] | None) -> None:
         engine.docker("image", "rm", "--force", *names, capture_output=True)
 
 
-def _compare_root_file_system(name: str) -> None:
+def _compare_root_file_system(name: str, target: Target) -> None:
     """Make a root file system again; BuildError unless it is the file in the store, to the byte."""
-    kept = debian.root_file_system(name)
+    kept = debian.root_file_system(name, target)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         again = Path(scratch) / kept.name
-        debian.make_root_file_system(name, again)
+        debian.make_root_file_system(name, again, target)
         digests = [sha256_of(kept), sha256_of(again)]
     if digests[0] != digests[1]:
         raise BuildError(f"{kept}: a second build has another SHA-256, {digests[1]}, not {digests[0]}", exit_code=1)

@@ -20,6 +20,7 @@ import yaml
 import build
 from images import lock, store
 from images.store import BuildError, LockedFile
+from images.target import AARCH64, X86_64
 
 ROOT = Path(__file__).parent.parent
 WHEEL = b"the bytes of a wheel"
@@ -103,9 +104,13 @@ def test_no_network_is_said_with_the_cure(tmp_path, monkeypatch):
     ],
 )
 def test_the_wheel_that_suits_the_target_is_locked(better, worse):
-    assert lock.wheel_rank(better)
-    assert lock.wheel_rank(worse) is None or lock.wheel_rank(better) > lock.wheel_rank(worse)
+    ranks = [lock.wheel_rank(name, X86_64) for name in (better, worse)]
+    assert ranks[0] and (ranks[1] is None or ranks[0] > ranks[1])
+    swapped = [re.sub("x86_64|aarch64", lambda found: OTHER[found[0]], name) for name in (better, worse)]
+    assert [lock.wheel_rank(name, AARCH64) for name in swapped] == ranks
 
+
+OTHER = {"x86_64": "aarch64", "aarch64": "x86_64"}
 
 LOCKED_BY_UV = """version = 1
 requires-python = "==3.11.*"

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import ast
 import base64
-import datetime
-import functools
-import gzip
 import hashlib
-import http.server
 import io
 import json
-import lzma
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import git
 
 from images import (
     debian,
@@ -38,19 +25,18 @@ from images import (
     lock,
     machine,
     manifest,
-    objects,
     process,
     provenance,
     publish,
     request,
     sbom,
     slim,
-    sources,
     store,
     verify,
 )
 from images.manifest import Source
 from images.store import BuildError
+from images.target import X86_64
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ["deepseek_v3", "gpt_oss", "llama31", "qwen25", "qwen3"]
@@ -191,127 +177,6 @@ def test_limits_of_control_groups_are_read(tmp_path, own, groups, limits):
     assert found == tuple(float("inf") if limit is None else limit for limit in limits)
 
 
-# ---------------------------------------------------------------------------- sources
-
-
-def test_a_commit_and_its_submodules_come_from_the_clones_given(clone):
-    folder, source = clone
-    places = {"whole": str(folder / "whole"), "part": str(folder / "part")}
-    tree = sources.trees([source], "full", places)["whole"]
-    assert (tree / "file.txt").read_text() == "whole" and (tree / "inner" / "part" / "file.txt").read_text() == "part"
-    shutil.rmtree(folder / "whole")  # what is in the store is not asked for again
-    assert sources.trees([replace(source, by_git=True)], "full", {})["whole"] == tree
-
-
-def test_the_preflight_names_what_cannot_be_reached_within_seconds(clone):
-    folder, source = clone
-    started = time.monotonic()
-    with pytest.raises(BuildError) as error:
-        sources.trees([source], "full", {"whole": str(folder / "whole")})
-    assert time.monotonic() - started < 30 and error.value.exit_code == 78
-    message = str(error.value)
-    assert "cannot reach part (https://host.invalid/part)" in message and "--source part=CLONE" in message
-    assert "--source whole" not in message and "\n" not in message
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            {"commit": "1" * 40},
-            r"does not have all of commit 1111\w+: the commit \(object 1111\w+\) is missing; run `git",
-        ),
-        ({"submodules": {}}, r"submodule inner/part is at commit \w+, which has no pin"),
-    ],
-)
-def test_a_clone_that_is_not_as_pinned_is_refused(clone, change, message):
-    folder, source = clone
-    with pytest.raises(BuildError, match=message):
-        other = replace(source, **change)
-        sources.trees([other], "full", {name: str(folder / name) for name in ("whole", *other.submodules)})
-    assert not [path for path in (folder / "store").rglob("*") if path.name == "file.txt"]
-
-
-def test_a_wrong_source_is_one_line_with_the_names_that_exist(clone):
-    with pytest.raises(BuildError, match="--source hole: unknown source; use one of part, whole") as error:
-        sources.trees([clone[1]], "full", {"hole": "/"})
-    assert error.value.exit_code == 2
-    with pytest.raises(BuildError, match="its pin has no source archive") as error:
-        sources.trees([clone[1]], "cpu", {})
-    assert error.value.exit_code == 65
-
-
-def test_a_clone_that_is_not_whole_will_do_if_it_has_what_the_build_reads(clone):
-    """A shallow clone by another owner, with a submodule that lacks a file, and of which the build reads one folder."""
-    folder, source = clone
-    part = folder / "part"
-    _files(part, {"include/a/b.h": "b", "docs/picture": "p" * 1000, "include/run": "r"})
-    (part / "include" / "run").chmod(0o755)
-    (part / "include" / "link").symlink_to("a/b.h")
-    git(part, "add", ".")
-    git(part, "commit", "--quiet", "-m", "two")
-    commit = git(part, "rev-parse", "HEAD").strip()
-    git(folder / "whole" / "inner" / "part", "fetch", "--quiet", str(part), "HEAD")
-    git(folder / "whole" / "inner" / "part", "checkout", "--quiet", commit)
-    git(folder / "whole", "commit", "--quiet", "--all", "-m", "three")
-    top = git(folder / "whole", "rev-parse", "HEAD").strip()
-    git(folder, "clone", "--quiet", "--bare", "--depth=1", f"file://{folder}/whole", "shallow")
-    picture = git(part, "rev-parse", "HEAD:docs/picture").strip()
-    (part / ".git" / "objects" / picture[:2] / picture[2:]).unlink()
-    subprocess.run(["chown", "-R", "4242:4343", part, folder / "shallow"], check=True)
-    places = {"whole": str(folder / "shallow"), "part": str(part)}
-
-    def pinned(**keys: object) -> Source:
-        return replace(source, commit=top, submodules={"part": {"commit": commit, "repository": "x", **keys}})
-
-    with pytest.raises(
-        BuildError, match=rf"part: \S+ does not have all of .*docs/picture \(object {picture}\) is missing"
-    ):
-        sources.trees([pinned()], "full", places)
-    tree = sources.trees([pinned(paths=["include"])], "full", places)["whole"] / "inner" / "part"
-    assert sorted(str(p.relative_to(tree)) for p in tree.rglob("*")) == [
-        "include", "include/a", "include/a/b.h", "include/link", "include/run",
-    ]  # fmt: skip
-    assert (tree / "include" / "link").read_text() == "b" and os.access(tree / "include" / "run", os.X_OK)
-    # A submodule of which nothing is read need not be anywhere.
-    bare = sources.trees([pinned(paths=[])], "full", {"whole": places["whole"], "part": "/nonexistent"})["whole"]
-    assert bare != tree.parents[1] and not (bare / "inner" / "part" / "include").exists()
-
-
-def test_a_file_with_other_content_than_its_hash_says_is_refused(clone):
-    folder, source = clone
-    objects = folder / "whole" / ".git" / "objects"
-    sha = git(folder / "whole", "rev-parse", "HEAD:file.txt").strip()
-    other = git(folder / "part", "rev-parse", "HEAD:file.txt").strip()
-    shutil.copy(folder / "part" / ".git" / "objects" / other[:2] / other[2:], objects / "new")
-    os.replace(objects / "new", objects / sha[:2] / sha[2:])
-    with pytest.raises(BuildError, match=rf"file.txt \(object {sha}\) (is missing|has other content)"):
-        sources.trees([source], "full", {"whole": str(folder / "whole"), "part": str(folder / "part")})
-
-
-def test_no_file_of_a_tree_leaves_its_folder():
-    for name in (b"..", b".git", b"a/b"):
-        with pytest.raises(BuildError, match="no valid name in a git tree"):
-            list(objects.parsed("", b"100644 " + name + b"\0" + b"x" * 20))
-
-
-def test_a_source_that_a_context_makes_needless_is_said_and_no_error(clone, capsys):
-    source = clone[1]
-    given = {"whole": "/nonexistent", "part": "/nonexistent"}
-    assert sources.trees([replace(source, replaced="whole-source")], "full", given) == {}
-    assert "--source part is not needed: a --context replaces" in capsys.readouterr().err
-
-
-def test_full_without_a_git_host_is_said_in_seconds(tmp_path):
-    words = [sys.executable, ROOT / "build.py", "image", "--variant", "full", "--source", "nemo=/nonexistent"]
-    started = time.monotonic()
-    environment = {**os.environ, "GIT_SSL_NO_VERIFY": "1", "https_proxy": "http://127.0.0.1:9", "DOCKER_HOST": "x"}
-    environment["SLIPWAY_STORE"] = str(tmp_path)
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert done.returncode == 78 and time.monotonic() - started < 60
-    assert len(done.stderr.splitlines()) == 1 and "--source nemo=CLONE" in done.stderr and "apex" in done.stderr
-
-
 # ---------------------------------------------------------------------------- bills of materials
 
 
@@ -320,7 +185,7 @@ def bill() -> str:
     """The bill of materials of an image with everything that needs no git host."""
     found = manifest.read_manifest("gpt_oss")
     lock.fetch_wheels(lock.requirements("--no-default-groups", "--group", "te"))
-    return sbom.text(found, "index", manifest.sources(found, "index"))
+    return sbom.text(found, "index", manifest.sources(found, "index"), X86_64)
 
 
 def test_the_bill_of_materials_fits_cyclonedx(bill):
@@ -336,7 +201,7 @@ def test_the_bill_of_materials_names_everything_with_a_licence(bill):
     components = json.loads(bill)["components"]
     names = {component["name"] for component in components}
     assert {"nemo-toolkit", "megatron-core", "transformer-engine", "torch", "libc6", "tini"} <= names
-    assert names >= {package.name for package in debian.read_lock() if "base" in package.sets}
+    assert names >= {package.name for package in debian.read_lock(X86_64) if "base" in package.sets}
     nemo = next(component for component in components if component["name"] == "nemo-toolkit")
     assert nemo["purl"] == "pkg:pypi/nemo-toolkit@2.7.3?file_name=nemo_toolkit-2.7.3.tar.gz" and nemo["licenses"] == [
         {"expression": "Apache-2.0"}
@@ -344,7 +209,7 @@ def test_the_bill_of_materials_names_everything_with_a_licence(bill):
     assert all(component["licenses"] for component in components)
     silent = [c["name"] for c in components if c["licenses"] == [licences.named(licences.NOT_STATED)]]
     assert len(silent) < 10, silent
-    assert bill == sbom.text(manifest.read_manifest("gpt_oss"), "index", _sources_of("index"))
+    assert bill == sbom.text(manifest.read_manifest("gpt_oss"), "index", _sources_of("index"), X86_64)
 
 
 def _sources_of(variant: str) -> list[Source]:
@@ -369,89 +234,6 @@ def test_the_label_of_the_source_is_an_address_without_a_password(url, said, tmp
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", url], check=True)
     assert provenance.origin() == said
-
-
-def test_the_age_of_the_locks_is_said():
-    day = debian.locked_on() + datetime.timedelta(days=40)
-    assert f"Debian packages of {debian.locked_on()} (40 days old), Python packages of " in image.ages(day)
-
-
-@pytest.mark.parametrize("ending", ["", ".gz", ".xz"])
-def test_debian_packages_that_are_behind_are_named_from_a_carried_list(tmp_path, ending):
-    locked = {package.name: package for package in debian.read_lock()}
-    stanza = "Package: {}\nVersion: {}\nFilename: pool/{}\n"
-    table = [
-        stanza.format("libssl3", locked["libssl3"].version + ".1", "updates/main/o/openssl/x.deb"),
-        stanza.format("bash", "1.0", "main/b/bash/x.deb"),  # older than the lock
-        stanza.format("g++", "99", "main/g/x.deb"),  # not in an image
-        stanza.format("tini", locked["tini"].version + "+b9", "main/t/tini/x.deb"),
-    ]
-    path = tmp_path / f"Packages{ending}"
-    {"": open, ".gz": gzip.open, ".xz": lzma.open}[ending](path, "wb").write("\n".join(table).encode())
-    version = locked["libssl3"].version
-    found = debian.newer([path])
-    assert found[0] == f"libssl3 {version}: {version}.1 is in security" and len(found) == 2
-    assert found[1].startswith("tini ") and found[1].endswith(" is in a release")
-    with pytest.raises(BuildError, match="no package in it"):
-        path.write_bytes(b"" if not ending else {".gz": gzip.compress, ".xz": lzma.compress}[ending](b""))
-        debian.newer([path])
-
-
-@pytest.fixture
-def web(tmp_path) -> Iterator[str]:
-    """The address of a server of the files in tmp_path."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_a_package_that_the_mirror_no_longer_has_comes_from_a_snapshot(tmp_path, monkeypatch, web):
-    content = b"a package"
-    package = debian.Package(
-        ("base",), "x", "1", hashlib.sha256(content).hexdigest(), "pool/updates/main/x/x_1_all.deb"
-    )
-    monkeypatch.setattr(debian, "read_lock", lambda: [package])
-    monkeypatch.setattr(debian, "locked_on", lambda: datetime.date(2026, 11, 25))
-    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
-    for name in ("SLIPWAY_DEBIAN_MIRROR", "SLIPWAY_DEBIAN_SECURITY_MIRROR"):
-        monkeypatch.setenv(name, f"{web}/mirror")
-    with pytest.raises(BuildError, match=r"set SLIPWAY_DEBIAN_SNAPSHOT to .* \(the lock is of 2026-11-25\)"):
-        debian.fetch()
-    place = tmp_path / "snapshots" / "debian-security" / "20261125T235959Z" / package.path
-    place.parent.mkdir(parents=True)
-    place.write_bytes(content)
-    monkeypatch.setenv("SLIPWAY_DEBIAN_SNAPSHOT", f"{web}/snapshots")
-    assert (debian.fetch() / "x_1_all.deb").read_bytes() == content
-
-
-def test_a_ready_root_file_system_is_taken_if_it_has_the_locked_hash(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("SLIPWAY_ROOTFS", str(tmp_path))
-    monkeypatch.setattr(debian, "HASHES", tmp_path / "rootfs.lock")
-    (tmp_path / "rootfs.lock").write_text(f"base {hashlib.sha256(b'right').hexdigest()}\nbuild {'0' * 64}\n")
-    with pytest.raises(BuildError, match=r"base\.tar not found"):
-        debian.root_file_system("base")
-    (tmp_path / "base.tar").write_text("wrong")
-    with pytest.raises(BuildError, match=r"base\.tar has SHA-256 \w+, expected \w+ from images/rootfs.lock") as error:
-        debian.root_file_system("base")
-    assert error.value.exit_code == 65 and not list((tmp_path / "store" / "rootfs").iterdir())
-    (tmp_path / "base.tar").write_text("right")
-    assert debian.root_file_system("base").read_text() == "right"
-
-
-def test_the_hashes_in_the_lock_are_of_both_root_file_systems():
-    assert set(debian.hashes()) == set(debian.SETS) and all(len(digest) == 64 for digest in debian.hashes().values())
-
-
-def test_two_builds_at_once_may_make_the_same_tree(clone):
-    folder, source = clone
-    places = {"whole": str(folder / "whole"), "part": str(folder / "part")}
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: sources.trees([source], "full", places)["whole"], range(8)))
-    assert len(set(made)) == 1 and (made[0] / "inner" / "part" / "file.txt").read_text() == "part"
-    assert sorted(path.name for path in made[0].parent.iterdir()) == [made[0].name, f"{made[0].name}.objects"]
 
 
 @pytest.mark.parametrize("policy", ["ACCEPT", "DROP"])
@@ -482,18 +264,6 @@ def test_the_engine_leaves_packet_forwarding_as_it_was(tmp_path, policy):
     assert done.stdout.split() == ["-P", "FORWARD", policy, "0"], done.stderr
 
 
-@pytest.mark.parametrize("machine_is, engine_is", [("aarch64", ""), ("x86_64", "aarch64")])
-def test_another_architecture_is_refused_with_what_is_missing(tmp_path, monkeypatch, machine_is, engine_is):
-    docker = tmp_path / "docker"
-    docker.write_text(f"#!/bin/sh\necho {engine_is}\n")
-    docker.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
-    monkeypatch.setattr(platform, "machine", lambda: machine_is)
-    with pytest.raises(BuildError, match=r"is aarch64, .* missing for aarch64: its wheels in uv.lock"):
-        engine.require_architecture()
-
-
 def test_an_engine_with_the_older_image_store_compresses_with_gzip(tmp_path, monkeypatch):
     docker = tmp_path / "docker"
     docker.write_text('#!/bin/sh\necho \'[["Backing Filesystem","extfs"],["Native Overlay Diff","true"]]\'\n')
@@ -504,25 +274,6 @@ def test_an_engine_with_the_older_image_store_compresses_with_gzip(tmp_path, mon
     with pytest.raises(BuildError, match=r'has gzip alone; use gzip, or set .*"containerd-snapshotter": true') as error:
         publish._compression("zstd")
     assert error.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    "kind, name", [(tarfile.SYMTYPE, "t/link"), (tarfile.REGTYPE, "t/../../x"), (tarfile.REGTYPE, "/x")]
-)
-def test_a_source_archive_holds_plain_files_below_its_folder(kind, name):
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, "/etc/passwd"
-    with pytest.raises(BuildError, match="is no plain file below its folder"):
-        sources._as_ours(member)
-
-
-def test_what_a_source_archive_holds_is_this_users_with_plain_modes():
-    """As tarfile's own filter makes it, which Debian 12's Python does not have."""
-    for mode, is_folder in ((0o600, False), (0o4777, False), (0o700, True)):
-        member = tarfile.TarInfo("t/a")
-        member.mode, member.uid, member.type = mode, 4242, tarfile.DIRTYPE if is_folder else tarfile.REGTYPE
-        expected = 0o755 if is_folder or mode & 0o100 else 0o644
-        assert (sources._as_ours(member).mode, member.uid) == (expected, os.getuid())
 
 
 # ---------------------------------------------------------------------------- what is taken out
@@ -569,7 +320,7 @@ def test_the_difference_of_two_layers_names_the_file_and_what_of_it(tmp_path):
 @pytest.fixture
 def request_of_gpt_oss() -> request.Request:
     found = manifest.read_manifest("gpt_oss")
-    return request.Request(found, "cpu", manifest.sources(found, "cpu"), {}, {})
+    return request.Request(found, "cpu", manifest.sources(found, "cpu"), {}, {}, X86_64)
 
 
 def test_a_full_disk_is_said_before_the_build(monkeypatch, tmp_path, request_of_gpt_oss):
@@ -609,16 +360,17 @@ def test_a_source_that_a_context_replaces_is_not_asked_for_and_not_claimed(monke
     monkeypatch.setattr(
         request, "trees", lambda wanted, *_: asked.extend(s.name for s in wanted if not s.replaced) or {}
     )
-    monkeypatch.setattr(request, "fetch_packages", lambda _: None)
+    monkeypatch.setattr(request, "fetch_packages", lambda *_: None)
     monkeypatch.setattr(engine, "require", lambda: None)
+    monkeypatch.setattr(engine, "require_platform", lambda *_, **__: None)
     contexts = [f"te-source={tmp_path}", "apex=docker-image://site/apex:1"]
     found = request.Request.of("gpt_oss", "full", context=contexts)
     assert asked == ["nemo", "megatron-core"]
     assert found.contexts == {"te-source": str(tmp_path), "apex": "docker-image://site/apex:1"}
-    named = provenance.pins(found.wanted)
+    named = provenance.pins(found.wanted, X86_64)
     assert (named["transformer-engine"], named["apex"]) == ("context te-source", "context apex")
     assert named["nemo"].startswith("2.")
-    listed = {c["name"]: c for c in json.loads(sbom.text(found.manifest, "full", found.wanted))["components"]}
+    listed = {c["name"]: c for c in json.loads(sbom.text(found.manifest, "full", found.wanted, X86_64))["components"]}
     assert listed["apex"]["purl"] == "pkg:generic/apex" and "hashes" not in listed["apex"]
     assert listed["apex"]["properties"] == [{"name": "slipway:context", "value": "apex"}]
 

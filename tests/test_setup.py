@@ -14,6 +14,7 @@ import pytest
 
 from images import lock, store
 from images.store import sha256_of
+from images.target import here
 
 ROOT = Path(__file__).parent.parent
 MODULES = 50
@@ -93,12 +94,13 @@ def clones(tmp_path, monkeypatch) -> list[Path]:
     (own / "tools").mkdir()
     shutil.copy(lock.uv(), own / "tools")
     (setuptools,) = [p for p in lock.locked_packages() if p["name"] == "setuptools"]
-    shutil.copy(real / "wheelhouse" / setuptools["wheels"][0]["path"], own / "wheelhouse")
+    shutil.copy(real / "wheelhouse" / lock.wheel_of(setuptools, here())["path"], own / "wheelhouse")
     (setuptools_wheel,) = (own / "wheelhouse").iterdir()
     text = LOCK + locked("setuptools", setuptools["version"], setuptools_wheel)
     text += locked("thing", "1.0", make_wheel(own / "wheelhouse"))
     pin = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["slipway"]["uv"]
-    uv = ", ".join(f'{key} = "{value}"' for key, value in pin.items())
+    file = ", ".join(f'{key} = "{value}"' for key, value in pin[here().machine].items())
+    uv = f'version = "{pin["version"]}", {here().machine} = {{ {file} }}'
     for name in ("one", "two"):
         (tmp_path / name / "entrypoints" / "slipway").mkdir(parents=True)
         (tmp_path / name / "pyproject.toml").write_text(f"{PYPROJECT}uv = {{ {uv} }}\n")

@@ -13,6 +13,7 @@ import pytest
 
 from images import manifest, provenance, request, signing
 from images.store import BuildError
+from images.target import X86_64
 
 DIGEST = "ab" * 32
 
@@ -26,7 +27,7 @@ def signed(tmp_path, monkeypatch) -> Path:
     words = ["openssl", "ec", "-in", tmp_path / "key.pem", "-pubout", "-out", tmp_path / "key.pub"]
     subprocess.run(words, check=True, capture_output=True)
     found = manifest.read_manifest("gpt_oss")
-    asked = request.Request(found, "full", manifest.sources(found, "full"), {}, {})
+    asked = request.Request(found, "full", manifest.sources(found, "full"), {}, {}, X86_64)
     provenance.write_statement(
         tmp_path / "image.tar.provenance.json", asked, "slipway/gpt_oss:full", f"sha256:{DIGEST}"
     )

@@ -22,6 +22,7 @@ from conftest import git
 
 from images import engine, licences, lock, sources, store
 from images.store import BuildError, LockedFile
+from images.target import here
 
 
 def test_a_file_of_the_store_is_compared_with_the_lock(tmp_path, monkeypatch):
@@ -36,8 +37,7 @@ def test_a_file_of_the_store_is_compared_with_the_lock(tmp_path, monkeypatch):
 
 def test_another_uv_in_the_store_is_not_run(tmp_path, monkeypatch):
     """The store of this machine, as it would be carried in, with a program of somebody's in place of uv."""
-    pin = lock.pins()["uv"]
-    real = store.store() / "tools" / pin["file"]
+    real = store.store() / "tools" / lock.uv_file(here()).name
     if not real.is_file():
         pytest.skip("this machine was set up without the store")
     monkeypatch.setenv("SLIPWAY_STORE", str(tmp_path / "store"))
@@ -45,7 +45,7 @@ def test_another_uv_in_the_store_is_not_run(tmp_path, monkeypatch):
     tools = tmp_path / "store" / "tools"
     tools.mkdir(parents=True)
     shutil.copy(real, tools)
-    (tools / f"uv-{pin['version']}").write_text("#!/bin/sh\nexec evil\n")
+    lock.uv().write_text("#!/bin/sh\nexec evil\n")
     assert lock.uv().read_bytes()[:4] == b"\x7fELF"
 
 
@@ -183,10 +183,10 @@ def test_what_no_lock_can_say_is_not_read_from_the_store(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "socket", lambda: socket)  # the private engine is the one in use
     assert engine.client() != str(planted) and engine.environment()["DOCKER_CONFIG"].startswith(str(tmp_path / "local"))
     assert lock.uv_cache() == tmp_path / "local" / "uv"
-    debian = place / "debian" / f"licences-{store.sha256_of(licences.debian.LOCK)[:16]}.json"
+    debian = place / "debian" / f"licences-{store.sha256_of(licences.debian.lock_of(here()))[:16]}.json"
     debian.parent.mkdir()
     debian.write_text('{"planted": "evil"}')
-    monkeypatch.setattr(licences.debian, "read_lock", lambda: [])
+    monkeypatch.setattr(licences.debian, "read_lock", lambda _: [])
     licences.of_debian.cache_clear()
-    assert licences.of_debian() == {}
+    assert licences.of_debian(here()) == {}
     licences.of_debian.cache_clear()

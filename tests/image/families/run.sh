@@ -3,8 +3,9 @@
 set -euo pipefail
 
 variant="${IMAGE##*:}"
+read -ra sources <<<"${SOURCES:-}" # of full
 started=$SECONDS
-(cd "$ROOT" && "$PYTHON" build.py image --model qwen3 --variant "$variant")
+(cd "$ROOT" && "$PYTHON" build.py image --model qwen3 --variant "$variant" "${sources[@]}")
 echo "second family: $((SECONDS - started)) s"
 [ $((SECONDS - started)) -le 60 ]
 

@@ -13,7 +13,7 @@ import ctypes
 from slipway.launch import network
 assert network.verbs_devices() is not None
 ctypes.CDLL("librdmacm.so.1")'
-"${run[@]}" "$IMAGE" bash -c 'ls /usr/lib/x86_64-linux-gnu/libibverbs/libmlx5-rdmav*.so'
+"${run[@]}" "$IMAGE" bash -c 'ls /usr/lib/*-linux-gnu/libibverbs/libmlx5-rdmav*.so'
 set +e
 "${run[@]}" "$IMAGE" doctor --json >"$WORK/doctor.json"
 set -e
