@@ -30,7 +30,7 @@ def folder_of(model: str, variant: str, target: Target) -> Path:
 def pins(wanted: list[Source], target: Target) -> dict[str, str]:
     """What identifies the inputs: version and commit, or archive, of each source, and the hashes of both locks."""
     versions = {source.name: _origin(source) for source in wanted}
-    return {**versions, "uv.lock": sha256_of(lock.LOCK), "debian.lock": sha256_of(debian.lock_of(target))}
+    return {**versions, **{path.name: sha256_of(path) for path in (lock.LOCK, debian.lock_of(target))}}
 
 
 def _origin(source: Source) -> str:

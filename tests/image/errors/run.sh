@@ -2,8 +2,7 @@
 # A wrong request for an image gives one line that says what to do, the documented exit code, and no traceback.
 set -euo pipefail
 
-variant="${IMAGE##*:}"
-[ "$variant" != full ] || variant=cpu # the sources of full are on git hosts, which need not answer
+built="${VARIANT/full/cpu}" # the sources of full are on git hosts, which need not answer
 
 expect() { # CODE TEXT COMMAND...
     local code=$1 text=$2 got=0
@@ -19,14 +18,14 @@ expect() { # CODE TEXT COMMAND...
 
 expect 2 'did you mean gpt_oss' image --model gpt_os
 expect 2 'VARIANT' image --variant tiny
-DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_oss --variant "$variant"
+DOCKER_HOST=unix:///nonexistent.sock expect 78 'make engine' image --model gpt_oss --variant "$built"
 
 # A build that is stopped leaves no incomplete image, no container and no staging folder, and says so in one line.
 git -C "$ROOT" ls-files -z | (cd "$ROOT" && xargs -0 cp --parents -t "$WORK")
 echo "# changed at $(date +%s%N)" >>"$WORK/entrypoints/slipway/cli.py"
-things() { docker ps --all --quiet; docker image inspect --format '{{.Id}}' "slipway/qwen25:$variant" 2>/dev/null || echo none; }
+things() { docker ps --all --quiet; docker image inspect --format '{{.Id}}' "slipway/qwen25:$built" 2>/dev/null || echo none; }
 things >"$WORK/before"
-(cd "$WORK" && exec "$PYTHON" build.py image --model qwen25 --variant "$variant") >"$WORK/out" 2>"$WORK/err" &
+(cd "$WORK" && exec "$PYTHON" build.py image --model qwen25 --variant "$built") >"$WORK/out" 2>"$WORK/err" &
 build=$!
 until grep -q '\[commands 1/2\] RUN' "$WORK/err"; do
     kill -0 "$build" || { tail "$WORK/err"; exit 1; }

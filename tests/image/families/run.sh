@@ -2,15 +2,14 @@
 # The images of two families differ in the last layer only. That layer is small and names the family.
 set -euo pipefail
 
-variant="${IMAGE##*:}"
 read -ra sources <<<"${SOURCES:-}" # of full
 started=$SECONDS
-(cd "$ROOT" && "$PYTHON" build.py image --model qwen3 --variant "$variant" "${sources[@]}")
+(cd "$ROOT" && "$PYTHON" build.py image --model qwen3 --variant "$VARIANT" --platform "$PLATFORM" "${sources[@]}")
 echo "second family: $((SECONDS - started)) s"
 [ $((SECONDS - started)) -le 60 ]
 
 layers() { docker image inspect --format '{{range .RootFS.Layers}}{{println .}}{{end}}' "$1" | grep .; }
-other="slipway/qwen3:$variant"
+other="slipway/qwen3:${IMAGE##*:}"
 layers "$IMAGE" >"$WORK/one"
 layers "$other" >"$WORK/two"
 [ "$(wc -l <"$WORK/one")" -eq "$(wc -l <"$WORK/two")" ]

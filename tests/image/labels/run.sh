@@ -3,7 +3,7 @@
 set -euo pipefail
 
 name="${IMAGE#slipway/}"
-model="${name%%:*}" variant="${name##*:}"
+model="${name%%:*}"
 docker image inspect --format '{{json .Config.Labels}}' "$IMAGE" >"$WORK/labels.json"
 docker image inspect --format '{{.Id}}' "$IMAGE" >"$WORK/digest"
 docker run --rm "$IMAGE" cat /opt/slipway/sbom.cdx.json >"$WORK/sbom.json"
@@ -17,10 +17,10 @@ print(json.dumps({d.name.lower().replace("_", "-").replace(".", "-"): d.version 
 # shellcheck disable=SC2016 # ${...} is dpkg-query'"'"'s
 docker run --rm "$IMAGE" dpkg-query --show --showformat '${Package} ${Version}\n' >"$WORK/debian"
 # The bill does not depend on the machine that built. (full was built with clones, which the command does not know.)
-[ "$variant" = full ] ||
-    (cd "$ROOT" && "$PYTHON" build.py sbom --model "$model" --variant "$variant") | cmp - "$WORK/sbom.json"
+[ "$VARIANT" = full ] ||
+    (cd "$ROOT" && "$PYTHON" build.py sbom --model "$model" --variant "$VARIANT" --platform "$PLATFORM") | cmp - "$WORK/sbom.json"
 
-"$PYTHON" - "$WORK" "$model-$variant" <<'PYTHON'
+"$PYTHON" - "$WORK" "${name/:/-}" <<'PYTHON'
 import json, os, pathlib, sys
 
 work = pathlib.Path(sys.argv[1])
