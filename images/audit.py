@@ -12,7 +12,7 @@ from pathlib import Path
 
 from images import debian, lock, setup
 from images.store import BuildError
-from images.target import here
+from images.target import TARGETS, here
 
 # pip-audit has one exit code for all failures: words in its message tell "no network" from the rest.
 UNREACHABLE = ("ServiceError", "ConnectionError", "Max retries exceeded", "Failed to resolve", "timed out", "HTTPError")
@@ -31,15 +31,16 @@ def audit(packages: list[str] | None = None) -> None:
 
 def _debian(lists: list[Path]) -> list[str]:
     """What to say about Debian packages that are behind their suites."""
-    target = here()
+    targets = [here()] if lists else list(TARGETS.values())  # a list is of one processor
     try:
-        behind = debian.newer(target, lists)
+        lines = [line for target in targets for line in debian.newer(target, lists)]
     except BuildError as error:
         if error.exit_code != 78:
             raise
         print(f"audit: skipped for Debian packages: {error}", file=sys.stderr)
         return []
-    locked = f"Debian packages of {debian.locked_on(target)}"
+    behind = list(dict.fromkeys(lines))  # most packages have one version on all processors
+    locked = f"Debian packages of {debian.locked_on(targets[0])}"
     if not behind:
         print(f"audit: no updates for the {locked}")
         return []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from images import debian, image
+from images import audit, debian, image
 from images.store import BuildError
 from images.target import TARGETS, X86_64
 
@@ -97,3 +97,14 @@ def test_the_hashes_in_the_lock_are_of_both_root_file_systems():
     for target in TARGETS.values():
         found = debian.hashes(target)
         assert set(found) == set(debian.SETS) and all(len(digest) == 64 for digest in found.values())
+
+
+def test_an_audit_asks_for_both_processors_and_says_the_same_update_once(monkeypatch, capsys):
+    asked = []
+    update = "bash 5.2-1: 5.2-2 is in security"
+    monkeypatch.setattr(debian, "newer", lambda target, lists: asked.append((target, lists)) or [update])
+    found = audit._debian([])
+    assert [target for target, _ in asked] == list(TARGETS.values())
+    assert found[0] == update and found[1].startswith("1 Debian packages of ") and len(found) == 2
+    audit._debian([Path("Packages")])
+    assert len(asked) == 3, "a carried list is of one processor"
