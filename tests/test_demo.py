@@ -14,6 +14,7 @@ from printed import not_ours
 from safetensors.torch import load_file, save_file
 from slipway.commands.demo import checks as demo_checks
 from slipway.commands.demo import demo
+from slipway.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,15 @@ def test_every_step_ran_and_every_check_passed(finished):
         assert name in names
     assert len(found["checks"]) == 8 and all(check["passed"] for check in found["checks"])
     assert (folder / "run" / "loss.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt_oss"}))
+def test_the_demo_of_every_family_passes(family, tmp_path):
+    words = [sys.executable, "-m", "slipway.cli", "demo", "--model", family, "--out", tmp_path / "out", "--json"]
+    done = subprocess.run([*words, "--steps", "8"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert len(checks) == 8 and all(check["passed"] for check in checks), checks
 
 
 def test_the_readme_shows_what_the_demo_prints(finished):
