@@ -133,9 +133,10 @@ def test_killed_at_random_moments_and_run_again(verb, larger_model, expected, tm
             process.wait()
         else:
             moment = rng.uniform(0, 0.95) if number % 4 < 3 else rng.randint(1, 6)
+            written = (partial / "plan.json").exists() and not (partial / "journal").exists()  # by the one before
             killed = subprocess.run([sys.executable, "-c", KILLED, str(moment), *words])
             assert killed.returncode == -signal.SIGKILL and not out.exists()
-            assert moment >= 1 or journal_lines(partial), "the kill came amid the work"
+            assert moment >= 1 or written or journal_lines(partial), "the kill came amid the work"
         if rng.random() < 0.5 or number == KILLS - 1 or out.exists():
             assert out.exists() or subprocess.run([sys.executable, "-m", "slipway.cli", *words]).returncode == 0
             assert files(out) == files(expected[verb]) and not partial.exists()
