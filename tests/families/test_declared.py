@@ -87,6 +87,8 @@ def test_a_window_on_any_layer_is_refused(kind):
     full = ["full_attention"] * 2
     assert refused(kind, **on, max_window_layers=0, layer_types=full) == "", "the list says it more exactly"
     assert said in refused(kind, layer_types=["full_attention", "sliding_attention"])
+    assert "max_window_layers is [2]; it must be a whole number" in refused(kind, **on, max_window_layers=[2])
+    assert "layer_types is 2; it must be a list" in refused(kind, layer_types=2)
     assert "asks for chunked" in refused(kind, layer_types=["chunked", "full_attention"])
 
 

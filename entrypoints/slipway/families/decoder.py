@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.errors import DataError
-from slipway.families.checks import Config, Kinds, head_dim
+from slipway.families.checks import Config, Kinds, check_count, head_dim
 from slipway.families.fields import COMMON, USED, Field, Fields, each, only
 from slipway.families.rules import GroupedQKV, Rules, Scope, qkv_by_groups
 
@@ -51,7 +51,11 @@ NO_SLIDING: Fields = {
 def check_no_sliding(c: Config, where: Path) -> None:
     """DataError where a layer looks at a window of tokens only: transformers' rule for Qwen."""
     kinds = c.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise DataError(f"{where}: field layer_types is {kinds!r}; it must be a list with the kind of each layer")
     if kinds is None and c.get("use_sliding_window"):
+        if "max_window_layers" in c:
+            check_count(c, where, "max_window_layers", 1 << 31)
         first = c.get("max_window_layers", 28)  # the layers from this one on have a window
         kinds = ["sliding_attention"] * (c["num_hidden_layers"] > first)
     others = [kind for kind in kinds or () if kind != "full_attention"]
