@@ -15,7 +15,7 @@ from typing import Any
 from images import debian, engine, lock, provenance
 from images.machine import compile_jobs
 from images.manifest import HERE, check_variant, families, read_manifest
-from images.request import SOURCE_STAGES, Request, contexts_of, fetch_packages, places_of, wanted
+from images.request import SOURCE_STAGES, Request, command_of, contexts_of, fetch_packages, places_of, wanted
 from images.sources import trees
 from images.staging import stage
 from images.store import FREE_SPACE, BuildError, store
@@ -150,10 +150,7 @@ def inspect(name: str) -> tuple[str, int]:
     """(digest, bytes on disk) of an image; BuildError with the command that builds it if it does not exist."""
     done = engine.docker("image", "inspect", "--format", "{{.Id}} {{.Size}}", name, capture_output=True, text=True)
     if done.returncode:
-        model, kind = name.rpartition("/")[2].split(":")
-        variant, _, processor = kind.partition("-")
-        words = f"make image MODEL={model} VARIANT={variant}" + (f" PLATFORM=linux/{processor}" if processor else "")
-        cure = f"run `{words}` to build it"
+        cure = f"run `{command_of(name)}` to build it"
         raise BuildError(f"{name}: image not found ({done.stderr.strip()}); {cure}")
     digest, size = done.stdout.split()
     return digest, int(size)

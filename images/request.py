@@ -87,6 +87,13 @@ def tag(model: str, variant: str, target: Target) -> str:
     return f"slipway/{model}:{variant}" + ("" if target == X86_64 else f"-{target.debian}")
 
 
+def command_of(name: str) -> str:
+    """The command that builds the image with this name."""
+    model, kind = name.rpartition("/")[2].split(":")
+    variant, _, processor = kind.partition("-")
+    return f"make image MODEL={model} VARIANT={variant}" + (f" PLATFORM=linux/{processor}" if processor else "")
+
+
 def wanted(manifest: Manifest, variant: str, places: dict[str, str], contexts: dict[str, str]) -> list[Source]:
     """The sources of a variant, each with where its tree comes from: git, an archive, or a build context."""
     found = [_replaced(source, contexts) for source in sources(manifest, variant)]

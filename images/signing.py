@@ -15,6 +15,7 @@ from pathlib import Path
 
 from images import provenance
 from images.image import inspect
+from images.request import command_of, tag
 from images.store import BuildError
 from images.target import of_platform
 
@@ -29,10 +30,10 @@ def sign(model: str, variant: str, key: str, statement: str | None = None, platf
         key: the file of a private key.
         statement: another statement than that of the last build: of an archive, or pushed.json.
     """
-    folder = provenance.folder_of(model, variant, of_platform(platform))
-    path = Path(statement) if statement else folder / "provenance.json"
+    target = of_platform(platform)
+    path = Path(statement) if statement else provenance.folder_of(model, variant, target) / "provenance.json"
     if not path.exists():
-        cure = f"run `make image MODEL={model} VARIANT={variant}`" if not statement else "check the path"
+        cure = f"run `{command_of(tag(model, variant, target))}`" if not statement else "check the path"
         raise BuildError(f"{path}: statement not found; {cure}", exit_code=65)
     payload = path.read_bytes()
     signature = _openssl(["dgst", "-sha256", "-sign", key], encoded(payload), f"--key {key}")
@@ -41,9 +42,9 @@ def sign(model: str, variant: str, key: str, statement: str | None = None, platf
         "payload": base64.b64encode(payload).decode(),
         "signatures": [{"sig": base64.b64encode(signature).decode()}],
     }
-    target = path.with_suffix(".dsse.json")
-    target.write_text(json.dumps(envelope) + "\n")
-    print(f"sign: {target}")
+    signed = path.with_suffix(".dsse.json")
+    signed.write_text(json.dumps(envelope) + "\n")
+    print(f"sign: {signed}")
 
 
 def verify_signature(file: str, key: str, image: str | None = None, archive: str | None = None) -> None:

@@ -109,6 +109,34 @@ def tagged(context: Node) -> None:
     about["items"][2][1] = {"type": "pyref", **GETOUTPUT}
 
 
+def layers(name: str, argument: Any) -> Callable[[Node], None]:
+    """What builds the layers, as NeMo notes it of DeepSeek: a partial call."""
+
+    def change(context: Node) -> None:
+        of = {name: {"type": "pyref", "module": module, "name": kind} for name, module, kind in (
+            ("tuple", "builtins", "tuple"), ("dict", "builtins", "dict"),
+            ("about", "fiddle._src.config", "BuildableTraverserMetadata"), ("call", "fiddle._src.partial", "Partial"),
+        )}  # fmt: skip
+        context["objects"] |= {
+            "l_names": {"type": of["tuple"], "items": [["Index(index=0)", "use_transformer_engine"]], "metadata": None},
+            "l_none": {"type": of["dict"], "items": [], "metadata": None},
+        }
+        parts = [{"type": "ref", "key": key} for key in ("l_names", "l_none", "l_none")]
+        names = ("fn_or_cls", "argument_names", "argument_tags", "argument_history")
+        about = [symbol("megatron.core.models.gpt.gpt_layer_specs", name), *parts]
+        items = [[f"Attr(name={name!r})", part] for name, part in zip(names, about, strict=True)]
+        context["objects"]["l_about"] = {"type": of["about"], "items": items, "metadata": of["about"]}
+        context["objects"]["l_call"] = {
+            "type": of["call"],
+            "items": [["Attr(name='use_transformer_engine')", argument]],
+            "metadata": {"type": "ref", "key": "l_about"},
+            "paths": [f"{CONFIG}.transformer_layer_spec"],
+        }
+        with_argument(context, CONFIG, "transformer_layer_spec", {"type": "ref", "key": "l_call"})
+
+    return change
+
+
 def symbol(module: str, name: str) -> Node:
     return {"type": "pyref", "module": module, "name": name, "paths": []}
 
@@ -130,6 +158,9 @@ ATTACKS: dict[str, tuple[Callable[[Node], Any], str]] = {
         lambda c: [o["type"].update(module="fiddle._src.partial", name="Partial") for o in c["objects"].values()],
         "fiddle._src.partial:Partial",
     ),
+    "a partial of another function": (layers("get_mlp_module_spec", leaf(True)), "get_mlp_module_spec"),
+    "a partial with an argument": (layers("get_gpt_decoder_block_spec", symbol("os", "system")), "os:system"),
+    "a partial with a word": (layers("get_gpt_decoder_block_spec", leaf("x")), "has other arguments"),
     "an object that nothing refers to": (unreached, "subprocess:getoutput"),
     "tags": (tagged, "subprocess:getoutput"),
     "two models": (twice, "2 models"),
@@ -160,6 +191,14 @@ def test_it_is_refused(nemo, name):
     with pytest.raises(DataError) as error:
         handover.check(nemo)
     assert ATTACKS[name][1] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_nemo_notes_of_deepseeks_layers_is_taken(nemo):
+    path = nemo / "context" / "io.json"
+    context = json.loads(path.read_text())
+    layers("get_gpt_decoder_block_spec", leaf(True))(context)
+    path.write_text(json.dumps(context))
+    handover.check(nemo)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
