@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from slipway import cli
 from slipway.checkpoint import handover
 from slipway.checkpoint.hollow import write_hollow
@@ -13,6 +14,7 @@ from slipway.errors import UsageError
 from slipway.families import FAMILIES
 from slipway.training import bench, memory, preflight, profile, recipes
 from slipway.training.recipe import Recipe
+from torch.autograd import DeviceType
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,6 +75,19 @@ def test_a_profile_comes_to_shares_of_the_time():
     assert found["kinds"] == {"products": 0.6, "attention": 0.2, "others": 0.2}
     assert found["largest"][0] == ["nvjet_gemm", 0.6, 1]
     assert profile.summary([])["busy"] == 0.0
+
+
+def test_a_profiles_events_are_torchs_own():
+    """Those of the CPU here; a GPU's are recorded in the same list."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    found = profile.events_of(recorded, DeviceType.CPU)
+    theirs = recorded.events()
+    assert [name for name, _, _ in found] == [event.name for event in theirs] and "aten::mm" in str(found)
+    first = found[0][1] - theirs[0].time_range.start
+    for (_, start, end), event in zip(found, theirs, strict=True):
+        assert (start - first, end - first) == pytest.approx((event.time_range.start, event.time_range.end), abs=0.5)
+    assert profile.events_of(recorded, DeviceType.CUDA) == []
 
 
 def test_it_advises_what_the_memory_allows(monkeypatch):

@@ -69,7 +69,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     import nemo.lightning as nl
     from nemo.collections import llm
 
-    from slipway.training.low_rank import add_in_place
+    from slipway.training.low_rank import add_in_place, make_activations_again
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
     from slipway.training.record import Record
@@ -81,6 +81,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     keep_routers_counts()
     ignore_padding()
     add_in_place()
+    make_activations_again()
     if on_gpu:
         from slipway.training.experts import group_products
 
