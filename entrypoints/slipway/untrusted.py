@@ -112,7 +112,7 @@ reading = ""  # the last file or place that was read, for the message of an erro
 
 
 def note(place: Path | str) -> None:
-    """From here on this is what is read."""
+    """From here on this is what is read; nothing if it is empty."""
     global reading
     reading = str(place)
 

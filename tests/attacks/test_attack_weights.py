@@ -10,6 +10,7 @@ same for files that are garbled: they would be found after a minute.
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,28 @@ def without_a_pickle(nemo: Path, marker: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"data.pkl", b"data.pkm"))
 
 
+def by_modelopt(nemo: Path, marker: Path) -> None:
+    """NeMo asks for it whenever it builds a model, and loads it without limits."""
+    import torch
+
+    (nemo / "weights" / "modelopt_state").mkdir()
+    torch.save({"modelopt_version": "0.37.0", "x": code(marker)}, nemo / "weights" / "modelopt_state" / "common.pt")
+
+
+def by_modelopt_elsewhere(nemo: Path, marker: Path) -> None:
+    by_modelopt(nemo, marker)
+    (nemo / "weights" / "modelopt_state").rename(nemo / "elsewhere")
+    (nemo / "weights" / "modelopt_state").symlink_to("../elsewhere")
+
+
+def a_folder(nemo: Path, marker: Path) -> None:
+    (nemo / "weights" / "state").mkdir()
+
+
 ATTACKS = {
+    "modelopt_state": (by_modelopt, "ModelOpt has changed this model"),
+    "modelopt_state is a link": (by_modelopt_elsewhere, "ModelOpt has changed this model"),
+    "a folder": (a_folder, "is a folder"),
     "common.pt without its pickle": (without_a_pickle, "damaged"),
     ".metadata": (in_metadata, "system"),
     ".metadata, by attributes": (by_attributes, "reads an attribute"),
@@ -136,6 +158,20 @@ def test_train_says_so_at_once(arena, nemo, samples, tmp_path, name):
     found = arena.run("train", "--model", nemo, "--data", samples, "--out", tmp_path / "run")
     assert ATTACKS[name][1] in found.check(65, lines=None)
     assert not (tmp_path / "marker").exists() and found.seconds < 8
+
+
+def test_a_run_that_goes_on_does_not_load_it(arena, nemo, samples, tmp_path):
+    """The newest checkpoint of the run is foreign: somebody could write to its folder."""
+    words = ["--model", nemo, "--data", samples, "--out", tmp_path / "run", "--steps", "100", "--warmup-steps", "1"]
+    run = tmp_path / "run"
+    dry = arena.run("train", *words, "--dry-run")
+    shutil.copytree(nemo, run / "checkpoints" / "step=2")
+    (run / "checkpoints" / "step=2" / "context" / ".complete").touch()
+    (run / "recipe.json").write_text(dry.out[dry.out.index("{") : dry.out.index("\n}") + 2])
+    by_modelopt(run / "checkpoints" / "step=2", tmp_path / "marker")
+    found = arena.run("train", *words)
+    assert "step=2/weights/modelopt_state" in found.check(65, lines=None)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_what_torch_writes_is_taken(nemo):

@@ -32,6 +32,7 @@ CONFIG, METADATA = "fiddle._src.config:Config", "fiddle._src.config:BuildableTra
 PARTIAL = "fiddle._src.partial:Partial"
 CONTAINERS = ("builtins:list", "builtins:tuple", "builtins:dict")
 ROOT, MODEL = "<root>", "<root>.model"
+MODELOPT = "modelopt_state"  # a folder with a pickle, which NeMo loads without limits when it builds a model
 MOST_CONTEXT_BYTES, MOST_OBJECT_BYTES = 64 << 20, 16 << 20
 MOST_NODES = 200_000  # of the tree of calls; NeMo's own has some thousand
 # What training itself notes of the optimizer and of what was attached to the model. None of it is built (see
@@ -357,6 +358,7 @@ def _check_sizes(path: Path, config: Called, source: Path) -> None:
 def check_weights(checkpoint: Path) -> None:
     """DataError for pickles that torch would not have written, and for what cannot be read at all."""
     folder = weights_folder(checkpoint)
+    _check_names(folder)
     read_object(folder / "metadata.json", 1 << 20, COPY)
     _check_common(folder / "common.pt")
     path = folder / ".metadata"
@@ -371,6 +373,18 @@ def check_weights(checkpoint: Path) -> None:
     _check_objects(folder, objects, places)
     if (note := folder / BASE_NOTE).is_file():
         read_object(note, 1 << 20, COPY)
+
+
+def _check_names(folder: Path) -> None:
+    """Beside files there is nothing: what NeMo finds in a folder there, it loads as a pickle."""
+    if os.path.lexists(folder / MODELOPT):
+        raise DataError(
+            f"{folder / MODELOPT} is there: ModelOpt has changed this model, and only a program of the person who made "
+            "it says how; export the model to Hugging Face's layout with the tool that made it, and import that"
+        )
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, where a checkpoint has files alone; {CURE}")
 
 
 def _check_common(path: Path) -> None:

@@ -27,7 +27,7 @@ from slipway.launch.link import Link
 from slipway.launch.topology import Topology
 from slipway.report import say
 from slipway.signals import END, StopRequests, prepare_child
-from slipway.untrusted import Harmless, harmless, shown_url, tell
+from slipway.untrusted import Harmless, harmless, note, shown_url, tell
 
 WORKER = "slipway.training.worker"
 POLL = 0.1  # seconds between looks at the processes and their logs
@@ -231,6 +231,7 @@ def run_here(topology: Topology, run: Callable[[], None], stop: StopRequests) ->
     """
     # Port 0 is any free port: no other process has to find the store of this run.
     os.environ.update(environment() | rank_variables(topology) | {"MASTER_PORT": "0"})
+    note("")  # an error from here on has nothing to do with the last file that this command has read
 
     def interrupt(*_: object) -> None:
         raise _Interruption
