@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,17 @@ class Arena:
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return Outcome(**json.loads(self._server.stdout.readline()))
+
+
+def run_that_goes_on(arena: Arena, nemo: Path, samples: Path, run: Path) -> tuple[list[object], Path]:
+    """The words of a run that goes on from a foreign checkpoint (somebody could write to its folder), and that one."""
+    words = ["train", "--model", nemo, "--data", samples, "--out", run, "--steps", "100", "--warmup-steps", "1"]
+    shown = arena.run(*words, "--dry-run").out
+    newest = run / "checkpoints" / "step=2"
+    shutil.copytree(nemo, newest)
+    (newest / "context" / ".complete").touch()
+    (run / "recipe.json").write_text(shown[shown.index("{") : shown.index("\n}") + 2])
+    return words, newest
 
 
 def serve() -> None:

@@ -9,12 +9,12 @@ What must happen: exit code 65 and one line that says what is named, before NeMo
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from arena import run_that_goes_on
 from slipway.checkpoint import handover
 from slipway.errors import DataError
 from slipway.families import FAMILIES, fabricate
@@ -237,15 +237,7 @@ def test_verify_does_not_call_it(arena, nemo, nemo_model, tmp_path):
 
 
 def test_a_run_that_goes_on_does_not_call_it(arena, nemo, samples, tmp_path):
-    """The newest checkpoint of the run is foreign: somebody could write to its folder."""
-    words = ["--model", nemo, "--data", samples, "--out", tmp_path / "run", "--steps", "100", "--warmup-steps", "1"]
-    run = tmp_path / "run"
-    dry = arena.run("train", *words, "--dry-run")
-    shutil.copytree(nemo, run / "checkpoints" / "step=2")
-    (run / "checkpoints" / "step=2" / "context" / ".complete").touch()
-    shown = dry.out[dry.out.index("{") : dry.out.index("\n}") + 2]
-    (run / "recipe.json").write_text(shown)
-    spoiled(run / "checkpoints" / "step=2", tmp_path / "marker")
-    found = arena.run("train", *words)
-    assert "step=2/context/io.json" in found.check(65, lines=None)
+    words, newest = run_that_goes_on(arena, nemo, samples, tmp_path / "run")
+    spoiled(newest, tmp_path / "marker")
+    assert "step=2/context/io.json" in arena.run(*words).check(65, lines=None)
     assert not (tmp_path / "marker").exists()

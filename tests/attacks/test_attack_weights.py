@@ -10,10 +10,10 @@ same for files that are garbled: they would be found after a minute.
 from __future__ import annotations
 
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
+from arena import run_that_goes_on
 from slipway.checkpoint import archive, handover
 from slipway.errors import DataError
 from torch.distributed.checkpoint import metadata as torchs
@@ -161,16 +161,9 @@ def test_train_says_so_at_once(arena, nemo, samples, tmp_path, name):
 
 
 def test_a_run_that_goes_on_does_not_load_it(arena, nemo, samples, tmp_path):
-    """The newest checkpoint of the run is foreign: somebody could write to its folder."""
-    words = ["--model", nemo, "--data", samples, "--out", tmp_path / "run", "--steps", "100", "--warmup-steps", "1"]
-    run = tmp_path / "run"
-    dry = arena.run("train", *words, "--dry-run")
-    shutil.copytree(nemo, run / "checkpoints" / "step=2")
-    (run / "checkpoints" / "step=2" / "context" / ".complete").touch()
-    (run / "recipe.json").write_text(dry.out[dry.out.index("{") : dry.out.index("\n}") + 2])
-    by_modelopt(run / "checkpoints" / "step=2", tmp_path / "marker")
-    found = arena.run("train", *words)
-    assert "step=2/weights/modelopt_state" in found.check(65, lines=None)
+    words, newest = run_that_goes_on(arena, nemo, samples, tmp_path / "run")
+    by_modelopt(newest, tmp_path / "marker")
+    assert "step=2/weights/modelopt_state" in arena.run(*words).check(65, lines=None)
     assert not (tmp_path / "marker").exists()
 
 

@@ -211,13 +211,15 @@ def test_what_is_missing_or_disagrees_is_said(env, flags, message):
 def test_one_process_runs_in_place_with_the_environment_that_workers_get(tmp_path):
     code = """
 import json, os, pathlib, sys
+from slipway import untrusted
 from slipway.launch import torchrun
 from slipway.signals import StopRequests
 from slipway.launch.placement import Placement
 from slipway.launch.topology import find_topology
 here = os.getpid()
+untrusted.note("recipe.json")
 with StopRequests(pathlib.Path(sys.argv[1]), 1.0) as stop:
-    show = lambda: print(json.dumps({**os.environ, "same": os.getpid() == here}))
+    show = lambda: print(json.dumps({**os.environ, "same": os.getpid() == here, "reading": untrusted.reading}))
     torchrun.run_here(find_topology(Placement(nodes=1, nproc_per_node=1), {}), show, stop)
 """
     env = {"PYTHONPATH": str(Path(torchrun.__file__).parents[2]), "NCCL_NVLS_ENABLE": "1"}
@@ -225,6 +227,7 @@ with StopRequests(pathlib.Path(sys.argv[1]), 1.0) as stop:
     seen = json.loads(done.stdout)
     wanted = torchrun.ENVIRONMENT_DEFAULTS | {"NCCL_NVLS_ENABLE": "1", "WORLD_SIZE": "1", "RANK": "0", "same": True}
     assert {name: seen.get(name) for name in wanted} == wanted
+    assert seen["reading"] == "", "an error of the worker would name the last file that the command had read"
     facts = {"CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FWD_LAYERNORM_SM_MARGIN", "TORCH_NCCL_AVOID_RECORD_STREAMS"}
     assert facts <= torchrun.ENVIRONMENT_DEFAULTS.keys()
 

@@ -379,8 +379,9 @@ def _check_names(folder: Path) -> None:
     """Beside files there is nothing: what NeMo finds in a folder there, it loads as a pickle."""
     if os.path.lexists(folder / MODELOPT):
         raise DataError(
-            f"{folder / MODELOPT} is there: ModelOpt has changed this model, and only a program of the person who made "
-            "it says how; export the model to Hugging Face's layout with the tool that made it, and import that"
+            f"{folder / MODELOPT}: ModelOpt has changed this model (quantised, pruned or distilled it), and NeMo would "
+            "run any code that is in there; export the model to Hugging Face's layout with the tool that made it, and "
+            "import that"
         )
     for path in sorted(folder.iterdir()):
         if path.is_dir():

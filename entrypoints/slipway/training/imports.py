@@ -63,7 +63,7 @@ def compile_nothing() -> None:
     replace(cpp_extension, "load_inline", refuse, TORCH)
 
 
-def import_later(name: str, parts: Mapping[str, Callable[[], Any]] | None = None) -> None:
+def import_later(name: str, parts: Mapping[str, Callable[[], Any]]) -> None:
     """Let a package's own code run at the first use of anything in it. Nothing changes where it is imported already.
 
     Args:
@@ -72,7 +72,7 @@ def import_later(name: str, parts: Mapping[str, Callable[[], Any]] | None = None
     if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
         return
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    module.__dict__["__parts__"] = dict(parts or {})
+    module.__dict__["__parts__"] = dict(parts)
     module.__class__ = _Later
 
 
