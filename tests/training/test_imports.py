@@ -16,6 +16,15 @@ import lightning.pytorch
 assert "torchmetrics.functional" not in sys.modules, "all metrics were imported"
 assert "sklearn" not in sys.modules or sys.modules["sklearn"] is None
 
+from nemo.collections.llm.api import finetune
+from nemo.collections.llm.gpt.model.llama import LlamaConfig
+from nemo.collections.llm.peft import LoRA
+for name in ("modelopt.torch", "scipy", "datasets", "transformers.modeling_utils", "nemo.collections.llm.bert"):
+    assert name not in sys.modules, f"{name} was imported"
+from nemo.collections import llm
+assert llm.LlamaConfig is LlamaConfig and llm.finetune is finetune and llm.peft.LoRA is LoRA
+assert llm.AlpacaDataModule and "nemo.collections.llm.bert" in sys.modules, "the whole of llm is not there"
+
 import torchmetrics
 import torch
 accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)

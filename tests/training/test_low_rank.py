@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 LAYER = """
 import torch
 from slipway.training import cpu
 cpu.enable()
 from megatron.core.transformer import mlp
 from nemo.collections.llm.peft import lora
-from slipway.training import low_rank
+from slipway.training import activations, low_rank
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -18,6 +22,12 @@ class Base(nn.Module):
         self.weight = nn.Parameter(torch.randn(outputs, inputs), requires_grad=False)
     def forward(self, x):  # as Transformer Engine's layers: a view of two dimensions
         return (x.reshape(-1, x.shape[-1]) @ self.weight.T).view(*x.shape[:-1], len(self.weight)), None
+
+class Normed(Base):
+    return_layernorm_output = True
+    def forward(self, x):  # a layer with a norm in front, which the adapter needs too
+        x = nn.functional.rms_norm(x, x.shape[-1:])
+        return (super().forward(x)[0], x), None
 
 class Adapter(nn.Module):
     def __init__(self, inputs, outputs, dropout):
@@ -29,9 +39,9 @@ class Adapter(nn.Module):
         x = self.linear_out(self.linear_in(x))
         return (self.dropout(x) if self.dropout else x) * (self.alpha / self.dim)
 
-def adapted(inputs, outputs, dropout=None):
+def adapted(inputs, outputs, dropout=None, base=Base):
     torch.manual_seed(1)
-    return lora.LoRALinear(Base(inputs, outputs), Adapter(inputs, outputs, dropout))
+    return lora.LoRALinear(base(inputs, outputs), Adapter(inputs, outputs, dropout))
 
 def results(forward, layer, x, activation=lambda x: x):
     torch.manual_seed(5)
@@ -41,21 +51,59 @@ def results(forward, layer, x, activation=lambda x: x):
 
 theirs, swiglu = lora.LoRALinear.forward, mlp.bias_swiglu_impl
 low_rank.add_in_place()
-low_rank.make_activations_again()
+activations.bring_activations()
 ours = lora.LoRALinear.forward
 assert ours is not theirs and mlp.bias_swiglu_impl is not swiglu
 """
 
 IN_PLACE = """
 for dropout in (None, nn.Dropout(0.5)):
-    layer, x = adapted(8, 12, dropout), torch.randn(4, 2, 8)
-    for one, other in zip(results(theirs, layer, x), results(ours, layer, x), strict=True):
-        torch.testing.assert_close(one, other)
+    for base in (Base, Normed):
+        layer, x = adapted(8, 12, dropout, base), torch.randn(4, 2, 8)
+        for one, other in zip(results(theirs, layer, x), results(ours, layer, x), strict=True):
+            torch.testing.assert_close(one, other)
 plain = adapted(8, 12)
 used = []
 plain.adapter.forward = lambda x: used.append(x)
 plain(torch.randn(4, 2, 8))
 assert not used, "the adapter was called, so nothing was added in place"
+
+seen = []
+plain.to_wrap.register_forward_hook(lambda _, given, __: seen.append(given[0].requires_grad))
+plain(torch.randn(4, 2, 8))[0].sum().backward()
+plain(torch.randn(4, 2, 8, requires_grad=True))[0].sum().backward()
+assert seen == [False, True], "a layer computes a gradient of inputs that have none"
+
+class Noting(torch.autograd.Function):
+    def forward(ctx, x):
+        return x.clone()
+    def backward(ctx, gradient):
+        made.append(gradient.data_ptr())
+        return gradient
+made, x = [], torch.randn(4, 2, 8, requires_grad=True)
+after = x * 1
+after.register_hook(lambda gradient: made.append(gradient.data_ptr()))
+plain.to_wrap.register_forward_pre_hook(lambda _, given: (Noting.apply(given[0]),))
+plain(after)[0].sum().backward()
+assert made[0] == made[1], "the adapter's gradient was not added where the layer's lies"
+"""
+
+KERNEL = """
+import torch
+from slipway.training.low_rank_gpu import add_product_
+torch.manual_seed(0)
+# Triton's interpreter has no products in bfloat16.
+for tokens, rank, columns, dtype, bound in (
+    (70, 5, 300, torch.float32, 1e-5),
+    (64, 32, 256, torch.float16, 2e-3),
+    (0, 8, 16, torch.float32, 0),
+):
+    sizes = (tokens, columns), (tokens, rank), (columns, rank)
+    output, low, weight = (torch.randn(size, dtype=dtype) for size in sizes)
+    wanted = output.double() + 0.5 * low.double() @ weight.double().t()
+    add_product_(output, low, weight, 0.5)
+    torch.testing.assert_close(output.double(), wanted, atol=bound, rtol=bound)
+print("equal")
 """
 
 MADE_AGAIN = """
@@ -85,3 +133,10 @@ def test_an_activations_output_is_made_again_and_not_kept(warm, tmp_path):
 def test_outputs_and_gradients_are_those_of_nemos_adapters(warm, tmp_path):
     code, printed = warm.python(["-c", LAYER + IN_PLACE], tmp_path / "output")
     assert code == 0, printed
+
+
+def test_the_gpus_kernel_adds_the_same_product():
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout == "equal\n", done.stderr

@@ -9,13 +9,15 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from slipway.training.patches import TORCH, replace
 
 UNUSED = (
+    # Quantises, prunes and distils models. A checkpoint with a state of its own is refused (checkpoint/handover.py).
+    "modelopt",
     # A client for object stores, through which Megatron would open every file and count each of the many small reads of
     # a checkpoint's metadata.
     "multistorageclient",
@@ -28,9 +30,14 @@ def _from(module: str, name: str) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module(module), name)
 
 
+def _module(name: str) -> Callable[[], Any]:
+    return lambda: importlib.import_module(name)
+
+
 # Packages that are always imported and seldom used, with what is always taken from each. Megatron and NeMo import
 # wandb, which a run uses with --wandb-project. Lightning asks what is a metric, and takes that from where it can be
-# imported first: torchmetrics.metric and torchmetrics.utilities import each other.
+# imported first: torchmetrics.metric and torchmetrics.utilities import each other. NeMo's llm imports every model that
+# it has, BERT and T5 among them, and with these most of transformers, datasets and scipy.
 SELDOM_USED: dict[str, dict[str, Callable[[], Any]]] = {
     "wandb": {},
     "torchmetrics": {
@@ -38,6 +45,34 @@ SELDOM_USED: dict[str, dict[str, Callable[[], Any]]] = {
         "MetricCollection": _from("torchmetrics.collections", "MetricCollection"),
         "_logger": lambda: logging.getLogger("torchmetrics"),
     },
+    "nemo.collections.llm": {
+        "GPTModel": _from("nemo.collections.llm.gpt.model.base", "GPTModel"),
+        "fn": _module("nemo.collections.llm.fn"),
+        "peft": _module("nemo.collections.llm.peft"),
+    },
+    "nemo.collections.llm.gpt.model": {"GPTConfig": _from("nemo.collections.llm.gpt.model.base", "GPTConfig")},
+    "nemo.collections.llm.gpt.data": {"fine_tuning": _module("nemo.collections.llm.gpt.data.fine_tuning")},
+}
+
+# Modules of NeMo's for what no run does, with the names that its other modules import from them. Classes have no
+# instances here, and functions do nothing: with no state of ModelOpt's they would find nothing to do.
+STAND_INS: dict[str, tuple[str, ...]] = {
+    "nemo.collections.llm.modelopt": (
+        "DistillationGPTModel",
+        "ExportConfig",
+        "PruningConfig",
+        "QuantizationConfig",
+        "Quantizer",
+        "prune_language_model",
+        "save_pruned_model",
+        "set_modelopt_spec_if_exists_in_ckpt",
+        "setup_trainer_and_restore_model_with_modelopt_spec",
+    ),
+    "nemo.collections.llm.modelopt.model_utils": ("restore_modelopt_state", "save_modelopt_state"),
+    "nemo.collections.llm.modelopt.distill": (),
+    "nemo.collections.llm.modelopt.distill.utils": ("get_tensor_shapes_adjust_fn_for_distillation",),
+    # Slipway has its own data (data.py).
+    "nemo.collections.llm.gpt.data.fine_tuning": ("FineTuningDataModule",),
 }
 
 
@@ -48,6 +83,8 @@ def import_less() -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type] # an import of it raises ModuleNotFoundError
     for name, parts in SELDOM_USED.items():
         import_later(name, parts)
+    for name, names in STAND_INS.items():
+        stand_in(name, names)
 
 
 def compile_nothing() -> None:
@@ -74,6 +111,20 @@ def import_later(name: str, parts: Mapping[str, Callable[[], Any]]) -> None:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     module.__dict__["__parts__"] = dict(parts)
     module.__class__ = _Later
+
+
+def stand_in(name: str, parts: Sequence[str]) -> None:
+    """Put a module in the place of one, which has nothing but a class or a function of each name."""
+    if name in sys.modules:
+        return
+    sys.modules[name] = module = ModuleType(name)
+    module.__path__ = []  # modules in it can be put in place too
+    for part in parts:
+        setattr(module, part, type(part, (), {}) if part[0].isupper() else _nothing)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 class _Later(ModuleType):

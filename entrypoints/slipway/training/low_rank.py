@@ -1,11 +1,12 @@
 """What an adapter adds to a linear layer, added where the layer's output lies, and what it keeps for its gradient.
 
 NeMo writes the adapter's output, multiplies it by alpha / rank, and adds it: six passes over a tensor of the layer's
-full width. One product that accumulates into the output makes two.
+full width. One product that accumulates into the output makes two. The gradient of the layer's inputs is the same
+the other way round: the adapter's part is added where the layer's own lies.
 
 An adapter behind a gated activation keeps that activation's output for its gradient: a fifth of all that a layer of
 Llama keeps. The activation's own gradient needs its inputs, so these are kept anyway, and the output is computed from
-them again.
+them again (activations.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from slipway.training.patches import MEGATRON, NEMO, wrap
+from slipway.training.patches import NEMO, wrap
+
+LARGEST_RANK = 128  # of the kernel for GPUs, in which a larger factor does not fit beside the output
 
 
 def add_in_place() -> None:
@@ -30,22 +33,19 @@ def add_in_place() -> None:
     wrap(lora.LoRALinear, "forward", _adding_in_place, NEMO)
 
 
-def make_activations_again() -> None:
-    """Let adapters that add in place keep no output of a gated activation. Call it beside `add_in_place`."""
-    from megatron.core.transformer import mlp
-
-    wrap(mlp, "bias_swiglu_impl", _to_be_made_again, MEGATRON)
-
-
 def _adding_in_place(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def found(layer: Any, inputs: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         if not _is_plain(layer.adapter):
             return forward(layer, inputs, *arguments, **options)
-        output, bias, inputs = layer.base_linear_forward(inputs, *arguments, **options)
         first, second = layer.adapter.linear_in.weight, layer.adapter.linear_out.weight
-        with _making_again(inputs):
-            low = functional.linear(inputs.reshape(-1, inputs.shape[-1]), first)
+        if getattr(layer.to_wrap, "return_layernorm_output", False):  # the adapter's inputs are made by the layer
+            output, bias, inputs = layer.base_linear_forward(inputs, *arguments, **options)
+            _, low = _LowProduct.apply(inputs, first)
+        else:
+            with _making_again(inputs):
+                inputs, low = _LowProduct.apply(inputs, first)
+            output, bias, _ = layer.base_linear_forward(inputs, *arguments, **options)
         return _AddProduct.apply(output, low, second, layer.adapter.alpha / layer.adapter.dim), bias
 
     return found
@@ -58,19 +58,6 @@ def _is_plain(adapter: Any) -> bool:
         and (adapter.dropout is None or not adapter.training)
         and isinstance(adapter.activation, nn.Identity)
     )
-
-
-def _to_be_made_again(swiglu: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """bias_swiglu_impl, whose output knows how it was made, unless its inputs are kept in another form or place."""
-
-    @functools.wraps(swiglu)
-    def found(inputs: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
-        output = swiglu(inputs, bias, *options)
-        if bias is None and not any(options):
-            output.made_by = functools.partial(swiglu, inputs, bias, *options)
-        return output
-
-    return found
 
 
 def _making_again(inputs: Tensor) -> AbstractContextManager[Any]:
@@ -89,6 +76,40 @@ def _making_again(inputs: Tensor) -> AbstractContextManager[Any]:
     return saved_tensors_hooks(lambda kept: kept.shape if kept.data_ptr() == address else kept, unpack)
 
 
+class _LowProduct(torch.autograd.Function):
+    """(inputs for the layer, inputs · weightᵀ); the adapter's gradient of the inputs is added to the layer's.
+
+    Shapes: inputs [..., K], weight [rank, K]; the product is [tokens, rank].
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs, weight)
+        same = inputs.view_as(inputs)
+        if not ctx.needs_input_grad[0]:  # a first layer behind a frozen embedding
+            ctx.mark_non_differentiable(same)
+        return same, functional.linear(inputs.reshape(-1, inputs.shape[-1]), weight)
+
+    @staticmethod
+    def backward(ctx, of_inputs, of_low):
+        inputs, weight = ctx.saved_tensors
+        of_weight = None
+        if of_low is not None:
+            if ctx.needs_input_grad[1]:
+                of_weight = of_low.t() @ inputs.reshape(-1, inputs.shape[-1])
+            if ctx.needs_input_grad[0]:
+                of_inputs = _added(of_inputs, of_low, weight).view(inputs.shape)
+        return of_inputs, of_weight
+
+
+def _added(gradient: Tensor | None, low: Tensor, weight: Tensor) -> Tensor:
+    """gradient + low · weight in the memory of `gradient`, which the layer has made and nobody else sees."""
+    if gradient is None:
+        return low @ weight
+    return gradient.reshape(-1, gradient.shape[-1]).addmm_(low, weight)
+
+
 class _AddProduct(torch.autograd.Function):
     """output + scale · low · weightᵀ, in the memory of `output`, which nobody needs without it.
 
@@ -101,11 +122,27 @@ class _AddProduct(torch.autograd.Function):
         ctx.scale = scale
         # Another tensor for the same memory: a layer may have returned a view, which autograd lets nobody change.
         added = output.new_empty(0).set_(output.detach())
-        added.view(-1, added.shape[-1]).addmm_(low, weight.t(), alpha=scale)
+        _add_product_(added.view(-1, added.shape[-1]), low, weight, scale)
         return added
 
     @staticmethod
     def backward(ctx, gradient):
         low, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return gradient, (rows @ weight) * ctx.scale, (rows.t() @ low) * ctx.scale, None
+        return gradient, _scaled_product(rows, weight, ctx.scale), _scaled_product(rows.t(), low, ctx.scale), None
+
+
+def _add_product_(output: Tensor, low: Tensor, weight: Tensor, scale: float) -> None:
+    """output += scale · low · weightᵀ. Shapes: output [tokens, N], low [tokens, rank], weight [N, rank]."""
+    if output.is_cuda and low.shape[1] <= LARGEST_RANK:
+        from slipway.training.low_rank_gpu import add_product_
+
+        add_product_(output, low, weight, scale)
+    else:
+        output.addmm_(low, weight.t(), alpha=scale)
+
+
+def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
+    """scale · first · second, scaled before it is rounded and without a kernel of its own for that."""
+    product = first.new_empty(first.shape[0], second.shape[1])
+    return product.addmm_(first, second, beta=0, alpha=scale)

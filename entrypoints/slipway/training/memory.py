@@ -180,7 +180,7 @@ def _feed_forward(recipe: Recipe, c: Mapping[str, Any], layer: Layer) -> tuple[f
     all_kept = not recipe.is_frozen or recipe.adapts_feed_forward
     if not layer.count:
         width = c["intermediate_size"]
-        # low_rank.make_activations_again, where adapters are two products and nothing else.
+        # activations.py and low_rank.py, where adapters are two products and nothing else.
         is_made_again = (
             recipe.is_frozen and recipe.tensor_parallel_size == 1 and not (recipe.dora or recipe.lora_dropout)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from typing import Any
@@ -60,6 +61,10 @@ class Record(Callback):
         print(f"worker: {sum(trained):,} of {sum(every):,} weights on this rank are trained", flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.status["started_at_step"] + 1:
+            # Model and optimizer are whole, and stay. Looking for garbage among them holds up what starts the kernels.
+            gc.collect()
+            gc.freeze()
         # On every rank: the ranks must agree on the name of a checkpoint.
         module.log(STEPS_DONE, float(trainer.global_step))
         if not trainer.is_global_zero:

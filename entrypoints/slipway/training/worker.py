@@ -58,30 +58,41 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     gc.disable()
     import torch
 
+    from slipway.training import preload
     from slipway.training.imports import import_less
 
     on_gpu = torch.cuda.is_available()
+    libraries = preload.start() if on_gpu else None
     import_less()
     if not on_gpu:
         from slipway.training import cpu
 
         cpu.enable()
     import nemo.lightning as nl
-    from nemo.collections import llm
+    from nemo.collections.llm.api import finetune
 
-    from slipway.training.low_rank import add_in_place, make_activations_again
+    from slipway.training.activations import bring_activations
+    from slipway.training.low_rank import add_in_place
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
     from slipway.training.record import Record
-    from slipway.training.repairs import hand_over_in_this_process, keep_no_copies, keep_no_scales, keep_routers_counts
+    from slipway.training.repairs import (
+        hand_over_in_this_process,
+        keep_no_copies,
+        keep_no_scales,
+        keep_routers_counts,
+        quantise_gradients_once,
+    )
 
     gc.freeze()
     gc.enable()
+    if libraries:
+        libraries.join()
     hand_over_in_this_process()
     keep_routers_counts()
     ignore_padding()
     add_in_place()
-    make_activations_again()
+    bring_activations()
     if on_gpu:
         from slipway.training.experts import group_products
 
@@ -89,6 +100,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         if recipe.precision == "fp8":
             keep_no_scales()
             keep_no_copies()
+            quantise_gradients_once()
         if recipe.pack:
             from slipway.training.sinks import attend_with_sinks
 
@@ -109,7 +121,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     record = Record(recipe, folder, arithmetic_of(recipe, model.config), data.samples, started)
     trainer = make_trainer(recipe, _callbacks(recipe, record, stop_file, measured), nodes, on_gpu, measured)
     latest = folder.latest_checkpoint()
-    llm.finetune(
+    finetune(
         model=model,
         data=data,
         trainer=trainer,
@@ -145,6 +157,7 @@ def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
 
 def load_model(recipe: Recipe, on_gpu: bool, equally_long: bool) -> Any:
     """NeMo's model from the checkpoint's context, configured for the mode and the machine. Its weights come later."""
+    from slipway.training.activations import add_without_compiler
     from slipway.training.context import model_of
     from slipway.training.dispatch import choose_dispatcher
     from slipway.training.modes import MODES
@@ -168,6 +181,7 @@ def load_model(recipe: Recipe, on_gpu: bool, equally_long: bool) -> Any:
     # Micro batches are as long as their longest sample, see steps.py; the stages tell each other.
     config.variable_seq_lengths = recipe.pipeline_parallel_size > 1 and not recipe.pack
     choose_dispatcher(config, recipe, equally_long)
+    add_without_compiler(config)
     if on_gpu:
         if isinstance(layers := config.transformer_layer_spec, functools.partial):  # DeepSeek's, maybe noted on a CPU
             config.transformer_layer_spec = functools.partial(layers, use_transformer_engine=True)

@@ -1,0 +1,30 @@
+"""CUDA's libraries, loaded while the main thread imports NeMo.
+
+Each is loaded from disk at its first use, without Python's lock. That would be in the first step, which would take some
+three seconds more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+
+import torch
+
+
+def start() -> threading.Thread:
+    """Begin; join the thread before the model is built."""
+    thread = threading.Thread(target=_load, name="preload", daemon=True)
+    thread.start()
+    return thread
+
+
+def _load() -> None:
+    # Only early: what does not work here says so where it is needed.
+    with contextlib.suppress(RuntimeError, NotImplementedError), torch.cuda.device(int(os.environ["LOCAL_RANK"])):
+        factor = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+        factor @ factor  # cuBLAS
+        queries = factor.expand(1, 1, 64, 64).clone()
+        torch.ops.aten._scaled_dot_product_cudnn_attention(queries, queries, queries, None, True)  # cuDNN
+        torch.cuda.synchronize()
