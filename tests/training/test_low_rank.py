@@ -90,7 +90,7 @@ assert made[0] == made[1], "the adapter's gradient was not added where the layer
 
 KERNEL = """
 import torch
-from slipway.training.low_rank_gpu import add_product_
+from slipway.training.low_rank_gpu import LEAST_ROWS, add_product_, product_with_peaks
 torch.manual_seed(0)
 # Triton's interpreter has no products in bfloat16.
 for tokens, rank, columns, dtype, bound in (
@@ -103,6 +103,14 @@ for tokens, rank, columns, dtype, bound in (
     wanted = output.double() + 0.5 * low.double() @ weight.double().t()
     add_product_(output, low, weight, 0.5)
     torch.testing.assert_close(output.double(), wanted, atol=bound, rtol=bound)
+for rows, rank, columns, dtype, bound in (
+    (LEAST_ROWS + 5, 3, 300, torch.float32, 1e-4),
+    (LEAST_ROWS, 32, 128, torch.float16, 5e-2),
+):
+    output, weight = torch.randn(rows, columns, dtype=dtype), torch.randn(columns, rank, dtype=dtype)
+    product, peaks = product_with_peaks(output, weight, 0.5)
+    torch.testing.assert_close(product.double(), 0.5 * output.double() @ weight.double(), atol=bound, rtol=bound)
+    assert peaks.max() == output.abs().max() and (peaks > 0).all()
 print("equal")
 """
 
@@ -123,6 +131,39 @@ def is_kept(*options):
 assert not is_kept()
 assert is_kept(True), "inputs stored in FP8 do not give the same output again"
 """
+
+NOTED = """
+import torch
+from slipway.training.quantised import Peaks
+gradient = torch.randn(4, 4)
+assert Peaks.of(gradient) is None
+Peaks.note(gradient, gradient.abs().max()[None])
+assert Peaks.of(gradient) == gradient.abs().max()
+seen = []
+class Last(torch.autograd.Function):
+    def forward(ctx, x):
+        return x.clone()
+    def backward(ctx, gradient):
+        seen.append(Peaks.of(gradient))
+        return gradient
+class Next(Last):
+    def backward(ctx, gradient):
+        Peaks.note(gradient, gradient.abs().max()[None])
+        return gradient
+x = torch.randn(3, requires_grad=True)
+(Next.apply(Last.apply(x)) * torch.tensor([1.0, -7.0, 2.0])).sum().backward()
+assert seen[-1] == 7, "torch hands on another object"
+last = Last.apply(x)
+(Next.apply(last) * 2 + last * 3).sum().backward()
+assert seen[-1] is None or seen[-1] == 5, "what was noted before a gradient was added is believed"
+gradient += 1
+assert Peaks.of(gradient) is None, "what was noted before a change is believed"
+"""
+
+
+def test_a_gradients_largest_values_are_known_until_it_changes():
+    done = subprocess.run([sys.executable, "-c", NOTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_activations_output_is_made_again_and_not_kept(warm, tmp_path):

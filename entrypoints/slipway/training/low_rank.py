@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from slipway.training.patches import NEMO, wrap
+from slipway.training.quantised import Peaks
 
 LARGEST_RANK = 128  # of the kernel for GPUs, in which a larger factor does not fit beside the output
 
@@ -46,7 +47,8 @@ def _adding_in_place(forward: Callable[..., Any]) -> Callable[..., Any]:
             with _making_again(inputs):
                 inputs, low = _LowProduct.apply(inputs, first)
             output, bias, _ = layer.base_linear_forward(inputs, *arguments, **options)
-        return _AddProduct.apply(output, low, second, layer.adapter.alpha / layer.adapter.dim), bias
+        in_fp8 = getattr(layer.to_wrap, "fp8", False)  # of the forward pass that has just been
+        return _AddProduct.apply(output, low, second, layer.adapter.alpha / layer.adapter.dim, in_fp8), bias
 
     return found
 
@@ -113,13 +115,14 @@ def _added(gradient: Tensor | None, low: Tensor, weight: Tensor) -> Tensor:
 class _AddProduct(torch.autograd.Function):
     """output + scale · low · weightᵀ, in the memory of `output`, which nobody needs without it.
 
-    Shapes: output [..., N], low [tokens, rank], weight [N, rank].
+    Shapes: output [..., N], low [tokens, rank], weight [N, rank]. With `in_fp8` the layer will want to know the largest
+    value of the output's gradient.
     """
 
     @staticmethod
-    def forward(ctx, output, low, weight, scale):
+    def forward(ctx, output, low, weight, scale, in_fp8):
         ctx.save_for_backward(low, weight)
-        ctx.scale = scale
+        ctx.scale, ctx.in_fp8 = scale, in_fp8
         # Another tensor for the same memory: a layer may have returned a view, which autograd lets nobody change.
         added = output.new_empty(0).set_(output.detach())
         _add_product_(added.view(-1, added.shape[-1]), low, weight, scale)
@@ -129,7 +132,21 @@ class _AddProduct(torch.autograd.Function):
     def backward(ctx, gradient):
         low, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return gradient, _scaled_product(rows, weight, ctx.scale), _scaled_product(rows.t(), low, ctx.scale), None
+        of_low = _product_noting_peaks(gradient, rows, weight, ctx.scale) if ctx.in_fp8 else None
+        if of_low is None:
+            of_low = _scaled_product(rows, weight, ctx.scale)
+        return gradient, of_low, _scaled_product(rows.t(), low, ctx.scale), None, None
+
+
+def _product_noting_peaks(gradient: Tensor, rows: Tensor, weight: Tensor, scale: float) -> Tensor | None:
+    """scale · rows · weight, with the gradient's largest values noted for quantised.py; None where that is slower."""
+    from slipway.training.low_rank_gpu import LEAST_ROWS, product_with_peaks
+
+    if len(rows) < LEAST_ROWS or weight.shape[1] > LARGEST_RANK or not gradient.is_contiguous():
+        return None
+    product, peaks = product_with_peaks(rows, weight, scale)
+    Peaks.note(gradient, peaks)
+    return product
 
 
 def _add_product_(output: Tensor, low: Tensor, weight: Tensor, scale: float) -> None:

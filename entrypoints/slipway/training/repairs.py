@@ -66,27 +66,6 @@ def _without_copies(init: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-def quantise_gradients_once() -> None:
-    """Turn no gradient of a frozen layer's output into FP8 a second time, the other way round.
-
-    That copy is for the gradient of a weight, which a frozen layer has none of. Transformer Engine leaves it out where
-    the layer has no norm in front, and makes it where it has one.
-    """
-    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
-
-    wrap(TransformerEngineBaseModule, "grad_output_preprocess", _without_columns, TRANSFORMER_ENGINE)
-
-
-def _without_columns(prepare: Callable[..., Any]) -> Any:
-    @functools.wraps(prepare)
-    def found(context: Any, gradient: Tensor, row_parallel: bool, quantizer: Any) -> Any:
-        if quantizer is not None and not context.requires_wgrad and not context.use_bias:
-            quantizer.set_usage(columnwise=False)
-        return prepare(context, gradient, row_parallel, quantizer)
-
-    return staticmethod(found)
-
-
 def keep_routers_counts() -> None:
     """Let a router's biases for balance, and the tokens that it counts for them, stay float32 in a model of BF16.
 

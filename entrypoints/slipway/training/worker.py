@@ -75,14 +75,9 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from slipway.training.low_rank import add_in_place
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
+    from slipway.training.quantised import quantise_gradients_once
     from slipway.training.record import Record
-    from slipway.training.repairs import (
-        hand_over_in_this_process,
-        keep_no_copies,
-        keep_no_scales,
-        keep_routers_counts,
-        quantise_gradients_once,
-    )
+    from slipway.training.repairs import hand_over_in_this_process, keep_no_copies, keep_no_scales, keep_routers_counts
 
     gc.freeze()
     gc.enable()

@@ -1,0 +1,114 @@
+"""Adapters on frozen layers on the GPU beside torch, forward and backward. Ends with 1 if one differs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from beside_torch import Both, inputs, run, with_gradients
+from nemo.collections.llm.peft.lora import LoRALinear
+from slipway.training import low_rank, low_rank_gpu
+from slipway.training.activations import _SwiGLU
+from slipway.training.quantised import Peaks, quantise_gradients_once
+from torch import nn
+from torch.nn import functional
+from transformer_engine.common.recipe import Float8CurrentScaling
+
+BOUND = {"bf16": 0.01, "fp8": 0.1}
+TOKENS, RANK = low_rank_gpu.LEAST_ROWS + 16, 24
+
+low_rank.add_in_place()
+quantise_gradients_once()
+
+
+class Adapter(nn.Module):
+    """NeMo's, less what the CPU's tests cover."""
+
+    def __init__(self, inputs_: int, outputs: int) -> None:
+        super().__init__()
+        self.linear_in = nn.Linear(inputs_, RANK, bias=False, dtype=torch.bfloat16, device="cuda")
+        self.linear_out = nn.Linear(RANK, outputs, bias=False, dtype=torch.bfloat16, device="cuda")
+        self.alpha, self.dim, self.activation, self.dropout = 2.0 * RANK, RANK, nn.Identity(), None
+        self.config = SimpleNamespace(tensor_model_parallel_size=1)
+
+
+class Frozen(nn.Module):
+    """A layer of Transformer Engine's that gives its outputs as Megatron's do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.return_layernorm_output = isinstance(layer, te.LayerNormLinear)
+
+    @property
+    def fp8(self) -> bool:
+        return self.layer.fp8
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x), None
+
+
+def adapted(kind: Any) -> LoRALinear:
+    options = {"return_layernorm_output": True, "normalization": "RMSNorm"} if kind is te.LayerNormLinear else {}
+    layer = kind(512, 768, bias=False, params_dtype=torch.bfloat16, **options).cuda()
+    return LoRALinear(Frozen(layer), Adapter(512, 768))
+
+
+def in_precision(precision: str) -> contextlib.AbstractContextManager:
+    if precision == "bf16":
+        return contextlib.nullcontext()
+    return te.fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling())
+
+
+def results(layer: LoRALinear, x: torch.Tensor, precision: str) -> list[torch.Tensor]:
+    with in_precision(precision):
+        return with_gradients(layer(x)[0], x, *layer.adapter.parameters())
+
+
+def adapter(kind: Any, precision: str) -> Both:
+    layer, x = adapted(kind), inputs(TOKENS, 512)
+    ours = results(layer, x, precision)
+    base, first, second = layer.to_wrap.layer, layer.adapter.linear_in, layer.adapter.linear_out
+    normed = functional.rms_norm(x, (512,), base.layer_norm_weight, base.eps) if kind is te.LayerNormLinear else x
+    plain = functional.linear(normed, base.weight) + 2.0 * second(first(normed))
+    return ours, with_gradients(plain, x, *layer.adapter.parameters())
+
+
+def read_once(kind: Any, precision: str) -> Both:
+    """With the largest value that the adapter has found, and with Transformer Engine's own: to the last bit."""
+    layer, x = adapted(kind), inputs(TOKENS, 512)
+    known, of = [], Peaks.of
+    Peaks.of = lambda tensor: known.append(of(tensor)) or known[-1]
+    ours = results(layer, x, precision)
+    assert len(known) == 1 and known[0] is not None, "the adapter's largest value was not used"
+    Peaks.of = lambda tensor: None
+    theirs = results(layer, x, precision)
+    Peaks.of = of
+    return ours, theirs
+
+
+def activation() -> Both:
+    x = inputs(TOKENS, 1024)
+    gate, up = x.chunk(2, -1)
+    return with_gradients(_SwiGLU.apply(x), x), with_gradients(functional.silu(gate) * up, x)
+
+
+KINDS = (te.Linear, te.LayerNormLinear)
+CHECKS = [
+    *(
+        (f"{kind.__name__}, {precision}", functools.partial(adapter, kind, precision), 0, bound)
+        for kind in KINDS
+        for precision, bound in BOUND.items()
+    ),
+    *((f"{kind.__name__}, read once", functools.partial(read_once, kind, "fp8"), 0, 1e-12) for kind in KINDS),
+    ("swiglu", activation, 0, BOUND["bf16"]),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(run(CHECKS))
