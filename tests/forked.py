@@ -246,6 +246,9 @@ class Command:
 
 def serve() -> None:
     """Until the input ends."""
+    from slipway.training.imports import import_less
+
+    import_less()  # as in a worker; who saves by NeMo's own code has the whole of it
     import_nemo()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     answers = os.dup(1)

@@ -64,6 +64,17 @@ def test_norms_in_latent_attention_have_an_epsilon_of_their_own(tmp_path, monkey
     assert epsilons() == {1e-5}, "upstream"
 
 
+def test_sinks_begin_at_zero_whatever_the_memory_was():
+    from slipway.training.repairs import give_sinks_a_value
+
+    attention = torch.nn.Module()  # Transformer Engine's, which is made on a GPU
+    attention.softmax_offset = torch.nn.Parameter(torch.full((4,), torch.nan))
+    plain = torch.nn.Module()
+    plain.softmax_offset = None
+    assert give_sinks_a_value(torch.nn.ModuleList([attention, plain])) is not None
+    assert attention.softmax_offset.tolist() == [0, 0, 0, 0] and plain.softmax_offset is None
+
+
 def test_results_of_a_save_need_no_other_process(monkeypatch):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from slipway.training.repairs import hand_over_in_this_process
@@ -99,6 +110,8 @@ LESS = """
 import sys
 from pathlib import Path
 from slipway.training import cpu
+from slipway.training.imports import import_less
+import_less()
 cpu.enable()
 from megatron.core import msc_utils
 from nemo.collections import llm

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from slipway.tensors.refs import TORCH_NAMES
 
 METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+PLANNER = "torch.distributed.checkpoint.planner"
 DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
@@ -228,10 +229,12 @@ class SafeUnpickler(pickle._Unpickler):
     dispatch |= {pickle.ADDITEMS[0]: add_items}
 
 
-# Beside KNOWN, what torch and Megatron write into this file: name → module. Nothing is done with it.
+# Beside KNOWN, what torch and Megatron write into this file: name → module. Nothing is done with it. Where NVIDIA's
+# client for object stores is installed, as beside NeMo, Megatron writes the plan by which its ranks have saved as well.
 ALSO_WRITTEN = {
     "StorageMeta": METADATA,
-    "MCoreMetadata": "megatron.core.dist_checkpointing.strategies.torch",
+    **dict.fromkeys(("MCoreMetadata", "MCoreSavePlan"), "megatron.core.dist_checkpointing.strategies.torch"),
+    **dict.fromkeys(("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"), PLANNER),
     "PosixPath": "pathlib",
     "_TypedStorageInfo": FILESYSTEM,
 }

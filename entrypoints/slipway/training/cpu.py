@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from slipway.training.imports import import_less
+from slipway.training.imports import compile_nothing
 from slipway.training.patches import MEGATRON, NEMO, TORCH, define, replace, wrap
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def _without_compiling() -> None:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    import_less()
+    compile_nothing()
 
 
 class _Stream:

@@ -85,7 +85,10 @@ def load(checkpoint: Path) -> GPTModel:
     quiet()
     import torch
 
+    from slipway.training.imports import import_less
+
     on_gpu = torch.cuda.is_available()
+    import_less()
     if not on_gpu:
         from slipway.training import cpu
 

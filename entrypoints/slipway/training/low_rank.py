@@ -151,7 +151,7 @@ def _product_noting_peaks(gradient: Tensor, rows: Tensor, weight: Tensor, scale:
 
 def _add_product_(output: Tensor, low: Tensor, weight: Tensor, scale: float) -> None:
     """output += scale · low · weightᵀ. Shapes: output [tokens, N], low [tokens, rank], weight [N, rank]."""
-    if output.is_cuda and low.shape[1] <= LARGEST_RANK:
+    if output.is_cuda and output.is_contiguous() and low.shape[1] <= LARGEST_RANK:
         from slipway.training.low_rank_gpu import add_product_
 
         add_product_(output, low, weight, scale)

@@ -125,6 +125,17 @@ def keep_latent_epsilon(module: nn.Module) -> nn.Module:
     return module
 
 
+def give_sinks_a_value(module: nn.Module) -> nn.Module:
+    """Let the sinks of an attention begin at 0, as those that are not learned are.
+
+    Transformer Engine leaves them as the memory was, NaN among others. A checkpoint brings its own; `bench` has none.
+    """
+    for part in module.modules():
+        if isinstance(sinks := getattr(part, "softmax_offset", None), nn.Parameter):
+            nn.init.zeros_(sinks)
+    return module
+
+
 def carry_gradients_to_the_first_layer(module: nn.Module) -> None:
     """Let what a frozen embedding gives have a gradient where layers are computed again in the backward pass.
 
