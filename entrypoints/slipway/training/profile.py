@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.autograd import DeviceType
+from torch.distributed import ReduceOp, all_reduce
 
 FILE = "profile.json"
 # What a kernel does, by its name; the first that matches counts.
@@ -25,15 +26,22 @@ SIDE, TIMES = 8192, 20  # of the product that shows what the GPU can do
 
 
 class Profile(Callback):
-    """On rank 0: profiles the last step, which its record is to leave out, and writes FILE into a folder."""
+    """On rank 0: profiles the last step, which its record is to leave out, and writes FILE into a folder.
+
+    The memory in it is that of the rank that takes most.
+    """
 
     def __init__(self, steps: int, folder: Path) -> None:
         self.steps, self.folder = steps, folder
         self._profile: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.steps - 1 and trainer.is_global_zero and torch.cuda.is_available():
-            self._memory = torch.cuda.max_memory_allocated()
+        if trainer.global_step != self.steps - 1 or not torch.cuda.is_available():
+            return
+        peak = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
+        all_reduce(peak, ReduceOp.MAX)
+        if trainer.is_global_zero:
+            self._memory = int(peak)
             self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             torch.cuda.synchronize()
             self._profile.__enter__()
