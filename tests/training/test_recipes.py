@@ -125,7 +125,7 @@ def test_a_dry_run_of_a_recipe_shows_its_nodes_its_memory_and_no_secret(
 ):
     monkeypatch.setenv("WANDB_API_KEY", "very-secret")
     flags = ["train", "--model", str(nemo_model), "--data", str(data), "--out", str(tmp_path / "run"), "--dry-run"]
-    done = slipway(*flags, "--recipe", "gpt_oss_20b", "--mode", "lora", "--gpu-memory", "80")
-    assert "topology: 1 node × 4" in done.stdout and "from recipe gpt_oss_20b" in done.stdout
-    assert "memory per GPU: about" in done.stdout and "--nproc-per-node=4" in done.stdout
+    done = slipway(*flags, "--recipe", "gpt_oss_20b", "--mode", "sft", "--gpu-memory", "80")
+    assert "topology: 1 node × 8" in done.stdout and "from recipe gpt_oss_20b" in done.stdout
+    assert "memory per GPU: about" in done.stdout and "--nproc-per-node=8" in done.stdout
     assert "WANDB_API_KEY=***" in done.stdout and "very-secret" not in done.stdout
