@@ -6,11 +6,12 @@ three seconds more.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 
 import torch
+
+from slipway.untrusted import tell
 
 
 def start() -> threading.Thread:
@@ -21,10 +22,13 @@ def start() -> threading.Thread:
 
 
 def _load() -> None:
-    # Only early: what does not work here says so where it is needed.
-    with contextlib.suppress(RuntimeError, NotImplementedError), torch.cuda.device(int(os.environ["LOCAL_RANK"])):
-        factor = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
-        factor @ factor  # cuBLAS
-        queries = factor.expand(1, 1, 64, 64).clone()
-        torch.ops.aten._scaled_dot_product_cudnn_attention(queries, queries, queries, None, True)  # cuDNN
-        torch.cuda.synchronize()
+    try:
+        with torch.cuda.device(int(os.environ["LOCAL_RANK"])):
+            factor = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+            factor @ factor  # cuBLAS
+            queries = factor.expand(1, 1, 64, 64).clone()
+            torch.ops.aten._scaled_dot_product_cudnn_attention(queries, queries, queries, None, True)  # cuDNN
+            torch.cuda.synchronize()
+    except (RuntimeError, NotImplementedError) as error:  # as on a GPU for which cuDNN has no attention
+        said = str(error).partition("\n")[0]
+        tell(f"worker: some of CUDA's libraries will be loaded in the first step, which takes longer: {said}")
