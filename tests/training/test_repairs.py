@@ -17,9 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import KINDS, make_model
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.training import patches
+
+
+class _Made(Exception):
+    """A model is made, and its weights are not loaded yet."""
+
+
+def _stop() -> None:
+    raise _Made
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,14 +72,36 @@ def test_norms_in_latent_attention_have_an_epsilon_of_their_own(tmp_path, monkey
     assert epsilons() == {1e-5}, "upstream"
 
 
-def test_sinks_begin_at_zero_whatever_the_memory_was():
-    from slipway.training.repairs import give_sinks_a_value
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_begins_with_a_value_whatever_the_memory_was(tmp_path, monkeypatch, kind):
+    from slipway.training import forward, repairs
+
+    import_checkpoint(str(make_model(tmp_path / "hf", kind)), str(tmp_path / "nemo"))
+    as_made = []
+    monkeypatch.setattr(repairs, "keep_latent_epsilon", lambda module: as_made.append(module) or _stop())
+    torch.use_deterministic_algorithms(True)  # with this torch fills what torch.empty gives with NaN
+    try:
+        with pytest.raises(_Made):
+            forward.load(tmp_path / "nemo")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    def without_value() -> set[str]:
+        return {name.split(".")[-2] for name, value in as_made[0].named_parameters() if value.isnan().any()}
+
+    assert without_value() == ({"router", "core_attention"} if KINDS[kind][0] == "gpt_oss" else set()), "upstream"
+    repairs.give_every_weight_a_value(as_made[0])
+    assert without_value() == set()
+
+
+def test_sinks_of_transformer_engine_begin_at_zero():
+    from slipway.training.repairs import give_every_weight_a_value
 
     attention = torch.nn.Module()  # Transformer Engine's, which is made on a GPU
     attention.softmax_offset = torch.nn.Parameter(torch.full((4,), torch.nan))
     plain = torch.nn.Module()
     plain.softmax_offset = None
-    assert give_sinks_a_value(torch.nn.ModuleList([attention, plain])) is not None
+    assert give_every_weight_a_value(torch.nn.ModuleList([attention, plain])) is not None
     assert attention.softmax_offset.tolist() == [0, 0, 0, 0] and plain.softmax_offset is None
 
 

@@ -1,7 +1,8 @@
 """Gated activations without a compiler, whose outputs can be made again.
 
-Megatron lets torch.compile write them: five seconds of the first step on a machine that has not compiled them yet,
-which every new container is. Transformer Engine brings the same kernels along.
+Megatron lets torch.compile write them: five to fifteen seconds of the first step on a machine that has not compiled
+them yet, which every new container is. Transformer Engine brings the kernels of layers without experts along; those of
+experts, whose outputs the router weights, are our own.
 """
 
 from __future__ import annotations
@@ -15,19 +16,29 @@ from torch import Tensor
 
 from slipway.training.patches import MEGATRON, wrap
 
+SILU, QUICK_GELU = 1.0, 1.702  # how steep the sigmoid of the gate is
+
 
 def bring_activations() -> None:
-    """Give Megatron's layers without experts an activation that is compiled already, and that says how it was made."""
+    """Give Megatron's layers activations that need no compiler, and that say how they were made."""
     from megatron.core.transformer import mlp
-    from megatron.core.transformer.moe import shared_experts
+    from megatron.core.transformer.moe import experts, shared_experts
 
     for module in (mlp, shared_experts):
         wrap(module, "bias_swiglu_impl", _ready_made, MEGATRON)
+    for module in (mlp, experts):
+        wrap(module, "weighted_bias_swiglu_impl", functools.partial(_ready_made_weighted, steepness=SILU), MEGATRON)
+        wrap(
+            module,
+            "weighted_bias_quick_geglu_impl",
+            functools.partial(_ready_made_weighted, steepness=QUICK_GELU),
+            MEGATRON,
+        )
 
 
 def add_without_compiler(config: Any) -> None:
-    """Let what a layer adds to its input be added by torch, which without a bias or dropout is one kernel anyway."""
-    if not config.add_bias_linear and not config.hidden_dropout:
+    """Let what a layer adds to its input be added by torch: without dropout that is one kernel, two with a bias."""
+    if not config.hidden_dropout:
         config.bias_dropout_fusion = False
 
 
@@ -38,12 +49,31 @@ def _ready_made(swiglu: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def found(inputs: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
         if bias is not None or any(options):
             return swiglu(inputs, bias, *options)
-        make = _SwiGLU.apply if inputs.is_cuda else functools.partial(swiglu, bias=None)
-        output = make(inputs)
-        output.made_by = functools.partial(make, inputs)
-        return output
+        return _noting(_SwiGLU.apply if inputs.is_cuda else functools.partial(swiglu, bias=None), inputs)
 
     return found
+
+
+def _ready_made_weighted(activation: Callable[..., Tensor], steepness: float) -> Callable[..., Tensor]:
+    """weighted_bias_swiglu_impl or weighted_bias_quick_geglu_impl; the output has `made_by` as above."""
+
+    @functools.wraps(activation)
+    def found(inputs: Tensor, bias: Tensor | None, weights: Tensor, in_fp8: bool = False, *options: Any) -> Tensor:
+        if bias is not None or in_fp8:
+            return activation(inputs, bias, weights, in_fp8, *options)
+        if inputs.is_cuda:
+            from slipway.training.activations_gpu import Gate
+
+            return _noting(_Gated.apply, inputs, weights, Gate(steepness, *options))
+        return _noting(activation, inputs, None, weights, False, *options)
+
+    return found
+
+
+def _noting(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    output = make(*arguments)
+    output.made_by = functools.partial(make, *arguments)
+    return output
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -61,3 +91,22 @@ class _SwiGLU(torch.autograd.Function):
         import transformer_engine_torch
 
         return transformer_engine_torch.dswiglu(gradient.contiguous(), *ctx.saved_tensors, None)
+
+
+class _Gated(torch.autograd.Function):
+    """activations_gpu.gated. Shapes: inputs [rows, 2 F], weights [rows, 1]; the output is [rows, F]."""
+
+    @staticmethod
+    def forward(ctx, inputs, weights, gate):
+        from slipway.training.activations_gpu import gated
+
+        inputs, weights, ctx.gate = inputs.contiguous(), weights.contiguous(), gate
+        ctx.save_for_backward(inputs, weights)
+        return gated(inputs, weights, gate)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        from slipway.training.activations_gpu import gradients
+
+        inputs, weights = ctx.saved_tensors
+        return *gradients(gradient.contiguous(), inputs, weights, ctx.gate), None

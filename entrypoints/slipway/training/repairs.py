@@ -125,14 +125,19 @@ def keep_latent_epsilon(module: nn.Module) -> nn.Module:
     return module
 
 
-def give_sinks_a_value(module: nn.Module) -> nn.Module:
-    """Let the sinks of an attention begin at 0, as those that are not learned are.
+def give_every_weight_a_value(module: nn.Module) -> nn.Module:
+    """Let the sinks of an attention and the biases of a router begin at 0.
 
-    Transformer Engine leaves them as the memory was, NaN among others. A checkpoint brings its own; `bench` has none.
+    Transformer Engine and Megatron leave them as the memory was, NaN among others. A checkpoint brings its own; `bench`
+    has none.
     """
+    from megatron.core.transformer.moe.router import Router
+
     for part in module.modules():
-        if isinstance(sinks := getattr(part, "softmax_offset", None), nn.Parameter):
-            nn.init.zeros_(sinks)
+        begin = [getattr(part, "softmax_offset", None), part.bias if isinstance(part, Router) else None]
+        for weight in begin:
+            if isinstance(weight, nn.Parameter):
+                nn.init.zeros_(weight)
     return module
 
 

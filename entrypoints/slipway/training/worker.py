@@ -145,10 +145,10 @@ def _where(on_gpu: bool) -> str:
 
 def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
     """Repair what NeMo builds, before Megatron wraps it."""
-    from slipway.training.repairs import give_sinks_a_value, keep_latent_epsilon, mark_experts
+    from slipway.training.repairs import give_every_weight_a_value, keep_latent_epsilon, mark_experts
 
     return lambda *arguments, **options: mark_experts(
-        keep_latent_epsilon(give_sinks_a_value(build(*arguments, **options)))
+        keep_latent_epsilon(give_every_weight_a_value(build(*arguments, **options)))
     )
 
 

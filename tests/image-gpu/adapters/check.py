@@ -13,7 +13,8 @@ import transformer_engine.pytorch as te
 from beside_torch import Both, inputs, run, with_gradients
 from nemo.collections.llm.peft.lora import LoRALinear
 from slipway.training import low_rank, low_rank_gpu
-from slipway.training.activations import _SwiGLU
+from slipway.training.activations import QUICK_GELU, SILU, _Gated, _SwiGLU
+from slipway.training.activations_gpu import Gate
 from slipway.training.quantised import Peaks, quantise_gradients_once
 from torch import nn
 from torch.nn import functional
@@ -98,6 +99,15 @@ def activation() -> Both:
     return with_gradients(_SwiGLU.apply(x), x), with_gradients(functional.silu(gate) * up, x)
 
 
+def of_experts(gate: Gate) -> Both:
+    x, weights = inputs(TOKENS, 2 * 1500), torch.rand(TOKENS, 1, device="cuda").requires_grad_()
+    first, second = x.float().chunk(2, -1)
+    if gate.limit:
+        first, second = first.clamp(max=gate.limit), second.clamp(-gate.limit, gate.limit)
+    plain = weights * first * torch.sigmoid(gate.steepness * first) * (second + gate.offset)
+    return with_gradients(_Gated.apply(x, weights, gate), x, weights), with_gradients(plain, x, weights)
+
+
 KINDS = (te.Linear, te.LayerNormLinear)
 CHECKS = [
     *(
@@ -107,6 +117,8 @@ CHECKS = [
     ),
     *((f"{kind.__name__}, read once", functools.partial(read_once, kind, "fp8"), 0, 1e-12) for kind in KINDS),
     ("swiglu", activation, 0, BOUND["bf16"]),
+    ("swiglu of experts", functools.partial(of_experts, Gate(SILU)), 0, BOUND["bf16"]),
+    ("geglu of experts", functools.partial(of_experts, Gate(QUICK_GELU, 1.0, 1.5)), 0, BOUND["bf16"]),
 ]
 
 
