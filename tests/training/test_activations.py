@@ -76,3 +76,37 @@ def test_the_gpus_kernels_give_megatrons_outputs_and_gradients():
 def test_megatrons_experts_call_them(warm, tmp_path):
     code, printed = warm.python(["-c", WIRED], tmp_path / "output")
     assert code == 0 and "equal" in printed, printed
+
+
+CHOSEN = """
+import dataclasses
+from slipway.training import cpu
+cpu.enable()
+from megatron.core.activations import quick_gelu
+from megatron.core.fusions import fused_bias_geglu
+from nemo.collections.llm.gpt.model.gpt_oss import GPTOSSConfig20B
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config30B_A3B
+from slipway.training.activations import activate_in_one_kernel
+
+def chosen(kind, **changes):
+    config = kind(bias_activation_fusion=False, moe_permute_fusion=False)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    activate_in_one_kernel(config)
+    return config.bias_activation_fusion, config.activation_func
+
+sinks, qwen3 = GPTOSSConfig20B, Qwen3Config30B_A3B
+assert quick_gelu is not fused_bias_geglu.quick_gelu, "upstream"
+assert chosen(sinks) == (True, fused_bias_geglu.quick_gelu)
+assert chosen(qwen3)[0]
+assert not chosen(qwen3, activation_func_clamp_value=7.0)[0], "silu has no kernel with a limit"
+assert not chosen(qwen3, gated_linear_unit=False)[0]
+assert not chosen(sinks, moe_grouped_gemm=False)[0], "a limit would come before the bias"
+assert not chosen(sinks, moe_layer_freq=[0, *[1] * 23])[0] and not chosen(sinks, num_moe_experts=None)[0]
+print("equal")
+"""
+
+
+def test_a_kernel_is_chosen_where_it_computes_the_same(warm, tmp_path):
+    code, printed = warm.python(["-c", CHOSEN], tmp_path / "output")
+    assert code == 0 and "equal" in printed, printed

@@ -98,6 +98,10 @@ def test_packed_samples_keep_their_bounds(tmp_path):
     assert one["loss_mask"].tolist() == [1, 1, 1, 1, 0, 1] and one["cu_seqlens"].tolist() == [0, 4, 6]
     assert one["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
     assert other["loss_mask"].tolist() == [0, 1, 1, 0, 0, 0] and other["cu_seqlens"].tolist() == [0, 3, 6]
+    both = Samples([units], 2, 6, 1, packed=True, joined=2, shuffled=False)
+    assert len(both) == 1 and both[0].keys() == one.keys()
+    assert both[0]["cu_seqlens"].tolist() == [0, 4, 6, 9, 12]
+    assert all(torch.cat([one[key], other[key]]).equal(both[0][key]) for key in one if key != "cu_seqlens")
     assert Samples([units], 2, 6, 1, learn_prompts=True, shuffled=False)[0]["loss_mask"].tolist() == [1] * 6
 
 

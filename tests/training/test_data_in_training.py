@@ -25,14 +25,23 @@ RUNS = {
     "dense-apart": ("llama31", {"mode": "sft"}),
     "dense-packed": ("llama31", {"mode": "sft", "pack": True}),
     "dense-packed-in-stages": ("llama31", {"mode": "sft", "pack": True, "pipeline_parallel_size": 2}),
+    "dense-packed-in-twos": ("llama31", {"mode": "sft", "pack": True, "micro_batch_size": 2}),
+    "dense-packed-in-stages-in-twos": (
+        "llama31",
+        {"mode": "sft", "pack": True, "micro_batch_size": 2, "pipeline_parallel_size": 2},
+    ),
     "experts-apart": ("qwen3_moe", {"mode": "lora"}),
     "experts-packed": ("qwen3_moe", {"mode": "lora", "pack": True}),
     "latent-apart": ("deepseek_v3", {"mode": "lora"}),
-    "latent-packed": ("deepseek_v3", {"mode": "lora", "pack": True}),
+    "latent-packed": ("deepseek_v3", {"mode": "lora", "pack": True, "micro_batch_size": 4}),
     "sinks-apart": ("gpt_oss", {"mode": "lora"}),
-    "sinks-packed": ("gpt_oss", {"mode": "lora", "pack": True}),
+    "sinks-packed": ("gpt_oss", {"mode": "lora", "pack": True, "micro_batch_size": 2}),
     "heads": ("llama31", {"mode": "heads"}),
     "heads-packed-and-evaluated": ("llama31", {"mode": "heads", "pack": True, "eval": True}),
+    "heads-packed-and-evaluated-in-twos": (
+        "llama31",
+        {"mode": "heads", "pack": True, "eval": True, "micro_batch_size": 2},
+    ),
     "heads-evaluated": ("llama31", {"mode": "heads", "eval": True}),
     "evaluated": ("llama31", {"mode": "sft", "eval": True}),
     "evaluated-in-batches": ("llama31", {"mode": "sft", "eval": True, "global_batch_size": 4}),
@@ -99,7 +108,7 @@ def evaluations(runs: Path, name: str) -> list[float]:
     return [entry["loss"] for entry in found]
 
 
-@pytest.mark.parametrize("name", ["dense-packed", "dense-packed-in-stages"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("dense-packed")])
 def test_packed_samples_teach_what_they_teach_apart(runs, name):
     """Every step takes all samples, so the losses must be equal; were one seen by another, they would not."""
     assert losses(runs, name) == pytest.approx(losses(runs, "dense-apart"), rel=2e-5)
@@ -129,6 +138,12 @@ def test_evaluations_change_nothing(runs):
     assert len(set(evaluations(runs, "heads-evaluated"))) == STEPS
     assert RunFolder(runs / "heads-evaluated").read_status()["base_changed"] is False
     assert len(set(evaluations(runs, "heads-packed-and-evaluated"))) == STEPS
+
+
+def test_heads_meet_the_same_packed_samples_in_each_micro_batch(runs):
+    one, two = "heads-packed-and-evaluated", "heads-packed-and-evaluated-in-twos"
+    assert losses(runs, two) == pytest.approx(losses(runs, one), rel=2e-5)
+    assert evaluations(runs, two) == pytest.approx(evaluations(runs, one), rel=2e-5)
 
 
 def test_pretraining_learns_prompts_too(runs):

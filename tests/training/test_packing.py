@@ -11,14 +11,14 @@ from slipway.training.samples import computed_positions, share_of_samples
 LLAMA, GPT_OSS = (FAMILIES[family].tiny_config() for family in ("llama31", "gpt_oss"))
 
 
-def decided(config=LLAMA, chosen=(), data="d.jsonl", **values):
-    return Recipe("m", data, "o", **values).should_pack(config, chosen)
+def decided(config=LLAMA, data="d.jsonl", **values):
+    return Recipe("m", data, "o", **values).should_pack(config)
 
 
 @pytest.mark.parametrize("mode", ["sft", "lora"])
 def test_samples_are_packed_where_nothing_is_against_it(mode):
     assert decided(mode=mode) == (True, "")
-    assert decided(mode=mode, micro_batch_size=2) == (True, "")  # a recipe's, which nobody asked for
+    assert decided(mode=mode, micro_batch_size=2) == (True, "")
     assert decided(GPT_OSS, mode=mode) == (True, "")
     assert decided(mode=mode, context_parallel_size=2) == (True, "")
 
@@ -33,17 +33,16 @@ def test_full_sequences_are_not_worth_a_word():
 
 
 @pytest.mark.parametrize(
-    "config, chosen, values, said",
+    "config, values, said",
     [
-        (FAMILIES["deepseek_v3"].tiny_config(), (), {"mode": "sft"}, "MTP layer"),
-        (LLAMA, ("micro_batch_size",), {"mode": "lora", "micro_batch_size": 2}, "--micro-batch-size 1, not 2"),
-        (LLAMA, (), {"mode": "sft", "context_parallel_size": 2, "seq_length": 30}, "a multiple of it for --seq-length"),
-        (GPT_OSS, (), {"mode": "sft", "context_parallel_size": 2}, "with sinks takes --context-parallel-size 1, not 2"),
-        (None, (), {"mode": "sft"}, "config.json"),
+        (FAMILIES["deepseek_v3"].tiny_config(), {"mode": "sft"}, "MTP layer"),
+        (LLAMA, {"mode": "sft", "context_parallel_size": 2, "seq_length": 30}, "a multiple of it for --seq-length"),
+        (GPT_OSS, {"mode": "sft", "context_parallel_size": 2}, "with sinks takes --context-parallel-size 1, not 2"),
+        (None, {"mode": "sft"}, "config.json"),
     ],
 )
-def test_why_not_is_said(config, chosen, values, said):
-    packs, problem = decided(config, chosen, **values)
+def test_why_not_is_said(config, values, said):
+    packs, problem = decided(config, **values)
     assert not packs and said in problem
 
 

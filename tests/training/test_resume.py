@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if nobody had stopped it: every mode, alone and in parallel.
 
-It goes on with more processes or fewer too, and for more steps than it was begun with.
+It goes on with more processes or fewer too, with another micro batch of packed samples, and for more steps than it was
+begun with.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port, make_model
 from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.tokens.scan import scan
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from test_parallel import LAYOUTS, write_data
@@ -23,16 +25,19 @@ MODES = ("heads", "lora", "sft", "pretrain")
 # Layout → the kind of model that is trained in it.
 KINDS = {"one": "llama31", "latent": "deepseek_v3", "sinks": "gpt_oss"}
 KINDS |= {"dp2": "llama31", "tp2": "llama31", "ep2": "qwen3_moe"}
-ALONE = ("one", "latent", "sinks")
+PACKED = {"packed": {"pack": True}, "packed_in_twos": {"pack": True, "micro_batch_size": 2}}
+KINDS |= dict.fromkeys(PACKED, "llama31")
+ALONE = ("one", "latent", "sinks", *PACKED)
 EVERY = list(itertools.product(MODES, KINDS))
 # Here every mode alone and in one layout.
 IN_CI = [*((mode, "one") for mode in MODES), ("heads", "dp2"), ("lora", "tp2"), ("sft", "ep2"), ("pretrain", "dp2")]
-IN_CI += [("sft", "latent"), ("lora", "sinks")]
+IN_CI += [("sft", "latent"), ("lora", "sinks"), ("sft", "packed"), ("lora", "packed_in_twos")]
 CELLS = EVERY if os.environ.get("SLIPWAY_MATRIX") == "all" else IN_CI
 KILLED = CELLS if CELLS == EVERY else [(mode, "one") for mode in MODES]
 # mode, the layout that the run began in, and the one that it goes on in
 MOVED = [(mode, *way) for mode in MODES for way in (("dp2", "one"), ("one", "dp2"))]
 MOVED = MOVED if CELLS == EVERY else MOVED[::3]
+MOVED += [("sft", "packed", "packed_in_twos"), ("lora", "packed_in_twos", "packed")]
 LONGER = STEPS + 2
 
 
@@ -42,9 +47,16 @@ def job(root: Path, mode: str, layout: str, name: str, **more: object) -> dict:
         "model": str(root / KINDS[layout] / "nemo"), "data": str(root / "data.jsonl"),
         "out": str(root / "runs" / f"{mode}-{layout}-{name}"), "mode": mode, "steps": STEPS, "seq_length": SEQ_LENGTH,
         "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "warmup_steps": 1, "constant_steps": 1,
-        "save_every": 2, "keep": 3, **LAYOUTS.get(layout, {}),
+        "save_every": 2, "keep": 3, **LAYOUTS.get(layout, {}), **PACKED.get(layout, {}),
     }  # fmt: skip
-    return {"recipe": recipe, "indices": str(root), "ranks": 1 if layout in ALONE else 2, "port": free_port(), **more}
+    indices = root / "packed" if layout in PACKED else root
+    return {
+        "recipe": recipe,
+        "indices": str(indices),
+        "ranks": 1 if layout in ALONE else 2,
+        "port": free_port(),
+        **more,
+    }
 
 
 def longer(job: dict) -> dict:
@@ -64,6 +76,8 @@ def runs(warm, tmp_path_factory) -> Path:
         make_model(root / kind / "hf", kind, quantized=False)
         import_checkpoint(str(root / kind / "hf"), str(root / kind / "nemo"))
     write_data(root)
+    (root / "packed").mkdir()
+    scan(root / "data.jsonl", SEQ_LENGTH, 512, packed=True).save(root / "packed" / "train.npz")
     first = [job(root, *cell, "whole") for cell in CELLS]
     first += [job(root, *cell, "stopped", stop_after=2) for cell in CELLS]
     warm.train_many(first, root)

@@ -102,7 +102,7 @@ def test_fp8_of_a_recipe_is_used_where_it_can_be(plan, folder, capsys, tmp_path,
     assert code == 0 and recipe["precision"] == "fp8" and in_fp8 in said
     assert plan(*named, "--precision", "bf16")[1]["precision"] == "bf16"
     for words, length, why in (
-        ((), 24, "takes micro batches of a multiple of 16 tokens, not 1 × --seq-length 24"),
+        ((), 20, "takes micro batches of a multiple of 16 tokens, not 2 × --seq-length 20"),
         (("--base-precision", "nf4"), 16, "does not go with --base-precision nf4"),
     ):
         code, recipe, said = plan(*named, *words, seq_length=length)

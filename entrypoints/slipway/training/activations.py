@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipway.training.patches import MEGATRON, wrap
 
@@ -34,6 +35,33 @@ def bring_activations() -> None:
             functools.partial(_ready_made_weighted, steepness=QUICK_GELU),
             MEGATRON,
         )
+
+
+def activate_in_one_kernel(config: Any) -> None:
+    """Let gated activations be one kernel wherever there is one that computes the same, with weights and limits.
+
+    A checkpoint's context says no where it is for machines without a GPU too, or means one of Megatron's two functions
+    of the same name, which Megatron does not know as one with a kernel.
+    """
+    from megatron.core.activations import quick_gelu as another_quick_gelu
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
+    if config.activation_func is another_quick_gelu:
+        config.activation_func = quick_gelu
+    is_plain = not config.glu_linear_offset and config.activation_func_clamp_value is None
+    # The kernels of experts take no bias: only grouped ones add theirs before.
+    has_biases = config.num_moe_experts and config.add_bias_linear and not config.moe_grouped_gemm
+    # Layers without experts have no kernel of the second activation.
+    has_experts_alone = config.num_moe_experts and not config.moe_shared_expert_intermediate_size
+    has_experts_alone = has_experts_alone and config.moe_layer_freq in (1, [1] * config.num_layers)
+    config.bias_activation_fusion = bool(
+        config.gated_linear_unit
+        and not has_biases
+        and (
+            (config.activation_func is functional.silu and is_plain)
+            or (config.activation_func is quick_gelu and has_experts_alone)
+        )
+    )
 
 
 def add_without_compiler(config: Any) -> None:

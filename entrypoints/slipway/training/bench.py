@@ -178,7 +178,7 @@ def advice(found: Measured, recipe: Recipe, config: Mapping[str, Any]) -> list[s
     at_once = recipe.global_batch_size // size * recipe.context_parallel_size
     larger = memory.estimate(Recipe(**{**vars(recipe), "micro_batch_size": 2 * size}), config, found.gpus).total / 1e9
     gpu = recipes.gpu_memory()
-    if found.busy < 0.9 and larger < SHARE * gpu and at_once % 2 == 0 and not recipe.pack:
+    if found.busy < 0.9 and larger < SHARE * gpu and at_once % 2 == 0:
         said.append(
             f"The GPU waits {1 - found.busy:.0%} of the time for the host: --micro-batch-size {2 * size} gives it more "
             f"at once, and takes about {larger:.0f} GB."

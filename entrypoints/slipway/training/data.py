@@ -15,16 +15,19 @@ class TokenData(LightningDataModule):
     Args:
         samples: for training.
         held_out: for evaluations, whole global batches; None = there are no evaluations.
+        micro_batch_size: sequences; where samples join as many in one item, an item is a micro batch.
+        global_batch_size: sequences.
     """
 
     def __init__(
         self, samples: Samples, held_out: Samples | None, micro_batch_size: int, global_batch_size: int
     ) -> None:
         super().__init__()
-        self.samples, self.held_out, self.seq_length = samples, held_out, samples.seq_length
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.samples, self.held_out, self.seq_length = samples, held_out, samples.joined * samples.seq_length
+        self.micro_batch_size = micro_batch_size // samples.joined
+        self.global_batch_size = global_batch_size // samples.joined
         self.data_sampler = MegatronDataSampler(
-            seq_len=samples.seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
+            seq_len=self.seq_length, micro_batch_size=self.micro_batch_size, global_batch_size=self.global_batch_size
         )
 
     def train_dataloader(self) -> WrappedDataLoader:
@@ -39,12 +42,13 @@ class TokenData(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         steps = self.trainer.global_step - self.data_sampler.init_global_step
-        return {"consumed_samples": self.data_sampler.compute_consumed_samples(steps)}
+        # Sequences, so that a run can go on with another micro batch.
+        return {"consumed_samples": self.samples.joined * self.data_sampler.compute_consumed_samples(steps)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         from megatron.core.num_microbatches_calculator import update_num_microbatches
 
-        consumed = state["consumed_samples"]
+        consumed = state["consumed_samples"] // self.samples.joined
         # What NeMo's own data modules do here; without it the sampler would start at the first sample again.
         self.data_sampler.init_consumed_samples = self.data_sampler.prev_consumed_samples = consumed
         self.data_sampler.if_first_step = 1

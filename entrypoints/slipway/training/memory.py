@@ -178,17 +178,19 @@ def _feed_forward(recipe: Recipe, c: Mapping[str, Any], layer: Layer) -> tuple[f
     """Values per token of a layer's feed-forward part: all that exist at once, and those kept for the backward pass."""
     # The inputs of products are kept for the gradients of weights and adapters alone.
     all_kept = not recipe.is_frozen or recipe.adapts_feed_forward
-    # activations.py and low_rank.py, where adapters are two products and nothing else.
-    is_made_again = recipe.is_frozen and recipe.tensor_parallel_size == 1 and not (recipe.dora or recipe.lora_dropout)
     if not layer.count:
         width = c["intermediate_size"]
+        # activations.py and low_rank.py, where adapters are two products and nothing else.
+        is_made_again = (
+            recipe.is_frozen and recipe.tensor_parallel_size == 1 and not (recipe.dora or recipe.lora_dropout)
+        )
         return 3 * width, (3 if all_kept and not is_made_again else 2) * width
     width = c.get("moe_intermediate_size", c["intermediate_size"])
     chosen = c["num_experts_per_tok"] + c.get("n_shared_experts", 0)
-    whole = chosen * (3 * width + 2 * c["hidden_size"])
-    if not all_kept:
-        return whole, chosen * 2 * width
-    return whole, whole - is_made_again * chosen * width
+    # An activation that is clamped is computed in more steps, each of which is kept.
+    steps = 5 if c.get("swiglu_limit") else 3
+    whole = chosen * (steps * width + 2 * c["hidden_size"])
+    return whole, whole if all_kept else chosen * (steps - 1) * width
 
 
 def _activations(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer], in_flight: int) -> float:

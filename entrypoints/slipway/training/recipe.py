@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,8 +215,6 @@ class Recipe:
         return ""
 
     def _unpackable_layout(self) -> str:
-        if self.micro_batch_size > 1:
-            return f"puts many samples into one sequence, which takes --micro-batch-size 1, not {self.micro_batch_size}"
         if self.context_parallel_size > 1 and self.seq_length % self.shares_of_samples:
             return (
                 f"under --context-parallel-size {self.context_parallel_size} shares each sample in "
@@ -243,19 +241,17 @@ class Recipe:
             )
         return ""
 
-    def should_pack(self, c: Mapping[str, Any] | None, chosen: Collection[str]) -> tuple[bool, str]:
+    def should_pack(self, c: Mapping[str, Any] | None) -> tuple[bool, str]:
         """(whether samples are packed where nobody said so, why they are not where one would expect it).
 
         Args:
             c: config.json of the model, if it is known.
-            chosen: the fields that a person asked for.
         """
         if self.mode not in ("sft", "lora") or self.unpackable_data():
             return False, ""
         if problem := self.unpackable_model(c) if c else "needs to know the model's config.json: give --config":
             return False, problem
-        one = self if "micro_batch_size" in chosen else dataclasses.replace(self, micro_batch_size=1)
-        problem = one._unpackable_layout()
+        problem = self._unpackable_layout()
         return not problem, problem
 
     def check_model(self, c: Mapping[str, Any]) -> None:

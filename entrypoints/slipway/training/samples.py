@@ -53,6 +53,8 @@ class Samples(Dataset):
         parts: the units of each file; a unit is the content of one sequence: one sample, or several that are packed.
         shares: the part of the sequences that is from each file; None = there is one.
         packed: also give `cu_seqlens`, the positions where the samples begin.
+        joined: so many packed sequences, one behind the other, are one item. They are a micro batch, which packed
+            samples can only be as one row.
         multiple: each packed sample takes a multiple of so many positions, the last of them padding, so that it can be
             shared in equal parts.
         learn_prompts: the loss counts the tokens of p_ids too.
@@ -68,21 +70,33 @@ class Samples(Dataset):
         *,
         shares: list[float] | None = None,
         packed: bool = False,
+        joined: int = 1,
         multiple: int = 1,
         learn_prompts: bool = False,
         shuffled: bool = True,
     ) -> None:
         self.parts, self.count, self.seq_length, self.seed = parts, count, seq_length, seed
         self.packed, self.multiple, self.learn_prompts, self.shuffled = packed, multiple, learn_prompts, shuffled
+        self.joined = joined
         self._blend = order(shares, count) if shares and len(parts) > 1 else None
         self._epochs = [(-1, np.arange(len(units))) for units in parts]  # of each file: which one, and its order
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.joined
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         """tokens, labels, position_ids int64 [S]; loss_mask float32 [S]; drop_if_easy, is_real (no padding) bool [S];
-        for packed samples also cu_seqlens int32 [samples + 1, and one more if there is padding]."""
+        for packed samples also cu_seqlens int32 [samples + 1, and one more if there is padding], and S is joined ·
+        seq_length."""
+        sequences = [self._sequence(item * self.joined + place) for place in range(self.joined)]
+        if self.joined == 1:
+            return sequences[0]
+        found = {key: torch.cat([one[key] for one in sequences]) for key in sequences[0] if key != "cu_seqlens"}
+        bounds = [one["cu_seqlens"][:-1] + place * self.seq_length for place, one in enumerate(sequences)]
+        end = torch.tensor([self.joined * self.seq_length], dtype=torch.int32)
+        return found | {"cu_seqlens": torch.cat([*bounds, end])}
+
+    def _sequence(self, number: int) -> dict[str, torch.Tensor]:
         part, unit = self.unit_of(number)
         found = self._join(self.parts[part][unit])
         # A generator that counts (Philox) has no state: sample `number` gets the same numbers without those before it.

@@ -140,7 +140,7 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
         topology = _of_recipe(shipped, topology.master_port)
     values = (shipped.values if shipped else {}) | chosen | {"model": str(model)}
     preflight.check_data(values["data"], values.get("eval_data", ""))
-    packing, notes = _packing(values, chosen, config)
+    packing, notes = _packing(values, config)
     values |= packing
     said += notes
     precision, notes = _precision(values, chosen, config, dry_run)
@@ -187,9 +187,7 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
     return Run(recipe, topology, folder, begins_at, started, scanned, request.measured), config, notes
 
 
-def _packing(
-    values: Mapping[str, Any], chosen: Collection[str], config: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], list[str]]:
+def _packing(values: Mapping[str, Any], config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
     """(the fields of Recipe that say whether samples are packed, notes), where no flag says so."""
     if values.get("pack") is not None:
         return {}, []
@@ -197,11 +195,11 @@ def _packing(
     before = RunFolder.of(recipe).recipe
     if before.is_file():  # a run goes on as it began
         return {"pack": Recipe.load(before).pack}, []
-    packs, problem = recipe.should_pack(config, chosen)
+    packs, problem = recipe.should_pack(config)
     if not packs:
         return {"pack": False}, [f"samples are not packed: --pack {problem}"] if problem else []
     said = "several samples share a sequence where they fit, and none sees another; --pack=false for one each"
-    return {"pack": True, "micro_batch_size": 1}, [said]
+    return {"pack": True}, [said]
 
 
 def _precision(

@@ -154,7 +154,7 @@ def _with_repairs(build: Callable[..., Any]) -> Callable[..., Any]:
 
 def load_model(recipe: Recipe, on_gpu: bool, equally_long: bool) -> Any:
     """NeMo's model from the checkpoint's context, configured for the mode and the machine. Its weights come later."""
-    from slipway.training.activations import add_without_compiler
+    from slipway.training.activations import activate_in_one_kernel, add_without_compiler
     from slipway.training.context import model_of
     from slipway.training.dispatch import choose_dispatcher
     from slipway.training.modes import MODES
@@ -180,6 +180,7 @@ def load_model(recipe: Recipe, on_gpu: bool, equally_long: bool) -> Any:
     choose_dispatcher(config, recipe, equally_long)
     add_without_compiler(config)
     if on_gpu:
+        activate_in_one_kernel(config)
         if isinstance(layers := config.transformer_layer_spec, functools.partial):  # DeepSeek's, maybe noted on a CPU
             config.transformer_layer_spec = functools.partial(layers, use_transformer_engine=True)
         config.moe_permute_fusion = bool(config.num_moe_experts)
@@ -249,6 +250,7 @@ def _samples(recipe: Recipe, data: str, indices: Path, purpose: str, batches: in
         recipe.seed,
         shares=[part.share for part in parts],
         packed=bool(recipe.pack),
+        joined=recipe.micro_batch_size if recipe.pack else 1,
         multiple=recipe.shares_of_samples if recipe.pack else 1,
         learn_prompts=recipe.mode == "pretrain",
         shuffled=shuffled,
