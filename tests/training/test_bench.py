@@ -104,3 +104,7 @@ def test_it_advises_what_the_memory_allows(monkeypatch):
     full = Recipe("m", "d", "o", **values, pack=False, recompute="full")
     assert "--recompute none" in bench.advice(found, full, config)[0]
     assert memory.estimate(recipe, config, 1).total < 0.92 * 80e9
+    large = recipes.config_of("qwen3_30b_a3b")
+    found.busy, found.gpus = 0.4, 4
+    in_parts = Recipe("m", "d", "o", **{**values, "global_batch_size": 32}, pack=True, expert_parallel_size=4)
+    assert "--micro-batch-size 4 --recompute full" in bench.advice(found, in_parts, large)[0]

@@ -24,6 +24,7 @@ from slipway.training.layout import SHARE
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
+WORTH_COMPUTING_AGAIN = 0.7  # of the time that the GPU works: with every layer computed again it works a third more
 WARM_UP = 2  # steps that do not count: kernels are compiled and chosen in them
 PROFILE = "profile.json"  # profile.FILE, which needs torch
 CHAT_MEAN, CHAT_SPREAD = 600, 1.0  # tokens of a chat, lognormal: its mean, and the deviation of its logarithm
@@ -174,19 +175,29 @@ def advice(found: Measured, recipe: Recipe, config: Mapping[str, Any]) -> list[s
     if not found.reachable_tflops:
         return []
     said = []
+    limit = SHARE * recipes.gpu_memory()
+
+    def takes(**changes: Any) -> float:
+        """GB of the fullest GPU with other values."""
+        return memory.estimate(Recipe(**{**vars(recipe), **changes}), config, found.gpus).total / 1e9
+
     size = recipe.micro_batch_size
-    at_once = recipe.global_batch_size // size * recipe.context_parallel_size
-    larger = memory.estimate(Recipe(**{**vars(recipe), "micro_batch_size": 2 * size}), config, found.gpus).total / 1e9
-    gpu = recipes.gpu_memory()
-    if found.busy < 0.9 and larger < SHARE * gpu and at_once % 2 == 0:
+    micro_batches = recipe.global_batch_size // size * recipe.context_parallel_size
+    waits = f"The GPU waits {1 - found.busy:.0%} of the time for the host"
+    if found.busy < 0.9 and micro_batches % 2 == 0 and (larger := takes(micro_batch_size=2 * size)) < limit:
+        said.append(f"{waits}: --micro-batch-size {2 * size} gives it more at once, and takes about {larger:.0f} GB.")
+    elif (
+        found.busy < WORTH_COMPUTING_AGAIN
+        and micro_batches % 4 == 0
+        and recipe.recompute == "none"
+        and (larger := takes(micro_batch_size=4 * size, recompute="full")) < limit
+    ):
         said.append(
-            f"The GPU waits {1 - found.busy:.0%} of the time for the host: --micro-batch-size {2 * size} gives it more "
-            f"at once, and takes about {larger:.0f} GB."
+            f"{waits}: --micro-batch-size {4 * size} --recompute full gives it more at once, although every layer is "
+            f"computed again, and takes about {larger:.0f} GB."
         )
-    if recipe.recompute == "full":
-        plain = memory.estimate(Recipe(**{**vars(recipe), "recompute": "none"}), config, found.gpus).total / 1e9
-        if plain < SHARE * gpu:
-            said.append(f"--recompute none takes about {plain:.0f} GB, which fits, and a quarter less time.")
+    if recipe.recompute == "full" and (plain := takes(recompute="none")) < limit:
+        said.append(f"--recompute none takes about {plain:.0f} GB, which fits, and a quarter less time.")
     return said
 
 
