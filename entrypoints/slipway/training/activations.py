@@ -1,8 +1,8 @@
 """Gated activations without a compiler, whose outputs can be made again.
 
-Megatron lets torch.compile write them: five to fifteen seconds of the first step on a machine that has not compiled
-them yet, which every new container is. Transformer Engine brings the kernels of layers without experts along; those of
-experts, whose outputs the router weights, are our own.
+Megatron lets torch.compile write them: five seconds of the first step on a machine that has not compiled them yet,
+which every new container is. Transformer Engine brings the kernels of layers without experts along; those of experts,
+whose outputs the router weights, are our own.
 """
 
 from __future__ import annotations
