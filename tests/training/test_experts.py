@@ -79,6 +79,48 @@ def test_weights_are_made_in_one_piece_of_memory(monkeypatch, options, together)
         assert experts._as_one(weights) is None
 
 
+IN_BUFFERS = """
+import torch
+from slipway.training import cpu
+cpu.enable()
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from slipway.training import experts
+parallel_state.initialize_model_parallel()
+
+class Grouped(torch.nn.Module):
+    def __init__(self, count, rows, columns):
+        super().__init__()
+        self.num_gemms, self.primary_weights_in_fp8 = count, False
+        for number in range(count):
+            weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=torch.bfloat16))
+            self.register_parameter(f"weight{number}", weight)
+        self.register_parameter("bias0", torch.nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)))
+        for number in range(count):
+            torch.nn.init.constant_(self.get_parameter(f"weight{number}"), number)
+
+Grouped.__init__ = experts.made_in_one_piece(Grouped.__init__)
+for shared in (False, True):
+    layers = torch.nn.ModuleList([Grouped(16, 24, 32), Grouped(16, 32, 12), torch.nn.Linear(3, 3).bfloat16()])
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=1)
+    about = DistributedDataParallelConfig(use_distributed_optimizer=shared, grad_reduce_in_fp32=True)
+    DistributedDataParallel(config, about, layers)
+    for layer in layers[:2]:
+        weights = [getattr(layer, f"weight{number}") for number in range(16)]
+        assert experts._as_one(weights) is not None, "the weights are copied in every product"
+        assert experts._buffer_of(weights) is not None, "each weight's gradient is added on its own"
+        assert [weight.unique().tolist() for weight in weights] == [[number] for number in range(16)]
+print("in one piece")
+"""
+
+
+def test_megatrons_buffers_keep_weights_and_gradients_in_one_piece(warm, tmp_path):
+    code, printed = warm.python(["-c", IN_BUFFERS], tmp_path / "output")
+    assert code == 0 and "in one piece" in printed, printed
+
+
 def test_gradients_go_into_megatrons_buffer_where_it_is_in_one_piece():
     inputs, weights = _inputs(True)
     wanted = torch.autograd.grad(_one_by_one(inputs, weights).sum(), weights)

@@ -23,6 +23,22 @@ def test_an_attribute_is_wrapped_once(owner):
     assert owner.double(3) == 7 and patches.APPLIED["owner.double"].before(3) == 6
 
 
+def test_a_second_change_of_an_attribute_is_not_left_out_in_silence(owner):
+    wrap(owner, "double", _plus_one, TORCH)
+    with pytest.raises(
+        RuntimeError, match=r"owner\.double is changed by _plus_one already: make one change of it and "
+    ):
+        wrap(owner, "double", lambda double: lambda x: double(x) + 2, TORCH)
+    with pytest.raises(RuntimeError, match="already"):
+        replace(owner, "double", None, TORCH)
+    wrap(owner, "double", _plus_one, TORCH)
+    assert owner.double(3) == 7
+
+
+def _plus_one(double):
+    return lambda x: double(x) + 1
+
+
 def test_what_upstream_forgot_is_defined(owner):
     for _ in range(2):
         define(owner, "kernel", None, TORCH)

@@ -28,8 +28,7 @@ def group_products() -> None:
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     _let_sorting_compile()
-    wrap(TEGroupedLinear, "__init__", _made_together, MEGATRON)
-    wrap(TEGroupedLinear, "__init__", _registered_in_reverse, MEGATRON)
+    wrap(TEGroupedLinear, "__init__", made_in_one_piece, MEGATRON)
     wrap(TEGroupedLinear, "forward", _in_one_product, MEGATRON)
     wrap(token_dispatcher, "sort_chunks_by_idxs", _unless_sorted, MEGATRON)
     replace(TEGroupedMLP, "_apply_bias", staticmethod(_add_bias), MEGATRON)
@@ -47,6 +46,11 @@ def _let_sorting_compile() -> None:
     vars(marked).update(vars(core))
     marked.get_int_dtype = triton.constexpr_function(core.get_int_dtype)  # type: ignore[attr-defined]
     replace(permutation, "core", marked, TRANSFORMER_ENGINE)
+
+
+def made_in_one_piece(make: Callable[..., None]) -> Callable[..., None]:
+    """The weights of all experts lie one behind the other, when they are made and in Megatron's buffers."""
+    return _registered_in_reverse(_made_together(make))
 
 
 def _made_together(make: Callable[..., None]) -> Callable[..., None]:

@@ -40,12 +40,13 @@ CURE = "install the locked versions with `make setup`, or use the image"
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute that was changed; `before` is MISSING where it did not exist."""
+    """One attribute that was changed; `before` is MISSING where it did not exist, `by` the name of the change."""
 
     owner: Any
     name: str
     before: Any
     after: Any
+    by: str
 
 
 # Full name of the attribute → its patch, for modules and classes: an instance lives as long as its run.
@@ -61,18 +62,28 @@ def replace(owner: Any, name: str, new: Any, upstream: Upstream) -> None:
 
     Errors: PreflightError where the attribute does not exist or the package has another version.
     """
-    wrap(owner, name, lambda _: new, upstream)
+    _change(owner, name, lambda _: new, upstream, by=_name_of(new))
 
 
 def wrap(owner: Any, name: str, make: Callable[[Any], Any], upstream: Upstream) -> None:
-    """Replace an attribute by what `make` makes of it. A second call for the same attribute changes nothing.
+    """Replace an attribute by what `make` makes of it. A second call with the same function changes nothing.
 
-    Errors: those of `replace`.
+    Errors: those of `replace`; RuntimeError where the attribute is changed by another function already.
     """
+    _change(owner, name, make, upstream, by=_name_of(make))
+
+
+def _change(owner: Any, name: str, make: Callable[[Any], Any], upstream: Upstream, by: str) -> None:
     before = _found(owner, name, upstream)
     if before is MISSING:
         raise PreflightError(f"{upstream.package} {upstream.version} has no {full_name(owner, name)}; {CURE}")
-    _apply(owner, name, before, make)
+    _apply(owner, name, before, make, by)
+
+
+def _name_of(change: Any) -> str:
+    """Of a function or class, or of the kind of another object."""
+    change = getattr(change, "func", change)  # of a partial
+    return getattr(change, "__qualname__", type(change).__qualname__)
 
 
 def define(owner: Any, name: str, value: Any, upstream: Upstream) -> None:
@@ -83,7 +94,7 @@ def define(owner: Any, name: str, value: Any, upstream: Upstream) -> None:
     before = _found(owner, name, upstream)
     if before is not MISSING and not _is_applied(owner, name, before):
         raise PreflightError(f"{upstream.package} {upstream.version} has its own {full_name(owner, name)}; {CURE}")
-    _apply(owner, name, before, lambda _: value)
+    _apply(owner, name, before, lambda _: value, _name_of(value))
 
 
 def _found(owner: Any, name: str, upstream: Upstream) -> Any:
@@ -96,13 +107,18 @@ def _found(owner: Any, name: str, upstream: Upstream) -> Any:
     return getattr(owner, name, MISSING)
 
 
-def _apply(owner: Any, name: str, before: Any, make: Callable[[Any], Any]) -> None:
+def _apply(owner: Any, name: str, before: Any, make: Callable[[Any], Any], by: str) -> None:
     if _is_applied(owner, name, before):
+        known = APPLIED[full_name(owner, name)].by
+        if known != by:  # left out in silence, it would be missed by nobody
+            raise RuntimeError(
+                f"{full_name(owner, name)} is changed by {known} already: make one change of it and {by}"
+            )
         return
     setattr(owner, name, make(before))
     # getattr, because a class gives a function or a descriptor back in another form than it was given.
     if isinstance(owner, (ModuleType, type)):
-        APPLIED[full_name(owner, name)] = Patch(owner, name, before, getattr(owner, name))
+        APPLIED[full_name(owner, name)] = Patch(owner, name, before, getattr(owner, name), by)
 
 
 def _is_applied(owner: Any, name: str, found: Any) -> bool:
