@@ -132,6 +132,16 @@ def test_gradients_go_into_megatrons_buffer_where_it_is_in_one_piece():
     assert all(weight.grad is None and weight.grad_added_to_main_grad for weight in weights)
 
 
+def test_weights_that_stand_in_the_place_of_parameters_are_used():
+    module = torch.nn.Module()
+    module.num_gemms = 2
+    for number in range(2):
+        module.register_parameter(f"weight{number}", torch.nn.Parameter(torch.full((1,), float(number))))
+    assert experts._weights_of(module) == [module.weight0, module.weight1]
+    vars(module)["weight1"] = torch.full((1,), 7.0)
+    assert [weight.item() for weight in experts._weights_of(module)] == [0, 7]
+
+
 def test_tokens_that_are_in_order_are_not_sorted_again():
     calls = []
     sort = experts._unless_sorted(lambda inputs, sizes, order, **options: calls.append(options) or ("sorted", None))
