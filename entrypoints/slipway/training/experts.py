@@ -122,7 +122,7 @@ def _in_one_product(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _weights_of(module: Any) -> list[Tensor]:
-    """Those of all experts. For 128 of them torch's own way to find a parameter takes 0.1 ms, in which a GPU waits."""
+    """Those of all experts. For 128 of them torch's own way takes 0.1 ms, in which a GPU waits."""
     own, parameters = vars(module), module._parameters  # NF4 puts unpacked weights in the place of parameters
     names = [f"weight{number}" for number in range(module.num_gemms)]
     return [own[name] if name in own else parameters[name] for name in names]
