@@ -44,7 +44,9 @@ def a_step_that_does_not_save_comes_again_after_a_preemption(bed: Bed, client: C
     bed.wait(lambda: bed.job(jobs[0]).get("Restarts") == "1", "the pre-emption")
     client.wait_for_end(run)
     assert client.states(run) == ["done"] * 3
-    assert [int(what[1]) for *_, what in events(out / "nemo") if what[0] == "step"] == list(range(1, 13))
+    done = [int(what[1]) for *_, what in events(out / "nemo") if what[0] == "step"]
+    # It may have been ended between a step and what is kept of it: that one is done again.
+    assert sorted(set(done)) == list(range(1, 13)) and len(done) <= 13
 
 
 def a_lost_node_is_excluded_and_the_run_goes_on(bed: Bed, client: Client, out: Path) -> None:
