@@ -79,7 +79,6 @@ def test_megatrons_experts_call_them(warm, tmp_path):
 
 
 CHOSEN = """
-import dataclasses
 from slipway.training import cpu
 cpu.enable()
 from megatron.core.activations import quick_gelu
