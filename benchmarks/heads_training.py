@@ -62,6 +62,8 @@ def some_batch(seq_length: int, vocabulary: int) -> dict[str, Tensor]:
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:].contiguous(),
         "position_ids": torch.arange(seq_length, device="cuda").unsqueeze(0),
+        "is_real": torch.ones(1, seq_length, dtype=torch.bool, device="cuda"),
+        "lengths": torch.tensor([seq_length], device="cuda"),
         "loss_mask": torch.ones(1, seq_length, device="cuda"),
         "drop_if_easy": torch.rand(1, seq_length, device="cuda") < 0.6,
     }

@@ -1,5 +1,7 @@
 """The grouped product of all experts, against one product for each."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from slipway.training import experts
@@ -166,3 +168,50 @@ def test_neighbours_in_memory_that_do_not_belong_together_are_copied():
     assert torch.equal(experts._as_one(whole.unbind()), whole)
     assert experts._as_one(whole.flip(0).unbind()[::2]) is None
     assert experts._as_one(list(whole.unbind())[::-1]) is None
+
+
+def test_counts_on_the_gpu_make_the_same_product_and_the_same_biases():
+    inputs, weights = _inputs(False)
+    counts = experts.Counts(torch.tensor(SIZES)).tolist()
+    assert torch.equal(grouped_product(inputs, weights, counts), grouped_product(inputs, weights, SIZES))
+    biases = [torch.full((2,), float(number)) for number in range(len(SIZES))]
+    for sizes in (counts, SIZES):
+        found = experts._add_bias(torch.ones(sum(SIZES), 2), biases, sizes, torch.full((sum(SIZES), 1), 0.5))
+        assert found.tolist() == [[1 + number / 2] * 2 for number, size in enumerate(SIZES) for _ in range(size)]
+
+
+PLAIN = {
+    "moe_pad_expert_input_to_capacity": False,
+    "moe_expert_capacity_factor": None,
+    "moe_permute_fusion": True,
+    "moe_grouped_gemm": True,
+    "fp8": None,
+}
+
+
+@pytest.mark.parametrize(
+    "ranks, change, stay",
+    [
+        (1, {}, True),
+        (2, {}, False),
+        (1, {"fp8": "hybrid"}, False),
+        (1, {"moe_expert_capacity_factor": 1.5}, False),
+        (1, {"moe_grouped_gemm": False}, False),
+        (1, {"moe_permute_fusion": False}, False),
+    ],
+)
+def test_counts_stay_on_the_gpu_where_nobody_else_asks_for_them(monkeypatch, ranks, change, stay):
+    from slipway.training import cpu
+
+    cpu.enable()
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_expert_tensor_and_model_parallel_world_size", lambda: ranks)
+    dispatcher, counts = SimpleNamespace(config=SimpleNamespace(**PLAIN | change)), torch.tensor(SIZES)
+    fetch = experts._without_waiting(lambda dispatcher, point, counts=None: ("fetched", point))
+    before, end = fetch(dispatcher, "before_permutation_1", counts), fetch(dispatcher, "before_finish", counts)
+    if stay:
+        assert before is counts and isinstance(end, experts.Counts) and end.rows is counts
+        assert end.ends.tolist() == [3, 3, 10, 11, 16] and end.ends.dtype == torch.int32
+    else:
+        assert (before, end) == (("fetched", "before_permutation_1"), ("fetched", "before_finish"))

@@ -5,12 +5,13 @@ grouped product takes the rows of all experts at once. For it the experts' weigh
 are made so. Moved there later, they would need their memory twice, 15 GB for 256 experts of DeepSeek-V3. Weights that
 are trained lie in Megatron's buffer, which takes parameters in reverse; so they are registered in reverse, and their
 gradients are added to the buffer in one go as well.
+
+Where one rank has all experts, nobody but such products needs to know how many rows each of them has (`Counts`).
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +27,13 @@ def group_products() -> None:
     from megatron.core.extensions.transformer_engine import TEGroupedLinear
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.core.transformer.moe.experts import TEGroupedMLP
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     _let_sorting_compile()
     wrap(TEGroupedLinear, "__init__", made_in_one_piece, MEGATRON)
     wrap(TEGroupedLinear, "forward", _in_one_product, MEGATRON)
     wrap(token_dispatcher, "sort_chunks_by_idxs", _unless_sorted, MEGATRON)
+    wrap(MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _without_waiting, MEGATRON)
     replace(TEGroupedMLP, "_apply_bias", staticmethod(_add_bias), MEGATRON)
 
 
@@ -46,6 +49,43 @@ def _let_sorting_compile() -> None:
     vars(marked).update(vars(core))
     marked.get_int_dtype = triton.constexpr_function(core.get_int_dtype)  # type: ignore[attr-defined]
     replace(permutation, "core", marked, TRANSFORMER_ENGINE)
+
+
+class Counts:
+    """How many rows each expert has, known to the GPU alone, so that the host need not wait for it in every layer.
+
+    Args:
+        rows: int64 [experts], on the GPU.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.ends = rows.cumsum(0, dtype=torch.int32)
+
+    def tolist(self) -> Counts:
+        """Megatron asks for a list before it hands it to the layers, which take this too."""
+        return self
+
+
+def counts_stay(config: Any) -> bool:
+    """Whether the rows of experts can be `Counts`: this rank has all experts, drops nothing, and computes in BF16."""
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_expert_tensor_and_model_parallel_world_size()
+    drops = config.moe_pad_expert_input_to_capacity or config.moe_expert_capacity_factor is not None
+    return ranks == 1 and config.moe_permute_fusion and config.moe_grouped_gemm and not (config.fp8 or drops)
+
+
+def _without_waiting(fetch: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron fetches the counts from the GPU and waits for them, in every layer and pass."""
+
+    @functools.wraps(fetch)
+    def found(dispatcher: Any, point: str, counts: Tensor | None = None) -> Any:
+        if not counts_stay(dispatcher.config):
+            return fetch(dispatcher, point, counts)
+        return Counts(counts) if counts is not None and point == "before_finish" else counts
+
+    return found
 
 
 def made_in_one_piece(make: Callable[..., None]) -> Callable[..., None]:
@@ -106,17 +146,17 @@ def _unless_sorted(sort: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_one_product(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def found(module: Any, inputs: Tensor, sizes: list[int]) -> tuple[Tensor, list[Tensor] | None]:
+    def found(module: Any, inputs: Tensor, sizes: list[int] | Counts) -> tuple[Tensor, list[Tensor] | None]:
         weights = _weights_of(module)
         if not all(type(one.data) is Tensor and one.dtype == torch.bfloat16 for one in (inputs, weights[0])):
-            return forward(module, inputs, sizes)  # FP8
+            return forward(module, inputs, sizes.rows.tolist() if isinstance(sizes, Counts) else sizes)  # FP8
         output = grouped_product(inputs, weights, sizes)
         if not module.use_bias:
             return output, None
         biases = [getattr(module, f"bias{number}") for number in range(module.num_gemms)]
         if module.te_return_bias:
             return output, biases
-        return output + _of_rows(biases, sizes), None
+        return output + _of_rows(biases, sizes, len(output)), None
 
     return found
 
@@ -128,20 +168,26 @@ def _weights_of(module: Any) -> list[Tensor]:
     return [own[name] if name in own else parameters[name] for name in names]
 
 
-def _add_bias(output: Tensor, biases: Sequence[Tensor] | None, sizes: list[int], probabilities: Tensor) -> Tensor:
+def _add_bias(
+    output: Tensor, biases: Sequence[Tensor] | None, sizes: list[int] | Counts, probabilities: Tensor
+) -> Tensor:
     """TEGroupedMLP's: each row plus its expert's bias times the probability of its token. [rows, H]"""
     if biases is None:
         return output
-    return (output + _of_rows(biases, sizes) * probabilities).to(output.dtype)
+    return (output + _of_rows(biases, sizes, len(output)) * probabilities).to(output.dtype)
 
 
-def _of_rows(biases: Sequence[Tensor], sizes: list[int]) -> Tensor:
+def _of_rows(biases: Sequence[Tensor], sizes: list[int] | Counts, rows: int) -> Tensor:
     """[rows, N]: the bias of each row's expert."""
-    counts = torch.tensor(sizes).to(biases[0].device, non_blocking=True)
-    return torch.stack(list(biases)).repeat_interleave(counts, dim=0, output_size=sum(sizes))
+    counts = _on_gpu(sizes, biases[0].device).rows
+    return torch.stack(list(biases)).repeat_interleave(counts, dim=0, output_size=rows)
 
 
-def grouped_product(inputs: Tensor, weights: Sequence[Tensor], sizes: list[int]) -> Tensor:
+def _on_gpu(sizes: list[int] | Counts, device: torch.device) -> Counts:
+    return sizes if isinstance(sizes, Counts) else Counts(torch.tensor(sizes).to(device, non_blocking=True))
+
+
+def grouped_product(inputs: Tensor, weights: Sequence[Tensor], sizes: list[int] | Counts) -> Tensor:
     """Each expert's rows times the transpose of its weight: [rows, N].
 
     Args:
@@ -153,7 +199,7 @@ def grouped_product(inputs: Tensor, weights: Sequence[Tensor], sizes: list[int])
     stacked = _as_one(weights)
     if stacked is None and not trained:
         stacked = _lay_together(weights)
-    ends = torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32).to(inputs.device, non_blocking=True)
+    ends = _on_gpu(sizes, inputs.device).ends
     buffer = _buffer_of(weights) if trained else None
     # With a buffer for the gradients the weights need not be known to autograd: 128 small additions are saved.
     known = weights if trained and buffer is None else []

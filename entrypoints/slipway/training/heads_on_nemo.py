@@ -26,7 +26,7 @@ from slipway.training.graphs import run_graphed
 from slipway.training.heads import DecodingHeads
 from slipway.training.heads_loss import heads_loss
 from slipway.training.patches import NEMO, replace, wrap
-from slipway.training.steps import attention_options, last_stage, megatron_gpt, output_weight, to_hidden_states
+from slipway.training.steps import hidden_states, last_stage, megatron_gpt, output_weight
 
 
 class FromBase(PEFT):
@@ -70,8 +70,7 @@ def heads_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tenso
     """
     gpt = megatron_gpt(model)
     with torch.no_grad(), frozen(gpt):
-        options = attention_options(batch)
-        hidden = run_graphed(gpt, lambda ids, places: gpt(input_ids=ids, position_ids=places, **options), batch)
+        hidden = run_graphed(gpt, functools.partial(hidden_states, gpt), batch)
     if not gpt.post_process:
         return hidden
 
@@ -122,12 +121,11 @@ def _forward_alone(schedule: Callable[..., list[dict[str, Tensor]]]) -> Callable
 
 @contextlib.contextmanager
 def frozen(gpt: MegatronGPT) -> Iterator[None]:
-    """The base in evaluation mode (no dropout, no update of routers). It returns its last hidden states, not logits."""
+    """The base in evaluation mode (no dropout, no update of routers), without its layers for multi-token prediction."""
     if gpt.training:  # NeMo's PEFT puts the frozen base into training mode, and again after an evaluation
         gpt.eval()
     mtp_process, gpt.mtp_process = gpt.mtp_process, False
     try:
-        with to_hidden_states(gpt):
-            yield
+        yield
     finally:
         gpt.mtp_process = mtp_process

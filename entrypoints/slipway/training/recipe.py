@@ -65,6 +65,11 @@ class Recipe:
         "full = keep only the input of each layer and compute the rest again in the backward pass",
         choices=("none", "full"),
     )
+    cuda_graphs: bool = option(
+        True,
+        "record the kernels of the layers once and start them as one, where each GPU has the whole model and all micro "
+        "batches are alike; takes a little more memory",
+    )
     precision: str = option(
         "bf16",
         "of the factors of large products; fp8 = FP8 with a scale for each tensor, on GPUs from Hopper (H100) on",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 from slipway.training.cross_entropy import linear_cross_entropy
+from slipway.training.graphs import learn_graphed
 from slipway.training.padding import RealTokens, only
 from slipway.training.samples import computed_positions, share_of_samples
 
@@ -67,10 +69,13 @@ def shares_of_positions() -> int:
     return parallel_state.get_tensor_model_parallel_world_size() * (2 * context if context > 1 else 1)
 
 
-def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
+def attention_options(batch: dict[str, Tensor | None], longest: int | None = None) -> dict[str, Any]:
     """What keeps packed samples apart: their bounds for Transformer Engine, a mask for Megatron's own attention.
 
     Rotary positions need no change on the CPU, because attention depends only on their differences.
+
+    Args:
+        longest: no packed sample has more tokens; None = the GPU is asked for it.
     """
     bounds = batch.get("cu_seqlens")
     if bounds is None:
@@ -78,7 +83,7 @@ def attention_options(batch: dict[str, Tensor | None]) -> dict[str, Any]:
     bounds = bounds.flatten()
     lengths = bounds.diff()
     if bounds.is_cuda:
-        longest = int(lengths.max())
+        longest = longest or int(lengths.max())
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
@@ -110,8 +115,7 @@ def megatron_gpt(model: torch.nn.Module) -> MegatronGPT:
 def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None]) -> Tensor | tuple[Tensor, Tensor]:
     """(sum of the cross entropies of the counted tokens, their number) on the last stage, hidden states before it."""
     gpt = megatron_gpt(model)
-    with only(real_tokens(batch)), to_hidden_states(gpt):
-        hidden = gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], **attention_options(batch))
+    hidden = learn_graphed(gpt, functools.partial(hidden_states, gpt), batch)
     if not gpt.post_process:
         return hidden
     labels, counted = last_stage(batch, "labels"), last_stage(batch, "loss_mask")
@@ -123,6 +127,14 @@ def language_model_step(model: torch.nn.Module, batch: dict[str, Tensor | None])
         more = _loss_of_further_tokens(gpt, others, labels, counted)
         total = total + more - more.detach()  # it is learned from, and not a part of what is reported
     return total, counted.sum()
+
+
+def hidden_states(gpt: MegatronGPT, batch: dict[str, Tensor | None], longest: int | None = None) -> Tensor:
+    """[S, B, H], what the last layer of this stage gives; after it, on the last stage, what those for multi-token
+    prediction give."""
+    with only(real_tokens(batch)), to_hidden_states(gpt):
+        options = attention_options(batch, longest)
+        return gpt(input_ids=batch["tokens"], position_ids=batch["position_ids"], **options)
 
 
 @contextlib.contextmanager

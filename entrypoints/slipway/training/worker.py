@@ -90,8 +90,10 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     bring_activations()
     if on_gpu:
         from slipway.training.experts import group_products
+        from slipway.training.rotary import turn_in_one_kernel
 
         group_products()
+        turn_in_one_kernel()
         if recipe.precision == "fp8":
             keep_no_scales()
             keep_no_copies()
@@ -100,6 +102,10 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
             from slipway.training.sinks import attend_with_sinks
 
             attend_with_sinks()
+    if not recipe.cuda_graphs:
+        from slipway.training.graphs import record_nothing
+
+        record_nothing()
     if recipe.base_precision == "nf4":
         from slipway.training.nf4_base import pack_base
 

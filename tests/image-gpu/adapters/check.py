@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import transformer_engine.pytorch as te
 from beside_torch import Both, inputs, run, with_gradients
+from megatron.core.models.common.embeddings import rope_utils
 from nemo.collections.llm.peft.lora import LoRALinear
 from slipway.training import low_rank, low_rank_gpu
 from slipway.training.activations import QUICK_GELU, SILU, _Gated, _SwiGLU
 from slipway.training.activations_gpu import Gate
 from slipway.training.quantised import Peaks, quantise_gradients_once
+from slipway.training.rotary import Turned
 from torch import nn
 from torch.nn import functional
 from transformer_engine.common.recipe import Float8CurrentScaling
@@ -108,6 +110,15 @@ def of_experts(gate: Gate) -> Both:
     return with_gradients(_Gated.apply(x, weights, gate), x, weights), with_gradients(plain, x, weights)
 
 
+def turned() -> Both:
+    """Against Megatron's own, in float32 up to the last of 4,096 positions."""
+    x = inputs(4096, 1, 4, 64, dtype=torch.float32)
+    angles = torch.arange(4096.0, device="cuda")[:, None] * torch.rand(32, device="cuda")
+    angles = torch.cat([angles, angles], -1)[:, None, None]
+    plain = rope_utils._apply_rotary_pos_emb_bshd(x, angles, mscale=1.3)
+    return with_gradients(Turned.apply(x, angles, None, 1.3, False), x), with_gradients(plain, x)
+
+
 KINDS = (te.Linear, te.LayerNormLinear)
 CHECKS = [
     *(
@@ -118,6 +129,7 @@ CHECKS = [
     *((f"{kind.__name__}, read once", functools.partial(read_once, kind, "fp8"), 0, 1e-12) for kind in KINDS),
     ("swiglu", activation, 0, BOUND["bf16"]),
     ("swiglu of experts", functools.partial(of_experts, Gate(SILU)), 0, BOUND["bf16"]),
+    ("rotary positions", turned, 0, 1e-6),
     ("geglu of experts", functools.partial(of_experts, Gate(QUICK_GELU, 1.0, 1.5)), 0, BOUND["bf16"]),
 ]
 

@@ -1,0 +1,81 @@
+"""Rotary positions of queries and keys in one kernel, for packed samples too.
+
+Megatron asks the GPU for the length of each packed sample, in every layer, and gathers their angles anew. Transformer
+Engine's kernel for packed samples starts as many programs for each sample as the longest could need. And it knows
+neither the scale that YaRN puts on the positions nor the order of DeepSeek's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipway.training.patches import MEGATRON, wrap
+
+
+def turn_in_one_kernel() -> None:
+    """Make Megatron's attention turn queries and keys by a kernel of ours where that computes the same."""
+    from megatron.core.transformer import attention, multi_latent_attention
+
+    for module in (attention, multi_latent_attention):
+        wrap(module, "apply_rotary_pos_emb", _in_one_kernel, MEGATRON)
+
+
+def _in_one_kernel(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(apply)
+    def found(
+        inputs: Tensor,
+        angles: Tensor,
+        config: Any,
+        cu_seqlens: Tensor | None = None,
+        mscale: float = 1.0,
+        cp_group: Any = None,
+    ) -> Tensor:
+        is_whole = cp_group is not None and cp_group.size() == 1 and not config.rotary_interleaved
+        if is_whole and inputs.is_cuda and fits(inputs, angles):
+            return Turned.apply(inputs, angles, cu_seqlens, mscale, config.multi_latent_attention)
+        return apply(inputs, angles, config, cu_seqlens, mscale, cp_group)
+
+    return found
+
+
+def fits(inputs: Tensor, angles: Tensor) -> bool:
+    """Whether all of a head is turned, at each position by the same angles in every sample and head."""
+    alike = angles.dim() == 4 and angles.shape[1:3] == (1, 1) and angles.stride(-1) == 1
+    return alike and angles.shape[-1] == inputs.shape[-1] and inputs.stride(-1) == 1
+
+
+def turns_of(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles, float32, kept with them: all layers and passes have the same."""
+    if not hasattr(angles, "turns"):
+        exact = angles.float()
+        angles.turns = exact.cos(), exact.sin()
+    return angles.turns
+
+
+class Turned(torch.autograd.Function):
+    """`rotary_gpu.turn`; its gradient is turned back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, angles: Tensor, bounds: Tensor | None, scale: float, by_pairs: bool
+    ) -> Tensor:
+        from slipway.training.rotary_gpu import turn
+
+        turns = turns_of(angles)
+        ctx.save_for_backward(*turns, bounds)
+        ctx.scale, ctx.by_pairs = scale, by_pairs
+        return turn(inputs, turns, bounds, scale, by_pairs=by_pairs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from slipway.training.rotary_gpu import turn
+
+        cosines, sines, bounds = ctx.saved_tensors
+        gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+        turns = cosines, sines
+        return turn(gradient, turns, bounds, ctx.scale, by_pairs=ctx.by_pairs, back=True), None, None, None, None
