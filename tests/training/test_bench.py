@@ -106,5 +106,7 @@ def test_it_advises_what_the_memory_allows(monkeypatch):
     assert memory.estimate(recipe, config, 1).total < 0.92 * 80e9
     large = recipes.config_of("qwen3_30b_a3b")
     found.busy, found.gpus = 0.4, 4
-    in_parts = Recipe("m", "d", "o", **{**values, "global_batch_size": 32}, pack=True, expert_parallel_size=4)
-    assert "--micro-batch-size 4 --recompute full" in bench.advice(found, in_parts, large)[0]
+    in_parts = Recipe(
+        "m", "d", "o", **{**values, "global_batch_size": 32, "micro_batch_size": 2}, pack=True, expert_parallel_size=4
+    )
+    assert "--micro-batch-size 8 --recompute full" in bench.advice(found, in_parts, large)[0]

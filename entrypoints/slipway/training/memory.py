@@ -176,21 +176,20 @@ def _attention(c: Mapping[str, Any]) -> float:
 
 def _feed_forward(recipe: Recipe, c: Mapping[str, Any], layer: Layer) -> tuple[float, float]:
     """Values per token of a layer's feed-forward part: all that exist at once, and those kept for the backward pass."""
-    # The inputs of products are kept for the gradients of weights and adapters alone.
+    # The inputs of products are kept for the gradients of weights and adapters alone, and those behind an activation
+    # are made again where adapters are two products and nothing else: activations.py and low_rank.py.
     all_kept = not recipe.is_frozen or recipe.adapts_feed_forward
+    is_made_again = recipe.is_frozen and recipe.tensor_parallel_size == 1 and not (recipe.dora or recipe.lora_dropout)
+    behind = all_kept and not is_made_again
     if not layer.count:
         width = c["intermediate_size"]
-        # activations.py and low_rank.py, where adapters are two products and nothing else.
-        is_made_again = (
-            recipe.is_frozen and recipe.tensor_parallel_size == 1 and not (recipe.dora or recipe.lora_dropout)
-        )
-        return 3 * width, (3 if all_kept and not is_made_again else 2) * width
-    width = c.get("moe_intermediate_size", c["intermediate_size"])
+        return 3 * width, (2 + behind) * width
+    hidden, width = c["hidden_size"], c.get("moe_intermediate_size", c["intermediate_size"])
     chosen = c["num_experts_per_tok"] + c.get("n_shared_experts", 0)
-    # An activation that is clamped is computed in more steps, each of which is kept.
-    steps = 5 if c.get("swiglu_limit") else 3
-    whole = chosen * (steps * width + 2 * c["hidden_size"])
-    return whole, whole if all_kept else chosen * (steps - 1) * width
+    # The bias of a row's expert is kept for the gradient of the router's weight.
+    biases = hidden * (c["model_type"] == "gpt_oss")
+    kept = chosen * ((2 + behind) * width + all_kept * hidden + biases)
+    return chosen * (3 * width + 2 * hidden), kept
 
 
 def _activations(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer], in_flight: int) -> float:
@@ -209,10 +208,9 @@ def _activations(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer], in_f
         kept = in_flight * len(layers) * c["hidden_size"] + outside + kept_of_largest
     else:
         kept = in_flight * (len(layers) * outside + sum(kept for _, kept in parts))
-    # Beside what is kept, the tokens of experts exist again while a layer is computed backwards: as they were sorted,
-    # and, where other ranks have experts too, as they were sent.
+    # Beside what is kept, the tokens of experts exist again while a layer is computed backwards, as they were sorted.
     if any(layer.count for layer in layers):
-        kept += (2 if recipe.expert_parallel_size > 1 else 1) * (streams + largest)
+        kept += streams + largest
     return tokens * BF16 * kept
 
 
