@@ -32,6 +32,7 @@ FP8_SINCE = 9.0  # compute capability: Hopper
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 # What may change between two starts of one run.
 MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
+FOR_SPEED = ("micro_batch_size", "recompute", "cuda_graphs")  # these too, and it is said
 SCHEDULE = ("steps", "warmup_steps", "constant_steps")  # these too, where the run is made longer
 
 
@@ -161,15 +162,20 @@ def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, lis
     if longer and recipe.steps < step:
         raise UsageError(f"{folder.path} holds a run at step {step}, more than --steps {recipe.steps}; raise --steps")
     may_change = (*MAY_CHANGE, *(SCHEDULE if longer else ()))
-    changed = [
-        f"{flag(name)} was {vars(before)[name]} and is {now}"
+    changed = {
+        name: f"{flag(name)} was {vars(before)[name]} and is {now}"
         for name, now in vars(recipe).items()
         if name not in may_change and vars(before)[name] != now
-    ]
-    if changed:
-        raise UsageError(f"{folder.path} holds another run: {'; '.join(changed)}; restore it or choose another --out")
-    said = f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
-    return step, [f"{said}of {recipe.steps} steps"] if longer else []
+    }
+    if others := [said for name, said in changed.items() if name not in FOR_SPEED]:
+        raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
+    notes = [f"{said}: from step {step} on the run is of another speed and size" for said in changed.values()]
+    if longer:
+        notes.append(
+            f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
+            f"of {recipe.steps} steps"
+        )
+    return step, notes
 
 
 def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None:
