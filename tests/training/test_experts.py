@@ -1,10 +1,11 @@
 """The grouped product of all experts, against one product for each."""
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from slipway.training import experts
+from slipway.training import experts, patches
 from slipway.training.experts import grouped_product
 
 SIZES, ROWS, WIDTH = [3, 0, 7, 1, 5], 24, 16
@@ -89,7 +90,7 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
-from slipway.training import experts
+from slipway.training import experts, patches
 parallel_state.initialize_model_parallel()
 
 class Grouped(torch.nn.Module):
@@ -215,3 +216,20 @@ def test_counts_stay_on_the_gpu_where_nobody_else_asks_for_them(monkeypatch, ran
         assert end.ends.tolist() == [3, 3, 10, 11, 16] and end.ends.dtype == torch.int32
     else:
         assert (before, end) == (("fetched", "before_permutation_1"), ("fetched", "before_finish"))
+
+
+def test_kernels_that_sort_tokens_are_compiled_in_one_size(monkeypatch):
+    """The kernels of Transformer Engine 2.9, which only GPUs have: their names and sizes are as it defines them."""
+    sizes = [64, 128, 256, 512, 1024, 2048, 4096]
+    kernels = {
+        name: SimpleNamespace(configs=[SimpleNamespace(kwargs={"BLOCK_SIZE": size}) for size in sizes])
+        for name in experts.SORTING
+    }
+    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.triton"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    engine = sys.modules["transformer_engine.pytorch.triton"]
+    engine.permutation = SimpleNamespace(**kernels)
+    monkeypatch.setattr(patches, "installed", lambda _: patches.TRANSFORMER_ENGINE.version)
+    experts.choose_blocks()
+    for kernel in kernels.values():
+        assert [one.kwargs["BLOCK_SIZE"] for one in kernel.configs] == [experts.COLUMNS]
