@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from slipway.training import cpu
 cpu.enable()
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from slipway.training.rotary import Turned, fits, turn_in_one_kernel
+from slipway.training.rotary import Turned, fits
 
 alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 torch.manual_seed(0)

@@ -268,12 +268,15 @@ def test_a_run_goes_on_only_as_what_it_was(whole, nemo_model, data, slipway):
     assert sorted(whole.path.rglob("*")) == before
 
 
-def test_what_changes_only_the_speed_may_change_and_is_said(whole, nemo_model, data, tmp_path, warm):
-    run = RunFolder(tmp_path / "run")
-    code, output = train(flags(nemo_model, data, run.path), stop_after=2, commands=warm)
+@pytest.mark.parametrize("mode", ["heads", "lora", "sft", "pretrain"])
+def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, data, tmp_path, warm):
+    whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
+    code, output = train(flags(nemo_model, data, whole.path, mode=mode), commands=warm)
+    assert code == 0, output
+    code, output = train(flags(nemo_model, data, run.path, mode=mode), stop_after=2, commands=warm)
     assert code == 75, output
     step = run.read_status()["step"]
-    others = {"micro_batch_size": 1, "recompute": "full", "cuda_graphs": False}
+    others = {"mode": mode, "micro_batch_size": 1, "recompute": "full", "cuda_graphs": False}
     code, output = train(flags(nemo_model, data, run.path, **others), commands=warm)
     assert code == 0, output
     for said in (
@@ -281,7 +284,7 @@ def test_what_changes_only_the_speed_may_change_and_is_said(whole, nemo_model, d
         "--recompute was none and is full",
         "--cuda-graphs was True and is False",
     ):
-        assert f"{said}: from step {step} on the run is of another speed and size" in output, output
+        assert f"{said}: from step {step} on time and memory are others" in output, output
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
 
 

@@ -192,12 +192,12 @@ class Graphs:
                 return run(batch, None)
             try:
                 self._of_shapes[shape] = Graph(gpt, run, batch, self._pool)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # a GPU, a driver or a layer that cannot: the run is slower, and goes on
                 self._most = 0
+                self._of_shapes.clear()  # memory too can be what lacked
                 _say_why_not(error)
-                return run(batch, None)
+        if shape not in self._of_shapes:
+            return run(batch, None)
         return self._of_shapes[shape](batch)
 
 

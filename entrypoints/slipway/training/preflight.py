@@ -169,7 +169,7 @@ def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, lis
     }
     if others := [said for name, said in changed.items() if name not in FOR_SPEED]:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
-    notes = [f"{said}: from step {step} on the run is of another speed and size" for said in changed.values()]
+    notes = [f"{said}: from step {step} on time and memory are others" for said in changed.values()]
     if longer:
         notes.append(
             f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
