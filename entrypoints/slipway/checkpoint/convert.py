@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from slipway.checkpoint import (
 from slipway.checkpoint.companions import Companions, companions_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.heads import merged_config
+from slipway.checkpoint.heads import read as read_heads
 from slipway.checkpoint.initialise import RandomWeights, changed, deviation_of
 from slipway.checkpoint.opened import (
     NOTHING,
@@ -59,7 +62,8 @@ def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu"
     layout = huggingface.Layout({name: reader.tensors[name] for name in model.hf}, shard_bytes)
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
-    plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, reader.files(), "dequant")
+    identity = ["dequant", identity_of_files(reader.files())]
+    plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, identity, [folder])
     details = {"files": len(plan.sizes), "decoded_tensors": len(reader.quantized)}
     return plan, details | said_of(source.notes, companions_of(folder))
 
@@ -88,12 +92,14 @@ def import_plan(
     """
     opened = open_any(folder, mtp or options.mtp_num_layers > 0, devices, given)
     sources = [*opened.reader.files(), *filter(Path.is_file, [folder / "config.json"])]
-    identity = ["import", form, mtp, options.described(), identity_of_files(sources)]
+    identity = ["import", form, mtp, options.described(), given.identity, identity_of_files(sources)]
     if form == "classic":
-        return classic_layout_plan(opened, options, name, identity)
-    if form == "bridge":
-        return bridge.plan(opened, identity)
-    return nemo_plan(opened, name, identity)
+        plan, details = classic_layout_plan(opened, options, name, identity)
+    elif form == "bridge":
+        plan, details = bridge.plan(opened, identity)
+    else:
+        plan, details = nemo_plan(opened, name, identity)
+    return replace(plan, reads=given.reads(folder)), details
 
 
 def init_plan(folder: Path, settings: Iterable[str], seed: int) -> tuple[Plan, Details]:
@@ -112,7 +118,7 @@ def init_plan(folder: Path, settings: Iterable[str], seed: int) -> tuple[Plan, D
     opened = Opened(config, family, model, reader, (*notes, *families.notes(config)), others=folder)
     plan, details = nemo_plan(opened, "", ["init", dict(config), seed])
     parameters = sum(math.prod(info.shape) for info in model.hf.values())
-    return plan, {"parameters": f"{parameters:,}", "seed": seed, **details}
+    return replace(plan, reads=[folder]), {"parameters": f"{parameters:,}", "seed": seed, **details}
 
 
 def nemo_plan(opened: Opened, name: str, identity: list[Any]) -> tuple[Plan, Details]:
@@ -183,7 +189,8 @@ def export_plan(checkpoint: Path, shard_bytes: int, given: Given = NOTHING) -> t
         return Piece(sum(map(source.source_bytes, unit)), work)
 
     pieces = [*map(piece, source.units())]
-    plan = _hf_plan(layout, pieces, source.config, source.others, source.reader.files(), "export")
+    identity = ["export", given.identity, identity_of_files(source.reader.files())]
+    plan = _hf_plan(layout, pieces, source.config, source.others, identity, given.reads(checkpoint))
     said = [] if source.others else ["there is no tokenizer beside these weights, so the output has none"]
     return plan, {"files": len(plan.sizes)} | said_of([*source.notes, *said], Companions())
 
@@ -192,21 +199,20 @@ def adapter_plan(checkpoint: Path, given: Given = NOTHING) -> tuple[Plan, Detail
     """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
     model, adapters, name = adapters_in(checkpoint, given)
     files, notes = peft.peft_adapter(adapters, model, name)
-    plan = Plan({}, [], files, {}, ["adapter", identity_of_files(adapters.reader.files())])
+    identity = ["adapter", given.identity, identity_of_files(adapters.reader.files())]
+    plan = Plan({}, [], files, {}, identity, reads=given.reads(checkpoint))
     return plan, {"files": len(files)} | said_of(notes, Companions())
 
 
-def merge_plan(
-    heads: Mapping[str, Bits], heads_config: Mapping[str, Any], base: Path, shard_bytes: int, name: str = ""
-) -> tuple[Plan, Details]:
+def merge_plan(of_heads: Path, base: Path, shard_bytes: int, name: str = "") -> tuple[Plan, Details]:
     """Plan of one model of base and heads, in AutoDeco's form: the base's names begin with `llm.`.
 
     Args:
-        heads: name → tensor in BF16.
-        heads_config: the fields of config.json that the heads decide.
+        of_heads: folder that `extract-heads` wrote.
         base: folder of a Hugging Face model in BF16.
         name: what AutoDeco's class loads the base by; its path if there is none.
     """
+    heads, heads_config = read_heads(of_heads)
     source = open_model(base)
     config, model, reader = source.config, source.model, source.reader
     if reader.quantized:
@@ -223,7 +229,9 @@ def merge_plan(
     pieces = [_copy_piece(reader, layout, ref, Ref(f"llm.{ref.name}", ref.index, ref.rows)) for ref in refs]
     pieces += [_tensor_piece(layout, name, part) for name, part in heads.items()]
     merged = merged_config(config, {**heads_config, "base_model_name_or_path": name or str(base.absolute())})
-    plan = _hf_plan(layout, pieces, merged, base, reader.files(), "merge")
+    digests = {name: hashlib.sha256(data(part)).hexdigest() for name, part in heads.items()}
+    identity = ["merge", digests, identity_of_files(reader.files())]
+    plan = _hf_plan(layout, pieces, merged, base, identity, [of_heads, base])
     return plan, {"files": len(plan.sizes)} | said_of(source.notes, companions_of(base))
 
 
@@ -242,8 +250,8 @@ def _hf_plan(
     pieces: list[Piece],
     config: Mapping[str, Any],
     others: Path | None,
-    sources: Iterable[Path],
-    verb: str,
+    identity: list[Any],
+    reads: Sequence[Path],
 ) -> Plan:
     headers = [Piece(0, lambda: [(file, 0, header) for file, header in layout.headers.items()])]
     kept = companions_of(others)
@@ -251,7 +259,7 @@ def _hf_plan(
     small = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **kept.small}
     if (index := layout.index()) is not None:
         small[huggingface.INDEX] = index
-    return Plan(layout.sizes, headers + pieces, small, kept.copies, [verb, identity_of_files(sources)])
+    return Plan(layout.sizes, headers + pieces, small, kept.copies, identity, reads=reads)
 
 
 def _main_dtype(tensors: Iterable[TensorInfo]) -> str:

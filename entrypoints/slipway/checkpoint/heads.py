@@ -45,7 +45,7 @@ def extract_plan(checkpoint: Path) -> tuple[stream.Plan, dict[str, Any]]:
     base, name = _base_of(reader.folder)
     config = merged_config(base, config_of(heads, name)) if base else config_of(heads, name)
     files = {FILE: content, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    plan = stream.Plan({}, [], files, {}, ["extract-heads", str(reader.folder)])
+    plan = stream.Plan({}, [], files, {}, ["extract-heads"], reads=[checkpoint])
     return plan, {"tensors": len(heads), "parameters": sum(part.size for part in heads.values())}
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from slipway.checkpoint import finished, locate
 from slipway.checkpoint.forecast import Forecast, forecast
-from slipway.checkpoint.stream import Plan, parse_size, refuse_existing, run
+from slipway.checkpoint.stream import Plan, check_name, parse_size, refuse_existing, run
+from slipway.errors import UsageError
 from slipway.report import Summary
 
 Planning = Callable[[], tuple[Plan, dict[str, Any]]]  # gives (plan, what the summary says besides sizes and time)
@@ -45,30 +46,35 @@ def carry_out(
     """
     started, target = time.monotonic(), locate.output(out)
     budget = parse_size(memory, "--memory")
-    there = os.path.lexists(target)
-    if there and overwrite:
+    check_name(target)
+    if not dry_run:
+        finished.recover(target)
+    replaced = overwrite and os.path.lexists(target)
+    before = None if replaced else finished.noted(target)
+    if replaced:
         finished.check_replaceable(target)
-        place = finished.new_beside(target)
-    else:
-        before = finished.noted(target) if there else None
-        if before is None:
-            refuse_existing(target)
-        place = target
+    elif before is None:
+        refuse_existing(target)
     made, details = plan()
-    identity = [made.identity, dict(made.sizes)]
+    check_apart(target, made.reads)
     if dry_run:
-        return forecast(made, place, command, budget, started)
-    if place == target and there and before is not None:
-        finished.check_same(before, identity, target)
+        return forecast(made, target, command, budget, started)
+    if before is not None:
+        finished.check_same(before, made.digest, target)
         return _done_already(command, target, made, started)
 
-    def note(folder: Path) -> None:
-        finished.write_note(target, identity, finished.files_of(folder))
-
-    run(made, place, command, budget, before_naming=note)
-    if place != target:
-        finished.put_in_place(place, target)
+    run(made, target, command, budget, lambda new, out: finished.publish(new, out, made.digest))
     return Summary(command, str(target), made.bytes, time.monotonic() - started, details)
+
+
+def check_apart(out: Path, reads: Iterable[Path]) -> None:
+    """UsageError where a command would write into what it reads, or replace it."""
+    place = Path(os.path.realpath(out))
+    for source in reads:
+        read = Path(os.path.realpath(source))
+        if place == read or place in read.parents or read in place.parents:
+            how = "is" if place == read else "contains" if place in read.parents else "lies in"
+            raise UsageError(f"{out} {how} {source}, which the command reads; choose another name for the output")
 
 
 def _done_already(command: str, target: Path, made: Plan, started: float) -> Summary:

@@ -16,6 +16,7 @@ from slipway.checkpoint.classic_lora import AdapterReader
 from slipway.checkpoint.described import Model, model_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.source import NAME, source_of
+from slipway.checkpoint.stream import content_of
 from slipway.errors import DataError, UsageError
 from slipway.families import Family, read_config, rules, understood
 from slipway.families.checks import Config, check_stored
@@ -44,6 +45,16 @@ class Given:
     layout: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int | None = None
     lora_alpha: float | None = None
+
+    def reads(self, checkpoint: Path) -> list[Path]:
+        """What a command reads that was given `checkpoint` and this."""
+        return [checkpoint, *filter(None, [self.base, self.config])]
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the bytes of an output depend on; the files of `base` are among its sources."""
+        config = content_of(self.config) if self.config else None
+        return [config, sorted(self.layout.items()), self.lora_rank, self.lora_alpha]
 
 
 NOTHING = Given()

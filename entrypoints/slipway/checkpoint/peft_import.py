@@ -72,6 +72,7 @@ def plan(
         },
         copies=copies,
         identity=["adapter", mtp, identity_of_files([*base.reader.files(), *given.reader.files(), adapter / CONFIG])],
+        reads=[source, adapter],
     )
     details = {"tensors": len(found.tensors), "rank": found.rank, "alpha": found.alpha, "notes": found.notes()}
     return (_beside(made, base_plan) if base_plan else made), details
@@ -96,6 +97,7 @@ def _beside(adapters: Plan, base: Plan) -> Plan:
         {**adapters.small, **within(base.small)},
         {**adapters.copies, **within(base.copies)},
         [adapters.identity, base.identity],
+        reads=adapters.reads,
     )
 
 

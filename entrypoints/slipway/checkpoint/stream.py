@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import mmap
@@ -37,6 +38,7 @@ MEMORY_ALIGNMENT = 512
 DIRECT_BYTES = 1 << 18  # below this, waiting for the disk costs more than the page cache does
 LONGEST_NAME = 255  # bytes, of every file system here
 LARGEST_JOURNAL = 1 << 28
+LARGEST_READ = 1 << 28  # bytes of a file that is read once more to see whether it has changed
 PREPARING, DONE = "preparing", " done"  # in plan.json: the files are being created; after the plan's own: all is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -57,7 +59,7 @@ class Piece:
     work: Callable[[], Iterable[Write]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What an output folder will be.
 
@@ -66,9 +68,10 @@ class Plan:
         pieces: everything that fills these files.
         small: whole files that are written at the end: name → content.
         copies: files that are copied at the end: name → source.
-        identity: everything that the bytes depend on; unfinished work of another identity is thrown away.
+        identity: what the bytes depend on and no other field tells; unfinished work of another plan is thrown away.
         finish: is called with the folder once all pieces are written, to fill in what only these tell. It must give the
             same bytes when it is called again.
+        reads: what the command was given to read. The output is none of it, not in it, and not around it.
     """
 
     sizes: Mapping[str, int]
@@ -77,10 +80,22 @@ class Plan:
     copies: Mapping[str, Path]
     identity: Any
     finish: Callable[[Path], None] = lambda folder: None
+    reads: Sequence[Path] = ()
 
     @property
     def bytes(self) -> int:
         return sum(self.sizes.values()) + sum(map(len, self.small.values()))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of everything that the bytes depend on.
+
+        Errors: DataError where a file that is to be copied cannot be read.
+        """
+        small = {name: hashlib.sha256(content).hexdigest() for name, content in self.small.items()}
+        copies = {name: content_of(source) for name, source in self.copies.items()}
+        everything = [self.identity, dict(self.sizes), small, copies]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def parse_size(text: str, flag: str) -> int:
@@ -100,6 +115,20 @@ def identity_of_files(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """(path, bytes, time of the last change) of each file; it tells whether a source has changed."""
     stats = ((file, file.stat()) for file in files)
     return [(str(file), about.st_size, about.st_mtime_ns) for file, about in stats]
+
+
+def content_of(file: Path) -> str | list[Any]:
+    """What tells whether a file has changed: its content, or for a large one that it is the same as it was.
+
+    Errors: DataError where it cannot be read, which is so before any work is done.
+    """
+    try:
+        with file.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size > LARGEST_READ:
+                return list(identity_of_files([file])[0])
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); check who may read it") from None
 
 
 def existing_folder(path: str) -> Path:
@@ -160,17 +189,20 @@ def not_ours(partial: Path) -> UsageError:
 
 
 def run(
-    plan: Plan, out: Path, title: str, memory: int, before_naming: Callable[[Path], None] = lambda folder: None
+    plan: Plan,
+    out: Path,
+    title: str,
+    memory: int,
+    publish: Callable[[Path, Path], None] = lambda new, out: os.rename(new, out),
 ) -> None:
     """Create `out` as the plan says.
 
     Args:
         memory: most bytes for all pieces that are at work; a piece that needs more works alone.
-        before_naming: is called with the folder once everything is in it, before it gets its name.
+        publish: gives the finished folder, its first argument, the name `out`.
 
     Errors: WriteError if the disk is full or cannot be written; the work so far is kept for the next run.
     """
-    refuse_existing(out)
     partial = partial_of(out)
     with write_errors(out):
         done = _prepare(plan, partial)
@@ -187,13 +219,12 @@ def run(
             sync(file)
         # In this order: plan.json that says so, without a journal, tells the next run that all pieces are done.
         note = partial / "plan.json"
-        note.write_text(_fingerprint(plan) + DONE)
+        note.write_text(plan.digest + DONE)
         sync(note)
         (partial / "journal").unlink()
         (partial / "plan.json").unlink()
         sync(partial)
-        before_naming(partial)
-        os.rename(partial, out)
+        publish(partial, out)
         sync(out.absolute().parent)
 
 
@@ -206,6 +237,11 @@ def write_errors(out: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise WriteError(
                 f"cannot write {out}: the disk is full; free some space and run the same command again, it continues"
+            ) from None
+        if error.errno == errno.EFBIG:
+            raise WriteError(
+                f"cannot write {out}: no file may be so large here; raise the limit (`ulimit -f`), choose another "
+                "place, or give a smaller --shard-size"
             ) from None
         if error.errno in (
             errno.EROFS,
@@ -224,7 +260,7 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
 
     Errors: WriteError if there is less space than the plan needs.
     """
-    fingerprint, note = _fingerprint(plan), partial / "plan.json"
+    fingerprint, note = plan.digest, partial / "plan.json"
     if is_plain_folder(partial):
         said = _noted(note)
         if said == fingerprint + DONE:
@@ -254,10 +290,6 @@ def _prepare(plan: Plan, partial: Path) -> set[int]:
     for path in (note, partial, partial.parent):
         sync(path)
     return set()
-
-
-def _fingerprint(plan: Plan) -> str:
-    return hashlib.sha256(json.dumps([plan.identity, plan.sizes], sort_keys=True).encode()).hexdigest()
 
 
 def _noted(note: Path) -> str | None:

@@ -19,7 +19,6 @@ def merge_heads(
         overwrite: replace what is at the output, once the new one is whole.
     """
     from slipway.checkpoint import convert, locate
-    from slipway.checkpoint.heads import read
     from slipway.checkpoint.job import carry_out
     from slipway.checkpoint.source import name_of
     from slipway.checkpoint.stream import existing_folder, parse_size
@@ -29,6 +28,6 @@ def merge_heads(
         "merge-heads",
         out,
         memory,
-        lambda: convert.merge_plan(*read(existing_folder(heads)), locate.folder(base), limit, name_of(base)),
+        lambda: convert.merge_plan(existing_folder(heads), locate.folder(base), limit, name_of(base)),
         overwrite=overwrite,
     )
