@@ -133,6 +133,24 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def unreadable(path: object, error: BaseException, cure: str = AGAIN) -> DataError:
+    """The error for a file that others gave and that could not be read.
+
+    Args:
+        cure: what to do where the file itself is wrong.
+    """
+    if isinstance(error, PermissionError):
+        return DataError(f"{path} cannot be read (Permission denied); let its owner allow it, with chmod for example")
+    if isinstance(error, MemoryError):
+        return DataError(
+            f"{path}: there is too little memory to read it; free some, or raise the limit of this process (`ulimit "
+            f"-v`, a container's). If there is enough, it is damaged: {cure}"
+        )
+    if isinstance(error, OSError):
+        return DataError(f"{path} cannot be read ({error.strerror}); {cure}")
+    return DataError(f"{path} is damaged ({type(error).__name__}); {cure}")
+
+
 def read_bytes(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> bytes:
     """The content of a file that others gave; DataError for one that is no file, is larger or cannot be read."""
     try:
@@ -141,7 +159,7 @@ def read_bytes(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> bytes
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {cure}") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {cure}") from None
+        raise unreadable(path, error, cure) from None
     if len(content) > most:
         raise DataError(f"{path} has more than {most:,} bytes, the most that such a file has; {cure}")
     return content

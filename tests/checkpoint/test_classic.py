@@ -486,8 +486,10 @@ def as_torch(elements: np.ndarray, dtype: str) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(elements).copy()).view(kinds[dtype])
 
 
-def test_a_model_of_hugging_face_in_nf4(tmp_path, capsys):
-    """As transformers saves it with bitsandbytes: packed linear layers, and the rest in BF16."""
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16", "float32"])
+def test_a_model_of_hugging_face_in_nf4(tmp_path, capsys, storage):
+    """As transformers saves it with bitsandbytes: packed linear layers, and the rest in BF16. For FSDP the packed bytes
+    are kept as elements of another dtype (bnb_4bit_quant_storage)."""
     from safetensors.torch import save_file
 
     source = make_model(tmp_path / "hf", "llama31", quantized=False)
@@ -500,11 +502,13 @@ def test_a_model_of_hugging_face_in_nf4(tmp_path, capsys):
             del tensors[name]
             tensors |= {f"{name}{suffix}": as_torch(*part) for suffix, part in packed.items()}
             wanted[name] = unpacked(tensors, name)
+            tensors[name] = tensors[name].reshape(-1).view(getattr(torch, storage))[:, None]
     folder = tmp_path / "nf4"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    about["bnb_4bit_quant_storage"] = storage
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
     run("dequant", folder, tmp_path / "bf16")
     assert classic_models.digest(load_all(tmp_path / "bf16")) == classic_models.digest(wanted)

@@ -322,7 +322,7 @@ def test_a_file_that_nobody_may_read_is_named_before_any_work(model, tmp_path, c
 
     monkeypatch.setattr(Path, "open", refusing)
     assert run("import", model, tmp_path / "out") == 65
-    assert f"{secret} cannot be read (Permission denied); check who may read it" in capsys.readouterr().err
+    assert f"{secret} cannot be read (Permission denied); let its owner allow it" in capsys.readouterr().err
 
 
 def test_a_limit_of_files_is_named(model, tmp_path, capsys):

@@ -24,6 +24,7 @@ from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, empty, piece_number, scratch
 from slipway.tensors.refs import Ref, TensorInfo
+from slipway.untrusted import unreadable
 
 
 class Reader:
@@ -187,7 +188,7 @@ def _elements(
         whole = stored.read(descriptor, [(0, extent) for extent in held.info.shape])
         return np.ascontiguousarray(whole).reshape(-1)[begin : begin + count]
     except UNREADABLE as error:
-        raise DataError(f"{path}: tensor {name} is damaged ({type(error).__name__}); {AGAIN}") from None
+        raise unreadable(f"{path}: tensor {name}", error, AGAIN) from None
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

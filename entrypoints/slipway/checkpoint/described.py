@@ -27,7 +27,7 @@ from slipway.errors import DataError
 from slipway.families import Family, described_model, read_config, understood
 from slipway.families.described import GIVE, Described, bounded
 from slipway.tensors.refs import TensorInfo
-from slipway.untrusted import NotYaml, open_file, parse_yaml, read_text
+from slipway.untrusted import NotYaml, open_file, parse_yaml, read_text, unreadable
 
 BRIDGE = "run_config.yaml"
 COMMON = "common.pt"
@@ -123,10 +123,8 @@ def arguments_in(path: Path) -> dict[str, Any]:
     try:
         with open_file(path) as file:
             found = archive.load_plain(file.fileno(), os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); copy the checkpoint again") from None
-    except UNREADABLE as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from None
+    except (OSError, *UNREADABLE) as error:
+        raise unreadable(path, error, "copy the checkpoint again") from None
     return arguments_of(found)
 
 

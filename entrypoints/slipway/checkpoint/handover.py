@@ -24,7 +24,7 @@ from slipway.checkpoint.torch_dist import UNREADABLE, places_of, weights_folder
 from slipway.errors import DataError
 from slipway.families import FAMILIES, read_config, understood
 from slipway.tensors.refs import TORCH_NAMES
-from slipway.untrusted import harmless, open_file, read_bytes, read_object
+from slipway.untrusted import harmless, open_file, read_bytes, read_object, unreadable
 
 CURE = "import the model again, and use checkpoints of people whom you trust"
 COPY = "copy the checkpoint again"
@@ -369,7 +369,7 @@ def check_weights(checkpoint: Path) -> None:
     except dcp.Unexpected as error:
         raise DataError(f"{path}: {harmless(str(error), 200)}; {CURE}") from None
     except UNREADABLE as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}); {COPY}") from None
+        raise unreadable(path, error, COPY) from None
     _check_objects(folder, objects, places)
     if (note := folder / BASE_NOTE).is_file():
         read_object(note, 1 << 20, COPY)
@@ -396,7 +396,7 @@ def _check_common(path: Path) -> None:
         with open_file(path) as file:
             archive.check_object(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {COPY}") from None
+        raise unreadable(path, error, COPY) from None
     except UNREADABLE as error:
         raise DataError(f"{path} is damaged ({_short(error)}); {COPY}") from None
 
@@ -414,7 +414,7 @@ def _check_objects(folder: Path, keys: list[str], places: Mapping[Any, Any]) -> 
                     files[name] = opened.enter_context(open_file(folder / name))
                 _check_object(files[name].fileno(), found[key], seen, state="_extra_state" in key)
             except OSError as error:
-                raise DataError(f"{folder / name} cannot be read ({error.strerror}); {COPY}") from None
+                raise unreadable(folder / name, error, COPY) from None
             except UNREADABLE as error:
                 raise DataError(
                     f"{folder / name}: the object {harmless(key, 100)} is not one of torch's ({_short(error)}); {CURE}"

@@ -3,7 +3,7 @@
 Two forms go by the same names, and reading one as the other gives nonsense without an error:
 
 bitsandbytes    [n/2, 1], the earlier element in the high half of a byte; the scales are packed in 8 bits themselves,
-                with float32 scales for each 256 of them
+                with float32 scales for each 256 of them; the bytes may be kept as elements of a wider dtype
 npu             (bitsandbytes-npu-beta 0.45.3, which MindSpeed-LLM pins) [n/2], the earlier element in the low half, the
                 code turned by 8; the scales in BF16
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, to_bfloat16, to_float32
-from slipway.tensors.refs import TensorInfo
+from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
 
 BLOCK, NESTED = 64, 256  # elements with a scale, and scales with a scale
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -41,6 +41,7 @@ TABLE = np.array(
     np.float32,
 )  # fmt: skip
 SLOTS = 65536  # of bitsandbytes' table for finding 8-bit codes on the CPU
+Part = Callable[[str, int, int], Bits]  # (suffix of a part's name, first element, one behind the last) → these
 Packed = dict[str, tuple[Bits, str]]  # suffix of the name → (elements, dtype); "" is the tensor's own name
 
 
@@ -115,7 +116,7 @@ class Source:
         offset: what bitsandbytes adds to each scale.
     """
 
-    part: Callable[[str, int, int], Bits]
+    part: Part
     form: str
     shape: tuple[int, ...]
     offset: float
@@ -149,9 +150,7 @@ class Source:
         return values * wide + np.float32(self.offset)
 
 
-def source_of(
-    parts: Mapping[str, TensorInfo], part: Callable[[str, int, int], Bits], where: str, shape: tuple[int, ...] | None
-) -> Source:
+def source_of(parts: Mapping[str, TensorInfo], part: Part, where: str, shape: tuple[int, ...] | None) -> Source:
     """A packed tensor, checked.
 
     Args:
@@ -180,9 +179,25 @@ def source_of(
         raise DataError(f"{where} lacks the scales of its scales (nested_absmax); copy the checkpoint again")
     wanted = infos(tuple(told), "npu" if form == "npu" else "bitsandbytes")
     sizes = {suffix: math.prod(info.shape) for suffix, info in wanted.items() if suffix in ("", ".absmax")}
-    if not form or any(math.prod(parts[suffix].shape) != size for suffix, size in sizes.items()):
+    width = DTYPE_BYTES[parts[""].dtype]
+    held = {"": width * math.prod(parts[""].shape), ".absmax": math.prod(parts[".absmax"].shape)}
+    if not form or held != sizes:
         raise DataError(f"{where}: its packed parts do not belong together; copy the checkpoint again")
-    return Source(part, form, tuple(told), offset)
+    return Source(part if width == 1 else _bytes_of(part, width), form, tuple(told), offset)
+
+
+def _bytes_of(part: Part, width: int) -> Part:
+    """The same where the codes are kept as elements of `width` bytes: what FSDP shards must all be of one dtype
+    (bnb_4bit_quant_storage)."""
+
+    def found(suffix: str, begin: int, end: int) -> Bits:
+        if suffix:
+            return part(suffix, begin, end)
+        first = begin // width
+        stored = part("", first, -(-end // width)).reshape(-1)
+        return stored.view(np.uint8)[begin - width * first : end - width * first]
+
+    return found
 
 
 def read_state(text: Bits, where: str) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from slipway.checkpoint.shards import AGAIN, MAX_HEADER_BYTES, Stored
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
+from slipway.untrusted import unreadable
 
 # What a file of torch before 1.6 begins with: a pickle of its magic number 0x1950A86A20F9469CFC6C.
 OLD_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
@@ -65,7 +66,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{file}: cannot read it ({error.strerror}); {AGAIN}") from None
+        raise unreadable(file, error, AGAIN) from None
     try:
         _refuse_old(file, os.pread(descriptor, len(OLD_MAGIC), 0))
         with zipfile.ZipFile(file) as zipped:

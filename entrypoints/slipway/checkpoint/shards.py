@@ -16,7 +16,7 @@ from typing import Any
 
 from slipway.errors import DataError
 from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
-from slipway.untrusted import NotJson, open_file, parse_json
+from slipway.untrusted import NotJson, open_file, parse_json, unreadable
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 AGAIN = "download it again"
@@ -50,7 +50,7 @@ def read_header(file: Path) -> dict[str, Stored]:
                 )
             header = parse_json(stream.read(length))
     except OSError as error:
-        raise DataError(f"{file}: cannot read it ({error.strerror}); {AGAIN}") from None
+        raise unreadable(file, error, AGAIN) from None
     except NotJson as error:
         raise DataError(f"{file}: the header is not JSON ({error}); {AGAIN}") from None
     if not isinstance(header, dict):

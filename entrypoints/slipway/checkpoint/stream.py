@@ -28,7 +28,7 @@ from typing import Any
 
 from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress, human_bytes
-from slipway.untrusted import HARMFUL, read_text
+from slipway.untrusted import HARMFUL, read_text, unreadable
 
 JOURNAL_SECONDS = 2.0  # the most work that a killed run loses; a sync more often would slow the disk down
 COPIES_IN_MEMORY = 4  # of a piece: as read, decoded, transformed and serialised
@@ -128,7 +128,7 @@ def content_of(file: Path) -> str | list[Any]:
                 return list(identity_of_files([file])[0])
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); check who may read it") from None
+        raise unreadable(file, error) from None
 
 
 def existing_folder(path: str) -> Path:

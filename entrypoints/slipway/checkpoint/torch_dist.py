@@ -23,7 +23,7 @@ from slipway.checkpoint.descriptors import Descriptors
 from slipway.errors import DataError, UsageError
 from slipway.tensors.bits import Bits, bits_type, empty
 from slipway.tensors.refs import DTYPE_BYTES, Ref, TensorInfo
-from slipway.untrusted import read_bytes, read_text
+from slipway.untrusted import read_bytes, read_text, unreadable
 
 PREFIX = "module."  # NeMo's module around Megatron's model
 # What training saves beside the weights. Megatron-LM chains several optimizers of one model.
@@ -157,7 +157,7 @@ class Reader:
                         raise ValueError("more chunks than places for them")
                     self._chunks[short] = [_chunk(key, shape, chunk, places) for chunk in entry.chunks]
         except UNREADABLE as error:
-            raise DataError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from None
+            raise unreadable(path, error, "copy the checkpoint again") from None
         for path in self.files() if whole else ():
             if not path.is_file():
                 raise DataError(f"{self.folder}: file {path.name} is missing; copy the checkpoint again")
@@ -268,7 +268,7 @@ class Reader:
                 raise DataError(f"{where}: tensor {name} does not match .metadata; copy the checkpoint again")
             return found.read(descriptor, chunk.box_in_archive(box)).reshape([stop - start for start, stop in box])
         except UNREADABLE as error:
-            raise DataError(f"{where}: tensor {name} is damaged ({type(error).__name__}); copy it again") from None
+            raise unreadable(f"{where}: tensor {name}", error, "copy it again") from None
 
 
 def is_state(key: str) -> bool:

@@ -30,7 +30,7 @@ from slipway.checkpoint.pytorch_bin import OLD_MAGIC
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.tensors.refs import TensorInfo
-from slipway.untrusted import open_file
+from slipway.untrusted import open_file, unreadable
 
 FOLDER = "archive/"
 ALIGNMENT = 64
@@ -256,10 +256,8 @@ def read_header(path: Path) -> Saved:
             if os.pread(file.fileno(), len(OLD_MAGIC), 0) == OLD_MAGIC:
                 raise DataError(f"{path} was written by torch before 1.6; load it with a newer one and save it again")
             return _read(file.fileno())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); copy the checkpoint again") from None
-    except UNREADABLE as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}); copy the checkpoint again") from None
+    except (OSError, *UNREADABLE) as error:
+        raise unreadable(path, error, "copy the checkpoint again") from None
 
 
 def _read(descriptor: int) -> Saved:

@@ -50,7 +50,7 @@ def defaults(c: Config) -> Config:
     """What transformers assumes; the kinds of layers take turns, beginning with a window."""
     layers = c.get("num_hidden_layers")
     turns = [KINDS_OF_LAYERS[number % 2] for number in range(layers)] if type(layers) is int and layers < 1000 else None
-    known = {"rope_theta": 150000.0, "rms_norm_eps": 1e-5}
+    known = {"rope_theta": 150000.0, "rms_norm_eps": 1e-5, "head_dim": 64}
     return {**known, "layer_types": turns, "swiglu_limit": 7.0, "sliding_window": 128}
 
 

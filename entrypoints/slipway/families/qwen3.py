@@ -41,7 +41,12 @@ def is_moe(c: Config) -> bool:
 def defaults(c: Config) -> Config:
     """What transformers assumes."""
     known = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-    return known if is_moe(c) else {**known, "head_dim": 128}
+    if not is_moe(c):
+        return {**known, "head_dim": 128}
+    hidden, heads = c.get("hidden_size"), c.get("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        return {**known, "head_dim": hidden // heads}
+    return known
 
 
 def check(c: Config, where: Path) -> None:
