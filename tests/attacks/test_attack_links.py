@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from slipway.checkpoint import finished
+from slipway.checkpoint.finished import note_of
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import PreflightError
 from slipway.launch import checks
@@ -118,15 +119,21 @@ def test_replacing_an_output_leaves_a_persons_folders(tmp_path, mxfp4_model, are
     """The names that --overwrite uses for a while may be somebody's own."""
     out = tmp_path / "nemo"
     import_checkpoint(str(mxfp4_model), str(out))
-    (tmp_path / ".nemo.old").mkdir()
-    (tmp_path / ".nemo.old" / "thesis.txt").write_text("years of work")
-    arena.run("import", mxfp4_model, out, "--overwrite").check(0, lines=None)
-    assert (tmp_path / ".nemo.old" / "thesis.txt").read_text() == "years of work" and (out / "weights").is_dir()
-    (tmp_path / ".nemo.new").mkdir()
-    (tmp_path / ".nemo.new" / "thesis.txt").write_text("years of work")
+    note = json.loads(note_of(out).read_text())
+    mine = [tmp_path / name for name in (".nemo.old", ".nemo.new", ".nemo.old-thesis", ".nemo.old-0123456789abcdef")]
+    for folder, named in zip(mine, (".nemo.old", "../nemo", ".nemo.old-thesis", ""), strict=True):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+        note_of(out).write_text(json.dumps(note | {"aside": named}))
+        arena.run("import", mxfp4_model, out, "--overwrite").check(0, lines=None)
+        assert all((one / "thesis.txt").read_text() == "years of work" for one in mine if one.exists())
+        assert (out / "weights").is_dir()
+    partial = tmp_path / ".nemo.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
     before = (out / "weights" / ".metadata").stat().st_mtime_ns
     said = arena.run("import", mxfp4_model, out, "--overwrite").check(2, 73)
-    assert ".nemo.new" in said and (tmp_path / ".nemo.new" / "thesis.txt").exists()
+    assert partial.name in said and (partial / "thesis.txt").exists()
     assert (out / "weights" / ".metadata").stat().st_mtime_ns == before
 
 

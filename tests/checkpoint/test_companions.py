@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import make_model
+from slipway import cli
 from slipway.checkpoint.companions import companions_of
 from slipway.errors import DataError
 
@@ -35,6 +38,42 @@ def test_what_goes_along_and_what_stays(folder):
     assert found.copies == {name: folder / name for name in (*TOKENIZER, *OTHERS)}
     assert found.small == {} and found.left_out == ("onnx/", "original/")
     assert companions_of(folder / "none").copies == companions_of(folder / "README.md").copies == {}
+
+
+@pytest.mark.parametrize("form", ["nemo", "bridge", "classic"])
+def test_nothing_is_lost_on_the_way_there_and_back(tmp_path, form):
+    """Of a model with a tokenizer, and of one without, as `save_pretrained` alone leaves it."""
+    model = make_model(tmp_path / "model", "llama31", quantized=False)
+    others = ("LICENSE", "README.md", "modeling_llama.py", "preprocessor_config.json", "generation_config.json")
+    for name in others:
+        (model / name).write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text("{}")
+    without = tmp_path / "without"
+    shutil.copytree(model, without, ignore=shutil.ignore_patterns("token*"))
+    for source in (model, without):
+        kept = companions_of(source).copies.keys() | companions_of(source).small.keys()
+        assert kept >= {*others} and any(name.startswith("tokenizer") for name in kept) == (source == model)
+        middle, back = tmp_path / f"{source.name}-{form}", tmp_path / f"{source.name}-back"
+        assert cli.main(["import", str(source), str(middle), "--format", form]) == 0
+        assert cli.main(["export", str(middle), str(back)]) == 0
+        assert {name for name in kept if not (back / name).is_file()} == set()
+
+
+@pytest.mark.parametrize("form", ["nemo", "classic"])
+def test_beside_a_lent_config_anything_may_lie(tmp_path, form):
+    """A person's job folder, with data and keys."""
+    model = make_model(tmp_path / "model", "llama31", quantized=False)
+    assert cli.main(["import", str(model), str(tmp_path / "ckpt"), "--format", form]) == 0
+    job, mine = tmp_path / "job", {"id_rsa", "tokens.jsonl", "token", "notes.txt", "train.sh", "secrets.env"}
+    shutil.copytree(model, job, ignore=shutil.ignore_patterns("*.safetensors*"))
+    for name in (*mine, "LICENSE", "tokenizer.json"):
+        (job / name).write_text("{}")
+    for number, config in enumerate((job, job / "config.json")):
+        out = tmp_path / f"out{number}"
+        assert cli.main(["export", str(tmp_path / "ckpt"), str(out), "--config", str(config)]) == 0
+        found = {file.name for file in out.iterdir()}
+        assert not found & mine and {"tokenizer.json", "LICENSE", "config.json"} <= found
 
 
 def test_the_tokenizers_files_alone_and_below_a_folder(folder):

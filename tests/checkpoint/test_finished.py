@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
-from slipway import cli
+from slipway import cli, untrusted
 from slipway.checkpoint import finished, stream
 from slipway.checkpoint.heads import config_of
 
@@ -323,6 +323,19 @@ def test_a_file_that_nobody_may_read_is_named_before_any_work(model, tmp_path, c
     monkeypatch.setattr(Path, "open", refusing)
     assert run("import", model, tmp_path / "out") == 65
     assert f"{secret} cannot be read (Permission denied); let its owner allow it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (PermissionError(13, "Permission denied"), "let its owner allow it"),
+        (MemoryError(), "there is too little memory to read it"),
+        (OSError(5, "Input/output error"), "cannot be read (Input/output error); copy it again"),
+        (ValueError("x"), "is damaged (ValueError); copy it again"),
+    ],
+)
+def test_the_cure_is_one_for_the_cause(error, said):
+    assert said in str(untrusted.unreadable("file", error, "copy it again"))
 
 
 def test_a_limit_of_files_is_named(model, tmp_path, capsys):

@@ -90,6 +90,23 @@ def test_an_fp8_model_of_a_family_that_is_not_known(tmp_path):
     assert "fp8, blocks of 64×64, 1 tensors" in str(c)
 
 
+def test_an_adapter_of_peft(tmp_path):
+    """As peft saves it; one matrix less, and it is not whole."""
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{half}.weight": torch.zeros(shape)
+        for half, shape in (("A", (4, 16)), ("B", (16, 4)))
+    }
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/name"}')
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = inspect(str(tmp_path))
+    assert (found.format, found.model, found.parameters) == ("adapter of peft (LORA)", "org/name", 128)
+    assert not found.problems
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (missing,) = inspect(str(tmp_path)).problems["missing tensors"]
+    assert missing.endswith("q_proj.lora_B.weight")
+
+
 def test_one_file_of_several(mxfp4_model):
     parts = [found(file) for file in sorted(mxfp4_model.glob("*.safetensors"))]
     assert sum(c.parameters for c in parts) == PARAMETERS

@@ -54,7 +54,10 @@ CASES = {
         lambda m: edit_json(m / "config.json", lambda c: c.update(model_type="gpt_os")),
         "unknown model_type 'gpt_os', did you mean gpt_oss?",
     ),
-    "field missing": (lambda m: edit_json(m / "config.json", lambda c: c.pop("head_dim")), "field head_dim is missing"),
+    "field missing": (
+        lambda m: edit_json(m / "config.json", lambda c: c.pop("num_local_experts")),
+        "field num_local_experts is missing",
+    ),
     "field a word": (lambda m: edit_json(m / "config.json", lambda c: c.update(head_dim="x")), "field head_dim is 'x'"),
     "field negative": (lambda m: edit_json(m / "config.json", lambda c: c.update(hidden_size=-1)), "more than 0"),
     "another size": (lambda m: edit_json(m / "config.json", lambda c: c.update(vocab_size=513)), "has shape"),

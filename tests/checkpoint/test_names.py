@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 from slipway.checkpoint import locate
 from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError, WriteError
 
@@ -50,7 +51,32 @@ def test_what_is_asked_for(hub, tmp_path):
     assert one == two == "org/name" and (first["revision"], second["revision"]) == ("main", "v2")
     assert {"*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"} <= set(first["allow_patterns"])
     assert "*.safetensors" not in second["allow_patterns"] and "pytorch_model*.bin" not in first["allow_patterns"]
-    assert first["ignore_patterns"] == ["*/*"], "folders of a model hold the same weights in other forms"
+    for wanted, patterns in (({*OF_A_TOKENIZER, *OF_A_MODEL}, first), (OF_A_TOKENIZER, second)):
+        allowed, ignored = patterns["allow_patterns"], patterns["ignore_patterns"]
+        published = [*wanted, *LEFT]
+        assert {*filter_repo_objects(published, allow_patterns=allowed, ignore_patterns=ignored)} == wanted
+
+
+# Files of models of the hub, as they are published. Folders hold the same weights in other forms, but for two.
+OF_A_TOKENIZER = {
+    *(
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+    ),
+    "additional_chat_templates/tools.jinja",
+}
+OF_A_MODEL = {
+    *("model.safetensors", "LICENSE", "LICENSE.txt", "NOTICE", "README.md", "USE_POLICY.md", "modeling_x.py"),
+    "custom_generate/generate.py",
+}
+LEFT = [
+    *("original/params.json", "original/consolidated.00.pth", "original/tokenizer.model", "metal/model.bin"),
+    *("onnx/config.json", "coreml/x.json", "figures/a.md", "assets/picture.png", ".gitattributes"),
+]
 
 
 def test_an_old_model_has_no_safetensors(hub, tmp_path):
@@ -63,7 +89,7 @@ def test_the_config_alone(hub, tmp_path):
     place = folder(tmp_path / "a", "config.json")
     hub.answers += [place]
     assert locate.configuration("hf://org/name") == place
-    assert set(hub.asked[0][1]["allow_patterns"]) >= {"config.json", "generation_config.json", "*.json"}
+    assert "*.json" in hub.asked[0][1]["allow_patterns"]
     assert "*.safetensors" not in hub.asked[0][1]["allow_patterns"]
     assert locate.configuration(str(place)) == locate.configuration(str(place / "config.json")) == place
     with pytest.raises(UsageError):

@@ -10,7 +10,6 @@ import pytest
 from conftest import KINDS, config_of
 from slipway.errors import DataError
 from slipway.families import understood
-from transformers import AutoConfig
 
 WHERE = Path("model/config.json")
 
@@ -82,15 +81,6 @@ def test_a_table_for_each_kind_of_layer_is_read_where_they_are_the_same():
 @pytest.mark.parametrize("form", [{"rope_type": "default"}, {"type": "default"}, None])
 def test_the_type_default_means_no_scaling(kind, form):
     assert nemo_fields({**config_of(kind), "rope_scaling": form}) == nemo_fields(config_of(kind))
-
-
-def test_a_head_is_as_wide_as_transformers_takes_it_where_no_field_says_so():
-    """transformers saves none for a mixture of experts of Qwen's that was made without one."""
-    for kind in KINDS:
-        config = {name: value for name, value in config_of(kind).items() if name != "head_dim"}
-        theirs = AutoConfig.for_model(**config)
-        wide = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-        assert nemo_fields(config) == nemo_fields({**config, "head_dim": wide})
 
 
 def test_what_transformers_assumes_is_assumed():

@@ -12,7 +12,6 @@ import re
 from typing import Any
 
 from slipway.checkpoint import torch_files
-from slipway.checkpoint.companions import companions_of
 from slipway.checkpoint.described import BRIDGE
 from slipway.checkpoint.opened import Opened
 from slipway.checkpoint.outputs import Details, as_json, bf16_config, said_of, torch_dist_weights
@@ -45,8 +44,9 @@ STATE = {
 def plan(opened: Opened, identity: list[Any]) -> tuple[Plan, Details]:
     """(plan of the checkpoint, what the summary says)."""
     weights = torch_dist_weights(opened, ITERATION, "")
-    others = companions_of(opened.others)
-    tokenizer = others.of_tokenizer().under(f"{ITERATION}/tokenizer")
+    others = opened.companions
+    # All of them, not the tokenizer's alone: Bridge passes over the others, and `export` finds them again.
+    tokenizer = others.under(f"{ITERATION}/tokenizer")
     config = as_json(bf16_config(opened.config))
     state = _train_state()
     small = {

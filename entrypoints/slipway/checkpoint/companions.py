@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slipway.checkpoint.formats import MODELOPT_FILE
 from slipway.errors import DataError
 from slipway.untrusted import read_object
 
+MODELOPT_FILE = "hf_quant_config.json"
 # What says in which form the weights were quantised: they are written in BF16.
 OF_QUANTIZATION = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 # The sub-folders that transformers writes. Others hold the same weights in other formats.
 SUBFOLDERS = ("additional_chat_templates", "custom_generate")
 TOKENIZER = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", SUBFOLDERS[0])
+OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", SUBFOLDERS[1])
+OF_A_MODEL = (*TOKENIZER, *OTHERS, "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # transformers 5's classes for any tokenizer.json → the class of 4.
 CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
@@ -45,8 +47,20 @@ class Companions:
 
     def of_tokenizer(self) -> Companions:
         """What the tokenizer needs."""
-        copies = {name: source for name, source in self.copies.items() if name.startswith(TOKENIZER)}
-        return Companions(copies, {name: text for name, text in self.small.items() if name.startswith(TOKENIZER)})
+        return self._beginning_with(TOKENIZER)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        tokenizer = self.of_tokenizer()
+        return bool(tokenizer.copies or tokenizer.small)
+
+    def of_a_model(self) -> Companions:
+        """What belongs to a model whatever else lies in its folder."""
+        return self._beginning_with(OF_A_MODEL)
+
+    def _beginning_with(self, names: tuple[str, ...]) -> Companions:
+        copies = {name: source for name, source in self.copies.items() if name.startswith(names)}
+        return Companions(copies, {name: text for name, text in self.small.items() if name.startswith(names)})
 
 
 def companions_of(folder: Path | None) -> Companions:

@@ -21,7 +21,7 @@ from slipway.checkpoint import (
     peft,
     torch_dist,
 )
-from slipway.checkpoint.companions import Companions, companions_of
+from slipway.checkpoint.companions import Companions
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.heads import merged_config
 from slipway.checkpoint.heads import read as read_heads
@@ -63,9 +63,9 @@ def dequant_plan(folder: Path, shard_bytes: int, devices: Sequence[str] = ("cpu"
     refs = [ref for cell in model.cells for ref in cell.hf]
     pieces = [_copy_piece(reader, layout, ref, ref) for ref in refs]
     identity = ["dequant", identity_of_files(reader.files())]
-    plan = _hf_plan(layout, pieces, bf16_config(source.config), folder, identity, [folder])
+    plan = _hf_plan(layout, pieces, bf16_config(source.config), source.companions, identity, [folder])
     details = {"files": len(plan.sizes), "decoded_tensors": len(reader.quantized)}
-    return plan, details | said_of(source.notes, companions_of(folder))
+    return plan, details | said_of(source.notes, source.companions)
 
 
 FORMATS = ("nemo", "bridge", "classic")  # what `import` writes
@@ -132,7 +132,7 @@ def nemo_plan(opened: Opened, name: str, identity: list[Any]) -> tuple[Plan, Det
     weights = torch_dist_weights(opened, "weights", torch_dist.PREFIX)
     small, copies = context_of(opened, name)
     plan = Plan(weights.sizes, weights.pieces, {**small, **weights.small}, copies, identity)
-    return plan, {"tensors": len(model.megatron)} | said_of(opened.notes, companions_of(opened.others))
+    return plan, {"tensors": len(model.megatron)} | said_of(opened.notes, opened.companions)
 
 
 def classic_layout_plan(
@@ -157,7 +157,7 @@ def classic_layout_plan(
     output = classic_plan.Output(layout, classic_plan.megatron_args(opened.family, opened.config, layout))
     described = bf16_config(opened.config)
     noted = {**described, NAME: name} if name else described
-    others = companions_of(opened.others)
+    others = opened.companions
     kept = others.under(classic_files.HF_NOTE)
     plan = Plan(
         sizes=output.sizes(),
@@ -190,8 +190,9 @@ def export_plan(checkpoint: Path, shard_bytes: int, given: Given = NOTHING) -> t
 
     pieces = [*map(piece, source.units())]
     identity = ["export", given.identity, identity_of_files(source.reader.files())]
-    plan = _hf_plan(layout, pieces, source.config, source.others, identity, given.reads(checkpoint))
-    said = [] if source.others else ["there is no tokenizer beside these weights, so the output has none"]
+    others = source.companions
+    plan = _hf_plan(layout, pieces, source.config, others, identity, given.reads(checkpoint))
+    said = [] if others.has_tokenizer else ["there is no tokenizer beside these weights, so the output has none"]
     return plan, {"files": len(plan.sizes)} | said_of([*source.notes, *said], Companions())
 
 
@@ -231,8 +232,8 @@ def merge_plan(of_heads: Path, base: Path, shard_bytes: int, name: str = "") -> 
     merged = merged_config(config, {**heads_config, "base_model_name_or_path": name or str(base.absolute())})
     digests = {name: hashlib.sha256(data(part)).hexdigest() for name, part in heads.items()}
     identity = ["merge", digests, identity_of_files(reader.files())]
-    plan = _hf_plan(layout, pieces, merged, base, identity, [of_heads, base])
-    return plan, {"files": len(plan.sizes)} | said_of(source.notes, companions_of(base))
+    plan = _hf_plan(layout, pieces, merged, source.companions, identity, [of_heads, base])
+    return plan, {"files": len(plan.sizes)} | said_of(source.notes, source.companions)
 
 
 def _copy_piece(reader: huggingface.Reader, layout: huggingface.Layout, source: Ref, target: Ref) -> Piece:
@@ -249,12 +250,11 @@ def _hf_plan(
     layout: huggingface.Layout,
     pieces: list[Piece],
     config: Mapping[str, Any],
-    others: Path | None,
+    kept: Companions,
     identity: list[Any],
     reads: Sequence[Path],
 ) -> Plan:
     headers = [Piece(0, lambda: [(file, 0, header) for file, header in layout.headers.items()])]
-    kept = companions_of(others)
     config = {**config, "torch_dtype": _main_dtype(layout.tensors.values())}
     small = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **kept.small}
     if (index := layout.index()) is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slipway.checkpoint.companions import MODELOPT_FILE
 from slipway.errors import DataError
 from slipway.families.rules import FLOATS
 from slipway.tensors.refs import TensorInfo
@@ -22,7 +23,6 @@ from slipway.untrusted import read_object
 
 # Where config.json has it; compressed-tensors first called it compression_config. ModelOpt has a file of its own.
 IN_CONFIG = ("quantization_config", "compression_config")
-MODELOPT_FILE = "hf_quant_config.json"
 SUPPORTED = "FP8, MXFP8, MXFP4, NVFP4 and NF4 of bitsandbytes"
 BLOCK = (128, 128)  # DeepSeek's, where nothing else is said
 READ_METHODS = (None, "fp8", "fbgemm_fp8", "mxfp4", "mxfp8")

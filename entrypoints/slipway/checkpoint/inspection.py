@@ -20,6 +20,7 @@ from slipway.checkpoint import (
     huggingface,
     lora,
     nemo_context,
+    peft,
     surplus,
     torch_dist,
 )
@@ -42,6 +43,7 @@ from slipway.families import by_model_type, read_config, understood
 from slipway.families.checks import check_stored
 from slipway.families.decoder import has_mtp, is_tied, without_mtp
 from slipway.tensors.refs import TensorInfo, stored_bytes
+from slipway.untrusted import harmless, read_object
 
 BASE = "llm."  # before the names of the base model in a model merged with heads
 MERGED_TYPE = "autodeco"
@@ -84,6 +86,8 @@ def contents_of(path: Path, given: Given = NOTHING) -> Contents:
         return _of_torch_dist(path, given)
     if (path / HEADS_FILE).is_file():
         return _of_heads(path)
+    if (path / peft.CONFIG).is_file() and not (path / "config.json").is_file():
+        return _of_adapter(path)
     if huggingface.weight_files(path) or any(path.glob("*.safetensors")):
         return _of_huggingface(path)
     if (path / "config.json").is_file():
@@ -131,6 +135,25 @@ def _of_heads(folder: Path) -> Contents:
         files={HEADS_FILE: file.stat().st_size},
         checked="the heads' names",
         problems=problems | _compare(found.keys(), HEADS),
+    )
+
+
+def _of_adapter(folder: Path) -> Contents:
+    """An adapter of `peft`: two matrices for each module; which ones the base needs it does not say."""
+    about = read_object(folder / peft.CONFIG)
+    stored, problems = _stored_in(folder, [])
+    found = {name: place.info for name, place in stored.items()}
+    halves = {name: name.replace("lora_A", "lora_B") for name in found if "lora_A" in name}
+    lonely = [other for other in halves.values() if other not in found]
+    return Contents(
+        path=str(folder),
+        format=f"adapter of peft ({about.get('peft_type') or 'of an unknown kind'})",
+        model=harmless(str(about.get("base_model_name_or_path") or ""), 200),
+        parameters=_parameters(found.values()),
+        dtypes=_dtypes(found.values()),
+        files={file.name: file.stat().st_size for file in sorted({place.file for place in stored.values()})},
+        checked="its own pairs of matrices",
+        problems=problems | ({"missing tensors": lonely} if lonely else {}),
     )
 
 

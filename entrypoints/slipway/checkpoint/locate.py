@@ -22,6 +22,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from slipway.checkpoint.companions import SUBFOLDERS
 from slipway.checkpoint.stream import existing_folder, write_errors
 from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError
 from slipway.report import LOG_INTERVAL_SECONDS
@@ -33,9 +34,11 @@ RUNS_CHECKPOINTS = "checkpoints"  # in the folder of a run
 # written.
 COMPLETE = ".complete"
 TOKENIZER = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
-MODEL = ["*.safetensors", "*.py", *TOKENIZER]
-OLD = ["pytorch_model*.bin", *TOKENIZER]  # where there are no safetensors
-SUBFOLDERS = "*/*"  # the same weights in other formats
+OTHERS = ["*.py", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", *TOKENIZER]
+MODEL = ["*.safetensors", *OTHERS]
+OLD = ["pytorch_model*.bin", *OTHERS]  # where there are no safetensors
+# The same weights in other formats: what is in folders that begin otherwise than SUBFOLDERS.
+IN_FOLDERS = [f"[!{''.join(name[0] for name in SUBFOLDERS)}]*/*", *(f"{name[0]}[!{name[1]}]*/*" for name in SUBFOLDERS)]
 ATTEMPTS = 5
 # What the hub's client raises where an answer is none of the hub's.
 OF_ODD_ANSWERS = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
@@ -70,7 +73,7 @@ def folder(path: str) -> Path:
 
 def configuration(path: str) -> Path:
     """The folder with a model's config.json and tokenizer, or of a config.json; from the hub, without the weights."""
-    found = locate(path, files=["config.json", "generation_config.json", *TOKENIZER])
+    found = locate(path, files=OTHERS)
     return found.parent if found.name == "config.json" and found.is_file() else existing_folder(str(found))
 
 
@@ -151,7 +154,7 @@ def _fetch(repository: str, revision: str, files: list[str]) -> Path:
                         repository,
                         revision=revision,
                         allow_patterns=files,
-                        ignore_patterns=[SUBFOLDERS],
+                        ignore_patterns=IN_FOLDERS,
                         **_progress(),
                     )
                 )

@@ -13,6 +13,7 @@ import numpy as np
 from slipway import families
 from slipway.checkpoint import classic_files, classic_reader, huggingface, lora, nemo_context, surplus, torch_dist
 from slipway.checkpoint.classic_lora import AdapterReader
+from slipway.checkpoint.companions import TOKENIZER, Companions, companions_of
 from slipway.checkpoint.described import Model, model_of
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.source import NAME, source_of
@@ -72,6 +73,7 @@ class Opened:
         notes: what a person should know of how it was read.
         megatron: the reader has megatron-core's tensors, else Hugging Face's.
         others: the folder with the tokenizer and what else goes along; None = there is none.
+        lent: it is the folder of the config.json that the user gave, in which anything may lie.
     """
 
     config: Config
@@ -81,6 +83,7 @@ class Opened:
     notes: tuple[str, ...] = ()
     megatron: bool = False
     others: Path | None = None
+    lent: bool = False
 
     def hf_parts(self, cell: rules.Cell) -> tuple[Bits, ...]:
         """The Hugging Face parts of a cell, in the dtypes of the family's rules."""
@@ -93,6 +96,12 @@ class Opened:
         if self.megatron:
             return self._read(cell.megatron, self.model.megatron)
         return self._read(cell.hf, {}, cell.op.to_megatron, cell.megatron, self.model.megatron)
+
+    @property
+    def companions(self) -> Companions:
+        """What goes along; DataError for a tokenizer_config.json that is not JSON."""
+        found = companions_of(self.others)
+        return found.of_a_model() if self.lent else found
 
     def units(self) -> list[list[rules.Cell]]:
         """The cells that are best worked on together: those of a matrix that is read as a whole."""
@@ -301,9 +310,9 @@ def _of_classic(found: classic_files.Found, given: Given) -> Opened:
     """The model in a checkpoint, without adapters."""
     reader = classic_reader.Reader(found.ranks, found.layout)
     opened = of_megatron(reader, found.said, str(reader.folder))
-    note = reader.folder.parent / classic_files.HF_NOTE
-    others = given.config.parent if given.config else note if note.is_dir() else None
-    return replace(opened, notes=(*opened.notes, *found.notes), others=others)
+    return _with_others(
+        replace(opened, notes=(*opened.notes, *found.notes)), [reader.folder.parent / classic_files.HF_NOTE], given
+    )
 
 
 def classic_adapters(found: classic_files.Found, given: Given) -> tuple[Opened, lora.Adapters]:
@@ -333,8 +342,9 @@ def open_nemo(checkpoint: Path, given: Given = NOTHING) -> Opened:
     if (weights := weights_of(reader)) and all("adapter." in key for key in weights):
         raise DataError(f"{checkpoint} holds only trained heads; use `slipway extract-heads`")
     said = model_of(reader.folder, weights, given.config)
-    others = others_of(reader.folder, given.config)
-    return replace(of_megatron(reader, said, str(reader.folder)), others=others)
+    context = context_folder(reader.folder)
+    own = [context / nemo_context.HF_FILES, context / nemo_context.TOKENIZER, reader.folder / "tokenizer"]  # Bridge's
+    return _with_others(of_megatron(reader, said, str(reader.folder)), own, given)
 
 
 def of_megatron(reader: Any, said: Model, where: str) -> Opened:
@@ -389,12 +399,17 @@ def adapters_in(checkpoint: Path, given: Given) -> tuple[rules.Rules, lora.Adapt
     return opened.model, adapters, name
 
 
-def others_of(weights: Path, config: Path | None) -> Path | None:
-    """The folder with the tokenizer and what else goes along with a model."""
-    places = [config.parent] if config else []
-    places += [context_folder(weights) / name for name in (nemo_context.HF_FILES, nemo_context.TOKENIZER)]
-    places += [weights / "tokenizer"]  # of Megatron-Bridge
-    return next((place for place in places if any(place.glob("token*"))), None)
+def _with_others(opened: Opened, own: list[Path], given: Given) -> Opened:
+    """With the folder of what goes along: the first one with a tokenizer, else the first one with anything.
+
+    Args:
+        own: where a checkpoint of this kind may have it. The folder of the user's config.json goes before these.
+    """
+    lent = given.config.parent if given.config else None
+    places = [place for place in [*([lent] if lent else []), *own] if place.is_dir()]
+    with_one = [place for place in places if any(file.name.startswith(TOKENIZER) for file in place.iterdir())]
+    found = next(iter([*with_one, *(place for place in places if place != lent), *places]), None)
+    return replace(opened, others=found, lent=found == lent)
 
 
 def context_folder(weights: Path) -> Path:

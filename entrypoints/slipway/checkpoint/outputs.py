@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import archive, nemo_context, torch_dist
-from slipway.checkpoint.companions import Companions, companions_of
+from slipway.checkpoint.companions import Companions
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
 from slipway.checkpoint.opened import Opened
 from slipway.checkpoint.source import NAME
@@ -74,9 +74,9 @@ def context_of(opened: Opened, name: str) -> tuple[dict[str, bytes], dict[str, P
     """
     described = bf16_config(opened.config)
     noted = {**described, NAME: name} if name else described
-    others = companions_of(opened.others)
+    others = opened.companions
     tokenizer = others.of_tokenizer().under(f"context/{nemo_context.TOKENIZER}")
-    has_one = bool(tokenizer.small or tokenizer.copies)
+    has_one = others.has_tokenizer
     context = nemo_context.context_files(*opened.family.nemo_model(opened.config), noted, tokenizer=has_one)
     kept = others.under(f"context/{nemo_context.HF_FILES}")
     small = {

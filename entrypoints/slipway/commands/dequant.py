@@ -20,8 +20,8 @@ def dequant(
 ) -> Summary | Forecast:
     """Write the BF16 form of a quantised (FP8, MXFP8, MXFP4 or NVFP4) Hugging Face model.
 
-    Every other file of the model is kept; config.json loses its quantization_config. If the command is interrupted,
-    run it again: it continues.
+    Every other file of the model is kept, of one from the hub tokenizer, templates, code, licence and README.
+    config.json loses its quantization_config. If the command is interrupted, run it again: it continues.
 
     Args:
         src: folder of the model, or hf://org/name[@revision].

@@ -39,7 +39,7 @@ def export(
         adapter: write the low-rank adapters alone, in the form of `peft`.
         base: NeMo checkpoint of the adapters' base, if it has moved since the training.
         config: config.json of the model, a file, its folder or hf://org/name, for a checkpoint that does not say which
-            model it is.
+            model it is. Tokenizer, templates, generation config and licence beside it go along.
         lora_alpha: alpha of low-rank adapters, for a checkpoint that does not say it; else it is compared.
         lora_r: rank of low-rank adapters; it is compared with what is stored.
         shard_size: largest safetensors file.

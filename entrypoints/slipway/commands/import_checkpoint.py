@@ -43,7 +43,7 @@ def import_checkpoint(
         dst: checkpoint to write, a folder or nemo://name.
         format: what to write: NeMo 2's checkpoint, Megatron-Bridge's, or Megatron's classic layout.
         config: config.json of the model, a file, its folder or hf://org/name, for a checkpoint that does not say which
-            model it is.
+            model it is. Tokenizer, templates, generation config and licence beside it go along.
         adapter: folder of a LoRA or DoRA adapter of `peft` for this model, or hf://org/name[@revision].
         mtp: keep the layers for multi-token prediction (DeepSeek V3 has one); without this flag they are left out.
         memory: memory for the tensors in work.
