@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import finished
+from slipway.checkpoint.working import alone
 from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress
 from slipway.tokens.encoder import MAPPED, Encoder, Settings
@@ -40,7 +42,8 @@ def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[
         seq_length: of the training.
 
     Errors: UsageError for arguments, DataError for input that cannot be used, WriteError for a target that cannot be
-    written, PreflightError where a process was killed. After the last two the same call continues.
+    written, PreflightError where a process was killed, or another command works on the target. After the last two the
+    same call continues.
     """
     wanted.check()
     held_out = target.with_name(f"{target.stem}.eval{target.suffix}") if wanted.eval_split else None
@@ -53,17 +56,30 @@ def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[
     if before is not None:
         finished.check_same(before, identity, target)
         return target.stat().st_size, {**before["about"], "notes": [ALREADY]}
-    encoder = Encoder(settings)
-    preview(folder, inputs, encoder, wanted.show)
-    workers = _processes(wanted.workers, inputs.sources)
-    try:
-        with Output(target, held_out, identity) as output:
-            _fill(output, inputs.sources, encoder, workers)
-            _check_counts(data, output.counts, settings)
-            counts = _said(output.counts)
-            return output.finish(encoder.dtype, counts), counts
-    except OSError as error:
-        raise WriteError(f"cannot write {target}: {error.strerror}; free some space or choose another OUT") from None
+    with _alone(target, held_out):
+        _check_targets(target, held_out, may_exist=wanted.overwrite)  # another command may have ended since
+        encoder = Encoder(settings)
+        preview(folder, inputs, encoder, wanted.show)
+        workers = _processes(wanted.workers, inputs.sources)
+        try:
+            with Output(target, held_out, identity) as output:
+                _fill(output, inputs.sources, encoder, workers)
+                _check_counts(data, output.counts, settings)
+                counts = _said(output.counts)
+                return output.finish(encoder.dtype, counts), counts
+        except OSError as error:
+            raise WriteError(
+                f"cannot write {target}: {error.strerror}; free some space or choose another OUT"
+            ) from None
+
+
+@contextmanager
+def _alone(target: Path, held_out: Path | None) -> Iterator[None]:
+    """No other command works on one of these files: what is held out here may be OUT there."""
+    with ExitStack() as locks:
+        for path in filter(None, (target, held_out)):
+            locks.enter_context(alone(Output.partial(path)))
+        yield
 
 
 def _settings(wanted: Wanted, seq_length: int, target: Path, inputs: Inputs) -> Settings:
