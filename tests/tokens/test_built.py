@@ -147,7 +147,9 @@ def test_lines_of_a_template_are_as_transformers_has_them():
 
 
 def test_the_day_is_that_of_the_settings():
-    assert "06.05.2026" in "".join(text for text, _ in texts("{{ strftime_now('%d.%m.%Y') }} a<e>", USER, SAYS)[0])
+    assert "06.05.2026" in "".join(
+        text for text, _ in texts("{{ strftime_now('%d.%m.%Y') }} {{ messages[-1].content }}<e>", USER, SAYS)[0]
+    )
 
 
 @pytest.mark.parametrize("source, said", [
@@ -194,4 +196,4 @@ def test_limits_of_the_process_are_as_they_were():
 
 def test_a_chat_without_turns_to_learn_gives_nothing():
     found = template("{{ messages }}").render(Chat([USER], [False], [], {}), last=False)
-    assert (found.samples, found.apart, found.calls_as_text, found.without_tools) == ([], 0, 0, 0)
+    assert not found.samples and not any(found.counts.values())

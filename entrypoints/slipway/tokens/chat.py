@@ -16,16 +16,18 @@ import re
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from itertools import product
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slipway.tokens.messages import ASSISTANT, Chat, Malformed, Message
+from slipway.tokens.signs import CALL, THOUGHT, WORDS, Signs
 
 Segments = list[tuple[str, bool]]  # (text, it is learned)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -34,22 +36,42 @@ LONGEST_TEXT, LARGEST_NUMBER = 1 << 24, 1 << 40
 ABSENT = "\ufdd2"  # a character that no text has
 
 
+APART = "turns_apart"  # turns that needed a sample of their own
+# What a template leaves out of a chat, or cannot write as it writes what others have; the worst comes first. Of two
+# ways to give it a chat the one is taken that loses less.
+ANSWERS, CALLS, AS_TEXT = "answers", "calls", "calls_as_text"  # the first two are never lost: such a chat is refused
+IN_PART, WORDS_LOST, MESSAGES_LOST = "calls_written_in_part", "words_beside_calls_left_out", "messages_left_out"
+LOSSES = (ANSWERS, CALLS, AS_TEXT, IN_PART, WORDS_LOST, MESSAGES_LOST)
+REASONING_LOST, TOOLS_LOST = "reasoning_left_out", "tools_left_out"
+
+
 @dataclass
 class Rendered:
-    """The samples of a chat, and what the template did to it.
-
-    Args:
-        apart: turns that needed a sample of their own.
-        without_reasoning: turns whose reasoning the template leaves out.
-        calls_as_text: turns whose calls of tools the template does not know; the calls are written as JSON.
-        without_tools: 1 if the template does not say which tools there are.
-    """
+    """The samples of a chat, and what the template did to it: turns, by one of the names above."""
 
     samples: list[Segments]
-    apart: int = 0
-    without_reasoning: int = 0
-    calls_as_text: int = 0
-    without_tools: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Way(NamedTuple):
+    """How a chat is given to a template.
+
+    Args:
+        alone: calls without the words beside them.
+        empty: the content of a call without words: "" or None; KEPT: as the data has it.
+        as_texts: the arguments of calls as the text of an object.
+        in_parts: content as a list of parts.
+        as_json: calls as JSON in the content.
+    """
+
+    alone: bool
+    empty: str | None
+    as_texts: bool
+    in_parts: bool
+    as_json: bool
+
+
+KEPT = "kept"
 
 
 class Template:
@@ -89,11 +111,11 @@ class Template:
             return Rendered([])
         kept = Chat(chat.messages[: turns[-1] + 1], chat.learned, chat.tools, chat.arguments)
         with bounded():
-            kept, whole = self._accepted(kept)
+            kept, whole, lost = self._accepted(kept, turns)
             marks = self._marks
             found = Rendered([self._marked(kept, whole, turns)]) if marks else self._by_prefixes(kept, whole, turns)
-        found.calls_as_text = 0 if self._knows_calls else sum("tool_calls" in message for message in kept.messages)
-        found.without_tools = bool(chat.tools) and not self._knows_tools
+        found.counts.update(lost)
+        found.counts[TOOLS_LOST] += bool(chat.tools) and not self._knows_tools
         return found
 
     # ------------------------------------------------------------------------ rendering
@@ -107,41 +129,72 @@ class Template:
             raise Malformed(f"the chat template writes more than {LONGEST_TEXT:,} characters for one chat")
         return text
 
-    def _accepted(self, chat: Chat) -> tuple[Chat, str]:
-        """The chat in a form that the template takes, and its text.
+    def _accepted(self, chat: Chat, turns: list[int]) -> tuple[Chat, str, Counter[str]]:
+        """The chat in a form that the template takes, its text, and what it loses.
 
-        A call of a tool without words has null for content only where the template asks for it: others would write the
-        word None. Most templates want the arguments of a call as an object, some as the text of one, and those of
-        models that see want content in parts: they leave out what is not.
+        Most templates want the arguments of a call as an object, some as the text of one. Some write calls only where
+        there are no words, and some of these only where the content is null. Those of models that see want content in
+        parts. They leave out what is not as they want it, so the way is taken that loses least.
         """
-        said, nulls = "", (True, False) if self._wants_null else (False,)
-        for null, as_texts, in_parts in product(nulls, (False, True), (False, True)):
-            messages = [self._suited(message, null, as_texts, in_parts) for message in chat.messages]
-            suited = Chat(messages, chat.learned, chat.tools, chat.arguments)
-            try:
-                text = self._render(suited, len(messages))
-            except (Malformed, MemoryError):
-                raise
-            except Exception as error:  # of any other kind: the template is a stranger's
-                said = said or " ".join(str(error).split()) or type(error).__name__
-                continue
-            if _words(chat.messages[-1]) in text:
-                return suited, text
-            said = said or "it leaves out what the assistant says"
-        raise Malformed(f"the chat template refuses this chat: {said}")
+        signs, tried, said = Signs.of(chat), list[list[Message]](), ""
+        found: list[tuple[list[int], Chat, str, Counter[str]]] = []
+        for ways in self._ways(chat):
+            for way in ways:
+                suited = _suited(chat, way)
+                if suited.messages in tried:
+                    continue
+                tried.append(suited.messages)
+                try:
+                    text = self._render(suited, len(suited.messages))
+                    lost = self._losses(_suited(signs.chat, way), signs, turns)
+                except (Malformed, MemoryError):
+                    raise
+                except Exception as error:  # of any other kind: the template is a stranger's
+                    said = said or " ".join(str(error).split()) or type(error).__name__
+                    continue
+                lost[AS_TEXT] += sum("tool_calls" in message for message in chat.messages) if way.as_json else 0
+                found.append(([lost[name] for name in LOSSES], suited, text, lost))
+                if not any(found[-1][0]):
+                    return suited, text, lost
+            if any(not lost[ANSWERS] and not lost[CALLS] for _, _, _, lost in found):
+                break
+        if not found:
+            raise Malformed(f"the chat template refuses this chat: {said}")
+        _, suited, text, lost = min(found, key=lambda each: each[0])
+        if lost[ANSWERS] or lost[CALLS]:
+            raise Malformed("the chat template refuses this chat: it leaves out what the assistant says")
+        return suited, text, lost
 
-    def _suited(self, message: Message, null: bool, as_texts: bool, in_parts: bool) -> Message:
-        """A message as the template can write it.
+    def _ways(self, chat: Chat) -> Iterator[Iterator[Way]]:
+        """The ways to give the chat to the template; the later groups are for chats whose calls are lost otherwise."""
+        calls = any("tool_calls" in message for message in chat.messages)
+        # Null only where the template asks for it: others would write the word None.
+        empties = (KEPT, "", None) if self._wants_null else ("",)
+        texts = (False, True) if calls else (False,)
+        if self._knows_calls or not calls:
+            yield (Way(False, *each, False) for each in product(empties, texts, (False, True)))
+            if calls:
+                yield (Way(True, *each, False) for each in product(empties, texts, (False, True)))
+        if calls:
+            yield (Way(False, "", False, in_parts, True) for in_parts in (False, True))
 
-        A template that knows no calls gets them as JSON: it would leave them out, and teach silence.
+    def _losses(self, chat: Chat, signs: Signs, turns: list[int]) -> Counter[str]:
+        """What the template leaves out of a chat with signs.
+
+        Of an earlier message it is enough that the template has written it when it was the last.
         """
-        content, calls = message["content"], message.get("tool_calls")
-        if calls and not self._knows_calls:
-            functions = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
-            content = "\n".join([*filter(None, [content]), *functions])
-        content = content if null and content is None else content or ""
-        message = {**message, "content": [{"type": "text", "text": content}] if in_parts and content else content}
-        return message | {"tool_calls": list(map(_with_text, calls))} if calls and as_texts else message
+        whole, texts = self._render(chat, len(chat.messages)), dict[int, str]()
+        parts: dict[tuple[int, str], list[bool]] = {}  # of a message → of each of its signs, whether it is written
+        for number, part, sign in signs.every:
+            written = sign in whole
+            if not written and not self._marks:
+                if number not in texts:
+                    cue = chat.messages[number]["role"] != ASSISTANT
+                    texts[number] = self._tried(chat, number + 1, cue) or ""
+                written = sign in texts[number]
+            parts.setdefault((number, part), []).append(written)
+        lost = ((number, _loss(chat.messages[number], part, found)) for (number, part), found in parts.items())
+        return Counter(_said(name, number in turns) for number, name in lost if name)
 
     # ------------------------------------------------------------------------ what is learned
 
@@ -161,23 +214,23 @@ class Template:
         return segments
 
     def _by_prefixes(self, chat: Chat, whole: str, turns: list[int]) -> Rendered:
-        found, text, spans = Rendered([]), "", list[tuple[int, int]]()
+        samples, counts = list[Segments](), Counter[str]()
+        text, spans = "", list[tuple[int, int]]()
         for turn in turns:
             after = whole if turn == turns[-1] else self._render(chat, turn + 1)
             context, answer = self._turn(chat, turn, after)
-            found.without_reasoning += _lost(chat.messages[turn], answer)
             if spans and not context.startswith(text):
                 end = self._shared(text, spans[-1], context)
                 if end is None:
-                    found.samples.append(_segments(text, spans))
-                    found.apart, spans = found.apart + 1, []
+                    samples.append(_segments(text, spans))
+                    counts[APART], spans = counts[APART] + 1, []
                 else:
                     spans[-1] = (spans[-1][0], end)
             text = context + answer
             # White space after the token that ends the turn is the template's: the model has stopped by then.
             ending = self._end.search(answer)
             spans.append((len(context), len(context) + (ending.end(1) if ending else len(answer))))
-        return Rendered([*found.samples, _segments(text, spans)], found.apart, found.without_reasoning)
+        return Rendered([*samples, _segments(text, spans)], counts)
 
     def _shared(self, text: str, span: tuple[int, int], context: str) -> int | None:
         """Where the learned part of a turn ends if a context ends it with another token; None: the turn is changed."""
@@ -306,6 +359,27 @@ def _segments(text: str, spans: list[tuple[int, int]]) -> Segments:
     return segments
 
 
+def _suited(chat: Chat, way: Way) -> Chat:
+    """A chat as a template takes it."""
+    return Chat([_message(message, way) for message in chat.messages], chat.learned, chat.tools, chat.arguments)
+
+
+def _message(message: Message, way: Way) -> Message:
+    content, calls = message["content"], message.get("tool_calls")
+    if calls and way.alone:
+        content = None
+    if calls and way.as_json:
+        functions = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+        content = "\n".join([*filter(None, [content]), *functions])
+    if content is None or (content == "" and calls):
+        content = content if way.empty == KEPT else way.empty
+    if way.in_parts and content is not None:
+        message = {**message, "content": [{"type": "text", "text": content}]}
+    else:
+        message = {**message, "content": content}
+    return message | {"tool_calls": list(map(_with_text, calls))} if calls and way.as_texts else message
+
+
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     """A call with its arguments as the text of a JSON object."""
     function = call["function"]
@@ -314,15 +388,19 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _words(message: Message) -> str:
-    """What a message says, without its reasoning, which templates may leave out, and without white space around it."""
-    return (message["content"] or "").rpartition("</think>")[2].strip()
+def _loss(message: Message, part: str, written: list[bool]) -> str:
+    """The name of what is lost of a part of a message, "" if nothing is."""
+    if all(written):
+        return ""
+    if part == CALL and any(written):
+        return IN_PART
+    if part == WORDS and message.get("tool_calls"):
+        return WORDS_LOST
+    return {CALL: CALLS, WORDS: ANSWERS, THOUGHT: REASONING_LOST}[part]
 
 
-def _lost(message: Message, answer: str) -> bool:
-    """The turn has reasoning that the template did not write."""
-    reasoning = message.get("reasoning_content") or ""
-    content = message["content"] if isinstance(message["content"], str) else ""
-    if not reasoning and "</think>" in content:
-        reasoning = content.partition("</think>")[0].partition("<think>")[2]
-    return bool(reasoning.strip()) and reasoning.strip() not in answer
+def _said(loss: str, learned: bool) -> str:
+    """The name of a loss, in a message that is learned or in another one."""
+    if learned or loss in (IN_PART, WORDS_LOST):
+        return loss
+    return MESSAGES_LOST if loss in (CALLS, ANSWERS) else ""

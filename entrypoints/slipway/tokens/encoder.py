@@ -172,10 +172,7 @@ class Encoder:
     def _chat(self, chat: Chat, counts: Counter[str]) -> list[Sample]:
         template = self._template(bool(chat.tools))
         rendered = template.render(chat, self.settings.learn == "last")
-        counts["turns_apart"] += rendered.apart
-        counts["reasoning_left_out"] += rendered.without_reasoning
-        counts["calls_as_text"] += rendered.calls_as_text
-        counts["tools_left_out"] += rendered.without_tools
+        counts.update(rendered.counts)
         return [self._marked(segments) for segments in rendered.samples] or [Sample([], [])]
 
     def _template(self, with_tools: bool) -> Template:
