@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from slipway.checkpoint import finished
 from slipway.errors import DataError, UsageError
 from slipway.options import suggestion
+from slipway.tokens.indexed import index_of
 from slipway.tokens.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Source, bare_name, recognise
-from slipway.untrusted import NotYaml, parse_yaml, read_bytes
+from slipway.untrusted import NotYaml, parse_yaml, read_bytes, read_object
 
 TRAIN = "train"
 # The hub's words for its three splits; NeMo's data root has training.jsonl, validation.jsonl and test.jsonl.
@@ -30,6 +32,7 @@ ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.
 CARD = "README.md"
 HEAD = re.compile(r"---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|$)", re.DOTALL)  # YAML between two such lines
 LONGEST_HEAD = 1 << 20  # characters; cards with hundreds of configurations have a tenth
+MADE = "made by Slipway"  # why a file is left
 SHOWN = 6  # names in a message
 
 
@@ -40,6 +43,11 @@ class Inputs:
     sources: list[Source]
     left: dict[str, str]
 
+    def all_files(self, data: Path) -> set[Path]:
+        """The files of DATA, resolved, without outputs of Slipway."""
+        names = [name for name, why in self.left.items() if why != MADE]
+        return {path.resolve() for path in (*(source.path for source in self.sources), *map(data.joinpath, names))}
+
     def describe(self, data: Path) -> str:
         """One line on what is read, and one on what is left."""
         names = [source.path.name if data == source.path else _inside(data, source.path) for source in self.sources]
@@ -49,25 +57,30 @@ class Inputs:
         return f"{said}; left: {_few(left)}" if left else said
 
 
-def inputs_of(data: Path, split: str | None) -> Inputs:
-    """What DATA is made of; UsageError or DataError where there is nothing to read."""
+def inputs_of(data: Path, split: str | None, targets: Iterable[Path] = ()) -> Inputs:
+    """What DATA is made of; UsageError or DataError where there is nothing to read.
+
+    Args:
+        targets: the files that the command writes, which may be in DATA.
+    """
     if not data.exists():
         raise UsageError(f"DATA {data} does not exist; give a file, a folder or hf://datasets/ORG/NAME")
     if data.is_file():
         if split:
             raise UsageError(f"--split {split} is for a folder, and DATA {data} is a file; leave it out")
         return Inputs([recognise(data)], {})
-    files, left = _sorted_out(data)
+    files, left = _sorted_out(data, {path.resolve() for path in targets})
     return Inputs([recognise(data / name) for name in _of_split(data, files, split, left)], left)
 
 
-def _sorted_out(data: Path) -> tuple[list[str], dict[str, str]]:
+def _sorted_out(data: Path, targets: set[Path]) -> tuple[list[str], dict[str, str]]:
     """(files with a name of ours, what is left and why); hidden files and folders are not spoken of."""
     every = sorted(_inside(data, file) for file in data.rglob("*") if file.is_file())
     every = [name for name in every if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
     files = [name for name in every if bare_name(Path(name)).endswith((*ROW_SUFFIXES, *TEXT_SUFFIXES))]
     left = dict.fromkeys((name for name in every if name not in files), "not of a kind that is read")
     left |= dict.fromkeys((name for name in files if PurePosixPath(name).name in ABOUT), "about the data")
+    left |= dict.fromkeys(_made(data, targets), MADE)
     rows = [name for name in files if is_rows(name) and name not in left]
     if rows and any(name.lower().startswith("readme") for name in every):
         # A data set with its card: what is written about the data is not learned.
@@ -79,6 +92,30 @@ def _sorted_out(data: Path) -> tuple[list[str], dict[str, str]]:
             f"{data} has no file that is read: {known}, or one of them packed; give a folder with such files"
         )
     return files, left
+
+
+def _made(data: Path, targets: set[Path]) -> Iterator[str]:
+    """Outputs of `preprocess` in a folder, by their notes (finished.py): they would be learned as if they were data.
+
+    What was changed since is another's. Of a target the note alone tells: it is half replaced if a run was killed.
+    """
+    for note in data.rglob(f".*{finished.NOTE}"):
+        try:
+            states = read_object(note)["files"].items()
+        except (DataError, LookupError, AttributeError):
+            continue
+        for name, state in states:
+            file = note.with_name(Path(name).name)
+            if file.is_file() and (file.resolve() in targets or [*_state(file)] == state):
+                yield _inside(data, file)
+                if file.suffix == ".bin":
+                    yield _inside(data, index_of(file))
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Bytes and time of the last change, as in a note."""
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _of_split(data: Path, files: list[str], split: str | None, left: dict[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress
 from slipway.tokens.encoder import MAPPED, Encoder, Settings
 from slipway.tokens.folders import Inputs, inputs_of
-from slipway.tokens.hub import located
+from slipway.tokens.hub import DATASETS, located
 from slipway.tokens.indexed import index_of
 from slipway.tokens.inputs import PIECE_BYTES, pieces
 from slipway.tokens.outputs import Output
@@ -47,17 +47,21 @@ def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[
     """
     wanted.check()
     held_out = target.with_name(f"{target.stem}.eval{target.suffix}") if wanted.eval_split else None
+    written = _written(target, held_out)
     before = None if wanted.overwrite else finished.noted(target)
-    _check_targets(target, held_out, may_exist=wanted.overwrite or before is not None)
+    if data.startswith(DATASETS):  # before anything is downloaded
+        _check_targets(target, written, may_exist=wanted.overwrite or before is not None)
     folder, split = located(data)
-    inputs = inputs_of(folder, wanted.split or split)
+    inputs = inputs_of(folder, wanted.split or split, (target, *filter(None, [held_out])))
+    _check_sources(written, inputs.all_files(folder))
+    _check_targets(target, written, may_exist=wanted.overwrite or before is not None)
     settings = _settings(wanted, seq_length, target, inputs)
     identity = _identity(inputs.sources, settings)
     if before is not None:
         finished.check_same(before, identity, target)
         return target.stat().st_size, {**before["about"], "notes": [ALREADY]}
     with _alone(target, held_out):
-        _check_targets(target, held_out, may_exist=wanted.overwrite)  # another command may have ended since
+        _check_targets(target, written, may_exist=wanted.overwrite)  # another command may have ended since
         encoder = Encoder(settings)
         preview(folder, inputs, encoder, wanted.show)
         workers = _processes(wanted.workers, inputs.sources)
@@ -112,11 +116,22 @@ def _fill(output: Output, sources: list[Source], encoder: Encoder, workers: int)
                 _check_lost(output.counts, encoder.settings)
 
 
-def _check_targets(target: Path, held_out: Path | None, may_exist: bool) -> None:
+def _written(target: Path, held_out: Path | None) -> list[Path]:
+    """Every file that is made; UsageError for a target of another kind."""
     if target.suffix not in (".jsonl", ".bin"):
         raise UsageError(f"OUT is {target}; its name must end in .jsonl (samples) or .bin (whole texts, for Megatron)")
-    written = [path for path in (target, held_out) if path]
-    written += [index_of(path) for path in written if path.suffix == ".bin"]
+    files = [path for path in (target, held_out) if path]
+    return files + [index_of(path) for path in files if path.suffix == ".bin"]
+
+
+def _check_sources(written: list[Path], files: set[Path]) -> None:
+    """UsageError where a file that is made would take the place of one of DATA."""
+    for path in written:
+        if path.resolve() in files:
+            raise UsageError(f"{path} is a file of DATA, and this command would replace it; choose another OUT")
+
+
+def _check_targets(target: Path, written: list[Path], may_exist: bool) -> None:
     # With a partial folder beside them, the files besides OUT are from a run of ours that ended between its last steps.
     began = Output.partial(target).exists()
     for path in written:
