@@ -123,11 +123,60 @@ def test_a_name_that_promises_something_else(tmp_path):
     *((f"{word}.jsonl", "train") for word in ("train", "training", "words", "a", "contest", "latest", "devil")),
     ("data/train_sft-00000-of-00003.parquet", "train_sft"), ("data/gold-00000-of-00003-abc.parquet", "gold"),
     ("data/test-00000-of-00001.jsonl.gz", "test"), ("other/gold-00000-of-00003.parquet", "train"),
-    ("data/gold-0-of-3.parquet", "train"), ("test/train.jsonl", "train"), ("test/a.jsonl", "test"),
-    ("x/Test-1/a.b.jsonl", "test"), ("my_val_2.csv", "validation"), ("data/x-00000-of-00001.y.parquet", "train"),
+    ("data/gold-0-of-3.parquet", "train"), ("test/train.jsonl", "test"), ("test/a.jsonl", "test"),
+    ("x/Test-1/a.b.jsonl", "test"), ("my_val_2.csv", "validation"), ("data/x-00000-of-00001.y.parquet", "x"),
 ])  # fmt: skip
 def test_the_split_of_a_file(name, split):
-    assert folders.split_of(name) == split
+    assert folders.splits_of([name], {}) == {split: [name]}
+
+
+def configs(*data_files: object, **beside: object) -> dict:
+    return {"configs": [{"config_name": "default", **({"data_files": [*data_files]} if data_files else {}), **beside}]}
+
+
+# What `datasets` 5.2 reads as split="train" of a folder with these files and this head of the card.
+@pytest.mark.parametrize("files, card, read", [
+    ("a.jsonl raw/b.jsonl", configs({"split": "train", "path": "*.jsonl"}), "a.jsonl"),
+    ("a.jsonl raw/b.jsonl", configs({"split": "train", "path": "**/*.jsonl"}), "a.jsonl raw/b.jsonl"),
+    ("data/a.jsonl data/x/b.jsonl c.jsonl", configs("data/**"), "data/a.jsonl data/x/b.jsonl"),
+    ("data/a.jsonl data/x/b.jsonl", configs("data/*"), "data/a.jsonl"),
+    ("data/a.jsonl data/x/b.jsonl", configs("./data/?.jsonl"), "data/a.jsonl"),
+    ("data/a.jsonl data/b.jsonl", configs("data/[!b]*"), "data/a.jsonl"),
+    ("data/a.jsonl other/b.jsonl", configs(data_dir="data"), "data/a.jsonl"),
+    ("data/train.jsonl data/test.jsonl train.jsonl", configs(data_dir="./data/"), "data/train.jsonl"),
+    ("data/a.jsonl a.jsonl", configs("a.*", data_dir="data"), "data/a.jsonl"),
+    ("a.jsonl __cache__/b.jsonl", configs("**"), "a.jsonl"),
+    ("a.jsonl __cache__/b.jsonl", configs("__cache__/*"), "__cache__/b.jsonl"),
+    ("a.jsonl __cache__/b.jsonl", {}, "a.jsonl"),
+    ("train.jsonl _private/x.jsonl", {}, "train.jsonl"),
+    ("train/a.jsonl test/a.jsonl valid/a.jsonl", {}, "train/a.jsonl"),
+    ("train_test.jsonl b.jsonl", {}, "train_test.jsonl"),
+    ("a.jsonl raw/b.jsonl", {}, "a.jsonl raw/b.jsonl"),
+    ("data/train-00000-of-00001.csv data/train_sft-00000-of-00001.csv train.csv", {}, "data/train-00000-of-00001.csv"),
+    ("train/test.jsonl train.jsonl", {}, "train/test.jsonl"),
+])  # fmt: skip
+def test_a_folder_is_read_as_the_hub_reads_it(files, card, read):
+    assert folders.splits_of(sorted(files.split()), card)["train"] == read.split()
+
+
+def test_what_the_hub_does_not_take_either():
+    with pytest.raises(DataError, match=r"in the pattern \*\*.jsonl, \*\*.jsonl is not known; write \*\*/\*.jsonl"):
+        folders.splits_of(["a.jsonl"], configs("**.jsonl"))
+    with pytest.raises(DataError, match=r"the data is a/none/\*, b, and no such file is read"):
+        card = configs("none/*", data_dir="a")
+        folders.splits_of(["a/1.jsonl"], {"configs": [*card["configs"], *configs(data_dir="b")["configs"]]})
+
+
+def test_many_stars_take_no_time():
+    assert not folders.matches("/".join("a" * 1000), "/".join(["**", "a"] * 1000) + "/b")
+
+
+def test_files_of_no_split_are_named(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "a.jsonl", "train_test.jsonl"):
+        written(tmp_path, name, ROW)
+    found = folders.inputs_of(tmp_path, None)
+    assert [source.path.name for source in found.sources] == ["train.jsonl", "train_test.jsonl"]
+    assert found.left == {"test.jsonl": "split test", "a.jsonl": "of no split"}
 
 
 def test_the_split_that_is_read():
@@ -151,7 +200,7 @@ CONFIG = {"config_name": "default", "data_files": [{"split": "gold", "path": "a/
      {"x/train": ["a/1.jsonl"], "train": ["b/1.jsonl"]}),
     ([{"config_name": "x", "data_files": "a/*"}, {"config_name": "y", "data_files": "b/*"}],
      {"x/train": ["a/1.jsonl"], "y/train": ["b/1.jsonl"]}),
-    ([{"config_name": "x", "data_files": "none/*"}, 3], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
+    ([{"config_name": "x"}, 3], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
     ([{"config_name": "x", "data_files": {"split": "s"}}], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
     ([], {"train": ["a/1.jsonl", "b/1.jsonl", "c.jsonl", "d.txt"]}),
 ])  # fmt: skip

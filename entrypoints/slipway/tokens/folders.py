@@ -1,7 +1,7 @@
 """Which files of DATA are read: a file, or those of one split of a folder. The rest is left, and said to be left.
 
 A folder is read as the hub of Hugging Face reads one: the splits stand in the head of README.md, else the words train,
-validation and test in a file's path tell which split it belongs to. A file without such a word is of the split train.
+validation and test in the files' paths tell which split they belong to.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 from slipway.checkpoint import finished
@@ -27,8 +28,16 @@ WORDS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-SHARD = re.compile(r"-\d{5}-of-\d{5}(-\w+)?$")  # data/train_sft-00000-of-00003.parquet is of the split train_sft
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside a data set's files
+BETWEEN_WORDS = re.compile(r"[-._ 0-9]")
+SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")  # data/train_sft-00000-of-00003.parquet
+SPECIAL = "__"  # such folders are read only where a pattern names them
+ABOUT = (
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # beside a data set's files
 CARD = "README.md"
 HEAD = re.compile(r"---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|$)", re.DOTALL)  # YAML between two such lines
 LONGEST_HEAD = 1 << 20  # characters; cards with hundreds of configurations have a tenth
@@ -119,11 +128,14 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def _of_split(data: Path, files: list[str], split: str | None, left: dict[str, str]) -> list[str]:
-    """The files of one split; those of others are added to what is left."""
+    """The files of one split; the others are added to what is left."""
     splits = splits_of(files, _card(data))
     wanted = chosen(str(data), splits, split)
-    left |= {name: f"split {other}" for other, names in splits.items() if other != wanted for name in names}
-    return [name for name in splits[wanted] if name not in left]
+    left |= dict.fromkeys(files, "of no split")
+    left |= {name: f"split {other}" for other, names in splits.items() for name in names}
+    for name in splits[wanted]:
+        left.pop(name, None)
+    return splits[wanted]
 
 
 def chosen(data: str, splits: dict[str, list[str]], split: str | None) -> str:
@@ -137,17 +149,16 @@ def chosen(data: str, splits: dict[str, list[str]], split: str | None) -> str:
 
 
 def splits_of(files: Iterable[str], card: dict[str, Any]) -> dict[str, list[str]]:
-    """Split → its files, by the card's words or by theirs.
+    """Split → its files, by the card's words or by theirs. A file may be of several splits, or of none.
 
     Args:
         files: paths in the folder, sorted.
         card: the head of README.md.
+
+    Errors: DataError where the card names files, and none of them is there.
     """
-    splits = _by_card(list(files), card)
-    if not splits:
-        for name in files:
-            splits.setdefault(split_of(name) if is_rows(name) else TRAIN, []).append(name)
-    return splits
+    files = list(files)
+    return _by_card(files, card) or _by_words(files)
 
 
 def is_rows(name: str) -> bool:
@@ -155,14 +166,44 @@ def is_rows(name: str) -> bool:
     return bare_name(Path(name)).endswith(ROW_SUFFIXES)
 
 
-def split_of(name: str) -> str:
-    """The split of a file by its path: the part before the shard's number, else the last word for a split in it."""
-    path = PurePosixPath(name)
-    stem = bare_name(Path(path.name)).rpartition(".")[0]
-    if SHARD.search(stem) and path.parent.name == "data":
-        return SHARD.sub("", stem)
-    words = [word for part in (*path.parent.parts, stem) for word in re.split(r"[\W_\d]+", part.lower())]
-    return next((WORDS[word] for word in reversed(words) if word in WORDS), TRAIN)
+def _by_words(files: Iterable[str]) -> dict[str, list[str]]:
+    """The splits that the paths name: those of shards, else those of folders, else those of the files' own names.
+
+    The first of the three that tells any split counts for all files. Where it names no files of the split train, those
+    without a split are of it; the hub gives nothing then. Texts have no splits.
+    """
+    files = [name for name in files if not _special(name) or not is_rows(name)]
+    found: dict[str, set[str]] = {}
+    for rule in (_split_of_shard, _splits_of_folders, _splits_of_name):
+        found = {name: rule(PurePosixPath(name)) if is_rows(name) else set() for name in files}
+        if any(found.values()):
+            break
+    has_train = any(TRAIN in each for each in found.values())
+    splits: dict[str, list[str]] = {}
+    for name, each in found.items():
+        for split in sorted(each) or ([] if has_train and is_rows(name) else [TRAIN]):
+            splits.setdefault(split, []).append(name)
+    return splits
+
+
+def _split_of_shard(path: PurePosixPath) -> set[str]:
+    match = SHARD.fullmatch(str(path))
+    return {match[1]} if match else set()
+
+
+def _splits_of_folders(path: PurePosixPath) -> set[str]:
+    words = [word for part in path.parent.parts for word in BETWEEN_WORDS.split(part.lower())]
+    return {WORDS[word] for word in words if word in WORDS}
+
+
+def _splits_of_name(path: PurePosixPath) -> set[str]:
+    *words, _ = BETWEEN_WORDS.split(path.name.lower())
+    return {WORDS[word] for word in words if word in WORDS}
+
+
+def _special(path: str) -> int:
+    """How many of its folders are special."""
+    return sum(part.startswith(SPECIAL) for part in PurePosixPath(path).parent.parts)
 
 
 def _by_card(files: list[str], card: dict[str, Any]) -> dict[str, list[str]]:
@@ -171,13 +212,45 @@ def _by_card(files: list[str], card: dict[str, Any]) -> dict[str, list[str]]:
     said = card.get("configs")
     configs = [config for config in said if isinstance(config, dict)] if isinstance(said, list) else []
     default = next((c for c in configs if c.get("default") or c.get("config_name") == "default"), None)
+    asked = list[str]()
     for config in configs:
         is_first = config is (default or (configs[0] if len(configs) == 1 else None))
         before = "" if is_first else f"{_word(config.get('config_name'))}/"
-        for split, patterns in _data_files(config.get("data_files")):
-            if found := [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]:
-                splits.setdefault(before + split, []).extend(found)
+        folder = normpath(_word(config.get("data_dir")) or ".")
+        patterns = [(split, [normpath(f"{folder}/{path}") for path in paths])
+                    for split, paths in _data_files(config.get("data_files"))]  # fmt: skip
+        asked += [pattern for _, paths in patterns for pattern in paths]
+        found = {split: [name for name in files if any(matches(name, path) for path in paths)]
+                 for split, paths in patterns}  # fmt: skip
+        if not patterns and folder != ".":
+            inside = {name.removeprefix(f"{folder}/"): name for name in files if name.startswith(f"{folder}/")}
+            found = {split: [inside[name] for name in names] for split, names in _by_words(inside).items()}
+            asked.append(folder)
+        splits |= {before + split: names for split, names in found.items() if names}
+    if asked and not splits:
+        raise DataError(f"{CARD} says that the data is {_few(asked)}, and no such file is read; correct its data_files")
     return splits
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a path fits a pattern of the hub's: * stays inside of a folder's name, ** is any number of folders.
+
+    Errors: DataError for a ** that is not all between two slashes.
+    """
+    parts, patterns = name.split("/"), pattern.split("/")
+    if odd := next((each for each in patterns if "**" in each and each != "**"), None):
+        raise DataError(f"{CARD}: in the pattern {pattern}, {odd} is not known; write **/{odd.replace('**', '*')}")
+    if _special(name) != _special(pattern):
+        return False
+    ends = {0}  # how many parts of the name those of the pattern so far may take
+    for each in patterns[:-1]:
+        if each == "**":
+            ends = set(range(min(ends), len(parts))) if ends else ends
+        else:
+            ends = {end + 1 for end in ends if end < len(parts) and fnmatch.fnmatchcase(parts[end], each)}
+    if patterns[-1] == "**":
+        return any(end < len(parts) for end in ends)
+    return len(parts) - 1 in ends and fnmatch.fnmatchcase(parts[-1], patterns[-1])
 
 
 def _data_files(entry: Any) -> Iterable[tuple[str, list[str]]]:
