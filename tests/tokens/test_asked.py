@@ -92,7 +92,7 @@ def test_what_is_wrong_is_said_before_anything_is_read(tmp_path):
 
 
 def check_targets(target: Path, held_out: Path | None = None, may_exist: bool = False) -> None:
-    tokenise._check_targets(target, held_out, may_exist)
+    tokenise._check_targets(target, tokenise._written(target, held_out), may_exist)
 
 
 def test_names_of_the_output(tmp_path):

@@ -122,14 +122,16 @@ def _tokens(row: Fields) -> Example:
     try:
         return inputs_of(row)
     except (ValueError, LookupError, TypeError):
-        raise Malformed('"inputs" is not an object with "p_ids" and "r_ids", lists of token ids') from None
+        raise Malformed(
+            '"inputs" is not an object with "p_ids" and "r_ids", lists of token ids (whole numbers from 0 to 2^31 - 1)'
+        ) from None
 
 
 def _prompted(key: str) -> Callable[[Fields], Example]:
     """A prompt and what follows under `key`: texts, or messages as TRL has them."""
 
     def build(row: Fields) -> Example:
-        prompt, reply = parsed_list(row["prompt"]), parsed_list(row[key])
+        prompt, reply = _sides(row["prompt"], row[key])
         if isinstance(prompt, str) and isinstance(reply, str):
             return _asked(prompt, reply, _turns((prompt, reply)), row)
         for name, value in (("prompt", prompt), (key, reply)):
@@ -155,10 +157,21 @@ def _turns(*pairs: tuple[str, str]) -> list[Message]:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
-def parsed_list(value: Any) -> Any:
-    """Messages that csv gives as JSON; any other text stays text."""
-    found = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[{") else value
-    return found if isinstance(found, list) else value
+def _sides(prompt: Any, reply: Any) -> tuple[Any, Any]:
+    """A prompt and its reply; as messages where both are, of which csv gives the text. Else a text stays a text."""
+    lists = _messages_in(prompt), _messages_in(reply)
+    return lists if all(each is not None for each in lists) else (prompt, reply)
+
+
+def _messages_in(value: Any) -> Any:
+    """A list; also the text of one, where all of it are messages: an answer may be JSON of any kind."""
+    if isinstance(value, list):
+        return value
+    found = parsed(value)
+    if not isinstance(found, list) or not found:
+        return None
+    speaks = (isinstance(each, dict) and isinstance(each.get("role", each.get("from")), str) for each in found)
+    return found if all(speaks) else None
 
 
 def _alpaca(row: Fields) -> Example:
@@ -174,10 +187,13 @@ def _alpaca(row: Fields) -> Example:
 def _history(row: Fields) -> list[tuple[str, str]]:
     """Earlier questions and answers."""
     history = parsed(row.get("history") or [])
-    pairs = [tuple(each) for each in history] if isinstance(history, list) else None
-    if pairs is None or not all(len(each) == 2 and all(isinstance(text, str) for text in each) for each in pairs):
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
         raise Malformed('"history" is not a list of pairs of texts')
-    return pairs
+    return [(question, answer) for question, answer in history]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _question(row: Fields) -> Example:

@@ -23,6 +23,7 @@ from slipway.errors import DataError
 from slipway.untrusted import parse_json
 
 Span = tuple[int, int]  # [start, end)
+HIGHEST = 1 << 31  # above every token id: Megatron holds them in 32 bits
 
 
 class Sample(NamedTuple):
@@ -134,7 +135,7 @@ def inputs_of(entry: Any) -> Sample:
     """The sample in the JSON value of a line; ValueError, LookupError or TypeError for anything else."""
     inputs = entry["inputs"]
     prompt, response = inputs["p_ids"], inputs["r_ids"]
-    if not response or not all(type(token) is int and token >= 0 for token in prompt + response):
+    if not response or not all(type(token) is int and 0 <= token < HIGHEST for token in prompt + response):
         raise ValueError
     context = tuple((start, end) for start, end in inputs.get("context", ()))
     edges = [edge for span in context for edge in span]

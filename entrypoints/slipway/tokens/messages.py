@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from decimal import Decimal
 from typing import Any
 
 from slipway.untrusted import NotJson, parse_json
@@ -91,9 +93,35 @@ def parsed(value: Any) -> Any:
     return value
 
 
+def plain(value: Any) -> Any:
+    """A value of a table as JSON has it, days and times as ISO writes them; Malformed where JSON has none for it."""
+    if isinstance(value, dict):
+        return {_name(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, date | datetime | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        number: int | float = int(value) if value == value.to_integral_value() else float(value)
+        if Decimal(str(number)) == value:
+            return number
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise Malformed(
+        f"it holds {type(value).__name__} ({str(value)[:40]}), for which JSON has no place; write it as text"
+    )
+
+
+def _name(key: Any) -> str:
+    """The key of a map, which may be a number, as the name that JSON gives it."""
+    if isinstance(key, bytes):
+        raise Malformed("it holds bytes as a key, for which JSON has no place; write it as text")
+    return str(plain(key))
+
+
 def tools_of(value: Any) -> list[dict[str, Any]]:
     """The tools' schemas; a function without its wrapping gets it, as templates want it."""
-    tools = parsed(value) or []
+    tools = plain(parsed(value)) or []
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
@@ -108,7 +136,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 def arguments_of(value: Any) -> dict[str, Any]:
     """Arguments of the template."""
-    arguments = parsed(value) or {}
+    arguments = plain(parsed(value)) or {}
     if not isinstance(arguments, dict):
         raise Malformed("chat_template_kwargs is not an object")
     return arguments
@@ -159,12 +187,18 @@ def _fill(message: Message, content: Any) -> None:
     """Put the content into a message: text, parts, or what a tool has answered."""
     if content is None or isinstance(content, str):
         message["content"] = content
-    elif isinstance(content, list) and all(isinstance(part, str) or "type" in part for part in content):
+    elif isinstance(content, list) and all(map(_is_part, content)):
         _fill_parts(message, content)
     elif message["role"] == TOOL:
-        message["content"] = json.dumps(content, ensure_ascii=False)
+        message["content"] = json.dumps(plain(content), ensure_ascii=False)
+    elif isinstance(content, list):
+        raise Malformed("its content is a list that holds more than texts and parts with a type; write it as text")
     else:
         raise Malformed(f"its content is {type(content).__name__}, not text")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and "type" in value)
 
 
 def _fill_parts(message: Message, parts: list[Any]) -> None:
@@ -210,7 +244,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Malformed('a call of a tool is not an object with "name" and "arguments"')
-        whole = {"name": function["name"], "arguments": parsed(function.get("arguments", {}))}
+        whole = {"name": function["name"], "arguments": plain(parsed(function.get("arguments", {})))}
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append({"type": "function", **kept, "function": whole})
     return found

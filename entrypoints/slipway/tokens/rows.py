@@ -71,15 +71,29 @@ def _of_table(piece: Piece) -> Iterator[Row]:
 
     number = piece.row
     for batch in arrow.ipc.open_stream(piece.read()):
-        try:
-            values = batch.to_pylist()
-        except (UnicodeDecodeError, ValueError, OverflowError) as error:  # a text that is none, a day of no calendar
-            where, said = f"{piece.file}: row {number} or one after it", " ".join(str(error).split())
-            raise DataError(f"{where}: a value cannot be read ({said}); copy the file again") from None
-        for value in values:
+        for value in _values(piece, batch, number):
             # In a table every object has the keys of all: what one does not have is null.
             yield f"{piece.file}: row {number}", _without_nulls(value)
             number += 1
+
+
+def _values(piece: Piece, batch: Any, first: int) -> list[Any]:
+    """The rows of a batch, with maps as objects; DataError names the row that cannot be read.
+
+    Args:
+        first: number of its first row.
+    """
+    try:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    # A text that is none, a day of no calendar, a map with a key that stands twice.
+    except (UnicodeDecodeError, ValueError, OverflowError, KeyError) as error:
+        if batch.num_rows > 1:
+            parts = (_values(piece, batch.slice(row, 1), first + row) for row in range(batch.num_rows))
+            return [value for part in parts for value in part]
+        where, said = f"{piece.file}: row {first}", " ".join(str(error).split())
+        if "duplicate" in said:  # the library's word
+            raise DataError(f"{where}: a map has the same key twice; leave one of them out") from None
+        raise DataError(f"{where}: a value cannot be read ({said}); copy the file again") from None
 
 
 READERS: dict[str, Callable[[Piece], Iterator[Row]]] = {
