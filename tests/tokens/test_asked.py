@@ -143,9 +143,13 @@ def test_too_little_is_said():
     tokenise._check_counts("d", {"samples": 1}, settings())
     tokenise._check_counts("d", {"samples": 9, "eval_samples": 1}, settings(held_out=0.1))
     for counts, options, said in (
-        ({}, {}, "gives no sample: 0 were too long, 0 had nothing to learn; "),
-        ({"dropped_empty": 4}, {}, "0 were too long, 4 had nothing to learn; "),
-        ({"eval_samples": 2}, {"held_out": 0.9}, "0 had nothing to learn, 2 were held out; "),
+        ({}, {}, "d is empty: there is no row and no text in it; give other data"),
+        ({"dropped_empty": 4}, {}, "d gives no sample: 4 had nothing to learn; give other data"),
+        (
+            {"eval_samples": 2},
+            {"held_out": 0.9},
+            "d gives no sample: 2 were held out; hold out a smaller share by --eval-split",
+        ),
         ({"samples": 3}, {"held_out": 0.1}, "of 3 samples none was held out"),
         ({"samples": 3, "map reply": 0}, {}, "no row has the key 'reply' of --map"),
     ):

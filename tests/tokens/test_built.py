@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from itertools import product
 from typing import Any
 
 import pytest
@@ -70,9 +71,17 @@ def test_the_system_s_words_come_first_and_once():
     found = chat_of([USER, SAYS], {"system": "s"})
     assert found.messages[0] == {"role": "system", "content": "s"} and found.learned == [False, False, True]
     own = {"role": "system", "content": "own"}
-    assert chat_of([own, USER, SAYS], {"system": "s"}).messages[0] == own
-    for nothing in ("", None, 3):
+    assert chat_of([own, USER, SAYS], {"system": "own"}).messages == [own, USER, SAYS]
+    for nothing in ("", None):
         assert len(chat_of([USER, SAYS], {"system": nothing}).messages) == 2
+    for messages in ([own, USER, SAYS], [USER, own, SAYS], [own, USER, {"role": "system", "content": "s"}, SAYS]):
+        with pytest.raises(
+            Malformed, match='"system" stands beside a system message that says something else; keep one'
+        ):
+            chat_of(messages, {"system": "s"})
+    for key, value in product(("system", "mask"), (3, ["a"], {"a": 1})):
+        with pytest.raises(Malformed, match=f'"{key}" is {type(value).__name__}, not text'):
+            chat_of([USER, SAYS], {key: value})
 
 
 @pytest.mark.parametrize("key", ["weight", "train"])

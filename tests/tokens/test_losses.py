@@ -107,6 +107,19 @@ def test_other_messages_that_are_left_out_are_counted(learned):
     assert found == "<|user|>a<|end|><|assistant|>⟦b<|end|>⟧" and counts["messages_left_out"] == 1
 
 
+def test_reasoning_that_a_template_with_marks_leaves_out(learned):
+    """As those of transformers for training have it: the reasoning of the last turn alone is written."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+        "{% if loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    )
+    turns = [("user", "q1", None), ("assistant", "a1", "r1"), ("user", "q2", None), ("assistant", "a2", "r2")]
+    messages = [{"role": role, "content": text, "reasoning_content": thought} for role, text, thought in turns]
+    found, counts = learned(template, messages)
+    assert "<think>r2</think>a2" in found and "r1" not in found and counts["reasoning_left_out"] == 1
+
+
 def test_reasoning_that_stands_in_the_answer_too(learned):
     answer = {"role": "assistant", "content": "It is 4.", "reasoning_content": "4"}
     _, counts = learned(NO_SYSTEM, [{"role": "user", "content": "2+2?"}, answer])

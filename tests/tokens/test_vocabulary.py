@@ -36,13 +36,20 @@ def test_special_tokens_are_texts_or_objects_with_one(tmp_path):
     assert folder_of(tmp_path).special == {"bos_token": "<b>", "eos_token": "<e>", "sep_token": "<s>"}
 
 
-@pytest.mark.parametrize("config", [{}, {"eos_token": None}, {"eos_token": "<none>"}])
+@pytest.mark.parametrize("config", [{}, {"eos_token": None}, {"eos_token": ""}])
 def test_a_model_without_an_end_is_named(tmp_path, config):
     with pytest.raises(UsageError) as error:
         folder_of(folder(tmp_path, **config)).end(loaded(tmp_path))
     assert str(error.value) == (
         f"{tmp_path / 'tokenizer_config.json'} has no eos_token; add one, or use --no-append-eos"
     )
+
+
+def test_an_end_that_the_tokenizer_does_not_know_is_named(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"config.json: its eos_token '<none>' is not in tokenizer.json; correct it, or"
+    ):
+        folder_of(folder(tmp_path, eos_token={"content": "<none>"})).end(loaded(tmp_path))
 
 
 @pytest.mark.parametrize("config, begin", [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipway.tokens.lines import Sample, inputs_of
-from slipway.tokens.messages import ASSISTANT, USER, Chat, Malformed, Message, chat_of, joined, parsed
+from slipway.tokens.messages import ASSISTANT, USER, Chat, Malformed, Message, chat_of, joined, parsed, structured
 
 Fields = dict[str, Any]
 
@@ -186,7 +186,7 @@ def _alpaca(row: Fields) -> Example:
 
 def _history(row: Fields) -> list[tuple[str, str]]:
     """Earlier questions and answers."""
-    history = parsed(row.get("history") or [])
+    history = structured(row.get("history") or [])
     if not isinstance(history, list) or not all(map(_is_pair, history)):
         raise Malformed('"history" is not a list of pairs of texts')
     return [(question, answer) for question, answer in history]

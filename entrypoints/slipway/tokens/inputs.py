@@ -23,6 +23,7 @@ from slipway.untrusted import DEEPEST
 PIECE_BYTES = 1 << 20  # enough work to be worth sending to another process, little enough to keep in memory
 LARGEST_TEXT = 1 << 24  # bytes of a line of text that stay together; a longer one is cut where there is a space
 DELIMITERS, MOST_FIELDS = ",;\t", 1 << 20  # of a csv
+OTHER_DELIMITERS = "|^~\x01\x1f"  # that other programs write
 LARGEST_ROW = 1 << 26  # bytes; a row that does not end by then is a bracket or a quote that is never closed
 # Whole strings, so that brackets in them do not count; a quote alone begins a string that goes on in the next block.
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)
@@ -310,7 +311,15 @@ def _delimiter(source: Source, lines: Recorded) -> str:
     except StopIteration:
         return ","
     lines.again, lines.held, lines.size = [first], [], 0
-    return "\t" if ".tsv" in source.path.suffixes else max(DELIMITERS, key=first.count)
+    if ".tsv" in source.path.suffixes:
+        return "\t"
+    most = max(DELIMITERS + OTHER_DELIMITERS, key=first.count)
+    if most in OTHER_DELIMITERS:
+        raise DataError(
+            f"{source.path}:1: its columns are separated by {most!r}, which is not read; "
+            "separate them by , or ; or a tab"
+        )
+    return most
 
 
 # ---------------------------------------------------------------------------- tables

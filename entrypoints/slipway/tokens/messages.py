@@ -7,6 +7,7 @@ turns or parts; content in parts; reasoning beside the content or in a part; and
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -49,6 +50,7 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # roles and parts whose value is a call of a tool, as JSON
 REASONING = ("reasoning_content", "reasoning", "thinking")  # templates know it by one of these names
 UNLEARNED = ("weight", "train", "loss")  # OpenAI's, axolotl's and ms-swift's names
+PYTHON = re.compile(r"\s*[\[{][\s\[{]*'")  # a list or an object as Python prints them, which Dataset.to_csv writes
 KEPT = ("name", "tool_call_id", "id")  # what templates may use besides
 
 
@@ -58,7 +60,7 @@ def chat_of(entries: Any, row: dict[str, Any], learned: bool = True) -> Chat:
     Args:
         learned: the assistant's turns are learned, except for those that say they are not.
     """
-    entries = parsed(entries)
+    entries = structured(entries)
     if not isinstance(entries, list) or not entries:
         raise Malformed("the chat is not a list of messages, or an empty one")
     messages, flags = [], []
@@ -71,9 +73,14 @@ def chat_of(entries: Any, row: dict[str, Any], learned: bool = True) -> Chat:
             raise Malformed(f"message {number}: {error}") from None
         messages.append(message)
         flags.append(learned and is_learned)
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != SYSTEM:
-        messages, flags = [{"role": SYSTEM, "content": system}, *messages], [False, *flags]
+    if system := row.get("system"):
+        if not isinstance(system, str):
+            raise Malformed(f'"system" is {type(system).__name__}, not text')
+        own = [message["content"] for message in messages if message["role"] == SYSTEM]
+        if own and own != [system]:
+            raise Malformed('"system" stands beside a system message that says something else; keep one of them')
+        if not own:
+            messages, flags = [{"role": SYSTEM, "content": system}, *messages], [False, *flags]
     return Chat(messages, flags, tools_of(row.get("tools")), arguments_of(row.get("chat_template_kwargs")))
 
 
@@ -91,6 +98,16 @@ def parsed(value: Any) -> Any:
         except NotJson:
             return value
     return value
+
+
+def structured(value: Any) -> Any:
+    """The same where a text would be no use; Malformed for a list as Python prints it."""
+    if isinstance(value, str) and PYTHON.match(value):
+        raise Malformed(
+            f"{value[:20]}… is a list or an object as Python prints it, not JSON; write it by json.dumps, "
+            "or the table as parquet or JSON lines"
+        )
+    return parsed(value)
 
 
 def plain(value: Any) -> Any:
@@ -121,12 +138,12 @@ def _name(key: Any) -> str:
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
     """The tools' schemas; a function without its wrapping gets it, as templates want it."""
-    tools = plain(parsed(value)) or []
+    tools = plain(structured(value)) or []
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
         raise Malformed("tools is not a list of JSON schemas")
-    tools = [parsed(tool) for tool in tools]
+    tools = [structured(tool) for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Malformed("tools holds something that is not a JSON schema")
     return [
@@ -136,7 +153,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 def arguments_of(value: Any) -> dict[str, Any]:
     """Arguments of the template."""
-    arguments = plain(parsed(value)) or {}
+    arguments = plain(structured(value)) or {}
     if not isinstance(arguments, dict):
         raise Malformed("chat_template_kwargs is not an object")
     return arguments
@@ -144,8 +161,10 @@ def arguments_of(value: Any) -> dict[str, Any]:
 
 def _masked(row: dict[str, Any]) -> set[str]:
     """NeMo's chats name in `mask` who is not learned; that is the user, and may be others too."""
-    mask = row.get("mask")
-    masked = {each.strip().lower() for each in mask.split(",")} if isinstance(mask, str) and mask else set()
+    mask = row.get("mask") or ""
+    if not isinstance(mask, str):
+        raise Malformed(f'"mask" is {type(mask).__name__}, not text')
+    masked = {each.strip().lower() for each in mask.split(",")} if mask else set()
     if masked and not any(ROLES.get(each) == USER for each in masked):
         raise Malformed(f"mask is {mask!r}: then the user's words would be learned; only the assistant's are")
     return masked
@@ -237,10 +256,10 @@ def _check_reasoning(message: Message) -> None:
 
 def _calls(value: Any) -> list[dict[str, Any]]:
     """Calls of tools, each {"type": "function", "function": {"name", "arguments"}}, with arguments as an object."""
-    calls = parsed(value)
+    calls = structured(value)
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
-        call = parsed(call)
+        call = structured(call)
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Malformed('a call of a tool is not an object with "name" and "arguments"')

@@ -31,6 +31,8 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 ROW_SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, *TABLE_SUFFIXES)
 PACKED_SUFFIXES = (".gz", ".zst")
 PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+# Zstandard's frames that are skipped: pzstd begins with one, which has the size of the next.
+PACKINGS |= {bytes([number]) + b"\x2a\x4d\x18": "zstd" for number in range(0x50, 0x60)}
 TABLE_MAGIC = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
 # UTF-32 comes first: its mark begins like that of UTF-16.
 MARKS = {

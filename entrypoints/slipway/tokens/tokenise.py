@@ -150,12 +150,20 @@ def _check_counts(data: str, counts: Mapping[str, int], settings: Settings) -> N
             f"{data}: of {counts['samples']} samples none was held out; hold out a larger share by --eval-split"
         )
     if not counts.get("samples"):
-        held = counts.get("eval_samples", 0)
-        raise DataError(
-            f"{data} gives no sample: {counts.get('dropped_too_long', 0)} were too long, "
-            f"{counts.get('dropped_empty', 0)} had nothing to learn{f', {held} were held out' if held else ''}; "
-            "use a larger --seq-length or other data"
-        )
+        raise DataError(_nothing(data, counts))
+
+
+def _nothing(data: str, counts: Mapping[str, int]) -> str:
+    """Why there is no sample, and what to do."""
+    names = {
+        "dropped_too_long": ("were too long", "use a larger --seq-length"),
+        "dropped_empty": ("had nothing to learn", "give other data"),
+        "eval_samples": ("were held out", "hold out a smaller share by --eval-split"),
+    }
+    said = [(f"{counts[name]} {what}", cure) for name, (what, cure) in names.items() if counts.get(name)]
+    if not said:
+        return f"{data} is empty: there is no row and no text in it; give other data"
+    return f"{data} gives no sample: {', '.join(what for what, _ in said)}; {' or '.join(cure for _, cure in said)}"
 
 
 def _check_lost(counts: Mapping[str, int], settings: Settings) -> None:

@@ -85,8 +85,9 @@ class Folder:
         token = self.special.get("eos_token")
         number = tokenizer.token_to_id(token) if token else None
         if number is None:
-            where = self.path / "tokenizer_config.json"
-            raise UsageError(f"{where} has no eos_token; add one, or use --no-append-eos")
+            where, wrong = self.path / "tokenizer_config.json", f"its eos_token {token!r} is not in tokenizer.json"
+            said = f"{where}: {wrong}; correct it" if token else f"{where} has no eos_token; add one"
+            raise UsageError(f"{said}, or use --no-append-eos")
         return number
 
     def begin(self, tokenizer: Any) -> list[int]:
