@@ -70,6 +70,19 @@ def test_a_call_is_written_whatever_its_content_is(learned, template, content):
     assert found == WHOLE.format(WRITTEN) and counts.get(BESIDE, 0) == bool(content)
 
 
+@pytest.mark.parametrize("city", ["Paris", "None"])
+def test_null_is_never_the_word_none(learned, city):
+    """It asks for null, but of something else."""
+    template = (
+        "{% if tools is not none %}T{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.tool_calls %}" + CALL + "{% endif %}" + END
+    )
+    messages = asked(None)
+    messages[1]["tool_calls"][0]["function"]["arguments"] = f'{{"city": "{city}"}}'
+    found, counts = learned(template, messages)
+    assert found == WHOLE.format(f'weather {{"city": "{city}"}}') and "calls_as_text" not in counts
+
+
 @pytest.mark.parametrize("content, words", [(None, ""), ("", ""), ("Let me look.", "Let me look.\n")])
 def test_a_call_that_a_template_never_writes_is_text(learned, content, words):
     found, counts = learned(NEVER, asked(content))

@@ -152,6 +152,9 @@ class Template:
                 except Exception as error:  # of any other kind: the template is a stranger's
                     said = said or " ".join(str(error).split()) or type(error).__name__
                     continue
+                if self._writes_none(signs.chat, way):
+                    said = said or "it writes the word None for content that is null"
+                    continue
                 lost[AS_TEXT] += sum("tool_calls" in message for message in chat.messages) if way.as_json else 0
                 found.append(([lost[name] for name in LOSSES], suited, text, lost))
                 if not any(found[-1][0]):
@@ -177,6 +180,20 @@ class Template:
                 yield (Way(True, *each, False) for each in product(empties, texts, (False, True)))
         if calls:
             yield (Way(False, "", False, in_parts, True) for in_parts in (False, True))
+
+    def _writes_none(self, signed: Chat, way: Way) -> bool:
+        """A template that asks for null may do so for something else, and write it as Python's word for it.
+
+        Args:
+            signed: the chat with signs, in which no word of its own is None.
+        """
+        count = len(signed.messages)
+        with_null = _suited(signed, way)
+        if all(message["content"] is not None for message in with_null.messages):
+            return False
+        texts = (self._tried(chat, count) or "" for chat in (with_null, _suited(signed, way._replace(empty=""))))
+        first, second = (text.count("None") for text in texts)
+        return first > second
 
     def _losses(self, chat: Chat, signs: Signs, turns: list[int]) -> Counter[str]:
         """What the template leaves out of a chat with signs.
