@@ -8,7 +8,11 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -296,6 +300,46 @@ def test_no_command_writes_to_what_it_reads(model, tmp_path, capsys, words):
         said = capsys.readouterr().err
         assert "choose another name" in said
     assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("folder", ["", "new/"], ids=["in a folder that is there", "in a new one"])
+def test_of_two_commands_with_one_output_one_is_refused(model, tmp_path, folder):
+    """Processes of their own, as two nodes of a step start them, or a retry beside a job that lives."""
+    words = [sys.executable, "-m", "slipway.cli", "import", model, tmp_path / f"{folder}out"]
+    for delay in (0, 0.05, 0.3):
+        both = []
+        for _ in range(2):
+            both.append(subprocess.Popen(words, stdout=PIPE, stderr=PIPE, text=True))
+            time.sleep(delay)
+        said = [one.communicate() for one in both]
+        codes = [one.returncode for one in both]
+        assert 0 in codes and {*codes} <= {0, 78}, said
+        for code, (_, errors) in zip(codes, said, strict=True):
+            assert not code or "another command is at work on" in errors
+        assert run("verify", model, tmp_path / f"{folder}out") == 0 and not left(tmp_path / folder)
+        shutil.rmtree(tmp_path / f"{folder}out")
+
+
+def test_what_is_there_already_may_lie_where_nothing_can_be_written(model, tmp_path, monkeypatch, capsys):
+    """As a shared folder of models, mounted for reading."""
+    assert run("import", model, tmp_path / "out") == 0
+    open_ = os.open
+
+    def refusing(path, flags, *rest, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(30, "Read-only file system")
+        return open_(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert run("import", model, tmp_path / "out") == 0
+    assert run("import", model, tmp_path / "out", "--overwrite") == 73
+    assert f"cannot write {tmp_path / 'out'}: Read-only file system; choose another place" in capsys.readouterr().err
+
+
+def test_a_command_that_cannot_begin_makes_no_folder(model, tmp_path):
+    assert run("import", tmp_path / "none", tmp_path / "new" / "out") == 2
+    assert run("import", model, tmp_path / "new" / "out", "--dry-run") == 0
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_moved_is_refused_before_any_work(model, tmp_path, capsys, monkeypatch):

@@ -39,8 +39,7 @@ def test_a_second_command_is_refused_and_the_first_goes_on(mxfp4_model, tmp_path
     monkeypatch.setattr(Encoder, "__call__", encode)
     wanted = {"tokenizer": str(mxfp4_model), "eval_split": "40%", "workers": 1}
     preprocess(str(data), str(tmp_path / "out.jsonl"), **wanted)
-    work = tmp_path / f".{out}.partial"
-    assert refused == [f"another command is at work on {work}; wait for it, or choose another name"]
+    assert refused == [f"another command is at work on {tmp_path / out}; wait for it, or choose another name"]
     preprocess(str(data), str(tmp_path / "other.jsonl"), **wanted)
     for end in (".jsonl", ".eval.jsonl"):
         assert (tmp_path / f"out{end}").read_bytes() == (tmp_path / f"other{end}").read_bytes()
@@ -54,30 +53,30 @@ HOLDS = (
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    folder = tmp_path / ".out.jsonl.partial"
-    with subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdout=subprocess.PIPE) as other:
+    out = tmp_path / "out.jsonl"
+    with subprocess.Popen([sys.executable, "-c", HOLDS, out], stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"held\n"
-        with pytest.raises(PreflightError, match="another command"), alone(folder):
+        with pytest.raises(PreflightError, match="another command"), alone(out):
             pass
         os.kill(other.pid, signal.SIGKILL)
-    with alone(folder):
+    with alone(out):
         assert [path.name for path in tmp_path.iterdir()] == [".out.jsonl.lock"], "what the killed one has left"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_was_just_given_up_is_taken_anew(tmp_path, monkeypatch):
     """Its owner has removed the file between its opening and its locking here."""
-    folder, lock = tmp_path / ".out.partial", working._lock
+    out, lock = tmp_path / "out", working._lock
     opened = []
 
-    def slow(descriptor: int, folder: Path) -> None:
+    def slow(descriptor: int, out: Path) -> None:
         if not opened:
             (tmp_path / ".out.lock").unlink()
         opened.append(descriptor)
-        lock(descriptor, folder)
+        lock(descriptor, out)
 
     monkeypatch.setattr(working, "_lock", slow)
-    with alone(folder), pytest.raises(PreflightError), alone(folder):
+    with alone(out), pytest.raises(PreflightError), alone(out):
         pass
     assert len(opened) == 3
 
@@ -87,7 +86,7 @@ def test_a_lock_that_was_just_given_up_is_taken_anew(tmp_path, monkeypatch):
 )
 def test_what_is_no_lock_is_left_alone(tmp_path, make):
     make(tmp_path / ".out.lock")
-    with pytest.raises(UsageError, match="not a lock of Slipway's"), alone(tmp_path / ".out.partial"):
+    with pytest.raises(UsageError, match="not a lock of Slipway's"), alone(tmp_path / "out"):
         pass
     assert os.path.lexists(tmp_path / ".out.lock")
 
@@ -97,5 +96,5 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(working.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(working.fcntl, "flock", no_locks)
-    with alone(tmp_path / ".out.partial"):
+    with alone(tmp_path / "out"):
         assert "has no locks" in capsys.readouterr().err

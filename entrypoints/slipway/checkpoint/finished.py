@@ -147,15 +147,14 @@ def _is_of_a_model(name: str) -> bool:
     return bool(within and FOLDERS.fullmatch(first)) or OF_A_MODEL.fullmatch(Path(name).name) is not None
 
 
-def publish(new: Path, out: Path, identity: Any) -> None:
-    """Give a finished folder its name and a note; what has this name is removed.
+def name(new: Path, out: Path, identity: Any) -> None:
+    """Give a finished folder its name and a note. After any end the next command finishes it, see `recover`."""
+    write_note(out, identity, files_of(new))
+    os.rename(new, out)
 
-    After any end the next command with this output finishes it, see `recover`.
-    """
-    if not os.path.lexists(out):
-        write_note(out, identity, files_of(new))
-        os.rename(new, out)
-        return
+
+def replace(new: Path, out: Path, identity: Any) -> None:
+    """The same where another output has this name, which is removed."""
     # At a name that cannot be foreseen, since what lies at others may be somebody's own. The note names it.
     aside = out.absolute().with_name(f"{_begin_of_aside(out)}{secrets.token_hex(8)}")
     write_note(out, identity, files_of(new), aside=aside.name)
@@ -202,12 +201,18 @@ def recover(out: Path) -> None:
         shutil.rmtree(aside)
 
 
+def is_settled(out: Path) -> bool:
+    """The output is whole, and nothing of an earlier one is left."""
+    aside = _aside_of(out, _note(out))
+    return noted(out) is not None and not (aside and aside.is_dir())
+
+
 def _begin_of_aside(out: Path) -> str:
     return f".{out.name[:LONGEST_BESIDE]}{ASIDE}"
 
 
 def _aside_of(out: Path, note: Mapping[str, Any]) -> Path | None:
-    """The folder of `publish` that a note names, there or not; None where it could be somebody's own."""
+    """The folder of `replace` that a note names, there or not; None where it could be somebody's own."""
     name = note.get("aside")
     if not isinstance(name, str) or not re.fullmatch(re.escape(_begin_of_aside(out)) + "[0-9a-f]{16}", name):
         return None

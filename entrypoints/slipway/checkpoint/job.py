@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from slipway.checkpoint import finished, locate
 from slipway.checkpoint.forecast import Forecast, forecast
 from slipway.checkpoint.stream import Plan, check_name, parse_size, refuse_existing, run
+from slipway.checkpoint.working import alone
 from slipway.errors import UsageError
 from slipway.report import Summary
 
@@ -42,28 +44,35 @@ def carry_out(
         plan: makes the plan; it is called after the other arguments are checked, because it reads all headers.
         overwrite: replace what is at `out`, once the new output is whole.
 
-    Errors: UsageError for an output that is there and was made from something else.
+    Errors: UsageError for an output that is there and was made from something else; PreflightError where another
+    command is at work on it.
     """
     started, target = time.monotonic(), locate.output(out)
     budget = parse_size(memory, "--memory")
     check_name(target)
-    if not dry_run:
-        finished.recover(target)
-    replaced = overwrite and os.path.lexists(target)
-    before = None if replaced else finished.noted(target)
-    if replaced:
-        finished.check_replaceable(target)
-    elif before is None:
-        refuse_existing(target)
-    made, details = plan()
-    check_apart(target, made.reads)
-    if dry_run:
-        return forecast(made, target, command, budget, started)
-    if before is not None:
-        finished.check_same(before, made.digest, target)
-        return _done_already(command, target, made, started)
-
-    run(made, target, command, budget, lambda new, out: finished.publish(new, out, made.digest))
+    with ExitStack() as held:
+        settled = finished.is_settled(target) and not overwrite  # then nothing is written, nor need it be possible
+        if not (dry_run or settled) and target.absolute().parent.is_dir():
+            held.enter_context(alone(target))
+            finished.recover(target)
+        replaced = overwrite and os.path.lexists(target)
+        before = None if replaced else finished.noted(target)
+        if replaced:
+            finished.check_replaceable(target)
+        elif before is None:
+            refuse_existing(target)
+        made, details = plan()
+        check_apart(target, made.reads)
+        if dry_run:
+            return forecast(made, target, command, budget, started)
+        if before is not None:
+            finished.check_same(before, made.digest, target)
+            return _done_already(command, target, made, started)
+        if not target.absolute().parent.is_dir():  # it is made only now, when there is work to do
+            held.enter_context(alone(target))
+            refuse_existing(target)
+        publish = finished.replace if replaced else finished.name
+        run(made, target, command, budget, lambda new, out: publish(new, out, made.digest))
     return Summary(command, str(target), made.bytes, time.monotonic() - started, details)
 
 

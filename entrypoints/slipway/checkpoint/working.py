@@ -23,20 +23,17 @@ NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """No other command works in `folder` as long as the context lasts.
-
-    Args:
-        folder: `.NAME.partial`; it need not be there. The lock is `.NAME.lock` beside it.
+def alone(out: Path) -> Iterator[None]:
+    """No other command works on an output as long as the context lasts. The lock is `.NAME.lock` beside it.
 
     Errors: PreflightError where another command is at work; UsageError where something else has the lock's name;
     WriteError where nothing can be written there.
     """
-    file = folder.with_suffix(".lock")
+    file = out.with_name(f".{out.name}.lock")
     try:
-        descriptor = _locked(file, folder)
+        descriptor = _locked(file, out)
     except OSError as error:
-        raise WriteError(f"cannot write {file}: {error.strerror}; choose another name") from None
+        raise WriteError(f"cannot write {out}: {error.strerror}; choose another place") from None
     try:
         yield
     finally:
@@ -45,13 +42,13 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(file: Path, folder: Path) -> int:
+def _locked(file: Path, out: Path) -> int:
     """The descriptor of the lock, which is held until it is closed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = _opened(file)
         try:
-            _lock(descriptor, folder)
+            _lock(descriptor, out)
             if _is_at(file, descriptor):
                 return descriptor
         except BaseException:
@@ -77,17 +74,15 @@ def _opened(file: Path) -> int:
     return descriptor
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, out: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
-            raise PreflightError(
-                f"another command is at work on {folder}; wait for it, or choose another name"
-            ) from None
+            raise PreflightError(f"another command is at work on {out}; wait for it, or choose another name") from None
         if error.errno not in NO_LOCKS:
             raise
-        tell(f"{folder.parent}: its file system has no locks; start no other command with the same output")
+        tell(f"{out.parent}: its file system has no locks; start no other command with the same output")
 
 
 def _is_at(file: Path, descriptor: int) -> bool:

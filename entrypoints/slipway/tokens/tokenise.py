@@ -82,7 +82,7 @@ def _alone(target: Path, held_out: Path | None) -> Iterator[None]:
     """No other command works on one of these files: what is held out here may be OUT there."""
     with ExitStack() as locks:
         for path in filter(None, (target, held_out)):
-            locks.enter_context(alone(Output.partial(path)))
+            locks.enter_context(alone(path))
         yield
 
 
