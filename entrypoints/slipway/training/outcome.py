@@ -14,9 +14,10 @@ from slipway.errors import DataError, LostPeer, PreflightError, SlipwayError, St
 from slipway.launch.failure import GONE, LOST_A_PEER, Failure
 from slipway.launch.topology import Topology
 from slipway.report import Summary
+from slipway.training.claim import Claim
 from slipway.training.preflight import Scanned
 from slipway.training.recipe import Recipe
-from slipway.training.run_folder import RunFolder, now
+from slipway.training.run_folder import DONE, RunFolder, now
 from slipway.untrusted import replace_file, tell
 
 CONTINUE = "run the same command again to continue"
@@ -47,16 +48,56 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
         run.recipe.save(run.folder.recipe)
         replace_file(run.folder.inputs, (json.dumps(inputs, indent=1) + "\n").encode())
         before = run.folder.read_status()
-        # A run that continues shows the loss of the step from which it continues.
-        known = {"loss": before["loss"]} if run.begins_at and "loss" in before else {}
-        tokens = sum(step["tokens"] for step in run.folder.read_metrics() if step["step"] < run.begins_at)
-        begun = {"state": "starting", "step": run.begins_at, "steps": run.recipe.steps, "tokens": tokens, "why": ""}
-        begun |= {"begun_at": run.begins_at, "in_vain": _in_vain(run, before)}
-        run.folder.write_status(known | begun | {"started": now(), "updated": now()})
+        begun = {"state": "starting", "why": "", "begun_at": run.begins_at, "in_vain": _in_vain(run, before)}
+        run.folder.write_status(_until_here(run) | begun | {"started": now(), "updated": now()})
     except OSError as error:
-        raise WriteError(
-            f"{run.folder.path} cannot be written: {error.strerror}; free some space or choose another --out"
-        ) from None
+        raise _unwritable(run, error) from None
+
+
+def finish(run: Run) -> Summary:
+    """The summary of a run whose newest checkpoint is at its last step, and on rank 0 the note that it is done.
+
+    A start that was ended after that checkpoint, as in the last evaluation, could not note it. What it has recorded of
+    later steps of a longer run is removed.
+
+    Errors: PreflightError where such a start still runs.
+    """
+    status = run.folder.read_status()
+    if status.get("state") != "done" or status.get("step") != run.begins_at:
+        # A loss of another step, or how an earlier start failed, does not belong to the end.
+        kept = {name: value for name, value in status.items() if name not in ("loss", "exit_code")}
+        status = kept | _until_here(run) | {"state": "done", "seconds_left": 0, "updated": now()}
+        status["why"] = f"{DONE}, but not the last evaluation" if _misses_an_evaluation(run) else DONE
+        if run.topology.rank == 0:
+            _note_the_end(run, status)
+    return _summary(run, run.folder.checkpoint(run.begins_at), status)
+
+
+def _misses_an_evaluation(run: Run) -> bool:
+    """There should be an evaluation after the last step, and none is recorded."""
+    is_wanted = bool(run.recipe.eval_data) and not run.begins_at % run.recipe.eval_every
+    return is_wanted and all(entry["step"] != run.begins_at - 1 for entry in run.folder.read_evaluations())
+
+
+def _note_the_end(run: Run, status: dict[str, Any]) -> None:
+    try:
+        with Claim(run.folder.owner):
+            run.recipe.save(run.folder.recipe)
+            run.folder.forget_from(run.begins_at)
+            run.folder.write_status(status)
+    except OSError as error:
+        raise _unwritable(run, error) from None
+
+
+def _until_here(run: Run) -> dict[str, Any]:
+    """What the status has of the steps before the one that a start begins at: the number, tokens, the last loss."""
+    done = [entry for entry in run.folder.read_metrics() if entry["step"] < run.begins_at]
+    counts = {"step": run.begins_at, "steps": run.recipe.steps, "tokens": sum(entry["tokens"] for entry in done)}
+    return counts | ({"loss": done[-1]["loss"]} if done else {})
+
+
+def _unwritable(run: Run, error: OSError) -> WriteError:
+    return WriteError(f"{run.folder.path} cannot be written: {error.strerror}; free some space or choose another --out")
 
 
 def _in_vain(run: Run, before: Mapping[str, Any]) -> int:
@@ -106,7 +147,8 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
         )
     if failure is None:
         raise SlipwayError(
-            f"train: the workers ended without a result, {run.folder.status} is {status}; look at {run.folder.logs}"
+            f"train: the workers ended without a result: {run.folder.status} says {status.get('state', 'nothing')}, "
+            f"step {status.get('step', 0)} of {run.recipe.steps}; look at {run.folder.logs}, and {CONTINUE}"
         )
     if failure.lines:  # the traceback of a worker that did not know its error
         tell("\n".join([f"train: last lines of {failure.who}:", *failure.lines]))
@@ -115,7 +157,8 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
 
 def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-    details = {"steps": f"{run.begins_at}→{status['step']}", "loss": f"{status['loss']:.6f}"}
+    details = {"steps": f"{run.begins_at}→{status['step']}"}
+    details |= {"loss": f"{status['loss']:.6f}"} if "loss" in status else {}
     return Summary("train", str(checkpoint), size, time.time() - run.started, details, streamed=False)
 
 

@@ -169,6 +169,8 @@ def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, lis
     }
     if others := [said for name, said in changed.items() if name not in FOR_SPEED]:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
+    if step == recipe.steps:  # nothing is computed any more
+        return step, [f"--steps was {before.steps} and is {step}, which is done: the run ends there"] if longer else []
     notes = [f"{said}: from step {step} on time and memory are others" for said in changed.values()]
     if longer:
         notes.append(

@@ -30,6 +30,7 @@ from slipway.training.recipe import Recipe
 from slipway.untrusted import NotJson, harmless, parse_json, read_bytes, read_object, replace_file
 
 CURE = "restore it, or choose another --out"
+DONE = "all steps are done"  # why a run ended, in the status
 WHEN = "%Y-%m-%dT%H:%M:%SZ"
 # What the readers of these files rely on, where it is there. A loss that is not finite is JSON's NaN; the time left is
 # null where it is not known.
@@ -88,6 +89,10 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after so many steps."""
+        return self.checkpoints / f"step={step}"
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest complete checkpoint."""

@@ -30,7 +30,7 @@ from slipway.tokens.blend import as_text, parts_of
 from slipway.training import foreign, layout, memory, preflight, recipes
 from slipway.training.agreement import STAY, claims
 from slipway.training.claim import Claim
-from slipway.training.outcome import Run, claim_folder, error_of, note, result_of, stopped
+from slipway.training.outcome import Run, claim_folder, error_of, finish, note, result_of, stopped
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.targets import ALL
@@ -80,7 +80,7 @@ def run(request: Request) -> Summary:
     """
     run, _ = _prepare(request)
     if run.begins_at >= run.recipe.steps:
-        return result_of(run, None, False)
+        return finish(run)
     topology = run.topology
     with (
         tempfile.TemporaryDirectory(prefix="slipway-train-") as scratch,
