@@ -34,8 +34,8 @@ def begun(tmp_path) -> tuple[Path, list[str]]:
         warmup_steps=0, constant_steps=0,
     )  # fmt: skip
     folder = RunFolder.of(recipe)
-    (folder.checkpoints / "step=2" / "context").mkdir(parents=True)
-    (folder.checkpoints / "step=2" / "context" / COMPLETE).touch()
+    shutil.copytree(tmp_path / "nemo", folder.checkpoint(2))
+    (folder.checkpoint(2) / "context" / COMPLETE).touch()
     recipe.save(folder.recipe)
     claims = agreement.claims(recipe, [scan(tmp_path / "data.jsonl", 32, 512)], None, ALONE, 0)
     folder.inputs.write_text(json.dumps({name: claims[name] for name in agreement.STAY}))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from slipway.commands.preprocess import preprocess
 from slipway.tokens.lines import as_line
 from slipway.training.run_folder import RunFolder
+from slipway.training.whole import MARK
 
 STEPS, SEQ_LENGTH, BATCH = 6, 64, 4
 TOKENS = 62  # of a sequence: a sample has one token less, and its last one is only a label
@@ -114,6 +115,8 @@ def test_a_run_leaves_what_a_person_wants_to_see(whole):
     assert sorted(folder.name for folder in whole.checkpoints.iterdir()) == ["step=4", "step=6"], (
         "the last two are kept"
     )
+    marks = [json.loads((folder / MARK).read_text()) for folder in whole.checkpoints.iterdir()]
+    assert all("weights/common.pt" in mark and "context/io.json" in mark for mark in marks)
 
 
 def test_the_first_loss_is_the_definition_on_transformers(whole, mxfp4_model, data, tmp_path):

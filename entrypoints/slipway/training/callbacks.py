@@ -15,12 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from torch.distributed.checkpoint.api import CheckpointException
 
-from slipway.checkpoint.locate import COMPLETE
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
 from slipway.training.troubles import cannot_write
+from slipway.training.whole import seal
 
 ZIP_WRITER = re.compile(r"inline_container|PytorchStreamWriter")  # in the RuntimeError of torch.save on a full disk
 
@@ -36,7 +36,7 @@ def agree(flag: bool) -> bool:
 class Checkpoints(nl.ModelCheckpoint):
     """NeMo's checkpoints, and in their context the files of the base that `export` needs.
 
-    The last file written is the one that `RunFolder.latest_checkpoint` looks for. NeMo's own marker of an unfinished
+    The last file written is the mark that `RunFolder.latest_checkpoint` looks for. NeMo's own marker of an unfinished
     checkpoint does not serve: it is removed before the context is written.
 
     Args:
@@ -52,6 +52,7 @@ class Checkpoints(nl.ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
             if trainer.is_global_zero:
                 keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
+                seal(ckpt_to_dir(filepath))
         except (OSError, CheckpointException, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError like any other; only its text tells.
             if isinstance(error, RuntimeError) and not ZIP_WRITER.search(str(error)):
@@ -60,12 +61,11 @@ class Checkpoints(nl.ModelCheckpoint):
 
 
 def keep_source(base: Path, context: Path) -> None:
-    """Copy the Hugging Face files from the base's context, if it has any, and mark the context as complete."""
+    """Copy the Hugging Face files from the base's context, if it has any."""
     if (base / HF_FILES).is_dir():
         shutil.copytree(base / HF_FILES, context / HF_FILES, dirs_exist_ok=True)
     if (base / SOURCE_CONFIG).is_file():
         shutil.copyfile(base / SOURCE_CONFIG, context / SOURCE_CONFIG)
-    (context / COMPLETE).touch()
 
 
 class StopOnRequest(Callback):

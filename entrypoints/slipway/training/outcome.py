@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ IN_VAIN = 3  # starts in a row that were stopped before they saved a new step, b
 
 @dataclass(frozen=True)
 class Run:
-    """One start of `train`: what is computed, where, from which step, and when it began (time.time())."""
+    """One start of `train`: what is computed, where, from which step, and when it began (time.time()).
+
+    Args:
+        damaged: checkpoints of later steps, which it passes over.
+    """
 
     recipe: Recipe
     topology: Topology
@@ -34,16 +38,18 @@ class Run:
     begins_at: int
     started: float
     scanned: Scanned | None = None  # where the data had to be read to know the steps
+    damaged: Collection[Path] = ()
     measured: bool = False  # only the speed counts, see worker.run
 
 
 def claim_folder(run: Run, inputs: dict[str, str]) -> None:
-    """On rank 0: write what will be computed here, and remove what an earlier start has left incomplete.
+    """On rank 0: write what will be computed here, and put away what is damaged or incomplete.
 
     Args:
         inputs: digests of what is read, by their names.
     """
     try:
+        run.folder.set_aside(run.damaged)
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
         replace_file(run.folder.inputs, (json.dumps(inputs, indent=1) + "\n").encode())
@@ -82,6 +88,7 @@ def _misses_an_evaluation(run: Run) -> bool:
 def _note_the_end(run: Run, status: dict[str, Any]) -> None:
     try:
         with Claim(run.folder.owner):
+            run.folder.set_aside(run.damaged)
             run.recipe.save(run.folder.recipe)
             run.folder.forget_from(run.begins_at)
             run.folder.write_status(status)

@@ -51,16 +51,11 @@ def check_base(recipe: Recipe) -> None:
         handover.check_weights(Path(recipe.adapter))
 
 
-def check_newest(recipe: Recipe, folder: RunFolder) -> None:
-    """The same for the checkpoint that a run goes on from."""
-    if (latest := folder.latest_checkpoint()) is None:
-        return
-    handover.check(latest[1])
-    # NeMo loads the base from where this note says.
-    note = latest[1] / "weights" / BASE_NOTE
-    base = noted_base(note) if note.is_file() else Path(recipe.model)
-    if base.resolve() != Path(recipe.model).resolve():
-        raise DataError(f"{note} names another base than --model {recipe.model}; restore it or choose another --out")
+def check_noted_base(recipe: Recipe, checkpoint: Path) -> None:
+    """DataError where NeMo would load another base with the checkpoint that a run goes on from."""
+    note = checkpoint / "weights" / BASE_NOTE
+    if note.is_file() and (base := noted_base(note)).resolve() != Path(recipe.model).resolve():
+        raise DataError(f"{note} names {base}, not --model {recipe.model}; restore it or choose another --out")
 
 
 def check_data(data: str, eval_data: str) -> None:
@@ -149,12 +144,10 @@ def without_fp8() -> str:
     return f"needs GPUs of compute capability {FP8_SINCE}, and there is one of {oldest}" if oldest < FP8_SINCE else ""
 
 
-def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, list[str]]:
-    """(the step to go on from, what to say of it); UsageError where the folder belongs to another run."""
-    latest = folder.latest_checkpoint()
-    if latest is None:
-        return 0, []
-    step = latest[0]
+def check_continued(recipe: Recipe, folder: RunFolder, step: int, resume: str) -> list[str]:
+    """What to say of a run that goes on from this step; UsageError where the folder belongs to another run."""
+    if not step:
+        return []
     if resume == "never":
         raise UsageError(f"{folder.path} holds a run at step {step}; choose another --out or --resume auto")
     before = Recipe.load(folder.recipe)
@@ -170,14 +163,14 @@ def first_step(recipe: Recipe, folder: RunFolder, resume: str) -> tuple[int, lis
     if others := [said for name, said in changed.items() if name not in FOR_SPEED]:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
     if step == recipe.steps:  # nothing is computed any more
-        return step, [f"--steps was {before.steps} and is {step}, which is done: the run ends there"] if longer else []
+        return [f"--steps was {before.steps} and is {step}, which is done: the run ends there"] if longer else []
     notes = [f"{said}: from step {step} on time and memory are others" for said in changed.values()]
     if longer:
         notes.append(
             f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
             f"of {recipe.steps} steps"
         )
-    return step, notes
+    return notes
 
 
 def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """The folder of one training run: its files, and what they hold.
 
 checkpoints/step=N/   NeMo checkpoints; one that has `step=N-unfinished` beside it is not complete
+checkpoints/damaged-step=N/   one that was complete and is damaged, which nothing reads
 recipe.json           what is computed
 inputs.json           digests of the data, the model and the tokenizer, when the run began
 owner.json            who runs into the folder, as long as it runs
@@ -15,7 +16,9 @@ tensorboard/
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -98,10 +101,27 @@ class RunFolder:
         """(step, folder) of the newest complete checkpoint."""
         return locate.latest_checkpoint(self.checkpoints)
 
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every complete checkpoint, the newest first."""
+        found = []
+        for folder in self.checkpoints.glob("step=*"):
+            if (match := re.fullmatch(r"step=(\d+)", folder.name)) and _is_complete(folder):
+                found.append((int(match[1]), folder))
+        return sorted(found, reverse=True)
+
+    def set_aside(self, checkpoints: Iterable[Path]) -> None:
+        """Give damaged checkpoints another name: the run saves these steps again, and nothing takes them for whole."""
+        for folder in checkpoints:
+            numbers = itertools.count(2)
+            aside = self.checkpoints / f"damaged-{folder.name}"
+            while aside.exists():
+                aside = self.checkpoints / f"damaged-{folder.name}-{next(numbers)}"
+            folder.rename(aside)
+
     def remove_incomplete(self) -> None:
         """Remove what a killed run was writing. NeMo would save the same step beside it under another name."""
         for folder in self.checkpoints.glob("step=*"):
-            if not (folder / "context" / COMPLETE).exists() or Path(f"{folder}-unfinished").exists():
+            if not _is_complete(folder):
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
     def read_status(self) -> dict[str, Any]:
@@ -132,6 +152,10 @@ class RunFolder:
             kept = [entry for entry in entries if entry["step"] < step]
             if file == self.metrics or file.exists():
                 replace_file(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / "context" / COMPLETE).exists() and not Path(f"{checkpoint}-unfinished").exists()
 
 
 def now() -> str:

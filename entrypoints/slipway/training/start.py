@@ -35,6 +35,7 @@ from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.targets import ALL
 from slipway.training.targets import resolved as targets_of
+from slipway.training.whole import newest_whole
 from slipway.untrusted import tell
 
 # Of warm-up and constant steps, the part of a run that they take by default.
@@ -94,7 +95,7 @@ def run(request: Request) -> Summary:
         preflight.make_folder(run.folder)
         agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
-        preflight.check_newest(run.recipe, run.folder)
+        preflight.check_noted_base(run.recipe, run.folder.checkpoint(run.begins_at))
         token = Token.of(run.folder.path, request.placement.run_token_file)
         with Claim(run.folder.owner) if topology.rank == 0 else contextlib.nullcontext():
             link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
@@ -182,9 +183,14 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
         if path := getattr(recipe, name):
             setattr(recipe, name, as_text(parts_of(path)) if name == "data" else str(Path(path).absolute()))
     folder = RunFolder.of(recipe)
-    begins_at, notes = preflight.first_step(recipe, folder, request.resume)
+    begins_at, damaged = newest_whole(folder)
+    notes = preflight.check_continued(recipe, folder, begins_at, request.resume)
+    notes += [
+        f"{why}: {checkpoint.name} is kept as damaged-{checkpoint.name}, and the run goes on from step {begins_at}"
+        for checkpoint, why in damaged.items()
+    ]
     notes = [*foreign_notes, *said, *notes, *([] if request.measured else preflight.without_tokenizer(model))]
-    return Run(recipe, topology, folder, begins_at, started, scanned, request.measured), config, notes
+    return Run(recipe, topology, folder, begins_at, started, scanned, [*damaged], request.measured), config, notes
 
 
 def _packing(values: Mapping[str, Any], config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
