@@ -29,9 +29,16 @@ PACKED = {"packed": {"pack": True}, "packed_in_twos": {"pack": True, "micro_batc
 KINDS |= dict.fromkeys(PACKED, "llama31")
 ALONE = ("one", "latent", "sinks", *PACKED)
 EVERY = list(itertools.product(MODES, KINDS))
+# Only adapters drop anything; those of DoRA drop twice.
+DROPS = {"lora_dropout": 0.1}
+DROPPED = {"dropout": DROPS, "dora_dropout": {**DROPS, "dora": True}, "dropout_dp2": DROPS, "dropout_tp2": DROPS}
+KINDS |= dict.fromkeys(DROPPED, "llama31")
+ALONE += ("dropout", "dora_dropout")
+EVERY += [("lora", layout) for layout in DROPPED]
 # Here every mode alone and in one layout.
 IN_CI = [*((mode, "one") for mode in MODES), ("heads", "dp2"), ("lora", "tp2"), ("sft", "ep2"), ("pretrain", "dp2")]
 IN_CI += [("sft", "latent"), ("lora", "sinks"), ("sft", "packed"), ("lora", "packed_in_twos")]
+IN_CI += [("lora", "dropout"), ("lora", "dora_dropout"), ("lora", "dropout_dp2")]
 CELLS = EVERY if os.environ.get("SLIPWAY_MATRIX") == "all" else IN_CI
 KILLED = CELLS if CELLS == EVERY else [(mode, "one") for mode in MODES]
 # mode, the layout that the run began in, and the one that it goes on in
@@ -47,7 +54,8 @@ def job(root: Path, mode: str, layout: str, name: str, **more: object) -> dict:
         "model": str(root / KINDS[layout] / "nemo"), "data": str(root / "data.jsonl"),
         "out": str(root / "runs" / f"{mode}-{layout}-{name}"), "mode": mode, "steps": STEPS, "seq_length": SEQ_LENGTH,
         "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "warmup_steps": 1, "constant_steps": 1,
-        "save_every": 2, "keep": 3, **LAYOUTS.get(layout, {}), **PACKED.get(layout, {}),
+        "save_every": 2, "keep": 3, **LAYOUTS.get(layout.removeprefix("dropout_"), {}), **PACKED.get(layout, {}),
+        **DROPPED.get(layout, {}),
     }  # fmt: skip
     indices = root / "packed" if layout in PACKED else root
     return {
@@ -121,6 +129,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, mode, layout):
     resumed = RunFolder(out(runs, mode, layout, "resumed")).read_status()
     assert resumed["state"] == "done" and resumed["started_at_step"] == status["step"]
     assert losses(out(runs, mode, layout, "resumed")) == whole
+
+
+def test_something_is_dropped_there(runs):
+    assert losses(out(runs, "lora", "dropout", "whole")) != losses(out(runs, "lora", "one", "whole"))
 
 
 @pytest.mark.parametrize("mode, layout", KILLED)

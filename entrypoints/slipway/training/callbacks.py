@@ -12,6 +12,7 @@ from typing import Any
 import nemo.lightning as nl
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from megatron.core import parallel_state, tensor_parallel
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -99,6 +100,25 @@ class StopOnRequest(Callback):
         checkpoint = trainer.checkpoint_callback
         if trainer.global_step not in (self._first_step, checkpoint._last_global_step_saved):
             checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+class OwnDraws(Callback):
+    """Gives every step random numbers of its own, so that a run that goes on drops what it would have dropped.
+
+    NeMo seeds once, at each start. The ranks that share a layer draw the same, as Megatron has it; stages of a pipeline
+    and ranks with other samples draw others.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        key = hashlib.sha256(f"{self.seed} {trainer.global_step} {stage} {rank}".encode()).digest()
+        seed = int.from_bytes(key[:7], "little")
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 class Finite(Callback):

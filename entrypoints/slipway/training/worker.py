@@ -120,7 +120,8 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     model = load_model(recipe, on_gpu, even)
     data = load_data(recipe, indices)
     record = Record(recipe, folder, arithmetic_of(recipe, model.config), data.samples, started)
-    trainer = make_trainer(recipe, _callbacks(recipe, record, stop_file, measured), nodes, on_gpu, measured)
+    callbacks = _callbacks(recipe, record, stop_file, measured, draws(recipe, model.config))
+    trainer = make_trainer(recipe, callbacks, nodes, on_gpu, measured)
     latest = folder.latest_checkpoint()
     finetune(
         model=model,
@@ -289,14 +290,23 @@ def arithmetic_of(recipe: Recipe, config: Any) -> Arithmetic:
     return arithmetic(Reader(Path(recipe.model)).tensors, config)
 
 
-def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool) -> list[Any]:
-    from slipway.training.callbacks import Finite, FrozenBase, StopOnRequest
+def draws(recipe: Recipe, config: Any) -> bool:
+    """Whether a step depends on random numbers: something is dropped or disturbed."""
+    if recipe.mode == "heads":  # on a base in evaluation mode
+        return False
+    of_adapters = recipe.mode == "lora" and recipe.lora_dropout
+    return bool(of_adapters or config.attention_dropout or config.hidden_dropout or config.moe_input_jitter_eps)
+
+
+def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool, draws: bool) -> list[Any]:
+    from slipway.training.callbacks import Finite, FrozenBase, OwnDraws, StopOnRequest
 
     if measured:
         from slipway.training.profile import Profile
 
         return [Profile(recipe.steps, RunFolder.of(recipe).path), record]
     return [
+        *([OwnDraws(recipe.seed)] if draws else []),
         StopOnRequest(stop_file, record),
         *([FrozenBase(record)] if recipe.is_frozen else []),
         record,
