@@ -102,6 +102,23 @@ def test_a_larger_gpu_takes_the_layout_of_the_next_smaller_and_a_small_one_none(
         recipes.load("llama31_8b", "sft", 40)
 
 
+TWO_STAGES = ("--pipeline-parallel-size", "2", "--nproc-per-node", "2")
+
+
+@pytest.mark.parametrize(
+    "sizes, layers, stages",
+    [
+        ({}, 8, [8]),
+        ({"pipeline_parallel_size": 4}, 8, [2, 2, 2, 2]),
+        ({"pipeline_parallel_size": 2, "first_stage_layers": 1}, 4, [1, 3]),
+        ({"pipeline_parallel_size": 3, "last_stage_layers": 2}, 8, [3, 3, 2]),
+        ({"pipeline_parallel_size": 4, "first_stage_layers": 3, "last_stage_layers": 1}, 8, [3, 2, 2, 1]),
+    ],
+)
+def test_stages_are_those_of_megatron(sizes, layers, stages):
+    assert Recipe("m", "d", "o", **sizes).stages(layers) == stages
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -112,12 +129,19 @@ def test_a_larger_gpu_takes_the_layout_of_the_next_smaller_and_a_small_one_none(
         (["--set", "recompute=some"], "must be one of none, full"),
         (["--tensor-parallel-size", "3", "--nproc-per-node", "3"], "does not divide the model's 4 attention heads"),
         (["--expert-parallel-size", "3", "--nproc-per-node", "3"], "does not divide the model's 4 experts"),
+        ([*TWO_STAGES, "--first-stage-layers", "3"], "2 layers: 2 stages, of which the first has 3 leave -1 for 1"),
+        ([*TWO_STAGES, "--first-stage-layers", "2"], "2 layers: 2 stages, of which the first has 2 leave 0 for 1"),
+        ([*TWO_STAGES, "--last-stage-layers", "2"], "2 layers: 2 stages, of which the last has 2 leave 0 for 1"),
+        ([*TWO_STAGES, "--first-stage-layers", "1", "--last-stage-layers", "2"], "leave -1 for 0 others"),
+        (["--pipeline-parallel-size", "3", "--nproc-per-node", "3"], "2 layers: 3 stages leave 2 for 3 others"),
+        (["--first-stage-layers", "1"], "are for --pipeline-parallel-size 2 or more; leave them out"),
     ],
 )
 def test_what_does_not_fit_is_one_line_before_any_work(nemo_model, data, tmp_path, slipway, words, said):
     flags = ["train", "--model", str(nemo_model), "--data", str(data), "--out", str(tmp_path / "run")]
-    done = slipway(*flags, "--global-batch-size", "6", *words)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    for dry in ((), ("--dry-run",)):
+        done = slipway(*flags, "--global-batch-size", "6", *words, *dry)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -96,23 +96,13 @@ def parts_of(c: Mapping[str, Any]) -> Parts:
     return Parts(outside["embedding"], outside["output_layer"], layers)
 
 
-def stages(recipe: Recipe, layers: int) -> list[int]:
-    """Number of layers of each pipeline stage."""
-    count = recipe.pipeline_parallel_size
-    if not recipe.first_stage_layers or count == 1:
-        return [layers // count] * count
-    middle = layers - recipe.first_stage_layers - recipe.last_stage_layers
-    inner = [middle // (count - 2)] * (count - 2) if count > 2 else []
-    return [recipe.first_stage_layers, *inner, recipe.last_stage_layers]
-
-
 def estimate(recipe: Recipe, c: Mapping[str, Any], world_size: int) -> Estimate:
     """The memory of the pipeline stage that needs the most.
 
     Args:
         c: config.json of the model.
     """
-    parts, sizes = parts_of(c), stages(recipe, c["num_hidden_layers"])
+    parts, sizes = parts_of(c), recipe.stages(c["num_hidden_layers"])
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     found = [
         _stage(recipe, c, parts, parts.layers[start : start + size], number, world_size)

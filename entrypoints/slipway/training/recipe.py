@@ -261,14 +261,12 @@ class Recipe:
 
     def check_model(self, c: Mapping[str, Any]) -> None:
         """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
-        layers, first, last = c["num_hidden_layers"], self.first_stage_layers, self.last_stage_layers
+        self.stages(c["num_hidden_layers"])
         experts = next((c[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c), 0)
-        others = self.pipeline_parallel_size - 2 if first or last else self.pipeline_parallel_size
         shared = [
             ("tensor", self.tensor_parallel_size, "attention heads", c["num_attention_heads"]),
             ("tensor", self.tensor_parallel_size, "groups of keys and values", c["num_key_value_heads"]),
             ("expert", self.expert_parallel_size, "experts", experts),
-            ("pipeline", max(others, 1), "layers of its stages", layers - first - last),
         ]
         for kind, size, what, count in shared:
             if count % size:
@@ -294,6 +292,27 @@ class Recipe:
             raise UsageError(f"--pack {problem}")
         if self.expert_parallel_size > 1 and not experts:
             raise UsageError(f"--expert-parallel-size is {self.expert_parallel_size}, and the model has no experts")
+
+    def stages(self, layers: int) -> list[int]:
+        """Number of layers of each pipeline stage; UsageError where they cannot be split so."""
+        count, first, last = self.pipeline_parallel_size, self.first_stage_layers, self.last_stage_layers
+        if count == 1 and (first or last):
+            raise UsageError(
+                "--first-stage-layers and --last-stage-layers are for --pipeline-parallel-size 2 or more; leave them "
+                "out"
+            )
+        others = count - bool(first) - bool(last)
+        rest = layers - first - last
+        if rest < others or (rest % others if others else rest):
+            own = "".join(
+                f", of which the {name} has {size}" for name, size in (("first", first), ("last", last)) if size
+            )
+            raise UsageError(
+                f"--pipeline-parallel-size {count} does not divide the model's {layers} layers: {count} stages{own} "
+                f"leave {rest} for {others} others, which must have equally many and at least one"
+            )
+        each = rest // others if others else 0
+        return [each] if count == 1 else [first or each, *[each] * (count - 2), last or each]
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
