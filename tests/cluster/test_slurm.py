@@ -44,7 +44,7 @@ def test_each_step_asks_for_what_it_needs(tmp_path):
 
 
 def command(script: str) -> list[str]:
-    (found,) = re.findall(r"(?s)step\(\) \{\n    exec (.*?)\n\}", script)
+    (found,) = re.findall(r"(?s)step\(\) \{\n    set -- (.*?[^\\])\n", script)
     return shlex.split(found.replace("\\\n", " "))
 
 
@@ -59,7 +59,8 @@ def test_the_words_arrive_as_they_are(tmp_path):
 def test_without_an_image_nothing_of_pyxis_is_used(tmp_path):
     text = 'job_dir = "/jobs"\ncommand = "/shared/my venv/bin/slipway"\n'.replace("my venv", "venv")
     words = command(scripts(tmp_path, text, ["import", "/a", "/b"])[0])
-    assert words == ["srun", "--wait=60", "--kill-on-bad-exit=1", "/shared/venv/bin/slipway", "import", "/a", "/b"]
+    assert words[:3] == ["$(type -P srun)", "--wait=60", "--kill-on-bad-exit=1"]
+    assert words[3:] == ["/shared/venv/bin/slipway", "import", "/a", "/b"]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,50 @@ def test_scripts_are_good_bash(tmp_path):
         file = tmp_path / "script.sh"
         file.write_text(script)
         shellcheck = Path(sys.executable).parent / "shellcheck"
-        done = subprocess.run([shellcheck, "-e", "SC2015,SC2016", file], capture_output=True, text=True)
+        done = subprocess.run([shellcheck, "-e", "SC1091,SC2015,SC2016", file], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+OURS = "STATE VERB SECRETS NAMES MOST_RESTARTS MOST_LOSSES RESTARTS SILENT NOT_STARTED ME NODES code work watcher "
+OURS += "tries begins"
+SRUN = """#!/bin/bash
+/usr/bin/env -0 >"$SEEN"
+printf '%s\\n' "$@" >"$SEEN.words"
+exit "${CODE:-0}"
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_variables_of_a_person_and_those_of_the_script_do_not_meet(tmp_path, code):
+    """The whole script of a step, with an srun that writes down what it gets."""
+    wanted = {name: f"it's {name}" for name in OURS.split()} | {"PATH": "/opt/nothing", "HOME": "/me"}
+    wanted |= {"SEEN": str(tmp_path / "seen"), "CODE": str(code), "SRUN_CPUS_PER_TASK": "3"}
+    secrets = {"HF_TOKEN": "hf_x y", "STATE": "of a secret", "SECRETS": "/nowhere", "NAMES": "n", "size": "1"}
+    (tmp_path / "secrets").write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in secrets.items()))
+    (tmp_path / "secrets").chmod(0o600)
+    text = f'job_dir = "{tmp_path}"\nimage = "/a.sqsh"\nmounts = ["/a:/shared"]\n'
+    text += f'secrets = "{tmp_path}/secrets"\n[env]\n'
+    text += "".join(f"{name} = {json.dumps(value)}\n" for name, value in wanted.items())
+    (script,) = scripts(tmp_path, text, ["import", "/shared/a", "/shared/b c"])
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "1-import.log").touch()  # Slurm's, with what the script prints
+    tools = {"srun": SRUN, "scontrol": "#!/bin/bash\necho ' JobState=RUNNING '\n"}
+    (tmp_path / "bin").mkdir()
+    for name, content in tools.items():
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    around = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
+    done = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **around}
+    )
+    assert done.returncode == code and not done.stderr, done.stderr
+    assert (tmp_path / "RUN" / "1-import.exit").read_text().split()[0] == str(code)
+    seen = dict(one.split("=", 1) for one in (tmp_path / "seen").read_text().split("\0") if one)
+    assert {name: seen.get(name) for name in wanted | secrets} == wanted | secrets
+    words = (tmp_path / "seen.words").read_text().splitlines()
+    assert words[-4:] == ["slipway", "import", "/shared/a", "/shared/b c"]
+    (named,) = (word.partition("=")[2].split(",") for word in words if word.startswith("--container-env="))
+    assert set(named) == set(wanted | secrets)
 
 
 def test_no_secret_and_no_name_of_one_is_in_a_script(tmp_path):
@@ -182,6 +225,33 @@ def test_the_runs_own_progress_is_shown():
     assert "run: running, step 12 of 40, loss 2.500000, 14.8 min left" in said
     broken = ["progress", "1-train", "/lustre/run", "bm90IGpzb24="]
     assert "cannot be read" in str(records(step("1-train"), queue("1-train", "RUNNING"), broken))
+
+
+TEN = [f"{number}-inspect" for number in range(1, 13)]
+
+
+def test_ten_steps_are_in_their_order():
+    """Also where they are told in another one, and the first of them ended badly."""
+    given = [step(name, "65 1" if name == TEN[0] else "", starts=int(name == TEN[0])) for name in sorted(TEN)]
+    found = records(*given, *(["sacct", "7", "CANCELLED"] for _ in TEN))
+    assert [one.name for one in found.steps] == TEN
+    assert [one.state for one in found.steps] == ["failed", *["not started"] * 11] and found.exit_code == 65
+
+
+def test_the_login_node_names_ten_steps_in_their_order(tmp_path):
+    """For status, logs, stop and cancel, which all find the run in the same way."""
+    (tmp_path / "20261127-000000-bcd").mkdir()
+    for number, name in enumerate(TEN):
+        (tmp_path / "20261127-000000-bcd" / f"{name}.id").write_text(f"{number}\n")
+        (tmp_path / "20261127-000000-bcd" / f"{name}.log").write_text(f"log of {name}\n")
+    lab = read(tmp_path, f'job_dir = "{tmp_path}"\n')
+    said: list[str] = []
+    remote.call(None, slurm.call("logs", lab, RUN="", WANTED="", LINES_SHOWN="1"), said.append)
+    assert said == ["log of 12-inspect"]
+    text = slurm.call("find_run", lab, RUN="") .replace("main find_run", 'find_run; record names "${NAMES[@]}"; '
+        'record ids "${IDS[@]}"; record end; exit')  # fmt: skip
+    found = {record[0]: record[1:] for record in remote.call(None, text)}
+    assert found["names"] == TEN and found["ids"] == list(map(str, range(12)))
 
 
 def test_a_chain_that_was_sent_in_part_is_named():

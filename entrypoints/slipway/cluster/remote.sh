@@ -106,13 +106,11 @@ find_run() {
     [ -n "$RUN" ] || refuse 2 "there is no run yet in $JOB_DIR on $(hostname)"
     DIR="$JOB_DIR/$RUN"
     [ -d "$DIR" ] || refuse 2 "there is no run $RUN in $JOB_DIR on $(hostname); the newest are $(runs | tail -n 3 | paste -sd' ')"
-    IDS=() NAMES=()
-    local file
-    for file in "$DIR"/*.id; do
-        [ -e "$file" ] || continue
-        NAMES+=("$(basename "$file" .id)")
-        IDS+=("$(cat "$file")")
-    done
+    IDS=()
+    local name
+    mapfile -t NAMES < <(find "$DIR" -maxdepth 1 -name '*.id' -printf '%f\n' | sort -n) # 10-export comes after 2-train
+    NAMES=("${NAMES[@]%.id}")
+    for name in "${NAMES[@]}"; do IDS+=("$(cat "$DIR/$name.id")"); done
     record run "$RUN"
 }
 

@@ -118,7 +118,7 @@ def overview(records: Sequence[Sequence[str]]) -> Overview:
             named.setdefault(record[1], {})[record[0]] = record
     now = int(one["now"][1]) if one["now"][1].isdecimal() else 0
     steps: list[StepState] = []
-    for name, found in named.items():
+    for name, found in sorted(named.items(), key=lambda one: _number(one[0])):
         steps.append(_step(name, found, gone, steps, now, silent))
     warning = _lost_by_slurm(named, steps)
     if silent:
@@ -126,6 +126,11 @@ def overview(records: Sequence[Sequence[str]]) -> Overview:
     if len(one.get("meta", "")) < 2 or not one["meta"][1]:
         warning = "this run was not submitted whole, and its jobs are held; remove them with `slipway submit cancel`"
     return Overview(one["run"][1], steps, warning)
+
+
+def _number(name: str) -> int:
+    """The number of a step: 10-export comes after 2-train."""
+    return int(name.partition("-")[0])
 
 
 def _lost_by_slurm(named: dict[str, dict[str, Sequence[str]]], steps: Sequence[StepState]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # as Kubernetes has them
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|passphrase|credentials?|(api|access|private)_?key)$")
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # days-hours:minutes:seconds
+# What a shell does not let one set, and what says to a step which part of a job it is.
+OF_BASH = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "_")
+OF_THE_JOB = {
+    "slurm": re.compile(r"SLURMD_NODENAME|SLURM_(JOB|STEP|NODE|NNODES|NTASKS|NPROCS|PROCID|LOCALID|TASKS|RESTART).*"),
+    "kubernetes": re.compile(r"NNODES|JOB_COMPLETION_INDEX|PET_.*"),
+}
 # Flags of sbatch that say what another key says, or that would break the chain.
 OURS = {
     "nodes": "nodes", "time": "time", "partition": "partition", "account": "account", "qos": "qos",
@@ -176,7 +183,7 @@ def read(file: Path, verbs: Mapping[str, bool]) -> Lab:
     lab = Lab(
         file,
         KINDS[kind](**_values(f"{file}:", own, kind, KINDS[kind])),
-        _env(file, _table(file, tables, "env")),
+        _env(file, _table(file, tables, "env"), kind),
         _flags(f"{file}: [sbatch]", _table(file, tables, "sbatch")),
         _texts(f"{file}: [limits]", _table(file, tables, "limits")),
         _texts(f"{file}: [node_selector]", _table(file, tables, "node_selector")),
@@ -264,10 +271,12 @@ def _texts(where: str, table: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in table.items()}
 
 
-def _env(file: Path, table: Mapping[str, Any]) -> dict[str, str]:
+def _env(file: Path, table: Mapping[str, Any], kind: str) -> dict[str, str]:
     for name in table:
         if not VARIABLE.fullmatch(name):
             raise UsageError(f"{file}: [env] {name!r:.40} is not the name of a variable")
+        if name in OF_BASH or OF_THE_JOB[kind].fullmatch(name):
+            raise UsageError(f"{file}: [env] {name} is set by the job itself; leave it out")
         if SECRET.search(name):
             raise UsageError(
                 f"{file}: [env] {name} looks like a secret; put it into a file on the cluster that only you can read, "
@@ -323,10 +332,22 @@ def _check(lab: Lab) -> None:
     if own.mounts and not own.image:
         raise UsageError(f"{file}: mounts have no meaning without an image; name one, or leave the mounts out")
     _check_mounts(lab)
+    for verb in ("", *lab.steps):
+        _check_command(f"{file}: {f'[step.{verb}] ' if verb else ''}command", lab.of(verb, True).command)
     if isinstance(own, Slurm):
         _check_slurm(lab, own)
     else:
         _check_kubernetes(lab, own)
+
+
+def _check_command(where: str, command: str) -> None:
+    """UsageError for a command whose words a shell could not tell apart, or that has none."""
+    try:
+        words, why = shlex.split(command), "it has no word"
+    except ValueError:
+        words, why = [], "a quote is not closed, or nothing stands behind the last backslash"
+    if not words or not words[0]:
+        raise UsageError(f"{where} is {command!r:.60}: {why}; write it as in a shell, such as '/my venv/bin/slipway'")
 
 
 def _check_mounts(lab: Lab) -> None:
@@ -373,8 +394,11 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
         )
     if not own.image:
         raise UsageError(f"{lab.file}: image is missing; pods need one")
-    if own.image.startswith("/"):
-        raise UsageError(f"{lab.file}: image is {own.image!r}; pods need the name of an image in a registry")
+    for verb in ("", *lab.steps):
+        image = lab.of(verb, True).image
+        if image.startswith(("/", ".")):
+            where = f"[step.{verb}] image" if verb else "image"
+            raise UsageError(f"{lab.file}: {where} is {image!r}; pods need the name of an image in a registry")
     names = {"namespace": own.namespace, "queue": own.queue, "secrets": own.secrets}
     for key, value in names.items():
         if value is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", value):

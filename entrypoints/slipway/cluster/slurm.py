@@ -44,15 +44,29 @@ def script(step: Step, lab: Lab, run: str) -> str:
         *(f"#SBATCH {word}" for word in _flags(step, lab, run)),
         "",
         *(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
-        *(f"export {name}={shlex.quote(value)}" for name, value in lab.env.items()),
         "",
-        "step() {",
-        f"    exec {_srun(step, lab)} \\",
-        f"        {shlex.join([*shlex.split(step.keys.command), step.verb, *step.words])}",
-        "}",
+        *_step(step, lab),
         "",
     ]
     return "\n".join(lines) + (HERE / "step.sh").read_text()
+
+
+def _step(step: Step, lab: Lab) -> list[str]:
+    """The function `step` of a script, which becomes srun.
+
+    It runs in a process of its own. Only there the variables of [env] and of the file of secrets are set: they may have
+    any names, and the script's own stay as they are.
+    """
+    secrets = _own(lab).secrets
+    return [
+        "step() {",
+        f"    set -- {_srun(step, lab)} \\",
+        f"        {shlex.join([*shlex.split(step.keys.command), step.verb, *step.words])}",
+        *(f"    export {name}={shlex.quote(value)}" for name, value in lab.env.items()),
+        *([f"    set -a && . {shlex.quote(secrets)} && set +a || exit 78"] if secrets else []),
+        '    exec "$@"',
+        "}",
+    ]
 
 
 def _own(lab: Lab) -> Slurm:
@@ -93,12 +107,12 @@ def _quoted(value: str) -> str:
 
 def _srun(step: Step, lab: Lab) -> str:
     """srun and its flags, as shell words: what the nodes need to be one step, and the container."""
-    words = ["srun", "--wait=60", "--kill-on-bad-exit=1"]
+    words = ["--wait=60", "--kill-on-bad-exit=1"]
     if image := step.keys.image:
         mounts = ",".join([*(lab.own.mounts or []), *(_own(lab).local_mounts or [])])
         words += [f"--container-image={pyxis_name(image)}", *([f"--container-mounts={mounts}"] if mounts else [])]
         words += ["--no-container-mount-home"]
-    quoted = shlex.join(words)
+    quoted = f'"$(type -P srun)" {shlex.join(words)}'  # by its path: [env] may have another PATH
     # Where the image sets a variable too, the job's counts.
     return quoted + (' ${NAMES:+"--container-env=$NAMES"}' if step.keys.image else "")
 

@@ -1,8 +1,9 @@
-# The end of every step's script. Above it are its variables and the function `step`, which becomes srun.
+# The end of every step's script. Above it are its variables and the function `step`, which becomes srun. No variable
+# here is readonly: in the process that becomes srun, one of the user's may have the same name.
 set -uo pipefail
-readonly RESTARTS="${SLURM_RESTART_COUNT:-0}"
+RESTARTS="${SLURM_RESTART_COUNT:-0}"
 # More than the 2 x 5 seconds in which a start looks whether there is a newer one.
-readonly SILENT="${SLIPWAY_SILENT:-20}"
+SILENT="${SLIPWAY_SILENT:-20}"
 export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" # srun itself would give a task one processor
 
 say() { echo "slipway: $*" >&2; }
@@ -14,7 +15,7 @@ end() {
     exit "$1"
 }
 
-# The names in the file of secrets are exported, for this job alone. No value is printed.
+# The names in the file of secrets go to the container too; `step` reads the values, for its own process alone.
 secrets() {
     [ -n "$SECRETS" ] || return 0
     case "$(stat -L -c '%a %u' "$SECRETS" 2>&1)" in
@@ -23,10 +24,6 @@ secrets() {
     esac
     local names
     names=$(sed -nE 's/^(export +)?([A-Za-z_][A-Za-z0-9_]*)=.*/\2/p' "$SECRETS" | paste -sd,)
-    set -a
-    # shellcheck source=/dev/null
-    . "$SECRETS" || end 78
-    set +a
     NAMES="$NAMES${names:+${NAMES:+,}$names}"
 }
 
@@ -110,7 +107,7 @@ run_step() {
         sleep 10
     done
 }
-readonly NOT_STARTED='^srun: error: Unable to (create step|confirm allocation|contact slurm controller)'
+NOT_STARTED='^srun: error: Unable to (create step|confirm allocation|contact slurm controller)'
 
 again() {
     if [ -e "$STATE.stop" ]; then say "stopped on request: the job is not queued again" && end "$1"; fi
