@@ -50,10 +50,23 @@ def with_own_context(model: Path, out: Path, config: Path | None, dry_run: bool)
         raise DataError(f"{model} does not have {missing[0]}, which NeMo would load; {CURE.format(model)}")
     folder = _scratch() if dry_run else out / FOLDER
     files = context_of(opened, "")
+    weights = context_folder(opened.reader.folder).parent / WEIGHTS
     if not (folder / "context" / SOURCE_CONFIG).is_file():
-        _write(folder, context_folder(opened.reader.folder).parent / WEIGHTS, *files)
+        _write(folder, weights, *files)
+    elif (folder / WEIGHTS).resolve() != weights.resolve():
+        _link_again(folder / WEIGHTS, weights)
     said = "NeMo's own context is not run: what it says of the model is written anew"
     return folder, [*opened.notes, f"{said} to {folder}" if not dry_run else said]
+
+
+def _link_again(link: Path, weights: Path) -> None:
+    """The weights are at another place than at the run's first start; that they are the same is compared later."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.", dir=link.parent) as made:
+            (Path(made) / WEIGHTS).symlink_to(weights.absolute(), target_is_directory=True)
+            os.replace(Path(made) / WEIGHTS, link)
+    except OSError as error:
+        raise WriteError(f"{link} cannot be written: {error.strerror}; choose another --out") from None
 
 
 def _scratch() -> Path:

@@ -14,11 +14,13 @@ from slipway.errors import DataError, LostPeer, PreflightError, SlipwayError, St
 from slipway.launch.failure import GONE, LOST_A_PEER, Failure
 from slipway.launch.topology import Topology
 from slipway.report import Summary
+from slipway.training.agreement import kept
 from slipway.training.claim import Claim
-from slipway.training.preflight import Scanned
+from slipway.training.preflight import NOTE_BYTES, Scanned
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import DONE, RunFolder, now
-from slipway.untrusted import replace_file, tell
+from slipway.training.whole import name_base
+from slipway.untrusted import read_object, replace_file, tell
 
 CONTINUE = "run the same command again to continue"
 IN_VAIN = 3  # starts in a row that were stopped before they saved a new step, before it is an error
@@ -46,16 +48,18 @@ def claim_folder(run: Run, inputs: dict[str, str]) -> None:
     """On rank 0: write what will be computed here, and put away what is damaged or incomplete.
 
     Args:
-        inputs: digests of what is read, by their names.
+        inputs: digests of what is read, by their names (agreement.py).
     """
     try:
         run.folder.set_aside(run.damaged)
         run.folder.remove_incomplete()
         run.recipe.save(run.folder.recipe)
-        replace_file(run.folder.inputs, (json.dumps(inputs, indent=1) + "\n").encode())
+        begun = read_object(run.folder.inputs, NOTE_BYTES) if run.begins_at and run.folder.inputs.is_file() else {}
+        replace_file(run.folder.inputs, (json.dumps(kept(begun, inputs), indent=1) + "\n").encode())
+        name_base(run.folder.checkpoint(run.begins_at), Path(run.recipe.model))
         before = run.folder.read_status()
-        begun = {"state": "starting", "why": "", "begun_at": run.begins_at, "in_vain": _in_vain(run, before)}
-        run.folder.write_status(_until_here(run) | begun | {"started": now(), "updated": now()})
+        starting = {"state": "starting", "why": "", "begun_at": run.begins_at, "in_vain": _in_vain(run, before)}
+        run.folder.write_status(_until_here(run) | starting | {"started": now(), "updated": now()})
     except OSError as error:
         raise _unwritable(run, error) from None
 
@@ -71,8 +75,8 @@ def finish(run: Run) -> Summary:
     status = run.folder.read_status()
     if status.get("state") != "done" or status.get("step") != run.begins_at:
         # A loss of another step, or how an earlier start failed, does not belong to the end.
-        kept = {name: value for name, value in status.items() if name not in ("loss", "exit_code")}
-        status = kept | _until_here(run) | {"state": "done", "seconds_left": 0, "updated": now()}
+        others = {name: value for name, value in status.items() if name not in ("loss", "exit_code")}
+        status = others | _until_here(run) | {"state": "done", "seconds_left": 0, "updated": now()}
         status["why"] = f"{DONE}, but not the last evaluation" if _misses_an_evaluation(run) else DONE
         if run.topology.rank == 0:
             _note_the_end(run, status)

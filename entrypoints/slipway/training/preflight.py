@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import handover
-from slipway.checkpoint.lora import BASE_NOTE, Adapters, noted_base
+from slipway.checkpoint.lora import Adapters
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG, has_tokenizer
 from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError, PreflightError, UsageError, WriteError
@@ -21,7 +21,7 @@ from slipway.tokens.blend import parts_of
 from slipway.tokens.scan import Index, scan
 from slipway.tokens.tokenise import MOST_LOST
 from slipway.training import memory
-from slipway.training.agreement import changed
+from slipway.training.agreement import DIGESTS, NONE, changed
 from slipway.training.recipe import Recipe
 from slipway.training.recipes import asked_of_gpus
 from slipway.training.run_folder import RunFolder
@@ -31,7 +31,7 @@ NOTE_BYTES = 1 << 20
 FP8_SINCE = 9.0  # compute capability: Hopper
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 # What may change between two starts of one run.
-MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_data", "eval_every", "eval_batches")
+MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_every", "eval_batches")
 FOR_SPEED = ("micro_batch_size", "recompute", "cuda_graphs")  # these too, and it is said
 SCHEDULE = ("steps", "warmup_steps", "constant_steps")  # these too, where the run is made longer
 
@@ -49,13 +49,6 @@ def check_base(recipe: Recipe) -> None:
     handover.check(Path(recipe.model))
     if recipe.adapter:
         handover.check_weights(Path(recipe.adapter))
-
-
-def check_noted_base(recipe: Recipe, checkpoint: Path) -> None:
-    """DataError where NeMo would load another base with the checkpoint that a run goes on from."""
-    note = checkpoint / "weights" / BASE_NOTE
-    if note.is_file() and (base := noted_base(note)).resolve() != Path(recipe.model).resolve():
-        raise DataError(f"{note} names {base}, not --model {recipe.model}; restore it or choose another --out")
 
 
 def check_data(data: str, eval_data: str) -> None:
@@ -154,7 +147,8 @@ def check_continued(recipe: Recipe, folder: RunFolder, step: int, resume: str) -
     longer = before.steps != recipe.steps
     if longer and recipe.steps < step:
         raise UsageError(f"{folder.path} holds a run at step {step}, more than --steps {recipe.steps}; raise --steps")
-    may_change = (*MAY_CHANGE, *(SCHEDULE if longer else ()))
+    moved = _moved(before, recipe, folder)
+    may_change = (*MAY_CHANGE, *moved, *(SCHEDULE if longer else ()))
     changed = {
         name: f"{flag(name)} was {vars(before)[name]} and is {now}"
         for name, now in vars(recipe).items()
@@ -164,13 +158,33 @@ def check_continued(recipe: Recipe, folder: RunFolder, step: int, resume: str) -
         raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
     if step == recipe.steps:  # nothing is computed any more
         return [f"--steps was {before.steps} and is {step}, which is done: the run ends there"] if longer else []
-    notes = [f"{said}: from step {step} on time and memory are others" for said in changed.values()]
+    notes = [*moved.values()]
+    notes += [f"{said}: from step {step} on time and memory are others" for said in changed.values()]
     if longer:
         notes.append(
             f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
             f"of {recipe.steps} steps"
         )
     return notes
+
+
+def _moved(before: Recipe, now: Recipe, folder: RunFolder) -> dict[str, str]:
+    """Fields of a recipe that are other paths than before, and whose content is compared later → what to say of it."""
+    noted = read_object(folder.inputs, NOTE_BYTES) if folder.inputs.is_file() else {}
+    found = {}
+    for name, digest in DIGESTS.items():
+        old, new = getattr(before, name), getattr(now, name)
+        if old == new or (name == "data" and _shares(old) != _shares(new)):
+            continue
+        if name == "eval_data" and not (old and new):
+            found[name] = f"{flag(name)} was {old or NONE} and is {new or NONE}: the steps are the same"
+        elif old and new and digest in noted:
+            found[name] = f"{flag(name)} was {old} and is {new}: its content must be the same, and is compared"
+    return found
+
+
+def _shares(data: str) -> list[float]:
+    return [part.share for part in parts_of(data)]
 
 
 def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 checkpoints/step=N/   NeMo checkpoints; one that has `step=N-unfinished` beside it is not complete
 checkpoints/damaged-step=N/   one that was complete and is damaged, which nothing reads
 recipe.json           what is computed
-inputs.json           digests of the data, the model and the tokenizer, when the run began
+inputs.json           digests of the data, the model, the adapters to begin with and the tokenizer
 owner.json            who runs into the folder, as long as it runs
 status.json           state (starting, running, stopped, done, failed), step, loss, tokens, times, why it ended and the
                       exit code

@@ -28,7 +28,7 @@ from slipway.report import Summary
 from slipway.signals import StopRequests
 from slipway.tokens.blend import as_text, parts_of
 from slipway.training import foreign, layout, memory, preflight, recipes
-from slipway.training.agreement import STAY, claims
+from slipway.training.agreement import claims
 from slipway.training.claim import Claim
 from slipway.training.outcome import Run, claim_folder, error_of, finish, note, result_of, stopped
 from slipway.training.recipe import Recipe
@@ -95,12 +95,11 @@ def run(request: Request) -> Summary:
         preflight.make_folder(run.folder)
         agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
-        preflight.check_noted_base(run.recipe, run.folder.checkpoint(run.begins_at))
         token = Token.of(run.folder.path, request.placement.run_token_file)
         with Claim(run.folder.owner) if topology.rank == 0 else contextlib.nullcontext():
             link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
             if topology.rank == 0:
-                claim_folder(run, {name: agreed[name] for name in STAY})
+                claim_folder(run, agreed)
             try:
                 failure = _work(run, Path(scratch), stop, link)
             except Stopped as error:  # between the claim and the first worker

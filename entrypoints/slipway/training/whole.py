@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slipway.checkpoint import handover
 from slipway.checkpoint.locate import COMPLETE
+from slipway.checkpoint.lora import BASE_NOTE, noted_base
 from slipway.errors import DataError, UsageError
 from slipway.training.run_folder import RunFolder
 from slipway.untrusted import read_object, replace_file
@@ -30,11 +31,18 @@ def seal(checkpoint: Path) -> None:
     for path in sorted(checkpoint.rglob("*")):
         # An open file has the size that other nodes have given it, also on NFS.
         found = _synced(path)
-        if stat.S_ISREG(found.st_mode):
+        if stat.S_ISREG(found.st_mode) and path.name != BASE_NOTE:  # which may be written again, see name_base
             sizes[str(path.relative_to(checkpoint))] = found.st_size
     replace_file(mark, (json.dumps(sizes, indent=1) + "\n").encode())
     for folder in (mark.parent, checkpoint, checkpoint.parent):
         _synced(folder)
+
+
+def name_base(checkpoint: Path, base: Path) -> None:
+    """Let a checkpoint of adapters or heads name the place where its base is now: NeMo loads it from there."""
+    note = checkpoint / "weights" / BASE_NOTE
+    if note.is_file() and noted_base(note) != base:
+        replace_file(note, json.dumps({"model_ckpt_path": str(base)}).encode())
 
 
 def _synced(path: Path) -> os.stat_result:
