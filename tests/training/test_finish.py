@@ -31,8 +31,8 @@ def inputs(tmp_path_factory) -> Path:
 
 def words(inputs: Path, out: Path, *more: str, mode: str = "sft", steps: int = 4) -> list[str]:
     given = ["--model", inputs / "nemo", "--data", inputs / "data.jsonl", "--out", out, "--mode", mode]
-    given += ["--steps", steps, "--seq-length", 32, "--global-batch-size", 4, "--eval-data", inputs / "data.jsonl"]
-    return ["train", *map(str, given), "--eval-every", "2", *more]
+    given += ["--steps", steps, "--seq-length", 32, "--global-batch-size", 4, *more]
+    return ["train", *map(str, given), "--eval-every", "2", "--eval-data", str(inputs / "data.jsonl")]
 
 
 def ended(inputs: Path, out: Path, capsys, mode: str = "sft", steps: int = 4, done: int = 4) -> RunFolder:

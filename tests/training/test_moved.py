@@ -49,6 +49,19 @@ def test_the_same_files_at_another_place_go_on(begun, tmp_path, capsys, mode):
     assert json.loads(note.read_text()) == {"model_ckpt_path": str(tmp_path / "there" / "nemo")}
 
 
+def test_a_checkpoint_of_nemos_own_may_move_too(begun, tmp_path, capsys):
+    """The run's folder has a context for it, with a link to its weights."""
+    place, _ = begun()
+    (place / "nemo" / "context" / "hf_config.json").unlink()
+    out = tmp_path / "of-nemo"
+    cli.main(words(place, out, steps=8))
+    assert (out / "model" / "weights").resolve() == place / "nemo" / "weights", capsys.readouterr().err
+    place.rename(tmp_path / "there")
+    cli.main(words(tmp_path / "there", out, steps=8))
+    assert "does not exist" not in capsys.readouterr().err
+    assert (out / "model" / "weights").resolve() == tmp_path / "there" / "nemo" / "weights"
+
+
 def test_relative_paths_links_and_another_out_go_on(begun, tmp_path, capsys, monkeypatch):
     place, _ = begun()
     (tmp_path / "link").symlink_to(place)
@@ -90,7 +103,7 @@ def test_evaluations_are_on_the_data_that_they_began_on(begun, capsys, name):
     place, run = begun()
     command = words(place, run.path, steps=8)
     at = command.index("--eval-data") + 1
-    without = [*command[: at - 1], *command[at + 1 :]]
+    without = command[: command.index("--eval-every")]
     cli.main(without)
     assert f"--eval-data was {place}/data.jsonl and is none" in capsys.readouterr().err
     cli.main(command)

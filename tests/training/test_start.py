@@ -13,6 +13,7 @@ from conftest import make_model
 from slipway import cli
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import PreflightError, UsageError
+from slipway.options import flag
 from slipway.tokens.blend import as_text, order, parts_of
 from slipway.tokens.indexed import write_index
 from slipway.tokens.lines import as_line
@@ -149,6 +150,49 @@ def test_what_cannot_be_is_one_line(plan, folder, monkeypatch, tmp_path, words, 
     blend = "web.bin:7,code.bin:3"
     code, _, error = plan(*[word.replace("BLEND", blend) for word in words], data=data.replace("BLEND", blend))
     assert code == 2 and said in error.splitlines()[-1], error
+
+
+@pytest.mark.parametrize("mode", ["heads", "sft", "pretrain"])
+@pytest.mark.parametrize(
+    "words",
+    [["--adapter", "x"], ["--lora-rank", "8"], ["--lora-alpha", "8"], ["--lora-dropout", "0.1"], ["--dora"],
+     ["--rslora"], ["--lora-targets", "q_proj"], ["--set", "lora_rank=8"]],
+)  # fmt: skip
+def test_flags_of_adapters_are_for_lora_alone(plan, folder, capsys, tmp_path, mode, words):
+    """In a dry run and in a run."""
+    wrong = flag(words[1].partition("=")[0]) if words[0] == "--set" else words[0]
+    said = f"{wrong} is for --mode lora, and --mode is {mode}; leave it out"
+    code, _, error = plan("--mode", mode, *words)
+    assert code == 2 and said in error.splitlines()[-1]
+    given = ["--model", folder / "llama31", "--data", folder / "data.jsonl", "--out", tmp_path / "out"]
+    assert cli.main(["train", *map(str, given), "--mode", mode, *words]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_to_say_that_there_is_none_is_no_flag_without_a_meaning(plan):
+    assert plan("--mode", "sft", "--dora=false", "--lora-dropout", "0")[0] == 0
+    code, _, said = plan("--mode", "sft", "--eval-every", "2")
+    assert code == 2 and "--eval-every is for --eval-data, which is not given; leave it out" in said
+
+
+@pytest.mark.parametrize(
+    "words, options, code, said",
+    [
+        ([], {"data": "llama31"}, 2, "llama31 is a folder, and a file is expected; `slipway preprocess`"),
+        ([], {"data": "llama31:1,web.bin:1"}, 2, "--data llama31 is a folder, and a file is expected"),
+        (["--eval-data", "llama31"], {}, 2, "--eval-data llama31 is a folder, and a file is expected"),
+        ([], {"kind": "data.jsonl"}, 2, "data.jsonl is a file, and a folder is expected; `slipway import`"),
+        ([], {"data": "empty.jsonl"}, 65, "empty.jsonl is empty; `slipway preprocess` makes it from text"),
+        ([], {"data": "empty.bin"}, 65, "empty.bin is empty"),
+        (["--eval-data", "empty.jsonl"], {}, 65, "--eval-data empty.jsonl is empty"),
+    ],
+)
+def test_what_is_no_data_or_model_is_said_as_what_it_is(plan, folder, monkeypatch, words, options, code, said):
+    monkeypatch.chdir(folder)
+    for name in ("empty.jsonl", "empty.bin"):
+        (folder / name).touch()
+    found, _, error = plan(*words, **options)
+    assert found == code and said in error.splitlines()[-1], error
 
 
 def test_a_key_for_weights_and_biases_may_be_anywhere_it_looks(plan, monkeypatch, tmp_path):

@@ -30,6 +30,8 @@ from slipway.untrusted import read_object, read_text, tell, without_credentials
 NOTE_BYTES = 1 << 20
 FP8_SINCE = 9.0  # compute capability: Hopper
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
+OF_ADAPTERS = ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout", "dora", "rslora", "adapter")
+OF_EVALUATIONS = ("eval_every", "eval_batches")
 # What may change between two starts of one run.
 MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_every", "eval_batches")
 FOR_SPEED = ("micro_batch_size", "recompute", "cuda_graphs")  # these too, and it is said
@@ -39,7 +41,8 @@ SCHEDULE = ("steps", "warmup_steps", "constant_steps")  # these too, where the r
 def check_checkpoint(model: Path) -> None:
     """UsageError or DataError unless this is a NeMo checkpoint."""
     if not model.is_dir():
-        raise UsageError(f"--model {model} does not exist; `slipway import` makes it from a Hugging Face model")
+        wrong = "is a file, and a folder is expected" if model.exists() else "does not exist"
+        raise UsageError(f"--model {model} {wrong}; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
 
@@ -52,13 +55,33 @@ def check_base(recipe: Recipe) -> None:
 
 
 def check_data(data: str, eval_data: str) -> None:
-    """UsageError for a file of data that is not there."""
+    """UsageError for data that is not a file, DataError for an empty one."""
     if eval_data and len(parts_of(eval_data, "--eval-data")) > 1:
         raise UsageError(f"--eval-data {eval_data} names several files; evaluate on one")
     for name, paths in (("--data", data), ("--eval-data", eval_data)):
         for part in parts_of(paths, name) if paths else ():
             if not part.path.is_file():
-                raise UsageError(f"{name} {part.path} does not exist; `slipway preprocess` makes it from text")
+                wrong = "is a folder, and a file is expected" if part.path.is_dir() else "does not exist"
+                raise UsageError(f"{name} {part.path} {wrong}; `slipway preprocess` makes it from text")
+            if not part.path.stat().st_size:
+                raise DataError(f"{name} {part.path} is empty; `slipway preprocess` makes it from text")
+
+
+def check_idle(chosen: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """UsageError for a flag that would do nothing; to say that there is none of something is no such flag.
+
+    Args:
+        chosen: what flags and --set gave.
+        values: all fields of Recipe that are not at their defaults.
+    """
+    mode = values.get("mode", Recipe.mode)
+    for name, value in chosen.items():
+        if not value:
+            continue
+        if name in OF_ADAPTERS and mode != "lora":
+            raise UsageError(f"{flag(name)} is for --mode lora, and --mode is {mode}; leave it out")
+        if name in OF_EVALUATIONS and not values.get("eval_data"):
+            raise UsageError(f"{flag(name)} is for --eval-data, which is not given; leave it out")
 
 
 def check_logging(recipe: Recipe) -> None:

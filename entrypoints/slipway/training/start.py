@@ -139,6 +139,7 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
     if dry_run and shipped and topology.source == ALONE and request.placement.nproc_per_node is None:
         topology = _of_recipe(shipped, topology.master_port)
     values = (shipped.values if shipped else {}) | chosen | {"model": str(model)}
+    preflight.check_idle(chosen, values)
     preflight.check_data(values["data"], values.get("eval_data", ""))
     packing, notes = _packing(values, config)
     values |= packing
