@@ -97,6 +97,19 @@ def test_other_content_is_refused_wherever_it_is(begun, tmp_path, capsys, change
     assert run.inputs.read_text() == before
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_done_is_compared_too_where_its_files_have_moved(begun, tmp_path, capsys, mode):
+    """It is not the run of other data, though nothing is left to do."""
+    place, run = begun(mode)
+    place = place.rename(tmp_path / "there")
+    assert cli.main(words(place, run.path, mode=mode, steps=4)) == 0
+    assert run.read_status()["state"] == "done"
+    place = place.rename(tmp_path / "elsewhere")
+    other_data(place)
+    assert cli.main(words(place, run.path, mode=mode, steps=4)) == 2
+    assert "holds a run on other inputs: the data" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "another.jsonl"])
 def test_evaluations_are_on_the_data_that_they_began_on(begun, capsys, name):
     """They may be left out and taken up again, which is said."""

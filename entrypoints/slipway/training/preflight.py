@@ -210,6 +210,11 @@ def _shares(data: str) -> list[float]:
     return [part.share for part in parts_of(data)]
 
 
+def has_moved(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether inputs of a run have other paths than it has noted, so that their content is to be compared."""
+    return bool(_moved(Recipe.load(folder.recipe), recipe, folder))
+
+
 def check_inputs(folder: RunFolder, begins_at: int, now: dict[str, str]) -> None:
     """UsageError where a run goes on with other data, another model or tokenizer than it began with.
 

@@ -81,6 +81,9 @@ def run(request: Request) -> Summary:
     """
     run, _ = _prepare(request)
     if run.begins_at >= run.recipe.steps:
+        if preflight.has_moved(run.recipe, run.folder):
+            scanned = run.scanned or _scan(vars(run.recipe))
+            preflight.check_inputs(run.folder, run.begins_at, _claims(run, scanned))
         return finish(run)
     topology = run.topology
     with (
@@ -93,7 +96,7 @@ def run(request: Request) -> Summary:
         tell(f"train: {scanned.epochs(run.recipe)}")
         tell(str(topology))
         preflight.make_folder(run.folder)
-        agreed = claims(run.recipe, scanned.parts, scanned.held_out, topology, run.begins_at)
+        agreed = _claims(run, scanned)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
         token = Token.of(run.folder.path, request.placement.run_token_file)
         with Claim(run.folder.owner) if topology.rank == 0 else contextlib.nullcontext():
@@ -108,6 +111,10 @@ def run(request: Request) -> Summary:
                 raise stopped(run, str(error)) from None
             link.close()
             return result_of(run, failure, stop.grace_is_over)
+
+
+def _claims(run: Run, scanned: preflight.Scanned) -> dict[str, str]:
+    return claims(run.recipe, scanned.parts, scanned.held_out, run.topology, run.begins_at)
 
 
 def settled(request: Request) -> Run:
