@@ -106,13 +106,19 @@ def nemo_path(path: str) -> Path:
 
 def latest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
     """(step, folder) of the newest complete checkpoint in the folder checkpoints/ of a run."""
+    return next(iter(complete_checkpoints(checkpoints)), None)
+
+
+def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every complete checkpoint there, the newest first."""
     # The names are sorted as numbers: step=1000 comes after step=200.
-    found = []
-    for folder in checkpoints.glob("step=*"):
-        match = re.fullmatch(r"step=(\d+)", folder.name)
-        if match and (folder / "context" / COMPLETE).exists() and not Path(f"{folder}-unfinished").exists():
-            found.append((int(match.group(1)), folder))
-    return max(found, default=None)
+    matches = [(re.fullmatch(r"step=(\d+)", folder.name), folder) for folder in checkpoints.glob("step=*")]
+    return sorted(((int(match[1]), folder) for match, folder in matches if match and is_complete(folder)), reverse=True)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """It was saved to its end."""
+    return (checkpoint / "context" / COMPLETE).exists() and not Path(f"{checkpoint}-unfinished").exists()
 
 
 def _named(path: str) -> Path:

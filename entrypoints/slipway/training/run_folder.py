@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import locate
-from slipway.checkpoint.locate import COMPLETE
 from slipway.errors import DataError
 from slipway.training.recipe import Recipe
 from slipway.untrusted import NotJson, harmless, parse_json, read_bytes, read_object, replace_file
@@ -103,11 +101,7 @@ class RunFolder:
 
     def complete_checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, the newest first."""
-        found = []
-        for folder in self.checkpoints.glob("step=*"):
-            if (match := re.fullmatch(r"step=(\d+)", folder.name)) and _is_complete(folder):
-                found.append((int(match[1]), folder))
-        return sorted(found, reverse=True)
+        return locate.complete_checkpoints(self.checkpoints)
 
     def set_aside(self, checkpoints: Iterable[Path]) -> None:
         """Give damaged checkpoints another name: the run saves these steps again, and nothing takes them for whole."""
@@ -121,7 +115,7 @@ class RunFolder:
     def remove_incomplete(self) -> None:
         """Remove what a killed run was writing. NeMo would save the same step beside it under another name."""
         for folder in self.checkpoints.glob("step=*"):
-            if not _is_complete(folder):
+            if not locate.is_complete(folder):
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
     def read_status(self) -> dict[str, Any]:
@@ -152,10 +146,6 @@ class RunFolder:
             kept = [entry for entry in entries if entry["step"] < step]
             if file == self.metrics or file.exists():
                 replace_file(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / "context" / COMPLETE).exists() and not Path(f"{checkpoint}-unfinished").exists()
 
 
 def now() -> str:
