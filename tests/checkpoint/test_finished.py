@@ -404,6 +404,15 @@ def test_a_dry_run_of_what_is_there_says_what_it_would_take(model, tmp_path, cap
 def test_a_note_that_says_nothing_counts_as_none(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for content in ("", "[]", '{"files": 3}', json.dumps({"made_from": "x", "files": {"a": [1, 2]}})):
+    for content in (
+        "",
+        "[]",
+        '{"files": 3}',
+        '{"files": ["a"], "aside": ["x"]}',
+        '{"aside": ".out.old-/../x"}',
+        json.dumps({"made_from": "x", "files": {"a": [1, 2]}}),
+    ):
         finished.note_of(out).write_text(content)
-        assert finished.noted(out) is None
+        assert finished.noted(out) is None and not finished.is_settled(out)
+        finished.recover(out)
+        finished.check_replaceable(out)

@@ -116,7 +116,8 @@ def check_replaceable(out: Path) -> None:
         raise UsageError(f"{out} is no folder, and --overwrite replaces only models; remove it or choose another name")
     if os.path.ismount(out):
         raise UsageError(f"a file system is mounted at {out}, which cannot be moved; choose a name within it")
-    files, written = files_of(out), set(_note(out).get("files") or ())
+    files, noted_files = files_of(out), _note(out).get("files")
+    written = {*noted_files} if isinstance(noted_files, dict) else set()
     if files and not written and not any(map(_marks, files.items())):
         raise UsageError(f"{out} holds no model, so --overwrite leaves it alone; remove it or choose another name")
     if strange := [name for name in files if name not in written and not _is_of_a_model(name)]:
