@@ -310,7 +310,7 @@ def test_of_two_commands_with_one_output_one_is_refused(model, tmp_path, folder)
         both = []
         for _ in range(2):
             both.append(subprocess.Popen(words, stdout=PIPE, stderr=PIPE, text=True))
-            time.sleep(delay)
+            time.sleep(delay)  # the second one comes while the first imports, makes its folder, or fills it
         said = [one.communicate() for one in both]
         codes = [one.returncode for one in both]
         assert 0 in codes and {*codes} <= {0, 78}, said

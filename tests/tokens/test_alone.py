@@ -47,14 +47,14 @@ def test_a_second_command_is_refused_and_the_first_goes_on(mxfp4_model, tmp_path
 
 
 HOLDS = (
-    "import sys, time; from pathlib import Path; from slipway.checkpoint.working import alone\n"
-    "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    "import sys; from pathlib import Path; from slipway.checkpoint.working import alone\n"
+    "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 )
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
     out = tmp_path / "out.jsonl"
-    with subprocess.Popen([sys.executable, "-c", HOLDS, out], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", HOLDS, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"held\n"
         with pytest.raises(PreflightError, match="another command"), alone(out):
             pass

@@ -60,7 +60,7 @@ def write_note(
         about: what the command says of the output once more.
         aside: the folder beside the output in which the old one and the new one change their names.
     """
-    states = {name: _state(path) for name, path in files.items()}
+    states = {name: state_of(path) for name, path in files.items()}
     text = json.dumps({"made_from": digest(identity), "files": states, "about": about, "aside": aside}, indent=1) + "\n"
     replace_file(note_of(out), text.encode())
     sync(out.absolute().parent)
@@ -89,14 +89,14 @@ def _is_as_noted(out: Path, note: Mapping[str, Any]) -> bool:
     """Whether the files of an output, or of a folder that will be one, are those of a note."""
     try:
         folder = out if out.is_dir() else out.parent
-        whole = all(_state(folder / name) == state for name, state in note["files"].items())
+        whole = all(state_of(folder / name) == state for name, state in note["files"].items())
         named = not out.is_dir() or files_of(out).keys() == note["files"].keys()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
     return whole and named and isinstance(note.get("made_from"), str)
 
 
-def _state(path: Path) -> list[int]:
+def state_of(path: Path) -> list[int]:
     """Bytes and time of the last change."""
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]

@@ -52,7 +52,8 @@ def carry_out(
     check_name(target)
     with ExitStack() as held:
         settled = finished.is_settled(target) and not overwrite  # then nothing is written, nor need it be possible
-        if not (dry_run or settled) and target.absolute().parent.is_dir():
+        is_alone = not (dry_run or settled) and target.absolute().parent.is_dir()
+        if is_alone:
             held.enter_context(alone(target))
             finished.recover(target)
         replaced = overwrite and os.path.lexists(target)
@@ -65,12 +66,13 @@ def carry_out(
         check_apart(target, made.reads)
         if dry_run:
             return forecast(made, target, command, budget, started)
+        if before is None and not is_alone:  # its folder is made only now, when there is work to do
+            held.enter_context(alone(target))
+            if (before := finished.noted(target)) is None:  # another command may have ended since
+                refuse_existing(target)
         if before is not None:
             finished.check_same(before, made.digest, target)
             return _done_already(command, target, made, started)
-        if not target.absolute().parent.is_dir():  # it is made only now, when there is work to do
-            held.enter_context(alone(target))
-            refuse_existing(target)
         publish = finished.replace if replaced else finished.name
         run(made, target, command, budget, lambda new, out: publish(new, out, made.digest))
     return Summary(command, str(target), made.bytes, time.monotonic() - started, details)

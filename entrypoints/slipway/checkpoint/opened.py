@@ -409,7 +409,7 @@ def _with_others(opened: Opened, own: list[Path], given: Given) -> Opened:
     places = [place for place in [*([lent] if lent else []), *own] if place.is_dir()]
     with_one = [place for place in places if any(file.name.startswith(TOKENIZER) for file in place.iterdir())]
     found = next(iter([*with_one, *(place for place in places if place != lent), *places]), None)
-    return replace(opened, others=found, lent=found == lent)
+    return replace(opened, others=found, lent=found is not None and found == lent)
 
 
 def context_folder(weights: Path) -> Path:

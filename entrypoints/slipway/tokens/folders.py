@@ -115,16 +115,10 @@ def _made(data: Path, targets: set[Path]) -> Iterator[str]:
             continue
         for name, state in states:
             file = note.with_name(Path(name).name)
-            if file.is_file() and (file.resolve() in targets or [*_state(file)] == state):
+            if file.is_file() and (file.resolve() in targets or finished.state_of(file) == state):
                 yield _inside(data, file)
                 if file.suffix == ".bin":
                     yield _inside(data, index_of(file))
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """Bytes and time of the last change, as in a note."""
-    about = file.stat()
-    return about.st_size, about.st_mtime_ns
 
 
 def _of_split(data: Path, files: list[str], split: str | None, left: dict[str, str]) -> list[str]:
