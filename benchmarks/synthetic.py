@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from slipway.checkpoint.huggingface import INDEX, Layout
-from slipway.families import FAMILIES
+from slipway.families import FAMILIES, by_model_type
 from slipway.tensors.bits import E8M0_BIAS
 from slipway.tensors.refs import TORCH_NAMES, TensorInfo
 
@@ -70,11 +70,10 @@ def stored_as(name: str, info: TensorInfo, form: str) -> dict[str, TensorInfo]:
     return {name: info}
 
 
-def write(folder: Path, family: str, form: str, gigabytes: float) -> None:
-    """Write the model; its values are random, with scales of ordinary size."""
-    config = config_of(family, gigabytes)
+def write(folder: Path, config: dict[str, Any], form: str) -> None:
+    """Write the model; its values are random, and as large as those of a model that is not trained yet."""
     tensors: dict[str, TensorInfo] = {}
-    for name, info in FAMILIES[family].rules(config).hf.items():
+    for name, info in by_model_type()[config["model_type"]].rules(config).hf.items():
         tensors |= stored_as(name, info, form)
     layout = Layout(tensors, SHARD_BYTES)
     folder.mkdir(parents=True)
@@ -89,25 +88,35 @@ def write(folder: Path, family: str, form: str, gigabytes: float) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     if form != "bf16":
-        config["quantization_config"] = {"quant_method": form, "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+        about = {"quant_method": form, "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+        config = {**config, "quantization_config": about}
     (folder / "config.json").write_text(json.dumps(config))
     if (index := layout.index()) is not None:
         (folder / INDEX).write_bytes(index)
 
 
-def _kind(name: str, info: TensorInfo) -> tuple[str, bool]:
-    return info.dtype, name.endswith(("_scales", "_scale_inv"))
+def _kind(name: str, info: TensorInfo) -> tuple[str, str]:
+    if name.endswith(("_scales", "_scale_inv")):
+        return info.dtype, "scales"
+    if info.dtype == "F8_E4M3":
+        return info.dtype, "scaled"
+    return info.dtype, "norm" if "norm" in name else "weights"
 
 
-def _pool(dtype: str, scales: bool) -> memoryview:
-    """Random values to take from again and again."""
+def _pool(dtype: str, kind: str) -> memoryview:
+    """Values to take from again and again."""
     torch.manual_seed(0)
     if dtype == "U8":
-        low, high = (E8M0_BIAS - 8, E8M0_BIAS) if scales else (0, 256)
+        low, high = (E8M0_BIAS - 8, E8M0_BIAS) if kind == "scales" else (0, 256)
         values = torch.randint(low, high, (POOL_ELEMENTS,), dtype=torch.uint8)
     else:
-        noise = torch.rand(POOL_ELEMENTS) * 1e-3 if scales else torch.randn(POOL_ELEMENTS)
-        values = noise.to(getattr(torch, TORCH_NAMES[dtype]))
+        made = {
+            "scales": lambda: torch.rand(POOL_ELEMENTS) * 1e-3,
+            "scaled": lambda: torch.randn(POOL_ELEMENTS),
+            "norm": lambda: torch.ones(POOL_ELEMENTS),
+            "weights": lambda: torch.randn(POOL_ELEMENTS) * 0.02,
+        }[kind]()
+        values = made.to(getattr(torch, TORCH_NAMES[dtype]))
     return memoryview(values.view(torch.uint8).numpy())
 
 
@@ -117,4 +126,4 @@ def _fill(descriptor: int, offset: int, count: int, pool: memoryview) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]))
+    write(Path(sys.argv[1]), config_of(sys.argv[2], float(sys.argv[4])), sys.argv[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
+from slipway.training.traffic import say_saved
 from slipway.training.troubles import cannot_write
 from slipway.training.whole import seal
 
@@ -49,11 +51,13 @@ class Checkpoints(nl.ModelCheckpoint):
         self.recipe = recipe
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        begun = time.monotonic()
         try:
             super()._save_checkpoint(trainer, filepath)
             if trainer.is_global_zero:
                 keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
-                seal(ckpt_to_dir(filepath))
+                size = seal(ckpt_to_dir(filepath))
+                say_saved(ckpt_to_dir(filepath), size, time.monotonic() - begun)
         except (OSError, CheckpointException, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError like any other; only its text tells.
             if isinstance(error, RuntimeError) and not ZIP_WRITER.search(str(error)):

@@ -23,8 +23,8 @@ MOST_MARK_BYTES = 64 << 20
 CURES = (f"; {handover.CURE}", f"; {handover.COPY}")  # of a checkpoint that a person has brought
 
 
-def seal(checkpoint: Path) -> None:
-    """Bring a checkpoint to disk, and mark it as complete. Every rank has synced its own weights before."""
+def seal(checkpoint: Path) -> int:
+    """Bring a checkpoint to disk, and mark it as complete; its bytes. Every rank has synced its own weights before."""
     mark = checkpoint / MARK
     mark.unlink(missing_ok=True)  # of an earlier seal
     sizes = {}
@@ -36,6 +36,7 @@ def seal(checkpoint: Path) -> None:
     replace_file(mark, (json.dumps(sizes, indent=1) + "\n").encode())
     for folder in (mark.parent, checkpoint, checkpoint.parent):
         _synced(folder)
+    return sum(sizes.values())
 
 
 def name_base(checkpoint: Path, base: Path) -> None:

@@ -320,6 +320,8 @@ def make_trainer(recipe: Recipe, callbacks: list[Any], nodes: int, on_gpu: bool,
     import torch
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
+    from slipway.training.traffic import saying_loaded
+
     options = {
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
         "pipeline_model_parallel_size": recipe.pipeline_parallel_size,
@@ -353,6 +355,7 @@ def make_trainer(recipe: Recipe, callbacks: list[Any], nodes: int, on_gpu: bool,
         enable_model_summary=False,
     )
     leave_signals_alone(trainer)
+    wrap(trainer.strategy, "load_checkpoint", saying_loaded, NEMO)
     return trainer
 
 
