@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,9 +52,11 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     begun = time.monotonic()
     slipway("import", folder / "hf", folder / "model")
     size = sum(path.stat().st_size for path in (folder / "model" / "weights").iterdir())
-    print(f"import: {size / 1e9:.1f} GB in {time.monotonic() - begun:.1f} s")
+    print(f"import: {size / 1e9:.1f} GB in {time.monotonic() - begun:.1f} s", flush=True)
+    shutil.rmtree(folder / "hf")
     write_data(folder / "data.jsonl", options, config["vocab_size"])
     whole = train(folder, "whole", options)
+    shutil.rmtree(folder / "whole")
     train(folder, "stopped", options, stop_after=options.steps // 2)
     stopped = train(folder, "stopped", options)
     apart = max(abs(one / other - 1) for one, other in zip(whole, stopped, strict=True))
