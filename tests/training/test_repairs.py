@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import KINDS, make_model
+from slipway.checkpoint.torch_dist import PREFIX
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.training import patches
 
@@ -55,6 +56,73 @@ def test_routers_keep_their_biases_in_float32(tmp_path):
     assert are_rounded() == {True}, "upstream"
     keep_routers_counts()
     assert are_rounded() == {False}
+
+
+@pytest.mark.parametrize("kind", ["llama31", "gpt_oss", "qwen3_moe"])
+def test_a_loaded_weight_lies_where_the_model_has_it(tmp_path, monkeypatch, kind):
+    """Else a model takes half of its memory more while it is loaded."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.transformer import mlp
+    from megatron.core.transformer.moe import experts
+    from slipway.training import forward, repairs
+
+    import_checkpoint(str(make_model(tmp_path / "hf", kind)), str(tmp_path / "nemo"))
+    read = dist_checkpointing.load
+    kept = {}
+
+    def keeping(*arguments):
+        kept["loaded"] = read(*arguments)
+        return dict(kept["loaded"])
+
+    monkeypatch.setattr(dist_checkpointing, "load", keeping)
+
+    def elsewhere() -> set[str]:
+        weights = dict(forward.load(tmp_path / "nemo").named_parameters())
+        loaded = {key.removeprefix(PREFIX): value for key, value in kept["loaded"].items()}
+        assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+        return {name for name, weight in weights.items() if loaded[name].data_ptr() != weight.data_ptr()}
+
+    repairs.join_in_place()
+    with monkeypatch.context() as upstream:
+        for module in (mlp, experts):
+            name = "apply_swiglu_sharded_factory"
+            upstream.setattr(module, name, patches.APPLIED[patches.full_name(module, name)].before)
+        upstream.setattr(repairs, "join_in_place", lambda: None)
+        assert any("linear_fc1" in name for name in elsewhere()), "upstream"
+    assert elsewhere() == set()
+
+
+def cut(*sizes: int) -> list[torch.Tensor]:
+    return [*torch.arange(sum(sizes) * 3.0).view(-1, 3).split(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "in_place"),
+    [
+        (cut(2, 2), True),
+        (cut(4, 1, 2), True),
+        (cut(4), True),
+        (cut(2, 2)[::-1], False),
+        (cut(1, 1, 1)[::2], False),
+        ([part.clone() for part in cut(2, 2)], False),
+        ([part[:, :2] for part in cut(2, 2)], False),
+        ([cut(2)[0], cut(2)[0].double()], False),
+    ],
+)
+def test_parts_are_joined_without_a_copy_only_where_they_follow_each_other(parts, in_place):
+    from slipway.training.repairs import joined
+
+    found = joined(parts, torch.cat)
+    assert torch.equal(found, torch.cat(parts))
+    assert (found.data_ptr() == parts[0].data_ptr()) == in_place
+
+
+def test_parts_of_another_class_are_left_to_megatron():
+    from slipway.training.repairs import joined
+
+    parts = [part.as_subclass(torch.nn.Buffer) for part in cut(2, 2)]
+    assert joined(parts, lambda given: [id(one) for one in given]) == [id(one) for one in parts]
+    assert joined({"one": 1}, lambda given: given) == {"one": 1}
 
 
 def test_norms_in_latent_attention_have_an_epsilon_of_their_own(tmp_path, monkeypatch):

@@ -95,9 +95,10 @@ def load(checkpoint: Path) -> GPTModel:
         cpu.enable()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-    from slipway.training.repairs import hand_over_in_this_process, keep_latent_epsilon
+    from slipway.training.repairs import hand_over_in_this_process, join_in_place, keep_latent_epsilon
 
     hand_over_in_this_process()
+    join_in_place()
     from slipway.training.context import model_of
 
     if not torch.distributed.is_initialized():

@@ -77,13 +77,20 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from slipway.training.padding import ignore_padding
     from slipway.training.quantised import quantise_gradients_once
     from slipway.training.record import Record
-    from slipway.training.repairs import hand_over_in_this_process, keep_no_copies, keep_no_scales, keep_routers_counts
+    from slipway.training.repairs import (
+        hand_over_in_this_process,
+        join_in_place,
+        keep_no_copies,
+        keep_no_scales,
+        keep_routers_counts,
+    )
 
     gc.freeze()
     gc.enable()
     if libraries:
         libraries.join()
     hand_over_in_this_process()
+    join_in_place()
     keep_routers_counts()
     ignore_padding()
     add_in_place()
