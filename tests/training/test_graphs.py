@@ -3,6 +3,11 @@ passes themselves on a GPU: tests/image-gpu/graphs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
 import pytest
 import torch
 
@@ -82,15 +87,20 @@ class Made:
 
     def make(self, gpt, run, batch, pool):
         self.shapes.append(batch["tokens"].shape[1])
-        return self.use
+        return self
+
+    is_broken = False
+
+    def __call__(self, batch):
+        self.used += 1
+        return self.use(batch)
 
     def use(self, batch):
-        self.used += 1
         return twice(batch, None)
 
 
 def test_a_pair_is_recorded_after_the_first_step_when_shapes_come_back(graphs, monkeypatch):
-    made, found = Made(graphs, monkeypatch), graphs.Pairs()
+    made, found = Made(graphs, monkeypatch), graphs.Pairs(graphs.Pair)
     used = []
     for length in [8, 8, 8, 8, 8, 4, 4, 4, 8]:
         assert torch.equal(found(None, twice, batch_of(length)), 3 * torch.arange(length)[None])
@@ -101,21 +111,21 @@ def test_a_pair_is_recorded_after_the_first_step_when_shapes_come_back(graphs, m
 
 def test_without_memory_for_a_pair_the_run_goes_on(graphs, monkeypatch, capsys):
     monkeypatch.setattr(graphs, "Pair", refuse)
-    found = graphs.Pairs()
+    found = graphs.Pairs(graphs.Pair)
     for _ in range(8):
         assert torch.equal(found(None, twice, batch_of(3)), 3 * torch.arange(3)[None])
     assert capsys.readouterr().err.splitlines() == [SAID]
 
 
 def test_shapes_that_keep_changing_are_recorded_so_often_and_no_more(graphs, monkeypatch):
-    made, found = Made(graphs, monkeypatch), graphs.Pairs()
+    made, found = Made(graphs, monkeypatch), graphs.Pairs(graphs.Pair)
     for length in [length for length in range(1, 100) for _ in range(4)]:
         found(None, twice, batch_of(length))
     assert len(made.shapes) == graphs.TRIES
 
 
 def test_packed_samples_have_one_shape_whatever_their_number(graphs, monkeypatch):
-    made, found = Made(graphs, monkeypatch), graphs.Pairs()
+    made, found = Made(graphs, monkeypatch), graphs.Pairs(graphs.Pair)
     monkeypatch.setattr(made, "use", lambda batch: made.bounds.append(batch["cu_seqlens"].tolist()) or batch["tokens"])
     made.bounds = []
     rows = [[0, 5, 40], [0, 40], [0, 1, 2, 3, 40], [0, 7, 40], [0, 40], [*range(20), 40], [0, 40], [0, 40], [0, 40]]
@@ -142,3 +152,17 @@ def test_other_parameters_stand_in_the_place_of_the_trained_ones(graphs):
     wanted = torch.autograd.grad(model(torch.ones(3)).sum(), trained)
     assert all(map(torch.equal, found, wanted))
     assert [leaf.data_ptr() for leaf in leaves] == [weight.data_ptr() for weight in trained]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_computed_again_is_what_the_passes_compute(tmp_path, ranks):
+    """Dense layers as a pair, layers with experts up to these, on one rank and on two that share the experts."""
+    words = [sys.executable, "-W", "ignore", Path(__file__).parent / "graphs_on_cpu.py"]
+    started = [
+        subprocess.Popen([*words, str(rank), str(ranks), tmp_path / "store"], text=True, stdout=PIPE, stderr=PIPE)
+        for rank in range(ranks)
+    ]
+    for one in started:
+        said, errors = one.communicate()
+        assert one.returncode == 0, errors
+        assert said.count("alike") == 1 + 3 * ranks

@@ -11,7 +11,6 @@ the one keeps for the other lies in memory that nothing else can use, so there i
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor, nn
 
 from slipway.training.experts import counts_stay
-from slipway.untrusted import tell
+from slipway.training.partial_graphs import Parts
+from slipway.training.recording import draw_nothing, recording, say_recorded, say_why_not, standing_in
 
 MOST = 32  # shapes of a model of which only the forward pass is wanted; others are computed without a graph
 WARM_UP = 2  # passes before a graph is recorded: kernels are compiled and chosen in them
@@ -52,7 +52,7 @@ class Recorded:
         self._pool = pool
         # Megatron keeps the angles of some shapes and forgets the oldest, but the graph reads them where they are.
         self._angles: list[Any] = []
-        _draw_nothing(gpt)
+        draw_nothing(gpt)
 
     @contextlib.contextmanager
     def _keeping_angles(self, gpt: MegatronGPT) -> Iterator[None]:
@@ -63,15 +63,6 @@ class Recorded:
         finally:
             for one in watched:
                 one.remove()
-
-    @contextlib.contextmanager
-    def _recording(self) -> Iterator[torch.cuda.CUDAGraph]:
-        graph = torch.cuda.CUDAGraph()
-        # The outer block brings the stream back where a recording fails, which torch does not. NCCL looks after its
-        # work from a thread of its own, which must not end the recording.
-        here = torch.cuda.stream(torch.cuda.current_stream())
-        with here, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            yield graph
 
     def _put(self, batch: Batch) -> None:
         for key, place in self._batch.items():
@@ -92,7 +83,7 @@ class Graph(Recorded):
                 for _ in range(WARM_UP):
                     run(self._batch, self._longest)
             here.wait_stream(aside)
-            with self._recording() as self._graph:
+            with recording(self._pool) as self._graph:
                 self._found = run(self._batch, self._longest)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -105,23 +96,27 @@ class Graph(Recorded):
 class Pair(Recorded):
     """The forward and the backward pass of one shape, for the gradients of the weights that are trained."""
 
+    is_broken = False
+
     def __init__(self, gpt: MegatronGPT, run: Pass, batch: Batch, pool: Any) -> None:
         super().__init__(gpt, batch, pool)
         self.weights = [weight for weight in gpt.parameters() if weight.requires_grad]
+        begun = time.monotonic()
         with self._keeping_angles(gpt), standing_in(gpt, self.weights) as leaves:
             # What is made at the first call of a shape, angles among it, is not recorded. And after a call a layer adds
             # to the gradients that there are; in the first pass of a step it may write over them.
             with torch.no_grad():
                 run(self._batch, self._longest)
-            with self._recording() as self.forward:
+            with recording(self._pool) as self.forward:
                 found = run(self._batch, self._longest)
             self.of_found = torch.empty_like(found)
-            with self._recording() as self.backward:
+            with recording(self._pool) as self.backward:
                 of_weights = torch.autograd.grad(found, leaves, self.of_found, allow_unused=True)
         self.found = found.detach()
         # Some products add a weight's gradient to Megatron's buffer themselves, and give something else for it.
         is_added = [getattr(leaf, "grad_added_to_main_grad", False) for leaf in leaves]
         self.of_weights = [None if added else one for one, added in zip(of_weights, is_added, strict=True)]
+        say_recorded("the layers", time.monotonic() - begun)
 
     def __call__(self, batch: Batch) -> Tensor:
         """What the pass finds for these. Its gradient must be asked for before the next call."""
@@ -143,39 +138,6 @@ class _Replayed(torch.autograd.Function):
         return None, *(None if one is None else one.detach() for one in ctx.pair.of_weights)
 
 
-@contextlib.contextmanager
-def standing_in(module: nn.Module, weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """In the block the module has other parameters in the same memory in the place of `weights`.
-
-    Megatron holds on to the end of each weight's gradient, which waits for the stream on which the model was made. A
-    graph can wait for no other stream.
-    """
-    leaves = {id(weight): nn.Parameter(weight.detach()) for weight in weights}
-    for weight in weights:
-        vars(leaves[id(weight)]).update(vars(weight) | {"grad_added_to_main_grad": False})
-    places = [
-        (part, name, weight)
-        for part in module.modules()
-        for name, weight in part._parameters.items()
-        if weight is not None and id(weight) in leaves
-    ]
-    for part, name, weight in places:
-        part._parameters[name] = leaves[id(weight)]
-    try:
-        yield list(leaves.values())
-    finally:
-        for part, name, weight in places:
-            part._parameters[name] = weight
-
-
-def _draw_nothing(gpt: MegatronGPT) -> None:
-    """Transformer Engine sets a random state for attention's dropout, though nothing is dropped here. A state cannot be
-    set while a graph is recorded."""
-    for module in gpt.modules():
-        if hasattr(module, "attention_dropout_ctx"):
-            module.attention_dropout_ctx = contextlib.nullcontext
-
-
 class Graphs:
     """The graphs of a model's forward pass, which are recorded when their shape comes for the first time."""
 
@@ -195,17 +157,22 @@ class Graphs:
             except RuntimeError as error:  # a GPU, a driver or a layer that cannot: the run is slower, and goes on
                 self._most = 0
                 self._of_shapes.clear()  # memory too can be what lacked
-                _say_why_not(error)
+                say_why_not(error)
         if shape not in self._of_shapes:
             return run(batch, None)
         return self._of_shapes[shape](batch)
 
 
 class Pairs:
-    """The graphs of a model that is trained: those of the shape that its micro batches have had lately."""
+    """The graphs of a model that is trained: those of the shape that its micro batches have had lately.
 
-    def __init__(self) -> None:
-        self._pair: Pair | None = None
+    Args:
+        make: Pair or Parts.
+    """
+
+    def __init__(self, make: type[Pair | Parts]) -> None:
+        self._make = make
+        self._pair: Pair | Parts | None = None
         self._shape: Any = None  # of the last micro batch
         self._passes = self._alike = 0  # how many there were, and how many of the last shape
         self._tries, self._bounds = TRIES, BOUNDS
@@ -221,18 +188,19 @@ class Pairs:
             self._tries -= 1
             self._pair = self._recorded(gpt, run, even)
         self._passes, self._alike = self._passes + 1, self._alike + 1
-        return run(batch, None) if self._pair is None else self._pair(even)
+        if self._pair is None:
+            return run(batch, None)
+        if self._pair.is_broken:
+            self._pair, self._tries = None, 0
+            return run(batch, None)
+        return self._pair(even)
 
-    def _recorded(self, gpt: MegatronGPT, run: Pass, batch: Batch) -> Pair | None:
-        begun = time.monotonic()
+    def _recorded(self, gpt: MegatronGPT, run: Pass, batch: Batch) -> Pair | Parts | None:
         try:
-            pair = Pair(gpt, run, batch, torch.cuda.graph_pool_handle())
-            if int(os.environ.get("RANK", 0)) == 0:  # others do as well at the same time
-                tell(f"worker: recorded the layers as CUDA graphs in {time.monotonic() - begun:.1f} s")
-            return pair
+            return self._make(gpt, run, batch, torch.cuda.graph_pool_handle())
         except RuntimeError as error:  # memory too, of which graphs need more
             self._tries = 0
-            _say_why_not(error)
+            say_why_not(error)
         torch.cuda.empty_cache()
         return None
 
@@ -245,13 +213,6 @@ class Pairs:
         if len(bounds) > self._bounds:
             self._bounds = -(-len(bounds) * 5 // (4 * BOUNDS)) * BOUNDS  # a quarter more than these
         return batch | {"cu_seqlens": torch.cat([bounds, bounds[-1:].expand(self._bounds - len(bounds))])}
-
-
-def _say_why_not(error: BaseException) -> None:
-    while error.__context__ is not None:  # what ends a recording is an error too, and says less
-        error = error.__context__
-    why = str(error).partition("\n")[0]
-    tell(f"worker: no CUDA graph of the layers ({why}): their kernels are started one by one")
 
 
 def shape_of(batch: Batch) -> tuple[Any, ...]:
@@ -286,16 +247,25 @@ def learn_graphed(gpt: MegatronGPT, run: Pass, batch: Batch) -> Tensor:
     if tokens is None or not tokens.is_cuda or not torch.is_grad_enabled():
         return run(batch, None)
     if gpt not in _graphs:
-        _graphs[gpt] = Pairs() if _are_wanted and is_steady(gpt) and learns_steadily(gpt) else None
+        kind = Pair if is_steady(gpt) else Parts if has_steady_parts(gpt) else None
+        _graphs[gpt] = Pairs(kind) if kind is not None and _are_wanted and learns_steadily(gpt) else None
     graphs = _graphs[gpt]
     return run(batch, None) if graphs is None else graphs(gpt, run, batch)
 
 
 def is_steady(gpt: MegatronGPT) -> bool:
     """This GPU has all of the model, and the host is not asked how many tokens an expert gets."""
+    return _has_all_but_experts() and (not gpt.config.num_moe_experts or counts_stay(gpt.config))
+
+
+def has_steady_parts(gpt: MegatronGPT) -> bool:
+    """This GPU has all of the model but for other GPUs' experts."""
+    return _has_all_but_experts() and bool(gpt.config.num_moe_experts) and not gpt.config.fp8
+
+
+def _has_all_but_experts() -> bool:
     ranks = parallel_state.get_tensor_and_context_parallel_world_size()
-    ranks *= parallel_state.get_pipeline_model_parallel_world_size()
-    return ranks == 1 and (not gpt.config.num_moe_experts or counts_stay(gpt.config))
+    return ranks * parallel_state.get_pipeline_model_parallel_world_size() == 1
 
 
 def learns_steadily(gpt: MegatronGPT) -> bool:

@@ -61,6 +61,11 @@ def only(real: RealTokens | None) -> Iterator[None]:
         _current = before
 
 
+def current() -> RealTokens | None:
+    """What routers heed here."""
+    return _current
+
+
 def ignore_padding() -> None:
     """Make Megatron's routers heed `only`."""
     from megatron.core import tensor_parallel

@@ -44,6 +44,7 @@ EXPERTS = {
     "moe_aux_loss_coeff": 1e-2,
 }
 FP8 = {**DENSE, "fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True}
+Kind = type[graphs.Pair | graphs.Parts]
 SINKS = {**DENSE, "softmax_type": "learnable"}
 
 
@@ -91,12 +92,12 @@ def batch(bounds: list[int] | None) -> graphs.Batch:
     }
 
 
-def beside_no_graph(options: dict[str, Any], packed: bool) -> Both:
+def beside_no_graph(kind: Kind, options: dict[str, Any], packed: bool) -> Both:
     """Of the last of several micro batches, which is not the one that was recorded."""
     gpt = model(options)
     run_ = functools.partial(hidden_states, gpt)
     weights = [weight for weight in gpt.parameters() if weight.requires_grad]
-    pairs = graphs.Pairs()
+    pairs = graphs.Pairs(kind)
     for number in range(6):
         last = batch(PACKED[number % 2] if packed else None)
         found = with_gradients(pairs(gpt, run_, last), *weights)
@@ -105,10 +106,10 @@ def beside_no_graph(options: dict[str, Any], packed: bool) -> Both:
     return [one.clone() for one in found], with_gradients(run_(last, None), *weights)
 
 
-def all_trained(options: dict[str, Any]) -> Both:
+def all_trained(kind: Kind, options: dict[str, Any]) -> Both:
     """With all weights, whose experts add their gradients to Megatron's buffers: here one for each layer of them."""
     gpt = model(options)
-    run_, pairs, found = functools.partial(hidden_states, gpt), graphs.Pairs(), []
+    run_, pairs, found = functools.partial(hidden_states, gpt), graphs.Pairs(kind), []
     weights = [weight.requires_grad_() for weight in gpt.parameters() if weight.is_floating_point()]
     buffers = [buffer_of(part) for part in gpt.modules() if isinstance(part, TEGroupedLinear)]
     batches = [batch(PACKED[number % 2]) for number in range(6)]
@@ -159,13 +160,21 @@ def prepare() -> None:
 
 
 CASES = [("dense", DENSE), ("experts", EXPERTS), ("dense, fp8", FP8), ("sinks", SINKS)]
+WAYS = [
+    (", twice without", twice_without, CASES),
+    ("", functools.partial(beside_no_graph, graphs.Pair), CASES),
+    (", up to the experts", functools.partial(beside_no_graph, graphs.Parts), [("experts", EXPERTS)]),
+]
 CHECKS = [
     (f"{name}, {'packed' if packed else 'one sample'}{said}", functools.partial(check, options, packed), 0, BOUND)
-    for name, options in CASES
+    for said, check, cases in WAYS
+    for name, options in cases
     for packed in (False, True)
-    for said, check in ((", twice without", twice_without), ("", beside_no_graph))
 ]
-CHECKS.append(("experts, all trained", functools.partial(all_trained, EXPERTS), 0, BOUND))
+CHECKS += [
+    (f"experts, all trained{said}", functools.partial(all_trained, kind, EXPERTS), 0, BOUND)
+    for said, kind in (("", graphs.Pair), (", up to the experts", graphs.Parts))
+]
 
 
 if __name__ == "__main__":
