@@ -85,6 +85,8 @@ def whole(nemo_model, data, tmp_path_factory) -> RunFolder:
     assert seconds[0] < 90, "most of it for the import of NeMo"
     assert re.search(r"worker: NeMo imported in [\d.]+ s", output), output
     assert re.search(r"worker: first step done [\d.]+ s after the start", output), output
+    assert re.search(r"^worker: loaded \S+, [\d.]+ .?B in [\d.]+ s, [\d.]+ .?B/s$", output, re.MULTILINE), output
+    assert re.search(r"^worker: saved step=\d+, [\d.]+ .?B in [\d.]+ s, [\d.]+ .?B/s$", output, re.MULTILINE), output
     assert not not_ours(output), "no library says anything to the person who reads this"
     return run
 

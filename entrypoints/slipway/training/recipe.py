@@ -67,8 +67,8 @@ class Recipe:
     )
     cuda_graphs: bool = option(
         True,
-        "record the kernels of the layers once and start them as one, where each GPU has the whole model and all micro "
-        "batches are alike; takes a little more memory",
+        "record the kernels of the layers once and start them as one, up to the experts where GPUs share these, where "
+        "nothing else of a model is shared and all micro batches are alike; takes a little more memory",
     )
     precision: str = option(
         "bf16",
