@@ -144,7 +144,7 @@ def main(rank: int, ranks: int, store: str) -> None:
     moe_layer.MoEAllGatherTokenDispatcher = Dispatcher
     torch.cuda.graph_pool_handle = lambda: None
     check(graphs.Pair, {}, None)
-    gathered = EXPERTS | {"moe_token_dispatcher_type": "allgather"}
+    gathered = EXPERTS | {"moe_token_dispatcher_type": "allgather", "moe_shared_expert_intermediate_size": 48}
     for options in [EXPERTS, gathered][:ranks]:
         for refused in (None, 1, 4):  # of three forward and three backward passes
             check(graphs.Parts, options, refused)

@@ -43,6 +43,7 @@ EXPERTS = {
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 1e-2,
 }
+SHARED = {**EXPERTS, "moe_shared_expert_intermediate_size": 384}
 FP8 = {**DENSE, "fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True}
 Kind = type[graphs.Pair | graphs.Parts]
 SINKS = {**DENSE, "softmax_type": "learnable"}
@@ -163,7 +164,11 @@ CASES = [("dense", DENSE), ("experts", EXPERTS), ("dense, fp8", FP8), ("sinks", 
 WAYS = [
     (", twice without", twice_without, CASES),
     ("", functools.partial(beside_no_graph, graphs.Pair), CASES),
-    (", up to the experts", functools.partial(beside_no_graph, graphs.Parts), [("experts", EXPERTS)]),
+    (
+        ", up to the experts",
+        functools.partial(beside_no_graph, graphs.Parts),
+        [("experts", EXPERTS), ("shared", SHARED)],
+    ),
 ]
 CHECKS = [
     (f"{name}, {'packed' if packed else 'one sample'}{said}", functools.partial(check, options, packed), 0, BOUND)
