@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,24 @@ def test_no_word_is_taken_for_a_variable_and_no_secret_is_shown(tmp_path):
     (jobset,) = manifests(tmp_path, LAB, ["export", "/shared/$(HF_TOKEN)", "/shared/out"])
     container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert container["args"] == ["export", "/shared/$$(HF_TOKEN)", "/shared/out"]
+
+
+def as_kubernetes_expands(text: str) -> str:
+    """What a container gets of a text: k8s.io/kubernetes/third_party/forked/golang/expansion, with no variable set."""
+    return re.sub(r"\$(\$|\([^)]*\))", lambda match: "$" if match[1] == "$" else "", text)
+
+
+@pytest.mark.parametrize("value", ["p$$w", "$(A)", "$$(A)", "a$", "$$$", "$HOME", "plain"])
+def test_dollars_arrive_as_they_were_written(tmp_path, value):
+    text = LAB.replace("[limits]", f"A = '{value}'\n[limits]").replace("nodes = 4", f"command = \"/x/'{value}'\"")
+    (jobset,) = manifests(tmp_path, text, ["export", f"/shared/{value}", "/shared/out"])
+    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    given = [
+        *container["command"],
+        container["args"][1],
+        *(one["value"] for one in container["env"] if one["name"] == "A"),
+    ]
+    assert [as_kubernetes_expands(one) for one in given] == [f"/x/{value}", f"/shared/{value}", value]
 
 
 leaves = (

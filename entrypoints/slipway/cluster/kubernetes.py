@@ -110,7 +110,7 @@ def _job(step: Step, lab: Lab, of_trainer: bool) -> dict[str, Any]:
 
 def _pod(step: Step, lab: Lab, name: str, of_trainer: bool) -> dict[str, Any]:
     own = _own(lab)
-    env = [{"name": one, "value": value.replace("$(", "$$(")} for one, value in lab.env.items()]
+    env = [{"name": one, "value": _literal(value)} for one, value in lab.env.items()]
     if not of_trainer:
         env.append({"name": "NNODES", "value": str(step.keys.nodes)})
     container: dict[str, Any] = {"name": name, "image": image_name(step.keys.image)}
@@ -132,10 +132,15 @@ def _pod(step: Step, lab: Lab, name: str, of_trainer: bool) -> dict[str, Any]:
 
 
 def _command(step: Step) -> dict[str, Any]:
-    """The image's entrypoint with a verb, or the command of lab.toml. Kubernetes would take $(NAME) for a variable."""
-    words = [word.replace("$(", "$$(") for word in (step.verb, *step.words)]
-    own = shlex.split(step.keys.command)
+    """The image's entrypoint with a verb, or the command of lab.toml."""
+    words = [_literal(word) for word in (step.verb, *step.words)]
+    own = [_literal(word) for word in shlex.split(step.keys.command)]
     return {"args": words} if own == [Common.command] else {"command": own, "args": words}
+
+
+def _literal(text: str) -> str:
+    """A text as Kubernetes leaves it: it takes $(NAME) for a variable, and $$ for one $."""
+    return text.replace("$", "$$")
 
 
 def _resources(step: Step, lab: Lab) -> dict[str, Any]:
