@@ -99,6 +99,7 @@ def _step(number: int, words: list[str], lab: Lab, kinds: Mapping[str, Kind]) ->
         for name in kind.paths:
             for path in _paths(arguments, name):
                 check_path(f"{verb}: {name.upper() if name in positional else flag(name)}", path, lab)
+        _check_placement(verb, arguments, keys)
         if verb == "train":
             rest = _of_train(rest, arguments, keys)
     except UsageError as error:
@@ -121,13 +122,18 @@ def _check_recipe(name: str | None) -> None:
         raise recipes.unknown(name)
 
 
-def _of_train(words: list[str], arguments: Mapping[str, Any], keys: Any) -> list[str]:
-    """The words of `train` with the time to save; UsageError for what the cluster decides."""
+def _check_placement(verb: str, arguments: Mapping[str, Any], keys: Any) -> None:
+    """UsageError for what the cluster decides, in the words of any command that runs on several nodes."""
     for name in OF_THE_CLUSTER:
         if name in arguments:
-            raise UsageError(f"train: {flag(name)} is given by the cluster; leave it out")
-    if arguments.get("nodes", keys.nodes) != keys.nodes:
-        raise UsageError(f"train: --nodes is {arguments['nodes']}, but nodes in lab.toml is {keys.nodes}; leave it out")
+            raise UsageError(f"{verb}: {flag(name)} is given by the cluster; leave it out")
+    if (nodes := arguments.get("nodes", keys.nodes)) != keys.nodes:
+        given = f"nodes in lab.toml is {keys.nodes}" if keys.nodes > 1 else "this step has one node"
+        raise UsageError(f"{verb}: --nodes is {nodes}, but {given}; leave it out")
+
+
+def _of_train(words: list[str], arguments: Mapping[str, Any], keys: Any) -> list[str]:
+    """The words of `train` with the time to save; UsageError for what a job that is queued again cannot do."""
     if arguments.get("resume") == "never":
         raise UsageError("train: --resume never would end a run that was queued again; leave it out")
     from slipway.training.recipes import parse_settings

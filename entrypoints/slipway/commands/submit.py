@@ -29,13 +29,13 @@ STEPS = {
     "doctor": Kind(doctor.doctor, ("out", "model", "run_token_file"), whole=True),
     "dequant": Kind(dequant.dequant, ("src", "dst")),
     "init": Kind(init.init, ("config", "out")),
-    "import": Kind(import_checkpoint.import_checkpoint, ("src", "dst", "adapter")),
-    "export": Kind(export.export, ("ckpt", "out", "base")),
-    "inspect": Kind(inspect.inspect, ("path",)),
-    "verify": Kind(verify.verify, ("a", "b")),
+    "import": Kind(import_checkpoint.import_checkpoint, ("src", "dst", "adapter", "config")),
+    "export": Kind(export.export, ("ckpt", "out", "base", "config")),
+    "inspect": Kind(inspect.inspect, ("path", "config")),
+    "verify": Kind(verify.verify, ("a", "b", "config")),
     "preprocess": Kind(preprocess.preprocess, ("data", "out", "tokenizer", "recipe")),
     "train": Kind(
-        train.train, ("model", "data", "out", "eval_data", "adapter", "recipe", "run_token_file"), whole=True
+        train.train, ("model", "data", "out", "eval_data", "adapter", "recipe", "config", "run_token_file"), whole=True
     ),
     "bench": Kind(bench.bench, ("recipe", "config", "run_token_file")),
     "extract-heads": Kind(extract_heads.extract_heads, ("ckpt", "out")),
