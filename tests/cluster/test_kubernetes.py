@@ -91,6 +91,12 @@ def test_steps_wait_for_each_other_and_have_what_they_need(tmp_path):
     assert len([one for one in pod["volumes"] if "persistentVolumeClaim" in one]) == 2
 
 
+def test_a_step_of_one_node_may_ask_for_gpus(tmp_path):
+    (jobset,) = manifests(tmp_path, LAB + "[step.bench]\ngpus_per_node = 2\n", ["bench", "qwen25_7b"])
+    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": "2"}, "requests": {"cpu": "16"}}
+
+
 def test_pods_are_those_that_deploy_ships(tmp_path):
     """What makes a stop no failure, and a user who is not root: the same as in the manifests to write by hand."""
     shipped = documents(DEPLOY / "kubernetes" / "jobset.yaml")[0]["spec"]

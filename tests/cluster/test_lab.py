@@ -58,6 +58,12 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         (SLURM + "[sbatch]\nA = 'x'\n", "[sbatch] 'A' is no long flag of sbatch"),
         (SLURM + "[step.trian]\nnodes = 3\n", "[step.trian] is for no step, did you mean train?"),
         (SLURM + "[step.import]\nnodes = 3\n", "[step.import] nodes is 3; `import` runs on one node"),
+        (
+            SLURM + "[step.import]\nexclusive = true\n",
+            "[step.import] exclusive has no meaning there; it is for `train`",
+        ),
+        (SLURM + "[step.train]\ncpus = 3\n", "[step.train] cpus has no meaning there; it is for steps that do not"),
+        (SLURM + "[step.doctor]\nstop_before = 900\n", "[step.doctor] stop_before has no meaning there"),
         (SLURM + "[step.import]\njob_dir = '/x'\n", "[step.import] job_dir is the same for all steps"),
         (SLURM + "[step]\nimport = 3\n", "step.import must be a table"),
         ("env = 3\n" + SLURM.partition("[env]")[0], "env must be a table"),

@@ -43,6 +43,11 @@ def test_each_step_asks_for_what_it_needs(tmp_path):
     assert trains["signal"] == "USR1@600" and trains["output"] == "/lustre/me/jobs/RUN/2-train.log"
 
 
+def test_a_step_of_one_node_may_ask_for_gpus(tmp_path):
+    (one,) = map(flags, scripts(tmp_path, TEXT + "[step.bench]\ngpus_per_node = 2\n", ["bench", "qwen25_7b"]))
+    assert one["gpus-per-node"] == "2" and one["cpus-per-task"] == "16" and "exclusive" not in one
+
+
 def command(script: str) -> list[str]:
     (found,) = re.findall(r"(?s)step\(\) \{\n    set -- (.*?[^\\])\n", script)
     return shlex.split(found.replace("\\\n", " "))

@@ -144,10 +144,10 @@ def _literal(text: str) -> str:
 
 
 def _resources(step: Step, lab: Lab) -> dict[str, Any]:
-    if not step.kind.whole:
-        return {"requests": {"cpu": str(step.keys.cpus)}}
-    gpus = {"nvidia.com/gpu": str(step.keys.gpus_per_node)} if step.keys.gpus_per_node else {}
-    return {"limits": gpus | lab.limits} if gpus | lab.limits else {}
+    limits = {"nvidia.com/gpu": str(step.keys.gpus_per_node)} if step.keys.gpus_per_node else {}
+    limits |= lab.limits if step.kind.whole else {}
+    requests = {} if step.kind.whole else {"cpu": str(step.keys.cpus)}
+    return ({"limits": limits} if limits else {}) | ({"requests": requests} if requests else {})
 
 
 def _volumes(step: Step, lab: Lab) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -55,7 +55,10 @@ class Common:
     )
     nodes: int = option(1, "nodes of `train` and `doctor`; every other step has one", low=1, high=100_000)
     gpus_per_node: int = option(
-        8, "GPUs of each node for `train` and `doctor`; other steps ask for none", low=0, high=64
+        8,
+        "GPUs of each node for `train` and `doctor`; other steps ask for none, unless their own table says how many",
+        low=0,
+        high=64,
     )
     cpus: int = option(
         16, "processors of a step that asks for no GPUs; fewer where the smallest node has fewer", low=1, high=4096
@@ -114,6 +117,7 @@ KINDS: dict[str, type[Slurm] | type[Kubernetes]] = {"slurm": Slurm, "kubernetes"
 TABLES = {"slurm": ("env", "sbatch", "step"), "kubernetes": ("env", "limits", "node_selector", "step")}
 OF_A_STEP = ("image", "command", "nodes", "gpus_per_node", "cpus", "stop_before", "partition", "account", "qos", "time",
              "exclusive")  # fmt: skip
+ONLY_FOR = {"cpus": "steps that do not take whole nodes", "exclusive": "`train` and `doctor`", "stop_before": "`train`"}
 
 
 @dataclass(frozen=True)
@@ -315,6 +319,9 @@ def _steps(file: Path, table: Mapping[str, Any], kind: str, verbs: Mapping[str, 
             if key in parameters_of(KINDS[kind]) and key not in OF_A_STEP:
                 raise UsageError(f"{where} {key} is the same for all steps; give it above the tables")
         found[verb] = _values(where, own, kind, KINDS[kind])
+        idle = {"cpus": verbs[verb], "exclusive": not verbs[verb], "stop_before": verb != "train"}
+        for key in (key for key, is_idle in idle.items() if is_idle and key in own):
+            raise UsageError(f"{where} {key} has no meaning there; it is for {ONLY_FOR[key]}: leave it out")
         if not verbs[verb] and own.get("nodes", 1) != 1:
             raise UsageError(f"{where} nodes is {own['nodes']}; `{verb}` runs on one node")
         if "sbatch" in values and kind == "slurm":

@@ -91,8 +91,8 @@ def _flags(step: Step, lab: Lab, run: str) -> list[str]:
         "chdir": keys.job_dir,
     }
     flags |= {name: value for name in ("partition", "account", "qos") if (value := getattr(keys, name))}
+    flags |= {"gpus-per-node": str(keys.gpus_per_node)} if keys.gpus_per_node else {}
     if step.kind.whole:
-        flags |= {"gpus-per-node": str(keys.gpus_per_node)} if keys.gpus_per_node else {}
         flags |= {"exclusive": "", "mem": "0"} if keys.exclusive else {}
     else:
         flags |= {"cpus-per-task": str(keys.cpus)}
