@@ -13,6 +13,7 @@ import pytest
 import yaml as reader
 from hypothesis import given
 from hypothesis import strategies as some
+from slipway import cli
 from slipway.cluster import chain, kubectl, kubernetes, yaml
 from slipway.commands.submit import STEPS
 from slipway.errors import PreflightError, UsageError
@@ -277,6 +278,50 @@ def test_logs_stop_and_cancel(tmp_path, cluster, slipway):
     words = calls(tmp_path)
     assert any("patch" in one and '{"spec": {"suspend": true}}' in one for one in words)
     assert ["--namespace=research", "delete", "jobset", name, "--wait=false"] in words
+
+
+def test_logs_of_all_steps_are_followed_to_the_end_of_the_run(tmp_path, cluster, slipway):
+    one = jobset(tmp_path, {"replicatedJobsStatus": counted(_1_import={"succeeded": 1}, _2_train={"succeeded": 1}),
+                            "conditions": [{"type": "Failed", "status": "True"}]})  # fmt: skip
+    pods = {f"get pods -l {kubectl.OF_RUN}={one['metadata']['name']},{kubectl.OF_STEP}={step}": f"pod/{step}"
+            for step in ("1-import", "2-train", "3-export")}  # fmt: skip
+    begun = {"get pod/1": "Succeeded", "get pod/2": "Succeeded", "get pod/3": "Pending"}
+    logs = {"logs pod/1-import": "read", "logs pod/2-train": "learned", "logs pod/3-export": "written"}
+    cluster(get_jobset_slipway=one, get_jobset=dict(items=[one]), **pods, **begun, **logs)
+    done = slipway("submit", "logs", "--follow", cwd=tmp_path)
+    assert done.returncode == 1 and not done.stderr
+    shown, _, states = done.stdout.partition("run slipway-")
+    assert shown.splitlines() == ["==> 1-import", "read", "==> 2-train", "learned"]
+    assert "3-export" in states and "failed" in states
+
+
+@pytest.mark.parametrize(
+    "words, where, said",
+    [
+        (
+            ["submit", "--follow", "--", *WORDS],
+            "status",
+            "submit: the run goes on; look with `slipway submit status slip",
+        ),
+        (["submit", "logs", "--follow"], "status", "submit: the run goes on; look with `slipway submit status`"),
+        (["submit", "logs", "--follow", "--step", "1"], "logs", "submit: the run goes on; look with `slipway submit"),
+        (
+            ["submit", "--", *WORDS],
+            "apply",
+            "submit: interrupted while the chain was sent; `slipway submit status slip",
+        ),
+    ],
+)
+def test_ctrl_c_never_says_to_submit_again(tmp_path, cluster, monkeypatch, capsys, words, where, said):
+    """The same command would send a second chain, whose jobs write into the folders of the first."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kubectl, where, interrupted)
+    assert cli.main(words) == 130
+    assert said in (shown := capsys.readouterr()).out and not shown.err
 
 
 def test_without_kubectl_there_is_one_line(tmp_path, monkeypatch):

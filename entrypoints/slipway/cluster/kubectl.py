@@ -14,6 +14,7 @@ from slipway.cluster.chain import Step
 from slipway.cluster.runs import Overview, StepState
 from slipway.cluster.settings import Kubernetes, Lab
 from slipway.errors import PreflightError, UsageError
+from slipway.report import say
 from slipway.untrusted import NotJson, harmless, parse_json
 
 OF_RUN = "jobset.sigs.k8s.io/jobset-name"
@@ -161,7 +162,7 @@ def _pod(run: str, job: str, lab: Lab) -> str:
 
 
 def logs(run: str, wanted: str, lines: int, follow: bool, lab: Lab) -> int:
-    """Print what a step has printed, with `follow` until its end; returns kubectl's exit code.
+    """Print what the newest pod of a step has printed, with `follow` until its end; returns kubectl's exit code.
 
     Args:
         wanted: the step's number, verb or name; empty for the newest that has begun.
@@ -177,7 +178,27 @@ def logs(run: str, wanted: str, lines: int, follow: bool, lab: Lab) -> int:
             one for one, state in zip(steps, states, strict=True) if state.state not in (runs.WAITING, runs.SKIPPED)
         ]
         chosen = (begun or steps)[-1:] if begun else steps[:1]
-    pod = _pod(name, chosen[0]["job"], lab)
+    return _print_logs(_pod(name, chosen[0]["job"], lab), lines, follow, lab)
+
+
+def follow(run: str, step: StepState, followed: set[str], lab: Lab) -> None:
+    """Print what a step prints, until its pod ends; nothing where it has no pod that has begun, or that was shown.
+
+    Args:
+        followed: pods that were shown to their end. This one comes in. A step that is started again has a new pod.
+    """
+    try:
+        pod = _pod(run, step.job.removeprefix(f"{run}-"), lab)
+    except UsageError:
+        return
+    if pod in followed or kubectl(lab, ["get", pod, "-o", "jsonpath={.status.phase}"]).strip() == "Pending":
+        return
+    say(f"==> {step.name}")
+    if _print_logs(pod, -1, True, lab) == 0:
+        followed.add(pod)
+
+
+def _print_logs(pod: str, lines: int, follow: bool, lab: Lab) -> int:
     words = ["logs", pod, f"--tail={lines}", *(["--follow"] if follow else [])]
     sys.stdout.flush()
     return subprocess.run([*_command(lab), *words]).returncode

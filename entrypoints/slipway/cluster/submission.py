@@ -95,8 +95,7 @@ def _send(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview
     try:
         records = remote.call(lab.own.host, slurm.submission(steps, lab, run))
     except KeyboardInterrupt:
-        said = f"submit: interrupted while the chain was sent; `slipway submit status {run}` says whether it is there"
-        return Answer(said, {"run": run}, INTERRUPTED)
+        return _interrupted(run)
     with _understood():
         jobs = next(record[1:] for record in records if record[0] == "submitted")
         named = ", ".join(f"{step.verb} {job}" for step, job in zip(steps, jobs, strict=True))
@@ -108,13 +107,28 @@ def _send(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview
     return Answer(said, {"run": run, "jobs": {step.name: job for step, job in zip(steps, jobs, strict=True)}})
 
 
+def _interrupted(run: str) -> Answer:
+    """Ctrl-C while a chain was on its way: nobody knows whether the cluster has it."""
+    said = f"submit: interrupted while the chain was sent; `slipway submit status {run}` says whether it is there"
+    return Answer(said, {"run": run}, INTERRUPTED)
+
+
+def _goes_on(run: str) -> Answer:
+    """Ctrl-C while a run was followed: that ends nothing else."""
+    look = f"`slipway submit status{f' {run}' if run else ''}`"
+    return Answer(f"submit: the run goes on; look with {look}", {"run": run}, INTERRUPTED)
+
+
 def _apply(steps: list[Step], lab: Lab, wanted: Wanted) -> Answer | runs.Overview:
     """Send a chain to Kubernetes."""
     run = f"{lab.own.name}-{slurm.new_name()}"
     documents = kubectl.noted(steps, lab, run)
     if wanted.dry_run:
         return Answer(yaml.dump(*documents).rstrip(), {"run": run, "manifests": documents})
-    kubectl.apply(steps, lab, run)
+    try:
+        kubectl.apply(steps, lab, run)
+    except KeyboardInterrupt:
+        return _interrupted(run)
     said = f"submit: run {run}; look with `slipway submit status`"
     if wanted.follow:
         say(said)
@@ -148,8 +162,13 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
 def _ask_kubernetes(verb: str, run: str, wanted: Wanted, lab: Lab) -> Answer | runs.Overview:
     if verb == "status":
         return kubectl.status(run, lab)
+    if verb == "logs" and wanted.follow and wanted.step is None:
+        return _follow_pods(run, lab)
     if verb == "logs":
-        code = kubectl.logs(run, wanted.step or "", wanted.lines, wanted.follow, lab)
+        try:
+            code = kubectl.logs(run, wanted.step or "", wanted.lines, wanted.follow, lab)
+        except KeyboardInterrupt:
+            return _goes_on(run)
         return Answer("", {"run": run}, code)
     if verb == "stop":
         name = kubectl.stop(run, lab)
@@ -158,18 +177,24 @@ def _ask_kubernetes(verb: str, run: str, wanted: Wanted, lab: Lab) -> Answer | r
     return Answer(f"submit: run {name} cancelled", {"run": name})
 
 
-def _follow_pods(run: str, lab: Lab) -> runs.Overview:
-    """Show the logs of one step after the other, until the run has ended."""
-    followed = ""
-    while not (found := kubectl.status(run, lab)).has_ended:
-        going = next((step.name for step in found.steps if step.state == runs.GOING), "")
-        if going and going != followed:
-            say(f"==> {going}")
-            with contextlib.suppress(UsageError):  # its pod is not there yet
-                if kubectl.logs(run, going, -1, True, lab) == 0:
-                    followed = going
-        time.sleep(5)
-    return found
+def _follow_pods(run: str, lab: Lab) -> Answer | runs.Overview:
+    """Show the logs of one step after the other, until the run has ended; then its last state.
+
+    A step that is started again has a new pod, which is followed too.
+    """
+    followed: set[str] = set()
+    try:
+        while True:
+            found = kubectl.status(run, lab)
+            run = found.run
+            for step in found.steps:
+                if step.state in (runs.GOING, runs.DONE, runs.FAILED):
+                    kubectl.follow(run, step, followed, lab)
+            if found.has_ended:
+                return found
+            time.sleep(5)
+    except KeyboardInterrupt:
+        return _goes_on(run)
 
 
 def _call(function: str, run: str, lab: Lab, said: Any = None, **variables: str) -> list[remote.Record]:
@@ -203,8 +228,7 @@ def _follow(run: str, lab: Lab) -> Answer | runs.Overview:
     try:
         records = _call("follow", run, lab, said)
     except KeyboardInterrupt:
-        look = f"`slipway submit status{f' {run}' if run else ''}`"
-        return Answer(f"submit: the run goes on; look with {look}", {"run": run}, INTERRUPTED)
+        return _goes_on(run)
     name = next(record[1] for record in records if record[0] == "run")
     return status(name, lab)
 
