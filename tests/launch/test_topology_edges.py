@@ -10,7 +10,7 @@ from slipway.errors import UsageError
 from slipway.launch import launchers
 from slipway.launch.launchers import Said
 from slipway.launch.placement import Placement
-from slipway.launch.topology import Topology, count_gpus, find_topology, gpus_here
+from slipway.launch.topology import SHOW_OTHERS, Topology, count_gpus, find_topology, gpus_here
 
 
 def topology(env: dict | None = None, nodes=None, rank=None, addr=None, port=None, per_node=None):
@@ -29,7 +29,8 @@ def test_gpus_are_counted_by_their_device_files(monkeypatch):
     names = ["nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia", "null", "7", "sda1", "amdgpu3"]
     monkeypatch.setattr(os, "listdir", lambda path: names if path == "/dev" else [])
     assert gpus_here({}) == count_gpus({}) == 3
-    for visible, count in (("", 0), ("2", 1), ("0,1", 2), (" , ", 0), ("GPU-a,GPU-b,GPU-c", 3)):
+    for visible, count in (("", 0), ("2", 1), ("0,1", 2), (" , ", 0), ("GPU-a,GPU-b,GPU-c", 3),
+                           ("-1", 0), ("NoDevFiles", 0), ("0, 1,-1,2", 2), ("MIG-a/1/0", 1)):  # fmt: skip
         env = {"CUDA_VISIBLE_DEVICES": visible}
         assert gpus_here(env) == count and count_gpus(env) == max(1, count)
 
@@ -50,11 +51,36 @@ def test_one_node_may_be_numbered_but_not_otherwise():
     assert topology({"MASTER_PORT": "7"}).master_port == 7, "two jobs of one machine need two ports"
 
 
-@pytest.mark.parametrize("name", ["SLURM_JOB_NUM_NODES", "WORLD_SIZE"])
-def test_a_job_of_one_is_no_reason_to_refuse(name):
-    assert topology({name: "1"}).nodes == 1
+@pytest.mark.parametrize("name", SHOW_OTHERS)
+def test_a_job_of_one_is_no_reason_to_refuse_and_one_of_several_never_trains_alone(name):
+    assert topology({name: "1"}).nodes == topology({name: ""}).nodes == 1
     with pytest.raises(UsageError, match=f"{name} is 2"):
         topology({name: "2"})
+    assert topology({name: "2"}, nodes=1).nodes == 1
+    others = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a"}
+    assert topology(others | {name: "8"}).node_rank == 1, "a launcher that says all is believed"
+
+
+@pytest.mark.parametrize("address", ["a:29500", "10.0.0.1:29500", "a:", "[fd00::1]:29500", "[fd00::1]"])
+def test_an_address_of_a_variable_has_no_port_either(address):
+    with pytest.raises(UsageError, match="without a port"):
+        topology({"MASTER_ADDR": address}, nodes=2, rank=0)
+    assert topology({"MASTER_ADDR": "fd00::1"}, nodes=2, rank=0).master_addr == "fd00::1"
+
+
+@pytest.mark.parametrize("names", ["a[3-1],b", "a[1-2,4-3]"])
+def test_a_range_that_ends_before_it_begins_is_no_range(names):
+    with pytest.raises(UsageError, match="not a list of nodes"):
+        launchers.expand(names)
+
+
+@pytest.mark.parametrize("place", [None, "", "4"])
+def test_a_task_without_its_place_is_refused(place):
+    env = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LOCALID": place or ""}
+    if place is None:
+        del env["SLURM_LOCALID"]
+    with pytest.raises(UsageError, match=r"SLURM_LOCALID is .*, but SLURM_STEP_TASKS_PER_NODE is 4"):
+        topology(env)
 
 
 def test_what_is_missing_or_empty_is_unknown():

@@ -100,7 +100,7 @@ def slurm(env: Environment) -> Hints | None:
     }
     if tasks.value > 1:
         _check_tasks_per_gpu(env, tasks, gpus)
-        hints |= {"processes_per_node": tasks, "local_rank": _number(env, "SLURM_LOCALID")}
+        hints |= {"processes_per_node": tasks, "local_rank": _place_of_task(env, tasks)}
     return Hints("slurm", **hints)
 
 
@@ -119,6 +119,18 @@ def _tasks_per_node(env: Environment) -> Said:
             f"{name} is {text[:SHOWN]!r}; every node needs the same number of tasks: set srun --ntasks-per-node"
         )
     return Said(int(match.group(1)), name)
+
+
+def _place_of_task(env: Environment, tasks: Said) -> Said:
+    """Which of the tasks of its node this one is."""
+    name = "SLURM_LOCALID"
+    place = _number(env, name)
+    if place is None or place.value >= tasks.value:
+        raise UsageError(
+            f"{name} is {env.get(name, 'not set')[:SHOWN]!r}, but {tasks.by} is {tasks.value}; start the command with "
+            "srun, and let a container have all variables of SLURM"
+        )
+    return place
 
 
 def _check_tasks_per_gpu(env: Environment, tasks: Said, gpus: Said | None) -> None:
@@ -169,9 +181,10 @@ def _no_list(names: str, by: str) -> UsageError:
 def _count(ranges: str, names: str, by: str) -> int:
     """How many numbers "08-10,12" has; UsageError for what is no list of ranges."""
     parts = [re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part) for part in ranges.split(",")]
-    if not all(parts):
+    counts = [int(match[2] or match[1]) - int(match[1]) + 1 for match in parts if match]
+    if len(counts) < len(parts) or min(counts) < 1:
         raise _no_list(names, by)
-    return sum(max(0, int(match[2] or match[1]) - int(match[1]) + 1) for match in parts if match)
+    return sum(counts)
 
 
 def _numbers(ranges: str) -> list[str]:

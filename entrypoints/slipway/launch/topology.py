@@ -6,11 +6,11 @@ the run: if each node of a job believes that it is alone, all of them train the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from slipway.errors import UsageError
@@ -39,6 +39,26 @@ RANGES = {
     "gpus": (0, MOST),
 }
 ADDRESS = re.compile(r"[\w.:%-]{1,255}")
+DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-.+")  # as CUDA_VISIBLE_DEVICES names one
+WITH_A_PORT = re.compile(r"[^:]*:\d*")
+
+# Variables that count nodes or processes, and do not say where they are; and what to do where no launcher says more.
+# Some reach a container without the others of their launcher, or are those of a launcher that is not known.
+NO_STEP = (
+    "this command is not a step of that job; start it with srun --ntasks-per-node=1, or give --nodes 1 to use this "
+    "node only"
+)
+GIVE_ALL = "give --nodes, --node-rank and --master-addr, or unset it"
+SHOW_OTHERS = {
+    "SLURM_JOB_NUM_NODES": NO_STEP,
+    "SLURM_NNODES": NO_STEP,
+    "WORLD_SIZE": f"it can be a number of processes or of nodes; {GIVE_ALL}",
+    "NNODES": f"which of them this is, is unknown; {GIVE_ALL}",
+    **{
+        name: f"where its processes are is unknown; {GIVE_ALL}"
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE")
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +169,7 @@ def _pick(name: str, sources: list[Hints], default: Any = None) -> tuple[Any, st
 
 def _refuse_disagreement(name: str, sources: list[Hints]) -> None:
     said = [value for hints in sources if (value := getattr(hints, name)) is not None]
-    for one, other in pairwise(said):
+    for one, other in itertools.pairwise(said):
         if one.value != other.value:
             raise UsageError(
                 f"{one.by} is {one.value} and {other.by} is {other.value}, but both are {MUST_AGREE[name]}; remove one "
@@ -165,8 +185,10 @@ def _refuse_out_of_range(name: str, low: int, high: int, sources: list[Hints]) -
 
 def _refuse_addresses(sources: list[Hints]) -> None:
     for said in (hints.master_addr for hints in sources):
-        if said is not None and not ADDRESS.fullmatch(said.value):
-            raise UsageError(f"{said.by} is {said.value[:60]!r}; it must be a host name or an IP address")
+        if said is not None and (not ADDRESS.fullmatch(said.value) or WITH_A_PORT.fullmatch(said.value)):
+            raise UsageError(
+                f"{said.by} is {said.value[:60]!r}; it must be a host name or an IP address, without a port"
+            )
 
 
 def _refuse_to_be_a_worker(env: Mapping[str, str]) -> None:
@@ -184,16 +206,9 @@ def _refuse_to_be_alone(env: Mapping[str, str]) -> None:
             "JOB_COMPLETION_INDEX is set, but the number of pods is unknown; give --nodes, or set NNODES in the pod's "
             "environment to the Job's `completions`"
         )
-    if (nodes := env.get("SLURM_JOB_NUM_NODES", "1")) != "1":
-        raise UsageError(
-            f"SLURM_JOB_NUM_NODES is {nodes[:60]}, but this command is not a step of that job; start it with srun "
-            "--ntasks-per-node=1, or give --nodes 1 to use this node only"
-        )
-    if (world := env.get("WORLD_SIZE", "1")) != "1":
-        raise UsageError(
-            f"WORLD_SIZE is {world[:60]}, but it can be a number of processes or of nodes; give --nodes, --node-rank "
-            "and --master-addr, or unset it"
-        )
+    for name, cure in SHOW_OTHERS.items():
+        if (count := env.get(name) or "1") != "1":
+            raise UsageError(f"{name} is {count[:60]}, but {cure}")
 
 
 def _check_rank(rank: int, count: int) -> None:
@@ -208,8 +223,8 @@ def _processes(sources: list[Hints], env: Mapping[str, str]) -> int:
 def gpus_here(env: Mapping[str, str] = os.environ) -> int:
     """GPUs that a process here may use, counted by the driver's device files, without torch."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip()])
+    if visible is not None:  # CUDA takes those before the first that is none: -1, or NoDevFiles of Slurm
+        return len(list(itertools.takewhile(DEVICE.fullmatch, (one.strip() for one in visible.split(",")))))
     return len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
 
 
