@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,42 @@ def test_a_closed_pipe_is_no_error():
     command = f"{SLIPWAY} --help | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+# ---------------------------------------------------------------------------- where it prints to
+
+
+def run_in_shell(line: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """A line of bash in which $S is `slipway`, with streams as a person has them: not unbuffered."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    script = f"S='{sys.executable} -m slipway.cli'; {line}"
+    return subprocess.run(["bash", "-c", script], env=environment | variables, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "line, code, errors",
+    [
+        (
+            "$S version --json >/dev/full",
+            73,
+            b"slipway: standard output cannot be written (No space left on device); free",
+        ),
+        ("$S --help | true; exit ${PIPESTATUS[0]}", 0, b""),
+        ("$S doctor --gpus 64 | true; exit ${PIPESTATUS[0]}", 78, b""),  # who has gone does not change what was found
+        ("$S doctor >&-", 0, b""),
+        ("$S version >&- 2>&-", 0, b""),
+    ],
+)
+def test_output_that_goes_nowhere_is_no_defect(line, code, errors):
+    done = run_in_shell(line)
+    assert done.returncode == code and done.stderr.startswith(errors) and len(done.stderr.splitlines()) == bool(errors)
+
+
+def test_an_encoding_that_lacks_a_character_is_no_defect():
+    """Of another locale, and of an image without one: what cannot be shown is spelled out."""
+    latin = run_in_shell("$S doctor", PYTHONIOENCODING="latin-1")
+    assert latin.returncode == 0 and rb"\u2192 " in latin.stdout
+    ascii_alone = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for words in ("version", "doctor", "watch --help"):
+        done = run_in_shell(f"$S {words}", **ascii_alone)
+        assert done.returncode == 0 and not done.stderr, done.stderr

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from slipway.arguments import arguments_of, parse
 from slipway.commands import version, watch
 from slipway.commands.demo import demo
 from slipway.commands.submit import STEPS, submit
-from slipway.errors import EXIT_CODES, SlipwayError, UsageError
+from slipway.errors import EXIT_CODES, SlipwayError, UsageError, WriteError
 from slipway.launch.quiet import quiet
 from slipway.options import Parameter, suggestion
 from slipway.untrusted import harmless, harmless_lines, without_credentials
@@ -50,6 +51,7 @@ MOST_OF_AN_ERROR = 300  # characters of a message that is not ours
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` is what follows the program's name."""
     quiet()
+    _take_every_text()
     if argv is None:
         program, argv = Path(sys.argv[0]).name, sys.argv[1:]
         argv = [program, *argv] if program in COMMANDS else argv
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print("slipway: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:  # of any kind: a defect of Slipway, or an input that nobody thought of
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
@@ -70,6 +72,32 @@ def main(argv: list[str] | None = None) -> int:
             return UsageError.exit_code
         print(f"slipway: {harmless(_defect(error))}", file=sys.stderr)
         return SlipwayError.exit_code
+
+
+def _take_every_text() -> None:
+    """Let both streams take what a command prints: closed ones, and encodings that lack a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # else the next file that is opened gets its number, and what a child prints
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What is printed from here on, and at the end of the process, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(text: str) -> None:
+    """Print a result now, while an error can still be told. Whoever reads it may have gone: that is none."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_output()
+    except OSError as error:
+        _drop_output()
+        raise WriteError(f"standard output cannot be written ({error.strerror}); free some space there") from None
 
 
 def _defect(error: Exception) -> str:
@@ -97,24 +125,24 @@ def _kept_traceback(error: Exception) -> str:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview())
+        _show(overview())
         return 0 if argv else UsageError.exit_code
     if argv[0] == "--version":
-        print(f"slipway {slipway.__version__}")
+        _show(f"slipway {slipway.__version__}")
         return 0
     name = argv[0].replace("_", "-")
     if name not in COMMANDS:
         raise UsageError(f"there is no command {argv[0]!r}{suggestion(name, COMMANDS)}; `slipway --help` lists them")
     function = COMMANDS[name]
     if {"-h", "--help"} & set(argv[1:]):
-        print(help_text(name, function))
+        _show(help_text(name, function))
         return 0
     as_json, arguments = parse(name, function, argv[1:])
     result = function(**arguments)
     if as_json:
-        print(without_credentials(json.dumps(result.as_dict())))
+        _show(without_credentials(json.dumps(result.as_dict())))
     else:  # a result with colours has made its words harmless itself
-        print(str(result) if getattr(result, "coloured", False) else harmless_lines(str(result)))
+        _show(str(result) if getattr(result, "coloured", False) else harmless_lines(str(result)))
     return getattr(result, "exit_code", 0)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -24,6 +27,7 @@ from slipway import cli
 from slipway.checkpoint.torch_dist import Reader
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import DataError, SlipwayError
+from slipway.training import watching
 from slipway.training.curve import sparkline
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder, now
@@ -107,6 +111,37 @@ def words(folder: Path, out: Path, **flags: object) -> list[str]:
         "steps": STEPS, "global_batch_size": 4, "lr": 1e-3,
     }  # fmt: skip
     return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in (chosen | flags).items())]
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_on_a_terminal_every_look_takes_the_place_of_the_one_before(tmp_path, width):
+    """Lines that are wider than the terminal take several rows, and all of these are replaced."""
+    folder = written(tmp_path / "run", "running", steps=70)
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    command = [sys.executable, "-m", "slipway.cli", "watch", folder.path, "--every", "0.05"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command, stdout=other, env=environment) as process:
+        shown = ""
+        while shown.count("\x1b[J") < 2:
+            shown += os.read(main, 65536).decode(errors="replace")
+        process.kill()
+    os.close(other)
+    first = shown.replace("\r\n", "\n").split("\x1b[J")[0]
+    back = int(first.rpartition("\x1b[")[2].rstrip("A"))
+    lines = first.rpartition("\x1b[")[0].rstrip("\n").split("\n")
+    assert back == sum(-(-len(line) // width) for line in lines) and (back > 2) == (width < 100)
+
+
+def test_wide_characters_take_two_columns():
+    assert [watching.rows(text, 10) for text in ("", "a" * 10, "a" * 11, "学" * 5, "学" * 6, "a\n\nb")] == [
+        1,
+        1,
+        2,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_real_run_is_followed_to_its_end(folder, tmp_path, warm):

@@ -53,7 +53,9 @@ def noted(steps: Sequence[Step], lab: Lab, run: str) -> list[dict[str, Any]]:
 def kubectl(lab: Lab, words: Sequence[str], text: str | None = None) -> str:
     """What kubectl prints; PreflightError with its own last line where it fails."""
     try:
-        done = subprocess.run([*_command(lab), *words], input=text, capture_output=True, text=True)
+        done = subprocess.run(
+            [*_command(lab), *words], input=text, capture_output=True, encoding="utf-8", errors="replace"
+        )
     except FileNotFoundError:
         raise _no_kubectl() from None
     if done.returncode:

@@ -48,7 +48,7 @@ def script(step: Step, lab: Lab, run: str) -> str:
         *_step(step, lab),
         "",
     ]
-    return "\n".join(lines) + (HERE / "step.sh").read_text()
+    return "\n".join(lines) + (HERE / "step.sh").read_text("utf-8")
 
 
 def _step(step: Step, lab: Lab) -> list[str]:
@@ -141,7 +141,7 @@ def call(function: str, lab: Lab, **variables: str | Sequence[str]) -> str:
     """
     lines = [f"{name}={_assigned(value)}" for name, value in variables.items()]
     lines = [f"JOB_DIR={shlex.quote(_own(lab).job_dir or '')}", *lines, f"main {function}", ""]
-    return (HERE / "remote.sh").read_text() + "\n".join(lines)
+    return (HERE / "remote.sh").read_text("utf-8") + "\n".join(lines)
 
 
 def _assigned(value: str | Sequence[str]) -> str:

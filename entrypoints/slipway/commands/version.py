@@ -47,7 +47,7 @@ def version() -> Versions:
         "slipway": {"version": slipway.__version__},
         "python": {"version": platform.python_version()},
     }
-    pins = tomllib.loads((Path(__file__).parents[1] / "pins.toml").read_text())
+    pins = tomllib.loads((Path(__file__).parents[1] / "pins.toml").read_text("utf-8"))
     built = json.loads(BUILT_FROM.read_text()) if BUILT_FROM.exists() else None
     for name, pin in pins.items():
         components[name] = {**_installed(pin["distribution"], pin["version"]), **_origin(name, pin, built)}

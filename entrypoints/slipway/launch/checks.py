@@ -26,7 +26,7 @@ from slipway.launch.link import Link, check_port
 from slipway.launch.topology import Topology
 from slipway.report import human_bytes
 
-OLDEST_DRIVER = tomllib.loads((Path(__file__).parent / "drivers.toml").read_text())
+OLDEST_DRIVER = tomllib.loads((Path(__file__).parent / "drivers.toml").read_text("utf-8"))
 
 SHARED_MEMORY = 1 << 30  # bytes of /dev/shm: NCCL and the data loaders of a node take less
 HEADS_CHECKPOINT = 256 << 20  # heads with their optimizer, even for the widest models

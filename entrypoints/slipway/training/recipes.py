@@ -81,17 +81,17 @@ def unknown(name: str) -> UsageError:
 
 def family_of(name: str) -> str:
     """The family that a shipped recipe is for."""
-    return tomllib.loads((FOLDER / f"{name}.toml").read_text())["family"]
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))["family"]
 
 
 def parameters_of_model(name: str) -> float:
     """The number of weights of the model that a shipped recipe is for."""
-    return tomllib.loads((FOLDER / f"{name}.toml").read_text())["parameters"]
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))["parameters"]
 
 
 def config_of(name: str) -> dict[str, Any]:
     """config.json of the model that a shipped recipe is for, as far as it decides sizes and speed."""
-    tables = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    tables = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
     config = {**FAMILIES[tables["family"]].tiny_config(), **tables["shape"]}
     if kinds := config.get("layer_types"):
         config["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config["num_hidden_layers"])]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 from slipway.errors import DataError, SlipwayError, Stopped, UsageError
 from slipway.report import human_seconds
-from slipway.training.curve import sparkline
+from slipway.training.curve import BARS, sparkline
 from slipway.training.run_folder import CURE, WHEN, RunFolder, now
 from slipway.untrusted import harmless_lines
 
@@ -71,7 +73,7 @@ class Look:
         return not self.has_ended and self.silent > max(SILENT_SECONDS, SILENT * step)
 
     def __str__(self) -> str:
-        if not self.metrics:
+        if not self.metrics or not _is_shown(BARS):
             return self.line()
         losses = [entry["loss"] for entry in self.metrics]
         return f"{self.line()}\n{sparkline(self.metrics, WIDTH)} loss {losses[0]:.4f} → {losses[-1]:.4f}"
@@ -84,6 +86,21 @@ class Look:
             "silent_seconds": round(self.silent, 1),
             **self.status,
         }
+
+
+def rows(text: str, width: int) -> int:
+    """The rows that a text takes on a terminal of so many columns, which breaks lines that are longer."""
+    columns = [sum(1 + (east_asian_width(one) in "WF") for one in line) for line in text.split("\n")]
+    return sum(max(1, -(-count // width)) for count in columns)
+
+
+def _is_shown(characters: str) -> bool:
+    """Whether standard output can show these characters in its encoding."""
+    try:
+        characters.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def look(run: Path) -> Look:
@@ -112,7 +129,7 @@ def follow(run: Path, every: float) -> Look:
         if sys.stdout.isatty():
             shown_now = harmless_lines(str(found))
             print(f"\x1b[{height}A\x1b[J" if height else "", shown_now, sep="", flush=True)
-            height = shown_now.count("\n") + 1
+            height = rows(shown_now, shutil.get_terminal_size().columns)
         elif (step := f"{found.status['state']} {found.status.get('step')}") != shown and not found.has_ended:
             print(harmless_lines(found.line()), flush=True)
             shown = step
