@@ -104,6 +104,59 @@ def test_drivers_and_rdma_are_read_from_the_kernels_files(tmp_path):
     assert checks.rdma(2, tmp_path / "infiniband").found == "1 of 1 devices active: mlx5_0"
 
 
+def test_a_gpu_that_nothing_can_use_is_unfit(tmp_path, monkeypatch):
+    """An update of the driver without a restart, and a GPU that hangs: before, the machine was fit for the CPU."""
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(checks, "NVIDIA_SMI", 0.5)
+    monkeypatch.setattr(checks, "_gpu_files", lambda: [Path("/dev/nvidia0")])
+    for script, said in (("echo 'Failed to initialize NVML: Driver mismatch'; exit 18", "Failed to init"),
+                         ("exec sleep 9", "no answer within 0.5 s"), ("exit 3", "exit code 3")):  # fmt: skip
+        smi.write_text(f"#!/bin/sh\n{script}\n")
+        smi.chmod(0o755)
+        found = checks.gpus(1, env={})
+        assert found.state == "unfit" and found.found.startswith(f"nvidia-smi: {said}") and found.cure
+    smi.write_text("no program\n")
+    assert checks.gpus(1, env={}).state == "unfit"
+    monkeypatch.setattr(checks, "_gpu_files", list)
+    assert checks.gpus(1, env={}).state == "warn" and "none; nvidia-smi: " in checks.gpus(1, env={}).found
+
+
+def test_gpus_are_those_that_cuda_leaves(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor i in 1 2 3 4; do echo 'NVIDIA H100, 81559 MiB'; done\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert checks.gpus(4, env={}).found == "4 × NVIDIA H100, 81559 MiB"
+    few, none = (checks.gpus(4, env={"CUDA_VISIBLE_DEVICES": visible}) for visible in ("0,2", "-1"))
+    assert few.state == "unfit" and "CUDA_VISIBLE_DEVICES=0,2 leaves 2, but 4 processes" in few.found
+    assert none.state == "warn" and "CUDA_VISIBLE_DEVICES=-1 leaves 0" in none.found
+
+
+def test_what_is_not_there_or_not_for_this_user_is_a_row(tmp_path, monkeypatch):
+    missing = tmp_path / "missing"
+    assert checks.shared_memory(8, str(missing)).found == "none (No such file or directory) for 8 processes"
+    assert checks.driver(missing).state == "warn"
+
+    def refuse(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    state = tmp_path / "infiniband" / "mlx5_0" / "ports" / "1" / "state"
+    state.parent.mkdir(parents=True)
+    state.write_text("4: ACTIVE\n")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert checks.rdma(2, tmp_path / "infiniband").found == "1 devices, none active"
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert checks.rdma(1, tmp_path / "infiniband").state == "ok"
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "run").write_text("x")
+    found = checks.output_folder(tmp_path / "run")
+    assert found.state == "unfit" and found.found == f"{tmp_path}/run is no folder" and found.cure
+    assert checks.output_folder(tmp_path / "new").state == "ok"
+
+
 def _library(folder: Path, name: str, code: str) -> Path:
     """A library compiled from C."""
     (folder / f"{name}.c").write_text(code)

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,12 +24,13 @@ from typing import Literal
 from slipway.errors import PreflightError
 from slipway.launch import network
 from slipway.launch.link import Link, check_port
-from slipway.launch.topology import Topology
+from slipway.launch.topology import Topology, gpus_here
 from slipway.report import human_bytes
 
 OLDEST_DRIVER = tomllib.loads((Path(__file__).parent / "drivers.toml").read_text("utf-8"))
 
 SHARED_MEMORY = 1 << 30  # bytes of /dev/shm: NCCL and the data loaders of a node take less
+NVIDIA_SMI = 60  # seconds: it waits for a GPU that has hung
 HEADS_CHECKPOINT = 256 << 20  # heads with their optimizer, even for the widest models
 # Share of the weights that is trained; an adapter of rank 32 on every layer is 1 to 2 % of a model.
 TRAINED = {"heads": 0.0, "lora": 0.02, "sft": 1.0, "pretrain": 1.0}
@@ -52,11 +54,20 @@ class Check:
 # ---------------------------------------------------------------------------- this machine
 
 
-def gpus(processes: int, asked: int | None = None) -> Check:
+def gpus(processes: int, asked: int | None = None, env: Mapping[str, str] = os.environ) -> Check:
     """The GPUs that processes here can see; `asked`: how many are required."""
-    names = [line.strip() for line in _nvidia_smi("name,memory.total").splitlines()]
-    kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "none"
+    listed, trouble = _nvidia_smi("name,memory.total")
+    names = [line.strip() for line in listed.splitlines()]
+    none = f"none; nvidia-smi: {trouble}" if trouble else "none"
+    kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or none
     cure = "to get GPUs: docker run --gpus all, srun --gpus-per-node, Kubernetes nvidia.com/gpu"
+    if trouble and _gpu_files():  # the driver's files are there, so there is a GPU, and nothing can use it
+        mend = "make nvidia-smi work: restart the machine after an update of the driver, or end what holds the GPUs"
+        return Check("GPUs", "unfit", f"nvidia-smi: {trouble}", mend)
+    if names and (visible := env.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names = names[: gpus_here(env)]
+        kinds = f"{kinds}, of which CUDA_VISIBLE_DEVICES={visible} leaves {len(names)}"
+        cure = "correct CUDA_VISIBLE_DEVICES, or unset it"
     if asked is not None and len(names) < asked:
         return Check("GPUs", "unfit", f"{kinds}, but --gpus is {asked}", cure)
     if not names:
@@ -72,7 +83,7 @@ def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Check:
     cuda = _cuda_of_torch()
     if cuda is None:
         return Check("driver", "warn", "torch is built without CUDA", "use the image, or install what uv.lock names")
-    match = re.search(r"(\d+)\.\d+(\.\d+)?", proc.read_text()) if proc.exists() else None
+    match = re.search(r"(\d+)\.\d+(\.\d+)?", _text_of(proc))
     if match is None:
         found = f"none; torch is built for CUDA {cuda}"
         cure = "install NVIDIA's driver on the host, if it has a GPU"
@@ -93,13 +104,16 @@ def driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Check:
 
 def shared_memory(processes: int, path: str = "/dev/shm") -> Check:
     """/dev/shm, through which the processes of a node exchange data; a container has 64 MB by default."""
-    stat = os.statvfs(path)
-    size = stat.f_blocks * stat.f_frsize
+    try:
+        stat = os.statvfs(path)
+        size, found = stat.f_blocks * stat.f_frsize, human_bytes(stat.f_blocks * stat.f_frsize)
+    except OSError as error:
+        size, found = 0, f"none ({error.strerror})"
     if size >= SHARED_MEMORY or processes == 1:
-        return Check(path, "ok", human_bytes(size))
+        return Check(path, "ok", found)
     state: State = "unfit" if _gpu_files() else "warn"
     cure = "docker run --shm-size=16g or --ipc=host; Kubernetes: mount an emptyDir with medium Memory there"
-    return Check(path, state, f"{human_bytes(size)} for {processes} processes", cure)
+    return Check(path, state, f"{found} for {processes} processes", cure)
 
 
 def locked_memory(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
@@ -120,7 +134,7 @@ def locked_memory(infiniband: Path = Path("/sys/class/infiniband")) -> Check:
 def rdma(nodes: int, infiniband: Path = Path("/sys/class/infiniband")) -> Check:
     """InfiniBand or RoCE devices with an active port."""
     devices = _entries(infiniband)
-    active = [device.name for device in devices if any("ACTIVE" in p.read_text() for p in device.glob("ports/*/state"))]
+    active = [device.name for device in devices if any("ACTIVE" in _text_of(p) for p in device.glob("ports/*/state"))]
     if active:
         return Check("RDMA", "ok", f"{len(active)} of {len(devices)} devices active: {', '.join(sorted(active))}")
     if nodes == 1:
@@ -166,12 +180,21 @@ def _cuda_of_driver() -> int:
     return version.value
 
 
-def _nvidia_smi(query: str) -> str:
+def _nvidia_smi(query: str) -> tuple[str, str]:
+    """(what it prints, why it does not); both are empty where it is not installed."""
     if not shutil.which("nvidia-smi"):
-        return ""
+        return "", ""
     words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    return done.stdout if done.returncode == 0 else ""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {NVIDIA_SMI} s"
+    except OSError as error:
+        return "", str(error.strerror)
+    if done.returncode == 0:
+        return done.stdout, ""
+    said = (done.stdout + done.stderr).strip().splitlines()  # it tells its errors on standard output
+    return "", said[0] if said else f"exit code {done.returncode}"
 
 
 def _gpu_files() -> list[Path]:
@@ -187,7 +210,18 @@ def _cuda_of_torch() -> str | None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # it is not there, or not for this user
+        return []
+
+
+def _text_of(file: Path) -> str:
+    """A file of the kernel; nothing where it is not there, or cannot be read: a port may be gone meanwhile."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 # ---------------------------------------------------------------------------- the master and the disk
@@ -223,6 +257,8 @@ def master_ports(topology: Topology) -> Check:
 def output_folder(folder: Path) -> Check:
     """Whether OUT, or the folder in which it would be created, is writable."""
     place = existing(folder)
+    if os.path.exists(folder) and place != folder:
+        return Check("output", "unfit", f"{folder} is no folder", "choose another --out, or remove this file")
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"doctor")
@@ -249,7 +285,7 @@ def free_space(folder: Path, weights: Path | None, mode: str, keep: int) -> Chec
 
 def existing(folder: Path) -> Path:
     """The folder itself, or the one in which it would be created."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+    return next(place for place in (folder, *folder.parents) if os.path.isdir(place))  # Path's raises
 
 
 # ---------------------------------------------------------------------------- all nodes together
