@@ -82,6 +82,21 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         (SLURM + "SLURM_JOB_ID = 3\n", "[env] SLURM_JOB_ID is set by the job itself; leave it out"),
         (KUBERNETES + "[env]\nNNODES = 3\n", "[env] NNODES is set by the job itself; leave it out"),
         (KUBERNETES + "[env]\nPET_NNODES = 3\n", "[env] PET_NNODES is set by the job itself; leave it out"),
+        (
+            SLURM.replace("/lustre/me/slipway.sqsh", "~/slipway.sqsh"),
+            "image is '~/slipway.sqsh'; it must be the whole path",
+        ),
+        (SLURM.replace("/lustre/me/slipway.sqsh", "jobs/slipway.sqsh"), "it must be the whole path of a squashfs file"),
+        (SLURM + "[step.import]\nimage = '$IMAGE'\n", "[step.import] image is '$IMAGE'; it must be the whole path"),
+        (SLURM + "RANDOM = 3\n", "[env] RANDOM is set by the job itself; leave it out"),
+        (SLURM + "[sbatch]\nversion = true\n", "[sbatch] version: `slipway submit` sets this flag itself"),
+        (
+            KUBERNETES.replace("/shared", "/tmp/"),
+            "a mount has the target /tmp, where every pod has a folder of its own",
+        ),
+        (KUBERNETES + "[node_selector]\n'x y' = 'a'\n", "[node_selector] 'x y' = 'a' is no label of a node"),
+        (KUBERNETES + "[node_selector]\ngpu = 'ü'\n", "[node_selector] 'gpu' = 'ü' is no label of a node"),
+        (KUBERNETES + "[node_selector]\ngpu = '" + "a" * 64 + "'\n", "is no label of a node"),
         (KUBERNETES + "queue = 'A B'\n", "queue is 'A B'; it must be a name of Kubernetes"),
     ],
 )

@@ -304,6 +304,8 @@ def test_nothing_is_sent_where_a_word_is_wrong(tmp_path, slipway):
         (["statsu"], "'statsu' is no step, did you mean status?"),
         (["status", "a", "b"], "'b' is one word too many"),
         (["status", "../x"], "'../x' is no run"),
+        (["status", "\udcff"], "is no run; a name is like"),  # the byte 0xff, which was called an answer of the cluster
+        (["logs", "--step", "\udcff"], "it must be a step's number or verb"),
         (["cancel", "--dry-run"], "--dry-run is for a chain"),
         (["status", "--step", "train"], "submit status: --step belongs to `slipway submit logs`"),
         (["stop", "--follow"], "submit stop: --follow is for a chain and for `slipway submit logs`"),

@@ -16,11 +16,16 @@ from slipway.options import Parameter, check, option, parameters_of, suggestion
 from slipway.untrusted import HARMFUL, read_toml, without_credentials
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # as Kubernetes has them
+LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+IMAGE = re.compile(r"(?!.*\.(sqsh|squashfs)$)[\w.:/@#+-]+", re.ASCII)  # a name as a registry or pyxis has it
+OF_THE_POD = ("/tmp", "/dev/shm")  # what cluster/kubernetes.py mounts there
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|passphrase|credentials?|(api|access|private)_?key)$")
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # days-hours:minutes:seconds
-# What a shell does not let one set, and what says to a step which part of a job it is.
-OF_BASH = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "_")
+# What a shell does not let one set, or sets itself, and what says to a step which part of a job it is.
+OF_BASH = ("BASHOPTS", "BASHPID", "BASH_ARGV0", "BASH_COMMAND", "BASH_SUBSHELL", "BASH_VERSINFO", "DIRSTACK",
+           "EPOCHREALTIME", "EPOCHSECONDS", "EUID", "FUNCNAME", "GROUPS", "HISTCMD", "LINENO", "PPID", "RANDOM",
+           "SECONDS", "SHELLOPTS", "SRANDOM", "UID", "_")  # fmt: skip
 OF_THE_JOB = {
     "slurm": re.compile(r"SLURMD_NODENAME|SLURM_(JOB|STEP|NODE|NNODES|NTASKS|NPROCS|PROCID|LOCALID|TASKS|RESTART).*"),
     "kubernetes": re.compile(r"NNODES|JOB_COMPLETION_INDEX|PET_.*"),
@@ -32,7 +37,8 @@ OURS = {
     "job-name": "name", "chdir": "job_dir", "container-image": "image", "container-mounts": "mounts",
 }  # fmt: skip
 NOT_OURS = ("dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "requeue", "no-requeue", "parsable",
-            "test-only", "wrap", "array", "hold", "wait", "ntasks", "ntasks-per-node", "export")  # fmt: skip
+            "test-only", "help", "usage", "version", "wrap", "array", "hold", "wait", "ntasks",
+            "ntasks-per-node", "export")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -384,6 +390,12 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
         raise UsageError(f"{file}: host is {own.host!r}; write ssh://USER@HOST:PORT, or give a port in ~/.ssh/config")
     for verb in ("", *lab.steps):
         here = lab.of(verb, True)
+        if here.image and not here.image.startswith(("/", "./")) and not IMAGE.fullmatch(here.image):
+            where = f"[step.{verb}] image" if verb else "image"
+            raise UsageError(
+                f"{file}: {where} is {here.image!r:.80}; it must be the whole path of a squashfs file on the cluster, "
+                "from /, or the name of an image in a registry"
+            )
         limit = seconds(here.time)
         if limit is None:
             raise UsageError(f"{file}: time is {here.time!r}; write it as 24:00:00 or 1-12:00:00")
@@ -394,6 +406,16 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
         raise UsageError(f"{file}: job_dir is {own.job_dir!r}; it must have no % and no \\")
 
 
+def _check_labels(lab: Lab) -> None:
+    """UsageError for a label that no node can have: the server takes it within a JobSet, and no pod is ever made."""
+    for key, value in lab.node_selector.items():
+        if not LABEL.fullmatch(key.rpartition("/")[2]) or not LABEL.fullmatch(value):
+            raise UsageError(
+                f"{lab.file}: [node_selector] {key!r:.80} = {value!r:.80} is no label of a node: letters, digits, -, _ "
+                "and ., 63 at most, as `kubectl get nodes --show-labels` shows them"
+            )
+
+
 def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
     if len(own.name) > 12 or not own.name[0].isalpha():  # names of pods are made of it, and have 63 characters at most
         raise UsageError(
@@ -401,6 +423,7 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
         )
     if not own.image:
         raise UsageError(f"{lab.file}: image is missing; pods need one")
+    _check_labels(lab)
     for verb in ("", *lab.steps):
         image = lab.of(verb, True).image
         if image.startswith(("/", ".")):
@@ -410,6 +433,8 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
     for key, value in names.items():
         if value is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", value):
             raise UsageError(f"{lab.file}: {key} is {value!r:.60}; it must be a name of Kubernetes")
-    for source, _ in lab.mounts:
+    for source, target in lab.mounts:
+        if target in OF_THE_POD:
+            raise UsageError(f"{lab.file}: a mount has the target {target}, where every pod has a folder of its own")
         if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?(/.+)?", source):
             raise UsageError(f"{lab.file}: mount of {source!r:.60}; it must be the name of a claim, or CLAIM/FOLDER")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from slipway.report import say
 from slipway.untrusted import harmless_lines
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
+NAME_OF_RUN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 VERBS = ("status", "logs", "stop", "cancel")
 
 
@@ -146,8 +148,10 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
     if wanted.follow and words[0] != "logs":
         raise UsageError(f"submit {words[0]}: --follow is for a chain and for `slipway submit logs`; leave it out")
     run = words[1] if len(words) == 2 else ""
-    if "/" in run or run.startswith("."):
-        raise UsageError(f"submit {words[0]}: {run!r} is no run; a name is like 20261126-091500-bcd")
+    if run and not NAME_OF_RUN.fullmatch(run):
+        raise UsageError(f"submit {words[0]}: {run[:40]!r} is no run; a name is like 20261126-091500-bcd")
+    if wanted.step is not None and not NAME_OF_RUN.fullmatch(wanted.step):
+        raise UsageError(f"submit {words[0]}: --step is {wanted.step[:40]!r}; it must be a step's number or verb")
     if not isinstance(lab.own, Slurm):
         return _ask_kubernetes(words[0], run, wanted, lab)
     if words[0] == "status":
