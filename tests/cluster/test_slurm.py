@@ -283,6 +283,22 @@ def test_a_call_that_ends_early_is_an_error(text, said):
         remote.call(None, text)
 
 
+@pytest.mark.parametrize("text, is_good", [("A=1\nexport B=2\n", True), ("", True), ("A=1\r\nB=2\r\n", False)])
+def test_line_ends_of_windows_do_not_become_a_part_of_a_secret(tmp_path, text, is_good):
+    secrets = tmp_path / "secrets"
+    secrets.write_bytes(text.encode())
+    secrets.chmod(0o600)
+    lab = read(tmp_path, TEXT.replace("/lustre/me/jobs", f"{tmp_path}/jobs"))
+    call = slurm.call("check_files", lab, SOURCES=[], IMAGES=[], SECRETS=str(secrets))
+    if is_good:
+        assert remote.call(None, call) == [["end"]]
+    else:
+        with pytest.raises(
+            PreflightError, match=r"has line ends of Windows on .*: take them out with sed -i 's/\\r//' /"
+        ):
+            remote.call(None, call)
+
+
 def test_a_host_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(PreflightError) as error:

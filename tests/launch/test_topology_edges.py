@@ -68,6 +68,17 @@ def test_an_address_of_a_variable_has_no_port_either(address):
     assert topology({"MASTER_ADDR": "fd00::1"}, nodes=2, rank=0).master_addr == "fd00::1"
 
 
+def test_the_shell_of_salloc_is_no_step_that_trains():
+    """As Slurm 22.05 sets them for `salloc -N2` where LaunchParameters has use_interactive_step."""
+    shell = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1"}
+    shell |= {"SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_JOB_NUM_NODES": "2"}
+    with pytest.raises(UsageError, match="SLURM_JOB_NUM_NODES is 2, but this command is not a step of that job"):
+        topology(shell)
+    assert topology(shell, nodes=1).nodes == 1
+    assert topology(shell | {"SLURM_NNODES": "1", "SLURM_JOB_NUM_NODES": "1"}).nodes == 1
+    assert topology(shell | {"SLURM_STEP_ID": "0"}).source == "slurm", "a step on a part of the allocation is a choice"
+
+
 @pytest.mark.parametrize("names", ["a[3-1],b", "a[1-2,4-3]"])
 def test_a_range_that_ends_before_it_begins_is_no_range(names):
     with pytest.raises(UsageError, match="not a list of nodes"):

@@ -60,6 +60,9 @@ check_files() {
     [46]"00 $(id -u)") ;;
     *) refuse 78 "the file of secrets, $SECRETS, must be yours on $(hostname), with mode 600: chmod 600 $SECRETS" ;;
     esac
+    # Else each secret ends with one, and who sends it shows it in the message of an error.
+    [ -z "$SECRETS" ] || ! grep -q $'\r' -- "$SECRETS" ||
+        refuse 78 "the file of secrets, $SECRETS, has line ends of Windows on $(hostname): take them out with sed -i 's/\\r//' $SECRETS"
 }
 
 # CPUS[i] is empty for a step with GPUs; else what it asks for, at most what the smallest node has.

@@ -87,9 +87,13 @@ def dstack(env: Environment) -> Hints | None:
     )
 
 
+# The shell of salloc is a step of one node (slurm.h: SLURM_INTERACTIVE_STEP), however many its job has.
+INTERACTIVE = str(0xFFFFFFFA)
+
+
 def slurm(env: Environment) -> Hints | None:
     """A Slurm step: one task per node, or one per GPU. The first node of its list is the master."""
-    if "SLURM_STEP_NODELIST" not in env:
+    if "SLURM_STEP_NODELIST" not in env or env.get("SLURM_STEP_ID") == INTERACTIVE:
         return None
     tasks, gpus = _tasks_per_node(env), _number(env, "SLURM_GPUS_ON_NODE")
     hints = {
