@@ -170,6 +170,12 @@ def test_output_that_goes_nowhere_is_no_defect(line, code, errors):
     assert done.returncode == code and done.stderr.startswith(errors) and len(done.stderr.splitlines()) == bool(errors)
 
 
+def test_a_working_folder_that_was_removed_is_named(tmp_path):
+    done = run_in_shell(f"mkdir {tmp_path}/x && cd {tmp_path}/x && rmdir {tmp_path}/x && $S doctor --out run")
+    assert done.returncode == 2
+    assert done.stderr == b"slipway: the folder that this was started in has been removed; cd to another one\n"
+
+
 def test_an_encoding_that_lacks_a_character_is_no_defect():
     """Of another locale, and of an image without one: what cannot be shown is spelled out."""
     latin = run_in_shell("$S doctor", PYTHONIOENCODING="latin-1")

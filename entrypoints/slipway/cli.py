@@ -70,8 +70,20 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
             print(f"slipway: {harmless(str(error.filename), 300)}: {error.strerror}; check the path", file=sys.stderr)
             return UsageError.exit_code
+        if isinstance(error, FileNotFoundError) and _is_nowhere():
+            print("slipway: the folder that this was started in has been removed; cd to another one", file=sys.stderr)
+            return UsageError.exit_code
         print(f"slipway: {harmless(_defect(error))}", file=sys.stderr)
         return SlipwayError.exit_code
+
+
+def _is_nowhere() -> bool:
+    """Whether the working folder is gone, so that no path that begins there means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _take_every_text() -> None:
