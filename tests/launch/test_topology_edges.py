@@ -61,7 +61,7 @@ def test_a_job_of_one_is_no_reason_to_refuse_and_one_of_several_never_trains_alo
     assert topology(others | {name: "8"}).node_rank == 1, "a launcher that says all is believed"
 
 
-@pytest.mark.parametrize("address", ["a:29500", "10.0.0.1:29500", "a:", "[fd00::1]:29500", "[fd00::1]"])
+@pytest.mark.parametrize("address", ["a:29500", "10.0.0.1:29500", "a:", "[fd00::1]:29500", "[fd00::1]", "fe80::1%eth0"])
 def test_an_address_of_a_variable_has_no_port_either(address):
     with pytest.raises(UsageError, match="without a port"):
         topology({"MASTER_ADDR": address}, nodes=2, rank=0)

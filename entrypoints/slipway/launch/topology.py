@@ -38,7 +38,7 @@ RANGES = {
     "local_rank": (0, MOST),
     "gpus": (0, MOST),
 }
-ADDRESS = re.compile(r"[\w.:%-]{1,255}")
+ADDRESS = re.compile(r"[\w.:-]{1,255}")  # what torchrun takes: no fe80::1%eth0
 DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-.+")  # as CUDA_VISIBLE_DEVICES names one
 WITH_A_PORT = re.compile(r"[^:]*:\d*")
 
@@ -187,7 +187,7 @@ def _refuse_addresses(sources: list[Hints]) -> None:
     for said in (hints.master_addr for hints in sources):
         if said is not None and (not ADDRESS.fullmatch(said.value) or WITH_A_PORT.fullmatch(said.value)):
             raise UsageError(
-                f"{said.by} is {said.value[:60]!r}; it must be a host name or an IP address, without a port"
+                f"{said.by} is {said.value[:60]!r}; it must be a host name or an IP address, without a port or %"
             )
 
 
