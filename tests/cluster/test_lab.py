@@ -34,6 +34,7 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         ("partitoin = 'x'\n" + SLURM, "unknown key partitoin, did you mean partition?"),
         ("queue = 'x'\n" + SLURM, "unknown key queue; it belongs to kind = 'kubernetes'"),
         (KUBERNETES + "partition = 'x'\n", "unknown key partition; it belongs to kind = 'slurm'"),
+        ("kind = ['slurm']\n" + SLURM, "kind is ['slurm']; it must be one of slurm, kubernetes"),
         ("kind = 'slrum'\n" + SLURM, "kind is 'slrum'; it must be one of slurm, kubernetes, did you mean slurm?"),
         (SLURM.replace("nodes = 5", "nodes = 0"), "nodes is 0; it must be 1 to 100000"),
         (SLURM.replace("nodes = 5", "nodes = 'five'"), "nodes is 'five'; it must be a whole number"),

@@ -186,7 +186,7 @@ def read(file: Path, verbs: Mapping[str, bool]) -> Lab:
     """
     tables = _load(file)
     kind = tables.get("kind", "slurm")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         near = suggestion(str(kind), KINDS)
         raise UsageError(f"{file}: kind is {kind!r:.40}; it must be one of {', '.join(KINDS)}{near}")
     own = {key: value for key, value in tables.items() if key not in TABLES[kind]}
