@@ -267,7 +267,9 @@ def test_logs_stop_and_cancel(tmp_path, cluster, slipway):
     one = jobset(tmp_path, {"replicatedJobsStatus": counted(_1_import={"active": 1})})
     name = one["metadata"]["name"]
     cluster(get_jobset_slipway=one, get_jobset=dict(items=[one]), get_pods="pod/x", logs="what it printed")
-    assert slipway("submit", "logs", cwd=tmp_path).stdout.startswith("what it printed")
+    assert slipway("submit", "logs", cwd=tmp_path).stdout == "what it printed\n"
+    done = slipway("submit", "logs", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout) == {"command": "submit", "run": name, "lines": ["what it printed"]}
     assert (
         "no step nonsense; there are 1-import" in slipway("submit", "logs", "--step", "nonsense", cwd=tmp_path).stderr
     )
@@ -304,7 +306,11 @@ def test_logs_of_all_steps_are_followed_to_the_end_of_the_run(tmp_path, cluster,
             "submit: the run goes on; look with `slipway submit status slip",
         ),
         (["submit", "logs", "--follow"], "status", "submit: the run goes on; look with `slipway submit status`"),
-        (["submit", "logs", "--follow", "--step", "1"], "logs", "submit: the run goes on; look with `slipway submit"),
+        (
+            ["submit", "logs", "--follow", "--step", "1"],
+            "print_logs",
+            "submit: the run goes on; look with `slipway submit",
+        ),
         (
             ["submit", "--", *WORDS],
             "apply",
@@ -319,6 +325,7 @@ def test_ctrl_c_never_says_to_submit_again(tmp_path, cluster, monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kubectl, "pod_of", lambda *_: ("slipway-x", "pod/x"))
     monkeypatch.setattr(kubectl, where, interrupted)
     assert cli.main(words) == 130
     assert said in (shown := capsys.readouterr()).out and not shown.err

@@ -163,8 +163,8 @@ def _pod(run: str, job: str, lab: Lab) -> str:
     return names[-1]
 
 
-def logs(run: str, wanted: str, lines: int, follow: bool, lab: Lab) -> int:
-    """Print what the newest pod of a step has printed, with `follow` until its end; returns kubectl's exit code.
+def pod_of(run: str, wanted: str, lab: Lab) -> tuple[str, str]:
+    """(the run's name, the newest pod of a step) of a run.
 
     Args:
         wanted: the step's number, verb or name; empty for the newest that has begun.
@@ -180,7 +180,7 @@ def logs(run: str, wanted: str, lines: int, follow: bool, lab: Lab) -> int:
             one for one, state in zip(steps, states, strict=True) if state.state not in (runs.WAITING, runs.SKIPPED)
         ]
         chosen = (begun or steps)[-1:] if begun else steps[:1]
-    return _print_logs(_pod(name, chosen[0]["job"], lab), lines, follow, lab)
+    return name, _pod(name, chosen[0]["job"], lab)
 
 
 def follow(run: str, step: StepState, followed: set[str], lab: Lab) -> None:
@@ -196,14 +196,14 @@ def follow(run: str, step: StepState, followed: set[str], lab: Lab) -> None:
     if pod in followed or kubectl(lab, ["get", pod, "-o", "jsonpath={.status.phase}"]).strip() == "Pending":
         return
     say(f"==> {step.name}")
-    if _print_logs(pod, -1, True, lab) == 0:
+    if print_logs(pod, -1, lab) == 0:
         followed.add(pod)
 
 
-def _print_logs(pod: str, lines: int, follow: bool, lab: Lab) -> int:
-    words = ["logs", pod, f"--tail={lines}", *(["--follow"] if follow else [])]
+def print_logs(pod: str, lines: int, lab: Lab) -> int:
+    """Print what a pod has printed, and what it prints until its end; returns kubectl's exit code."""
     sys.stdout.flush()
-    return subprocess.run([*_command(lab), *words]).returncode
+    return subprocess.run([*_command(lab), "logs", pod, f"--tail={lines}", "--follow"]).returncode
 
 
 def stop(run: str, lab: Lab) -> str:

@@ -169,16 +169,24 @@ def _ask_kubernetes(verb: str, run: str, wanted: Wanted, lab: Lab) -> Answer | r
     if verb == "logs" and wanted.follow and wanted.step is None:
         return _follow_pods(run, lab)
     if verb == "logs":
-        try:
-            code = kubectl.logs(run, wanted.step or "", wanted.lines, wanted.follow, lab)
-        except KeyboardInterrupt:
-            return _goes_on(run)
-        return Answer("", {"run": run}, code)
+        return _logs_of_pod(run, wanted, lab)
     if verb == "stop":
         name = kubectl.stop(run, lab)
         return Answer(f"submit: run {name}: its pods save and end", {"run": name})
     name = kubectl.cancel(run, lab)
     return Answer(f"submit: run {name} cancelled", {"run": name})
+
+
+def _logs_of_pod(run: str, wanted: Wanted, lab: Lab) -> Answer:
+    """What one step has printed; with `follow` it is printed here, until the step ends."""
+    name, pod = kubectl.pod_of(run, wanted.step or "", lab)
+    if not wanted.follow:
+        text = kubectl.kubectl(lab, ["logs", pod, f"--tail={wanted.lines}"])
+        return Answer(text.rstrip("\n"), {"run": name, "lines": text.splitlines()})
+    try:
+        return Answer("", {"run": name}, kubectl.print_logs(pod, wanted.lines, lab))
+    except KeyboardInterrupt:
+        return _goes_on(name)
 
 
 def _follow_pods(run: str, lab: Lab) -> Answer | runs.Overview:
