@@ -96,8 +96,9 @@ def _step(number: int, words: list[str], lab: Lab, kinds: Mapping[str, Kind]) ->
         keys = lab.of(verb, kind.whole)
         _check_recipe(arguments.get("recipe"))
         positional = arguments_of(kind.function)[1]
+        given = arguments | _settings(verb, arguments)
         for name in kind.paths:
-            for path in _paths(arguments, name):
+            for path in _paths(given, name):
                 check_path(f"{verb}: {name.upper() if name in positional else flag(name)}", path, lab)
         _check_placement(verb, arguments, keys)
         if verb == "train":
@@ -136,9 +137,6 @@ def _of_train(words: list[str], arguments: Mapping[str, Any], keys: Any) -> list
     """The words of `train` with the time to save; UsageError for what a job that is queued again cannot do."""
     if arguments.get("resume") == "never":
         raise UsageError("train: --resume never would end a run that was queued again; leave it out")
-    from slipway.training.recipes import parse_settings
-
-    parse_settings(arguments.get("set") or [])
     longest = keys.stop_before - 60
     if arguments.get("grace", 0) > keys.stop_before:
         raise UsageError(f"train: --grace is {arguments['grace']:g} s, more than stop_before, {keys.stop_before} s")
@@ -148,12 +146,19 @@ def _of_train(words: list[str], arguments: Mapping[str, Any], keys: Any) -> list
 # ---------------------------------------------------------------------------- paths
 
 
+def _settings(verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that --set gives to a command that trains; UsageError for what is none."""
+    from slipway.training.recipes import parse_settings
+
+    return parse_settings(arguments.get("set") or []) if verb in ("train", "bench") else {}
+
+
 def _paths(arguments: Mapping[str, Any], name: str) -> list[str]:
     """The paths of one argument; a recipe by its name is none, and a blend is several."""
     value = arguments.get(name)
     if not value or (name == "recipe" and not value.endswith(".toml")):
         return []
-    if name == "data" and "://" not in value:
+    if name in ("data", "eval_data") and "://" not in value:
         return [str(part.path) for part in parts_of(value)]
     return [value]
 
@@ -165,12 +170,14 @@ def check_path(where: str, path: str, lab: Lab) -> None:
         where: what the message begins with.
         path: a folder or file as the container sees it, hf://org/name, hf:///folder or nemo://name.
     """
-    if path.startswith("hf:///"):
-        path = path.removeprefix("hf://")
+    if path.startswith(("hf:///", "nemo:///")):
+        path = path.partition("://")[2]
     elif path.startswith("hf://"):
         _check_home(where, path, lab, "HF_HOME", ("HF_HUB_CACHE",))
         return
     elif path.startswith("nemo://"):
+        if not path.removeprefix("nemo://") or ".." in Path(path).parts:
+            raise UsageError(f"{where} is {path}, which does not name a model; give nemo://NAME")
         _check_home(where, path, lab, "NEMO_HOME", ("NEMO_MODELS_CACHE",))
         return
     if not path.startswith("/"):
