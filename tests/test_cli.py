@@ -163,11 +163,53 @@ def run_in_shell(line: str, **variables: str) -> subprocess.CompletedProcess[byt
         ("$S doctor --gpus 64 | true; exit ${PIPESTATUS[0]}", 78, b""),  # who has gone does not change what was found
         ("$S doctor >&-", 0, b""),
         ("$S version >&- 2>&-", 0, b""),
+        ("$S nonsense 2>/dev/full", 2, b""),  # the log of a job on a full disk: what comes next goes by the code
+        ("$S nonsense 2>&1 | true; exit ${PIPESTATUS[0]}", 2, b""),
+        ("$S nonsense 2>&-", 2, b""),
     ],
 )
 def test_output_that_goes_nowhere_is_no_defect(line, code, errors):
     done = run_in_shell(line)
     assert done.returncode == code and done.stderr.startswith(errors) and len(done.stderr.splitlines()) == bool(errors)
+
+
+WORK = """
+import os, signal, sys
+from pathlib import Path
+from slipway.errors import Stopped
+from slipway.report import say
+from slipway import cli, signals
+def work(out: str) -> None:
+    "Work that prints, and is told to stop."
+    with signals.StopRequests(Path(out), 60.0) as stop, stop.while_saving(lambda: None):
+        for step in range(3000):
+            say(f"step {step}")
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise Stopped("saved")
+def broken() -> None:
+    "A pipe to a process of its own breaks."
+    raise BrokenPipeError
+cli.COMMANDS |= {"work": work, "broken": broken}
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["$W | head -1; exit ${PIPESTATUS[0]}", "$W >/dev/full", "$W 2>/dev/full", "$W >/dev/full 2>&1", "$W >&- 2>&-"],
+)
+def test_work_goes_on_where_nobody_reads_it_and_ends_as_it_would(tmp_path, line):
+    """`train | head` ended with 0, though it had not trained; a full disk of a log ended it, or lost the code 75."""
+    (tmp_path / "work.py").write_text(WORK)
+    done = run_in_shell(line, W=f"{sys.executable} {tmp_path}/work.py work {tmp_path}/stop", PYTHONWARNINGS="ignore")
+    assert done.returncode == 75, done
+    assert (tmp_path / "stop").read_text() == "SIGTERM" and b"Traceback" not in done.stderr
+
+
+def test_a_pipe_of_the_commands_own_is_no_reader_that_has_gone(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    done = subprocess.run([sys.executable, tmp_path / "work.py", "broken"], capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
 
 
 def test_a_working_folder_that_was_removed_is_named(tmp_path):

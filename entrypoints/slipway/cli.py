@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import os
+import select
 import sys
 import tempfile
 import textwrap
@@ -22,7 +23,7 @@ import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import slipway
 from slipway import untrusted
@@ -33,6 +34,7 @@ from slipway.commands.submit import STEPS, submit
 from slipway.errors import EXIT_CODES, SlipwayError, UsageError, WriteError
 from slipway.launch.quiet import quiet
 from slipway.options import Parameter, suggestion
+from slipway.streams import drop
 from slipway.untrusted import harmless, harmless_lines, without_credentials
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -58,22 +60,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except SlipwayError as error:
-        print(f"slipway: {harmless(str(error))}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("slipway: interrupted; run the same command again to continue", file=sys.stderr)
+        _complain("interrupted; run the same command again to continue")
         return 130
-    except BrokenPipeError:
-        _drop_output()
-        return 0
     except Exception as error:  # of any kind: a defect of Slipway, or an input that nobody thought of
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # of `watch` and the like
+            drop(sys.stdout)
+            return 0
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
-            print(f"slipway: {harmless(str(error.filename), 300)}: {error.strerror}; check the path", file=sys.stderr)
+            _complain(f"{harmless(str(error.filename), 300)}: {error.strerror}; check the path")
             return UsageError.exit_code
         if isinstance(error, FileNotFoundError) and _is_nowhere():
-            print("slipway: the folder that this was started in has been removed; cd to another one", file=sys.stderr)
+            _complain("the folder that this was started in has been removed; cd to another one")
             return UsageError.exit_code
-        print(f"slipway: {harmless(_defect(error))}", file=sys.stderr)
+        _complain(_defect(error))
         return SlipwayError.exit_code
 
 
@@ -96,9 +98,11 @@ def _take_every_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
-    """What is printed from here on, and at the end of the process, goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more. Other pipes break too: those to processes of ours."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _show(text: str) -> None:
@@ -106,10 +110,18 @@ def _show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _drop_output()
+        drop(sys.stdout)
     except OSError as error:
-        _drop_output()
+        drop(sys.stdout)
         raise WriteError(f"standard output cannot be written ({error.strerror}); free some space there") from None
+
+
+def _complain(text: str) -> None:
+    """Print why a command ended. Its exit code counts also where that cannot be printed: launchers go by it."""
+    try:
+        print(f"slipway: {harmless(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
 
 
 def _defect(error: Exception) -> str:

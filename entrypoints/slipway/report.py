@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from slipway.streams import put
+
 LOG_INTERVAL_SECONDS = 10.0
 
 
@@ -36,13 +38,13 @@ def say(line: str, living: bool = False) -> None:
     """Print a line. On a terminal a living line takes the place of the one before; elsewhere every line stays."""
     global _is_living
     if not sys.stdout.isatty():
-        print(*([line] if line else []), sep="", end="\n" if line else "", flush=True)
+        put(f"{line}\n" if line else "", sys.stdout)
         return
     if living:
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[2K{line[:width]}", end="", flush=True)
+        put(f"\r\x1b[2K{line[:width]}", sys.stdout)
     else:
-        print(*(["\n"] if _is_living else []), line, sep="", end="\n" if line else "", flush=True)
+        put(("\n" if _is_living else "") + (f"{line}\n" if line else ""), sys.stdout)
     _is_living = living
 
 
@@ -118,8 +120,5 @@ class Progress:
     def _print_line(self, now: float) -> None:
         rate = self.done / (now - self.started)
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "waiting"
-        print(
-            f"{self.title}: {human_bytes(self.done)} of {human_bytes(self.total)}, {human_bytes(rate)}/s, {left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        done = f"{human_bytes(self.done)} of {human_bytes(self.total)}"
+        put(f"{self.title}: {done}, {human_bytes(rate)}/s, {left}\n", sys.stderr)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from slipway.errors import Stopped
+from slipway.streams import put
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 END = signal.SIGHUP  # from the command to torchrun, and from torchrun to its workers
@@ -62,8 +63,8 @@ class StopRequests:
 
         def save(name: str) -> None:
             self.asked_by = name
-            print(f"train: {name}: saving and stopping within {self.grace:.0f} s", file=sys.stderr, flush=True)
             self.stop_file.write_text(name)
+            put(f"train: {name}: saving and stopping within {self.grace:.0f} s\n", sys.stderr)
             if self.grace:
                 timer.start()
             else:  # at once: a thread could be started so late that the workers have saved by then

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from slipway.errors import DataError
+from slipway.streams import put
 
 # Of a file: the index of a model with a million tensors has 100 MB, and a tokenizer.json 30 MB.
 LARGEST_FILE = 256 << 20
@@ -254,7 +255,7 @@ def harmless_lines(text: str) -> str:
 
 def tell(text: str) -> None:
     """Print to standard error what may hold words of others."""
-    print(harmless_lines(text), file=sys.stderr, flush=True)
+    put(f"{harmless_lines(text)}\n", sys.stderr)
 
 
 class Harmless(io.TextIOBase):

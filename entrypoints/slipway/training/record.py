@@ -58,7 +58,7 @@ class Record(Callback):
         every = [parameter.numel() for parameter in module.parameters()]
         trained = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
         self.status |= {"trained_weights": sum(trained), "weights": sum(every)}
-        print(f"worker: {sum(trained):,} of {sum(every):,} weights on this rank are trained", flush=True)
+        say(f"worker: {sum(trained):,} of {sum(every):,} weights on this rank are trained")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self.status["started_at_step"] + 1:
@@ -72,7 +72,7 @@ class Record(Callback):
         entry = self._entry(trainer)
         if "seconds_to_first_step" not in self.status:
             self.status["seconds_to_first_step"] = round(time.time() - self.started, 1)
-            print(f"worker: first step done {self.status['seconds_to_first_step']} s after the start", flush=True)
+            say(f"worker: first step done {self.status['seconds_to_first_step']} s after the start")
         left = self._seconds_left(trainer.global_step)
         tokens = self.status.get("tokens", 0) + entry["tokens"]
         self.status |= {"step": trainer.global_step, "loss": entry["loss"], "tokens": tokens}

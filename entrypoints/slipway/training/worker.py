@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from slipway.errors import PreflightError, SlipwayError
 from slipway.launch.failure import leave_word
 from slipway.launch.quiet import quiet
+from slipway.report import say
 from slipway.signals import heed_the_parent_alone
 from slipway.training.patches import LIGHTNING, NEMO, replace, wrap
 from slipway.training.recipe import Recipe
@@ -118,7 +119,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
 
         pack_base()
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}", flush=True)
+        say(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}")
 
     MODES[recipe.mode].prepare()
     folder = RunFolder.of(recipe)
