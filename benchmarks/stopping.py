@@ -9,10 +9,10 @@ of the steps, and what `train` says of loading and saving is shown. Ends with 1 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,13 +20,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from slipway.errors import Stopped
 from slipway.training import bench, recipes
 from slipway.training.recipe import Recipe
+from slipway.training.run_folder import RunFolder
 
 from benchmarks.common import slipway
 from benchmarks.synthetic import write
 
-STOPPED = 75  # what `train` ends with when it was asked to stop, and can be gone on with
 WITHIN = 1e-3  # of the loss: a GPU adds in another order each time
 SHOWN = re.compile(r"^worker: (loaded|saved) .*|^worker: first step done .*", re.MULTILINE)
 
@@ -83,14 +84,14 @@ def train(folder: Path, name: str, options: argparse.Namespace, stop_after: int 
         *(word for one in ("warmup_steps=0", "constant_steps=0", *options.set) for word in ("--set", one)),
     ]
     ended, output = run(words, stop_after)
-    if ended != (STOPPED if stop_after else 0):
+    if ended != (Stopped.exit_code if stop_after else 0):
         sys.exit(f"train ended with {ended}:\n{output}")
     said = f"SIGTERM after step {stop_after}" if stop_after else name
     print(f"{said}:", *(f"  {found.group()}" for found in SHOWN.finditer(output)), sep="\n", flush=True)
-    steps = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    steps = RunFolder(folder / name).read_metrics()
     if not stop_after:
-        rates = sorted(step["tokens_per_second_per_gpu"] for step in steps[1:])
-        print(f"  {rates[len(rates) // 2]:,.0f} tokens/s of each GPU, {steps[-1].get('memory_gb', 0)} GB")
+        rate = statistics.median(step["tokens_per_second_per_gpu"] for step in steps[1:])
+        print(f"  {rate:,.0f} tokens/s of each GPU, {steps[-1].get('memory_gb', 0)} GB", flush=True)
     return [step["loss"] for step in steps]
 
 

@@ -108,16 +108,14 @@ def _pool(dtype: str, kind: str) -> memoryview:
     torch.manual_seed(0)
     if dtype == "U8":
         low, high = (E8M0_BIAS - 8, E8M0_BIAS) if kind == "scales" else (0, 256)
-        values = torch.randint(low, high, (POOL_ELEMENTS,), dtype=torch.uint8)
+        values = torch.randint(low, high, (POOL_ELEMENTS,))
+    elif kind == "scales":
+        values = torch.rand(POOL_ELEMENTS) * 1e-3
+    elif kind == "norm":
+        values = torch.ones(POOL_ELEMENTS)
     else:
-        made = {
-            "scales": lambda: torch.rand(POOL_ELEMENTS) * 1e-3,
-            "scaled": lambda: torch.randn(POOL_ELEMENTS),
-            "norm": lambda: torch.ones(POOL_ELEMENTS),
-            "weights": lambda: torch.randn(POOL_ELEMENTS) * 0.02,
-        }[kind]()
-        values = made.to(getattr(torch, TORCH_NAMES[dtype]))
-    return memoryview(values.view(torch.uint8).numpy())
+        values = torch.randn(POOL_ELEMENTS) * (1.0 if kind == "scaled" else 0.02)
+    return memoryview(values.to(getattr(torch, TORCH_NAMES[dtype])).view(torch.uint8).numpy())
 
 
 def _fill(descriptor: int, offset: int, count: int, pool: memoryview) -> None:

@@ -18,6 +18,7 @@ from slipway.options import option, suggestion
 from slipway.report import say
 from slipway.untrusted import harmless_lines
 
+BETWEEN_LOOKS = 5.0  # seconds; kubectl tells of a run only when it is asked
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
 NAME_OF_RUN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 VERBS = ("status", "logs", "stop", "cancel")
@@ -204,7 +205,7 @@ def _follow_pods(run: str, lab: Lab) -> Answer | runs.Overview:
                     kubectl.follow(run, step, followed, lab)
             if found.has_ended:
                 return found
-            time.sleep(5)
+            time.sleep(BETWEEN_LOOKS)
     except KeyboardInterrupt:
         return _goes_on(run)
 

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
+from slipway.training.checkpoint_times import say_saved
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
-from slipway.training.traffic import say_saved
 from slipway.training.troubles import cannot_write
 from slipway.training.whole import seal
 

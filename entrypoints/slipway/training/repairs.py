@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import queue
 from collections.abc import Callable
 from typing import Any
@@ -98,8 +99,8 @@ def _but_exact_counts(convert: Callable[..., Any]) -> Callable[..., Any]:
 def join_in_place() -> None:
     """Let the halves of gate and up, which are read into the weight itself, be that weight once they are read.
 
-    Megatron makes a second weight of them, of all layers at the same time: gpt_oss_20b takes 67 GB while it is loaded,
-    and 42 afterwards. Where that is too much it goes on in the host's memory.
+    Megatron makes a second weight of them, of all layers at the same time: gpt_oss_20b took 67 GB while it was
+    loaded, and 42 afterwards. Where that is too much it goes on in the host's memory.
     """
     from megatron.core.transformer import mlp
     from megatron.core.transformer.moe import experts
@@ -124,19 +125,18 @@ def joined(parts: Any, otherwise: Callable[[Any], Any]) -> Any:
     Args:
         otherwise: what makes it of them else.
     """
-    if not isinstance(parts, list) or any(type(part) is not Tensor for part in parts):
+    plain = isinstance(parts, list) and all(type(part) is Tensor and part.is_contiguous() for part in parts)
+    if not plain or not all(itertools.starmap(_follows, itertools.pairwise(parts))):
         return otherwise(parts)
-    first, end = parts[0], parts[0].data_ptr()
-    for part in parts:
-        same = (part.dtype, part.shape[1:]) == (first.dtype, first.shape[1:]) and part.is_contiguous()
-        if (
-            not same
-            or part.data_ptr() != end
-            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
-            return otherwise(parts)
-        end += part.nbytes
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def _follows(one: Tensor, other: Tensor) -> bool:
+    """Whether the other begins in memory where the one ends, and they differ at most in their first dimension."""
+    alike = (one.dtype, one.shape[1:]) == (other.dtype, other.shape[1:])
+    same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return alike and same and one.data_ptr() + one.nbytes == other.data_ptr()
 
 
 def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:

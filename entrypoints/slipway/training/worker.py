@@ -328,7 +328,7 @@ def make_trainer(recipe: Recipe, callbacks: list[Any], nodes: int, on_gpu: bool,
     import torch
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
-    from slipway.training.traffic import saying_loaded
+    from slipway.training.checkpoint_times import saying_loaded
 
     options = {
         "tensor_model_parallel_size": recipe.tensor_parallel_size,
