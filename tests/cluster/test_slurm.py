@@ -92,7 +92,9 @@ def test_scripts_are_good_bash(tmp_path):
         assert done.returncode == 0, done.stdout
 
 
-OURS = "STATE VERB SECRETS NAMES MOST_RESTARTS MOST_LOSSES RESTARTS SILENT NOT_STARTED ME NODES code work watcher "
+OURS = (
+    "STATE VERB SECRETS NAMES MOST_RESTARTS MOST_LOSSES RESTARTS SILENT NOT_STARTED ME COMMAND NODES code work watcher "
+)
 OURS += "tries begins"
 SRUN = """#!/bin/bash
 /usr/bin/env -0 >"$SEEN"
@@ -115,7 +117,10 @@ def test_variables_of_a_person_and_those_of_the_script_do_not_meet(tmp_path, cod
     (script,) = scripts(tmp_path, text, ["import", "/shared/a", "/shared/b c"])
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "1-import.log").touch()  # Slurm's, with what the script prints
-    tools = {"srun": SRUN, "scontrol": "#!/bin/bash\necho ' JobState=RUNNING '\n"}
+    tools = {
+        "srun": SRUN,
+        "scontrol": f"#!/bin/bash\necho ' JobState=RUNNING Command={tmp_path}/RUN/1-import.sbatch '\n",
+    }
     (tmp_path / "bin").mkdir()
     for name, content in tools.items():
         (tmp_path / "bin" / name).write_text(content)
@@ -132,6 +137,36 @@ def test_variables_of_a_person_and_those_of_the_script_do_not_meet(tmp_path, cod
     assert words[-4:] == ["slipway", "import", "/shared/a", "/shared/b c"]
     (named,) = (word.partition("=")[2].split(",") for word in words if word.startswith("--container-env="))
     assert set(named) == set(wanted | secrets)
+
+
+@pytest.mark.parametrize(
+    "scontrol, noted",
+    [
+        ("echo ' JobState=RUNNING Command=/x/RUN/1-import.sbatch '", True),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo ' JobState=RUNNING Command=/x/ANOTHER/1-import.sbatch '", False),
+        ("echo ' JobState=COMPLETING Command=/x/RUN/1-import.sbatch '", False),
+    ],
+)
+def test_a_step_that_was_killed_has_failed_unless_slurm_ends_or_has_forgotten_its_job(tmp_path, scontrol, noted):
+    """Then the code of srun is there for `status`, which says more than that the step failed."""
+    (script,) = scripts(
+        tmp_path, f'job_dir = "{tmp_path}"\nimage = "/a.sqsh"\nmounts = ["/a"]\n', ["import", "/a/b", "/a/c"]
+    )
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "1-import.log").touch()
+    (tmp_path / "bin").mkdir()
+    for name, content in {"srun": "exit 137", "scontrol": scontrol}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    around = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
+    done = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **around}
+    )
+    assert done.returncode == 137, done.stderr
+    assert (tmp_path / "RUN" / "1-import.exit").exists() == noted
+    assert (tmp_path / "RUN" / "1-import.last").read_text().startswith("137 ")
 
 
 def test_no_secret_and_no_name_of_one_is_in_a_script(tmp_path):
@@ -205,6 +240,8 @@ def test_a_job_that_is_queued_again_has_not_ended_whatever_slurm_says():
     assert [one.state for one in found.steps] == ["done", "not known", "not known"] and not found.has_ended
     assert found.exit_code == 0 and "Slurm does not answer (Slurmctld is DOWN)" in str(found)
     # It answers and knows nothing of the job: then that was the end.
+    assert "Slurm has forgotten it; submit the same chain again" in records(*queued_again()).steps[1].said
+    assert "Slurm has" not in records(*queued_again(["sacct", "8", "TIMEOUT"])).steps[1].said
     assert [one.state for one in records(*queued_again()).steps] == ["done", "stopped", "not started"]
 
 

@@ -202,7 +202,7 @@ def _told_end(scene: Scene) -> str:
         return "forgotten"
     if not found.get("ended"):
         return ""
-    if any(step["said"] == FORGOTTEN for step in found["steps"]):
+    if any(step["said"].startswith(FORGOTTEN) for step in found["steps"]):
         return "forgotten"
     return "done" if told.returncode == 0 else "ended"
 

@@ -24,7 +24,7 @@ ENDED = (DONE, STOPPED, FAILED, CANCELLED, SKIPPED)
 GOOD = ("COMPLETED",)
 AT_WORK = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STAGE_OUT", "SIGNALING", "RESIZING", "STOPPED")
 IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "PREEMPTED")
-FORGOTTEN = "Slurm has forgotten it, and it left no exit code; submit the same chain again to go on"
+FORGOTTEN = "Slurm has forgotten it"
 # What a person can do about the reason why a job waits.
 REASONS = {
     "Dependency": "for the step before",
@@ -136,7 +136,7 @@ def _number(name: str) -> int:
 def _lost_by_slurm(named: dict[str, dict[str, Sequence[str]]], steps: Sequence[StepState]) -> str:
     """What a controller that was killed has forgotten: it writes to disk some seconds after it has answered."""
     waits = [step.job for step in steps if named[step.name].get("queue", [""] * 3)[2] in IN_QUEUE]
-    if not waits or not any(step.said == FORGOTTEN for step in steps):
+    if not waits or not any(step.said.startswith(FORGOTTEN) for step in steps):
         return ""
     return (
         f"Slurm has forgotten a part of this run, and job {waits[0]} is still in its queue; take it away with "
@@ -179,11 +179,12 @@ def _step(
         return state(STOPPED if count else SKIPPED, "on request")
     if slurm.startswith("CANCELLED"):
         return state(CANCELLED, "not by `slipway submit`; submit the same chain again to go on")
-    if last:
-        return state(*_ended(_code(last), False))
+    if last:  # srun's code; the script that would have noted it for good was killed, or waited to be queued again
+        kind, said, code = _ended(_code(last), False)
+        return state(kind, said if slurm or kind == DONE else f"{FORGOTTEN}; {said}", code)
     if slurm:
         return state(FAILED, f"Slurm ended it ({slurm.lower()})")
-    return state(FAILED, FORGOTTEN)
+    return state(FAILED, f"{FORGOTTEN}, and it left no exit code; submit the same chain again to go on")
 
 
 def _code(note: str) -> int:

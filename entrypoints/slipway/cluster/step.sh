@@ -126,10 +126,16 @@ again() {
     end "$1"
 }
 
-# 3 where Slurm is ending this start already: the job was cancelled, or Slurm has queued it again itself. 1: it is not known.
+# 3 where Slurm is ending this start already: the job was cancelled, Slurm has queued it again itself, or it has forgotten
+# the job, and may have given its number to one of another run. 1: it is not known.
 is_running() {
     local job
-    job=$(scontrol -o show job "$SLURM_JOB_ID") || return 1
+    job=$(scontrol -o show job "$SLURM_JOB_ID" 2>&1) || {
+        [[ $job != *"Invalid job id"* ]] || return 3
+        echo "$job" >&2
+        return 1
+    }
+    [[ $job == *"$COMMAND"* ]] || return 3
     [[ $job == *" JobState="@(RUNNING|SIGNALING)" "* ]] || return 3 # SIGNALING while TERM or USR1 is on its way
 }
 
@@ -166,6 +172,7 @@ lost_a_node() {
 }
 
 ME="$SLURM_JOB_ID.$RESTARTS.$$@$(hostname)"
+COMMAND="${STATE#"${STATE%/*/*}"}.sbatch " # the end of Command= in what Slurm says of this job: /RUN/STEP.sbatch
 # For the tasks of srun; this script ends after them. Not with a command: bash 5.2 can break off what it reads meanwhile.
 trap '' TERM USR1
 secrets
@@ -177,7 +184,8 @@ case "$code" in
 # USR1 before the time limit, TERM before a pre-emption: these commands do not heed them, and go on where they were.
 138 | 143) [ "$VERB" = train ] || again "$code" ;;
 esac
-# A command that Slurm itself has ended, for a pre-emption or at scancel, has not failed: Slurm knows what comes next.
+# A command that Slurm itself has ended, for a pre-emption or at scancel, has not failed: Slurm knows what comes next. One
+# that it has forgotten left its code in STATE.last.
 [ "$code" -eq 0 ] || is_running
 [ "$?" -ne 3 ] || { rm -f "$STATE.alive" && exit "$code"; }
 end "$code"
