@@ -19,9 +19,11 @@ from pathlib import Path
 
 from slipway.errors import Stopped
 from slipway.streams import put
+from slipway.untrusted import replace_file
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-END = signal.SIGHUP  # from the command to torchrun, and from torchrun to its workers
+CLOSED = signal.SIGHUP  # of the command: its terminal was closed, or the connection to it was lost
+END = signal.SIGHUP  # from the command to torchrun, which has no terminal, and from torchrun to its workers
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -41,7 +43,9 @@ class StopRequests:
         self._meaning: Callable[[str], None] = self._stop_at_once
 
     def __enter__(self) -> StopRequests:
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        # Under nohup it is ignored already, so that the run outlives its terminal.
+        closed = () if signal.getsignal(CLOSED) == signal.SIG_IGN else (CLOSED,)
+        self._before = {number: signal.signal(number, self._handle) for number in (*STOP_SIGNALS, *closed)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +67,7 @@ class StopRequests:
 
         def save(name: str) -> None:
             self.asked_by = name
-            self.stop_file.write_text(name)
+            replace_file(self.stop_file, name.encode(), durable=False)  # a worker may look at any time
             put(f"train: {name}: saving and stopping within {self.grace:.0f} s\n", sys.stderr)
             if self.grace:
                 timer.start()

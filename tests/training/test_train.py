@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import resource
+import select
 import signal
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +186,35 @@ def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_
     code, output = train(words, commands=warm)
     assert code == 0 and "torch.distributed.run" not in output, "there was nothing left to do"
     assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
+
+
+@pytest.mark.parametrize("processes, nohup", [(1, False), (2, False), (1, True)])
+def test_a_closed_terminal_is_a_request_to_stop_unless_nohup_keeps_it_away(
+    nemo_model, data, tmp_path, processes, nohup
+):
+    run = RunFolder(tmp_path / "run")
+    words = flags(nemo_model, data, run.path, nproc_per_node=processes, steps=40 if nohup else 10**4)
+    words = [*(["nohup"] if nohup else []), sys.executable, "-m", "slipway.cli", *words]
+    screen, terminal = os.openpty()
+    process = subprocess.Popen(
+        words, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=tmp_path,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while not nohup and b"step 2/" not in shown:
+        assert select.select([screen], [], [], 120)[0]
+        shown += os.read(screen, 65536)
+    while nohup and not run.metrics.exists():  # it writes to a file, and nothing to the terminal
+        assert process.poll() is None
+        time.sleep(POLL)
+    os.close(screen)
+    assert process.wait(120) == (0 if nohup else 75)
+    status, saved = run.read_status(), run.latest_checkpoint()
+    if nohup:
+        assert status["state"] == "done" and saved[0] == 40
+    else:
+        assert (status["state"], status["why"]) == ("stopped", "SIGHUP") and saved[0] == status["step"] >= 2
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(whole, nemo_model, data, tmp_path, warm):

@@ -231,6 +231,30 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_cure():
     Finite(recipe).on_train_batch_end(trainer, module)
 
 
+@pytest.mark.parametrize(
+    "seen, why", [("SIGTERM", "SIGTERM"), (None, "a request to stop on another node"), (False, "")]
+)
+def test_why_a_run_stops_is_known_to_the_rank_that_looked_before_the_request_came(tmp_path, monkeypatch, seen, why):
+    """Another rank of this node sees the file, or one of another node; or nobody does."""
+    from slipway.training import cpu
+
+    cpu.enable()
+    from slipway.training import callbacks
+
+    file, record = tmp_path / "stop", SimpleNamespace(status={"why": ""})
+
+    def agree(asked: bool) -> bool:
+        assert not asked
+        if seen:
+            file.write_text(seen)
+        return seen is not False
+
+    monkeypatch.setattr(callbacks, "agree", agree)
+    trainer = SimpleNamespace(global_step=1, should_stop=False)
+    callbacks.StopOnRequest(file, record).on_train_batch_end(trainer, None)
+    assert record.status["why"] == why and trainer.should_stop == bool(why)
+
+
 def test_two_runs_do_not_go_into_one_folder(folder, tmp_path, warm):
     run = RunFolder(tmp_path / "run")
     first = warm.start(words(folder, run.path, steps=10**6, save_every=10**6), tmp_path / "first")

@@ -15,8 +15,9 @@ from slipway.training.recipes import Choice
 def train(*, resume: Literal["auto", "never"] = "auto", dry_run: bool = False, **options: Any) -> Summary | str:
     """Train with NeMo, in this process or under torchrun, on one node or many.
 
-    On SIGTERM, SIGINT or SIGUSR1 it saves after the current step and exits with 75. The same command continues from
-    there, with the same order of the data. Run it on every node with the same flags except --node-rank.
+    On SIGTERM, SIGINT or SIGUSR1, or when its terminal is closed, it saves after the current step and exits with 75.
+    The same command continues from there, with the same order of the data. Run it on every node with the same flags
+    except --node-rank.
 
     Args:
         resume: auto = continue from the newest checkpoint in OUT; never = stop if there is one.

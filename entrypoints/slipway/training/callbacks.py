@@ -94,10 +94,11 @@ class StopOnRequest(Callback):
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         # All ranks must stop at the same step: one that went on would wait for the others for ever.
-        asked = self.stop_file.exists()
-        if agree(asked):
+        if agree(self.stop_file.exists()):
             trainer.should_stop = True
-            self.record.status["why"] = self.stop_file.read_text() if asked else "a request to stop on another node"
+            # It may have come after this rank's look, and before that of another rank of this node.
+            here = self.stop_file.exists()
+            self.record.status["why"] = self.stop_file.read_text() if here else "a request to stop on another node"
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         # Unless no step was done, or the last one was saved as usual.
