@@ -126,3 +126,47 @@ def test_a_pickle_cannot_ask_for_memory():
     for number in (1 << 28, (1 << 32) - 1):
         assert dcp.loads(b"\x80\x02Nr" + struct.pack("<I", number) + b".") is None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_the_archives_of_one_shape_are_taken_apart_once(tmp_path, monkeypatch):
+    """As torch writes them, also of a part of a tensor, which begins elsewhere in what is stored."""
+    base = torch.arange(40.0)
+    tensors = [torch.randn(3, 4), torch.randn(3, 4), base[1:3], base[2:4], base[1:3] + 0, base[4:6] + 0, torch.ones(())]
+    content = b""
+    places = []
+    for tensor in tensors * 2:
+        buffer = io.BytesIO()
+        torch.save(tensor, buffer)
+        places.append((len(content), buffer.tell()))
+        content += buffer.getvalue()
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    apart = []
+    taken = archive._located
+    monkeypatch.setattr(archive, "_located", lambda *given: apart.append(given) or taken(*given))
+    descriptor = os.open(path, os.O_RDONLY)
+    layouts = archive.Layouts()
+    for tensor, (start, count) in zip(tensors * 2, places, strict=True):
+        found = layouts.locate(descriptor, start, count, tensor.shape)
+        assert found == archive.locate(descriptor, start, count, tensor.shape)
+        read = found.read(descriptor, [(0, size) for size in tensor.shape])
+        assert torch.equal(bits.to_torch(read, "F32"), tensor)
+        with pytest.raises(ValueError, match="not the tensor that was expected"):
+            layouts.locate(descriptor, start, count, (*tensor.shape, 1))
+    os.close(descriptor)
+    # Two for each: with locate itself, and refused. The parts at 1 and at 2 begin alike and take turns.
+    assert len(apart) - 2 * len(places) == 1 + 4 + 1 + 1
+
+
+def test_an_archive_that_only_ends_like_another_is_refused_as_before(tmp_path):
+    """One with the same length and shape, whose pickle or header was changed after the first was read."""
+    content = saved(torch.randn(3, 4))
+    other = content.replace(b"FloatStorage", b"DoubtStorage")
+    path = tmp_path / "file"
+    path.write_bytes(content + other)
+    descriptor = os.open(path, os.O_RDONLY)
+    layouts = archive.Layouts()
+    layouts.locate(descriptor, 0, len(content), (3, 4))
+    with pytest.raises((zipfile.BadZipFile, pickle.UnpicklingError)):
+        layouts.locate(descriptor, len(content), len(content), (3, 4))
+    os.close(descriptor)

@@ -136,7 +136,7 @@ def test_data_that_ends_too_early(tmp_path):
     part, _ = archive.read(descriptor, 0, len(content), (500,))
     assert np.array_equal(part, np.arange(500))
     with pytest.raises(EOFError):
-        archive._fill(descriptor, memoryview(bytearray(10)), len(content) - 5)
+        archive.fill(descriptor, memoryview(bytearray(10)), len(content) - 5)
     os.close(descriptor)
 
 

@@ -15,7 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,11 @@ STORAGE_DTYPES = {f"{name}Storage": dtype for dtype, name in STORAGES.items()}
 FOLDER = "archive/"
 MAX_PICKLE_BYTES = 1 << 20  # of one tensor; torch writes a few hundred
 MOST_ARGUMENTS = 5000  # of Megatron-LM's command line; there are some 800
+MOST_HEAD = 1 << 14  # bytes before the elements; torch writes a thousand
 ALIGNMENT = 64  # of the data, as torch aligns it
 # The records of a zip file (APPNOTE.TXT 4.3): before each entry, in the directory for each entry, and at the end.
 LOCAL, CENTRAL, END = "<4s5H3I2H", "<4s6H3I5H2I", "<4s4H2IH"
+CHECKSUM = 14  # its offset in LOCAL
 
 # ---------------------------------------------------------------------------- writing
 
@@ -156,7 +158,7 @@ class Stored:
         first = sum(start * stride for (start, _), stride in zip(box, self.strides, strict=True))
         reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, self.strides, strict=True))
         elements = empty((max(0, reach) if math.prod(shape) else 0,), bits_type(self.dtype))
-        _fill(descriptor, elements.view(np.uint8).data, self.begin + first * size)
+        fill(descriptor, elements.view(np.uint8).data, self.begin + first * size)
         return np.lib.stride_tricks.as_strided(elements, shape, [stride * size for stride in self.strides])
 
 
@@ -168,16 +170,55 @@ def locate(descriptor: int, start: int, count: int, wanted: Sequence[int]) -> St
 
     Errors: zipfile.BadZipFile, pickle.UnpicklingError and others (torch_dist.UNREADABLE) for damaged bytes.
     """
+    return _located(descriptor, start, count, wanted)[0]
+
+
+def _located(
+    descriptor: int, start: int, count: int, wanted: Sequence[int]
+) -> tuple[Stored, zipfile.ZipInfo, zipfile.ZipInfo]:
+    """(the tensor, the entry with its pickle, the entry with its elements); see locate."""
     with zipfile.ZipFile(io.BufferedReader(Extent(descriptor, start, count), 4096)) as zipped:
         name = next(name for name in zipped.namelist() if name.endswith("data.pkl"))
-        if zipped.getinfo(name).file_size > MAX_PICKLE_BYTES:
+        about = zipped.getinfo(name)
+        if about.file_size > MAX_PICKLE_BYTES:
             raise ValueError("not the pickle of a tensor")
         (dtype, key), offset, shape, strides = _Unpickler(zipped.read(name)).load()
         entry = zipped.getinfo(f"{name.removesuffix('data.pkl')}data/{key}")
     if tuple(shape) != tuple(wanted):
         raise ValueError("not the tensor that was expected")
     begin = elements_at(entry, descriptor, start, count, (dtype, offset, shape, strides))
-    return Stored(dtype, tuple(shape), tuple(strides), begin)
+    return Stored(dtype, tuple(shape), tuple(strides), begin), about, entry
+
+
+class Layouts:
+    """Locates tensors as `locate` does, and quickly where an archive begins as one that it has read before.
+
+    torch.save writes the same bytes for all tensors of one shape and dtype, up to the checksum and the elements. A
+    checkpoint of experts has ten thousands of them. Threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[bytes, int, Stored]] = {}
+
+    def locate(self, descriptor: int, start: int, count: int, wanted: Sequence[int]) -> Stored:
+        """As the function of this name."""
+        key = (count, tuple(wanted))
+        if key in self._known:
+            head, checksum, found = self._known[key]
+            if _without(os.pread(descriptor, len(head), start), checksum) == head:
+                return replace(found, begin=start + found.begin)
+        found, about, entry = _located(descriptor, start, count, wanted)
+        length = content_of(entry, descriptor, start)
+        # Only then the pickle is a part of what is compared.
+        if about.header_offset < entry.header_offset and length < MOST_HEAD:
+            head, checksum = os.pread(descriptor, length, start), entry.header_offset + CHECKSUM
+            self._known[key] = _without(head, checksum), checksum, replace(found, begin=found.begin - start)
+        return found
+
+
+def _without(head: bytes, checksum: int) -> bytes:
+    """The same with zeros for the checksum at this offset, 4 bytes."""
+    return head[:checksum] + bytes(4) + head[checksum + 4 :]
 
 
 def elements_at(
@@ -216,7 +257,8 @@ def content_of(entry: zipfile.ZipInfo, descriptor: int, start: int) -> int:
     return entry.header_offset + len(head) + name_length + extra_length
 
 
-def _fill(descriptor: int, view: memoryview, offset: int) -> None:
+def fill(descriptor: int, view: memoryview, offset: int) -> None:
+    """Read the bytes from `offset` on of a file into memory; EOFError where it has not as many."""
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)

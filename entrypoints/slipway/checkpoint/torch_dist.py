@@ -139,6 +139,7 @@ class Reader:
         self.extents: dict[str, int] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._descriptors = Descriptors()
+        self._layouts = archive.Layouts()
         self._found: dict[_Chunk, archive.Stored] = {}
         try:
             metadata = dcp.loads(read_bytes(path, MAX_METADATA_BYTES, AGAIN))
@@ -262,7 +263,7 @@ class Reader:
         try:
             found = self._found.get(chunk)
             if found is None:  # the directory and the pickle of the archive are read once
-                found = archive.locate(descriptor, chunk.start, chunk.length, chunk.stored)
+                found = self._layouts.locate(descriptor, chunk.start, chunk.length, chunk.stored)
                 self._found[chunk] = found
             if found.dtype != self.tensors[name].dtype:
                 raise DataError(f"{where}: tensor {name} does not match .metadata; copy the checkpoint again")

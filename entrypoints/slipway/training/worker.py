@@ -73,6 +73,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from nemo.collections.llm.api import finetune
 
     from slipway.training.activations import bring_activations
+    from slipway.training.loading import read_in_threads
     from slipway.training.low_rank import add_in_place
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
@@ -92,6 +93,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         libraries.join()
     hand_over_in_this_process()
     join_in_place()
+    read_in_threads()
     keep_routers_counts()
     ignore_padding()
     add_in_place()

@@ -1,0 +1,191 @@
+"""Reading a checkpoint into the model: by several threads, and each tensor from its file to where the model has it.
+
+torch makes memory for each tensor, reads it, and copies it to its place, one after the other. To make the memory takes
+longer than to read. Here a tensor on the CPU is read where it lies, and one on a GPU by way of a buffer that is used
+again and again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+
+from slipway.checkpoint.archive import Layouts, Stored, fill
+from slipway.checkpoint.descriptors import Descriptors
+from slipway.checkpoint.torch_dist import UNREADABLE
+from slipway.tensors.refs import TORCH_NAMES
+from slipway.training.patches import TORCH, wrap
+
+BUFFER = 1 << 24  # bytes that a thread reads at a time
+MOST = 8  # threads of a rank
+Read = Callable[[Any, LoadPlan, LoadPlanner], Any]
+
+
+def read_in_threads() -> None:
+    """Let torch read checkpoints so from now on."""
+    wrap(FileSystemReader, "read_data", reading_in_threads, TORCH)
+
+
+def reading_in_threads(read_data: Read) -> Read:
+    """The same as `FileSystemReader.read_data`, which does what is left: objects, and tensors of another class."""
+
+    @functools.wraps(read_data)
+    def read(self: Any, plan: LoadPlan, planner: Any) -> Any:
+        source = _Source(self, planner)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # each thread has a stream of its own
+        with ThreadPoolExecutor(width(), initializer=source.prepare_thread) as pool:
+            done = [*pool.map(source.read, plan.items)]
+        left = [item for item, is_read in zip(plan.items, done, strict=True) if not is_read]
+        return read_data(self, dataclasses.replace(plan, items=left), planner)
+
+    return read
+
+
+def width() -> int:
+    """How many threads a rank has: its share of the processors."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST, share))
+
+
+class _Source:
+    """The checkpoint of a torch reader, and the model that a planner fills; shared by the threads."""
+
+    def __init__(self, reader: Any, planner: Any) -> None:
+        self._reader, self._planner = reader, planner
+        self._descriptors, self._layouts = Descriptors(), Layouts()
+        self._own = threading.local()
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._shapes = {
+            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for key, entry in planner.metadata.state_dict_metadata.items()
+            for chunk in getattr(entry, "chunks", ())
+        }
+
+    def prepare_thread(self) -> None:
+        """Give this thread a buffer and a stream."""
+        on_gpu = self._device is not None
+        if on_gpu:
+            torch.cuda.set_device(self._device)
+        self._own.buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=on_gpu)
+        self._own.stream = torch.cuda.Stream() if on_gpu else None
+
+    def read(self, item: ReadItem) -> bool:
+        """Read a tensor into the model; False where torch has to, which then says what is wrong with it."""
+        if (
+            item.type != LoadItemType.TENSOR
+            or type(self._planner.lookup_tensor(item.dest_index).detach()) is not Tensor
+        ):
+            return False
+        target = self._planner.resolve_tensor(item).detach()
+        place = self._reader.storage_data[item.storage_index]
+        shape = self._shapes.get((item.storage_index.fqn, tuple(item.storage_index.offset or ())))
+        if shape is None or place.transform_descriptors or target.size() != item.lengths:
+            return False
+        descriptor = self._descriptors.of(Path(self._reader.path, place.relative_path))
+        try:
+            stored = self._layouts.locate(descriptor, place.offset, place.length, shape)
+        except UNREADABLE:
+            return False
+        if not _is_in(item, stored) or not self._fill(Rows.of(target, stored, item.storage_offsets), descriptor):
+            return False
+        self._planner.commit_tensor(item, target)
+        return True
+
+    def _fill(self, rows: Rows, descriptor: int) -> bool:
+        """Read the rows; False where the buffer is too small for one, or the file ends before."""
+        target, count = rows.target, len(rows.target)
+        try:
+            if target.device.type == "cpu" and rows.is_one_piece:
+                fill(descriptor, target.view(torch.uint8).numpy().data, rows.begin)
+                return True
+            step = BUFFER // max(1, rows.bytes)
+            for first in range(0, count, step) if step else ():
+                part = self._own.buffer[: min(step, count - first) * rows.bytes]
+                fill(descriptor, part.numpy().data, rows.begin + first * rows.bytes)
+                with torch.cuda.stream(self._own.stream) if self._own.stream else nullcontext():
+                    target[first : first + step].copy_(rows.wanted(part), non_blocking=True)
+                if self._own.stream:
+                    self._own.stream.synchronize()  # the buffer is used again
+        except EOFError:
+            return False
+        return step > 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """A part of a stored tensor as rows, which follow each other in the file, and the part of the model that they fill.
+
+    Args:
+        target: rows of the model, [rows, ...].
+        dtype: of what is stored.
+        begin: offset in the file of the first row.
+        inner: the shape of a stored row.
+        offsets: where in a stored row the wanted part begins.
+    """
+
+    target: Tensor
+    dtype: torch.dtype
+    begin: int
+    inner: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, target: Tensor, stored: Stored, offsets: Sequence[int]) -> Rows:
+        """The fewest dimensions in which both can be told: the first one of `target` is in one piece in the file."""
+        shape, offsets, at = [*stored.shape], [*offsets], 0
+        while target.ndim and len(target) == 1:
+            at += offsets.pop(0) * math.prod(shape[1:])
+            target, shape = target[0], shape[1:]
+        if not target.ndim:
+            target, shape, offsets = target.view(1), [1], [0]
+        while target.ndim > 1 and target.shape[1] == shape[1] and target.stride(0) == target.stride(1) * shape[1]:
+            target, shape, offsets = (
+                target.flatten(0, 1),
+                [shape[0] * shape[1], *shape[2:]],
+                [offsets[0] * shape[1], *offsets[2:]],
+            )
+        at += offsets[0] * math.prod(shape[1:])
+        dtype = getattr(torch, TORCH_NAMES[stored.dtype])
+        return cls(target, dtype, stored.begin + at * dtype.itemsize, tuple(shape[1:]), tuple(offsets[1:]))
+
+    @property
+    def bytes(self) -> int:
+        """Of a stored row."""
+        return math.prod(self.inner) * self.dtype.itemsize
+
+    @property
+    def is_one_piece(self) -> bool:
+        """The bytes of the file are those of the target."""
+        return not self.inner and self.target.is_contiguous() and self.target.dtype == self.dtype
+
+    def wanted(self, part: Tensor) -> Tensor:
+        """The wanted part of the bytes of some rows, [rows, ...]."""
+        found = part.view(self.dtype).view(-1, *self.inner)
+        for axis, (first, size) in enumerate(zip(self.offsets, self.target.shape[1:], strict=True), 1):
+            found = found.narrow(axis, first, size)
+        return found
+
+
+def _is_in(item: ReadItem, stored: Stored) -> bool:
+    """The part that is asked for is in the stored tensor, whose elements are in row-major order."""
+    places = zip(item.storage_offsets, item.lengths, stored.shape, strict=True)
+    inside = all(0 <= first <= first + size <= extent for first, size, extent in places)
+    order = [math.prod(stored.shape[axis + 1 :]) for axis in range(len(stored.shape))]
+    in_order = all(
+        size < 2 or one == other for size, one, other in zip(stored.shape, stored.strides, order, strict=True)
+    )
+    return inside and in_order and 0 not in stored.shape

@@ -1,0 +1,158 @@
+"""Checkpoints that torch writes are read into a model by several threads as torch reads them itself."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from slipway.training import loading
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+SHAPES = [(64, 48), (3,), (1, 7, 5), (512, 256), (), (0, 4), (1,), (2, 1, 3, 1)]
+KINDS = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
+
+
+class Threaded(FileSystemReader):
+    """torch's own reader notes what is left to it."""
+
+    left: list[ReadItem]
+
+    def _torch(self, plan: LoadPlan, planner: DefaultLoadPlanner) -> object:
+        self.left = plan.items
+        return FileSystemReader.read_data(self, plan, planner)
+
+    read_data = loading.reading_in_threads(_torch)
+
+
+@pytest.fixture(params=[1, 8], autouse=True)
+def threads(request, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "width", lambda: request.param)
+
+
+def values() -> dict[str, object]:
+    torch.manual_seed(0)
+    made: dict[str, object] = {"an object": "text"}
+    for number in range(len(SHAPES) * len(KINDS)):
+        made[f"tensor {number}"] = (torch.randn(SHAPES[number % len(SHAPES)]) * 50).to(KINDS[number % len(KINDS)])
+    return made
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """Four files of torch's."""
+    dcp.save(values(), storage_writer=FileSystemWriter(tmp_path, thread_count=4), no_dist=True)
+    assert len(list(tmp_path.glob("*.distcp"))) == 4
+    return tmp_path
+
+
+def loaded(reader: FileSystemReader, **options: object) -> dict[str, object]:
+    into = {name: torch.zeros_like(one) if isinstance(one, Tensor) else "" for name, one in values().items()}
+    dcp.load(into, storage_reader=reader, no_dist=True, **options)
+    return into
+
+
+def bits(one: object) -> object:
+    return (one.dtype, one.shape, one.reshape(-1).view(torch.uint8).tolist()) if isinstance(one, Tensor) else one
+
+
+def test_what_torch_wrote_is_read_bit_for_bit_and_torch_reads_the_rest(checkpoint, monkeypatch):
+    monkeypatch.setattr(loading, "BUFFER", 1000)
+    reader = Threaded(checkpoint)
+    found = loaded(reader)
+    for name, one in values().items():
+        assert bits(found[name]) == bits(one), name
+    # Of a dtype that archive.py does not know, or no tensor.
+    left = {item.storage_index.fqn for item in reader.left}
+    unknown = {name for name, one in values().items() if isinstance(one, Tensor) and one.dtype == torch.float8_e4m3fn}
+    assert left == {name for name in unknown if values()[name].numel()} | {"an object"}
+
+
+def read_part(
+    reader: FileSystemReader, part: tuple[Sequence[int], Sequence[int]], whole: Tensor, at: list[int]
+) -> None:
+    """Read a part of the tensor `weight` into a part of another tensor."""
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    (index,) = metadata.storage_data
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"weight": whole}, metadata, is_coordinator=True)
+    offsets, lengths = map(torch.Size, part)
+    item = ReadItem(LoadItemType.TENSOR, index, torch.Size(at), index, offsets, lengths)
+    reader.read_data(LoadPlan([item]), planner).wait()
+
+
+def test_any_part_of_a_tensor_goes_to_any_place_as_with_torch(tmp_path, monkeypatch):
+    """As where other ranks train than have saved, and in another dtype; in blocks of a few bytes too."""
+    draw = random.Random(0)
+    left = 0
+    for case in range(150):
+        monkeypatch.setattr(loading, "BUFFER", draw.choice([64, 200, 1 << 20]))
+        shape = [draw.choice([1, 2, 3, 7]) for _ in range(draw.randint(1, 4))]
+        saved = torch.randn(shape, generator=torch.Generator().manual_seed(case)).to(draw.choice(KINDS[:3]))
+        folder = tmp_path / str(case)
+        dcp.save({"weight": saved}, storage_writer=FileSystemWriter(folder), no_dist=True)
+        lengths = [draw.randint(1, size) for size in shape]
+        offsets = [draw.randint(0, size - length) for size, length in zip(shape, lengths, strict=True)]
+        room = [length + draw.choice([0, 2]) for length in lengths]
+        at = [draw.randint(0, more - length) for more, length in zip(room, lengths, strict=True)]
+        kind = draw.choice([saved.dtype, torch.float64])
+        expected, found = torch.zeros(room, dtype=kind), torch.zeros(room, dtype=kind)
+        read_part(FileSystemReader(folder), (offsets, lengths), expected, at)
+        reader = Threaded(folder)
+        read_part(reader, (offsets, lengths), found, at)
+        assert torch.equal(found, expected), (shape, offsets, lengths, room, at)
+        left += len(reader.left)
+    assert left < 15  # where the buffer cannot hold a row
+
+
+@pytest.mark.parametrize("offsets, lengths", [((0, 0), (4, 4)), ((0, 0), (2, 5)), ((2, 0), (2, 3)), ((0, 2), (2, 3))])
+def test_a_part_that_is_not_there_is_refused_as_by_torch(tmp_path, offsets, lengths):
+    dcp.save({"weight": torch.ones(3, 4)}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    for reader in (FileSystemReader(tmp_path), Threaded(tmp_path)):
+        with pytest.raises((RuntimeError, AssertionError, ValueError)):
+            read_part(reader, (offsets, lengths), torch.zeros(2, 3), [0, 0])
+
+
+def test_a_file_that_was_cut_off_is_torchs_error(checkpoint):
+    largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    with pytest.raises(CheckpointException):
+        loaded(Threaded(checkpoint))
+
+
+class InFp8(Tensor):
+    """A tensor of another class, as Transformer Engine's in FP8."""
+
+
+class OneAtATime(DefaultLoadPlanner):
+    """As Megatron's planner with tensors in FP8: it notes one of them until it is given back."""
+
+    noted: object = None
+
+    def lookup_tensor(self, index):
+        return super().lookup_tensor(index).as_subclass(InFp8)
+
+    def resolve_tensor(self, item):
+        assert self.noted is None, "another one has not been given back"
+        self.noted = item
+        time.sleep(1e-3)
+        return super().resolve_tensor(item)
+
+    def commit_tensor(self, item, tensor):
+        assert self.noted is item
+        self.noted = None
+
+
+def test_tensors_of_another_class_are_left_to_torch_one_after_the_other(checkpoint):
+    found = loaded(Threaded(checkpoint), planner=OneAtATime())
+    for name, one in values().items():
+        assert bits(found[name]) == bits(one), name
