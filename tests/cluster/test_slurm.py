@@ -109,7 +109,10 @@ def test_variables_of_a_person_and_those_of_the_script_do_not_meet(tmp_path, cod
     wanted = {name: f"it's {name}" for name in OURS.split()} | {"PATH": "/opt/nothing", "HOME": "/me"}
     wanted |= {"SEEN": str(tmp_path / "seen"), "CODE": str(code), "SRUN_CPUS_PER_TASK": "3"}
     secrets = {"HF_TOKEN": "hf_x y", "STATE": "of a secret", "SECRETS": "/nowhere", "NAMES": "n", "size": "1"}
-    (tmp_path / "secrets").write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in secrets.items()))
+    lines = zip(("", "  ", "\t", "export ", " export\t"), secrets.items(), strict=True)  # as a shell reads them
+    (tmp_path / "secrets").write_text(
+        "".join(f"{before}{name}={shlex.quote(value)}\n" for before, (name, value) in lines)
+    )
     (tmp_path / "secrets").chmod(0o600)
     text = f'job_dir = "{tmp_path}"\nimage = "/a.sqsh"\nmounts = ["/a:/shared"]\n'
     text += f'secrets = "{tmp_path}/secrets"\n[env]\n'
@@ -152,7 +155,7 @@ def test_variables_of_a_person_and_those_of_the_script_do_not_meet(tmp_path, cod
 def test_a_step_that_was_killed_has_failed_unless_slurm_ends_or_has_forgotten_its_job(tmp_path, scontrol, noted):
     """Then the code of srun is there for `status`, which says more than that the step failed."""
     (script,) = scripts(
-        tmp_path, f'job_dir = "{tmp_path}"\nimage = "/a.sqsh"\nmounts = ["/a"]\n', ["import", "/a/b", "/a/c"]
+        tmp_path, f'job_dir = "{tmp_path}"\nimage = "/a.sqsh"\nmounts = ["/a:/a"]\n', ["import", "/a/b", "/a/c"]
     )
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "1-import.log").touch()
@@ -360,6 +363,9 @@ def test_nothing_is_sent_where_a_word_is_wrong(tmp_path, slipway):
         (["status", "\udcff"], "is no run; a name is like"),  # the byte 0xff, which was called an answer of the cluster
         (["logs", "--step", "\udcff"], "it must be a step's number or verb"),
         (["cancel", "--dry-run"], "--dry-run is for a chain"),
+        (["status", "--lines", "5"], "submit status: --lines belongs to `slipway submit logs`"),
+        (["--lines", "5", "--", "import", "/shared/a", "/shared/b"], "--lines belongs to `slipway submit logs`"),
+        (["logs", "--follow", "--lines", "5"], "--follow shows all lines of all steps; leave out --lines"),
         (["status", "--step", "train"], "submit status: --step belongs to `slipway submit logs`"),
         (["stop", "--follow"], "submit stop: --follow is for a chain and for `slipway submit logs`"),
         (["logs", "--follow", "--step", "train"], "--follow shows all steps; leave out --step"),

@@ -315,7 +315,14 @@ def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, da
     code, output = train(flags(nemo_model, data, run.path, mode=mode), stop_after=2, commands=warm)
     assert code == 75, output
     step = run.read_status()["step"]
-    others = {"mode": mode, "micro_batch_size": 1, "recompute": "full", "cuda_graphs": False}
+    others = {
+        "mode": mode,
+        "micro_batch_size": 1,
+        "recompute": "full",
+        "cuda_graphs": False,
+        "save_every": 3,
+        "keep": 1,
+    }
     code, output = train(flags(nemo_model, data, run.path, **others), commands=warm)
     assert code == 0, output
     for said in (
@@ -324,6 +331,8 @@ def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, da
         "--cuda-graphs was True and is False",
     ):
         assert f"{said}: from step {step} on time and memory are others" in output, output
+    for said in ("--save-every was 100 and is 3", "--keep was 2 and is 1"):
+        assert f"{said}: from step {step} on\n" in output, output
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
 
 

@@ -23,7 +23,7 @@ secrets() {
     *) say "$SECRETS must be a file of yours with mode 600: chmod 600 $SECRETS" && end 78 ;;
     esac
     local names
-    names=$(sed -nE 's/^(export +)?([A-Za-z_][A-Za-z0-9_]*)=.*/\2/p' "$SECRETS" | paste -sd,)
+    names=$(sed -nE 's/^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=.*/\2/p' "$SECRETS" | paste -sd,)
     NAMES="$NAMES${names:+${NAMES:+,}$names}"
 }
 

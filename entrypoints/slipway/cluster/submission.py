@@ -19,6 +19,7 @@ from slipway.report import say
 from slipway.untrusted import harmless_lines
 
 BETWEEN_LOOKS = 5.0  # seconds; kubectl tells of a run only when it is asked
+LINES = 100  # of a log that are shown
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
 NAME_OF_RUN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 VERBS = ("status", "logs", "stop", "cancel")
@@ -34,7 +35,7 @@ class Wanted:
         False, "show what the jobs print and how far the run is, until its end; Ctrl-C ends that alone"
     )
     step: str | None = option(None, "of `logs`: the step, by its number or verb", otherwise="the newest")
-    lines: int = option(100, "of `logs`: how many, the last ones", low=1, high=10**6)
+    lines: int | None = option(None, "of `logs`: how many, the last ones", low=1, high=10**6, otherwise=str(LINES))
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def submit(words: Sequence[str], wanted: Wanted, kinds: Mapping[str, Kind]) -> A
             return _ask(words, wanted, lab)
     if words[0] not in kinds and (near := suggestion(words[0], VERBS)):
         raise UsageError(f"submit: {words[0]!r} is no step{near}; there are {', '.join((*VERBS, *kinds))}")
-    if wanted.step is not None:
-        raise UsageError("submit: --step belongs to `slipway submit logs`; leave it out")
+    _refuse_flags_of_logs("submit", wanted)
     steps = chain.steps_of(list(words), lab, kinds)
     return _send(steps, lab, wanted)
 
@@ -144,8 +144,8 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
         raise UsageError(f"submit {words[0]}: {words[2]!r} is one word too many; it takes one RUN")
     if wanted.dry_run:
         raise UsageError(f"submit {words[0]}: --dry-run is for a chain; leave it out")
-    if wanted.step is not None and words[0] != "logs":
-        raise UsageError(f"submit {words[0]}: --step belongs to `slipway submit logs`; leave it out")
+    if words[0] != "logs":
+        _refuse_flags_of_logs(f"submit {words[0]}", wanted)
     if wanted.follow and words[0] != "logs":
         raise UsageError(f"submit {words[0]}: --follow is for a chain and for `slipway submit logs`; leave it out")
     run = words[1] if len(words) == 2 else ""
@@ -153,6 +153,8 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
         raise UsageError(f"submit {words[0]}: {run[:40]!r} is no run; a name is like 20261126-091500-bcd")
     if wanted.step is not None and not NAME_OF_RUN.fullmatch(wanted.step):
         raise UsageError(f"submit {words[0]}: --step is {wanted.step[:40]!r}; it must be a step's number or verb")
+    if wanted.lines is not None and wanted.follow and wanted.step is None:
+        raise UsageError("submit logs: --follow shows all lines of all steps; leave out --lines")
     if not isinstance(lab.own, Slurm):
         return _ask_kubernetes(words[0], run, wanted, lab)
     if words[0] == "status":
@@ -162,6 +164,12 @@ def _ask(words: Sequence[str], wanted: Wanted, lab: Lab) -> Answer | runs.Overvi
     if words[0] == "logs":
         return _follow(run, lab) if wanted.follow else _logs(run, wanted, lab)
     return _end(words[0], run, lab)
+
+
+def _refuse_flags_of_logs(what: str, wanted: Wanted) -> None:
+    for name in ("step", "lines"):
+        if getattr(wanted, name) is not None:
+            raise UsageError(f"{what}: --{name} belongs to `slipway submit logs`; leave it out")
 
 
 def _ask_kubernetes(verb: str, run: str, wanted: Wanted, lab: Lab) -> Answer | runs.Overview:
@@ -182,10 +190,10 @@ def _logs_of_pod(run: str, wanted: Wanted, lab: Lab) -> Answer:
     """What one step has printed; with `follow` it is printed here, until the step ends."""
     name, pod = kubectl.pod_of(run, wanted.step or "", lab)
     if not wanted.follow:
-        text = kubectl.kubectl(lab, ["logs", pod, f"--tail={wanted.lines}"])
+        text = kubectl.kubectl(lab, ["logs", pod, f"--tail={wanted.lines or LINES}"])
         return Answer(text.rstrip("\n"), {"run": name, "lines": text.splitlines()})
     try:
-        return Answer("", {"run": name}, kubectl.print_logs(pod, wanted.lines, lab))
+        return Answer("", {"run": name}, kubectl.print_logs(pod, wanted.lines or LINES, lab))
     except KeyboardInterrupt:
         return _goes_on(name)
 
@@ -222,7 +230,7 @@ def status(run: str, lab: Lab) -> runs.Overview:
 
 def _logs(run: str, wanted: Wanted, lab: Lab) -> Answer:
     lines: list[str] = []
-    _call("logs", run, lab, lines.append, WANTED=wanted.step or "", LINES_SHOWN=str(wanted.lines))
+    _call("logs", run, lab, lines.append, WANTED=wanted.step or "", LINES_SHOWN=str(wanted.lines or LINES))
     return Answer("\n".join(lines), {"lines": lines})
 
 

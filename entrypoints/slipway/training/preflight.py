@@ -32,9 +32,9 @@ FP8_SINCE = 9.0  # compute capability: Hopper
 LARGEST_ON_CPU = 3e8  # weights: a step of more takes minutes in float32
 OF_ADAPTERS = ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout", "dora", "rslora", "adapter")
 OF_EVALUATIONS = ("eval_every", "eval_batches")
-# What may change between two starts of one run.
-MAY_CHANGE = ("out", "save_every", "keep", "wandb_project", "eval_every", "eval_batches")
-FOR_SPEED = ("micro_batch_size", "recompute", "cuda_graphs")  # these too, and it is said
+# What may change between two starts of one run, beside its own path: it is said.
+AROUND = ("save_every", "keep", "wandb_project", *OF_EVALUATIONS)
+FOR_SPEED = ("micro_batch_size", "recompute", "cuda_graphs")
 SCHEDULE = ("steps", "warmup_steps", "constant_steps")  # these too, where the run is made longer
 
 
@@ -171,24 +171,29 @@ def check_continued(recipe: Recipe, folder: RunFolder, step: int, resume: str) -
     if longer and recipe.steps < step:
         raise UsageError(f"{folder.path} holds a run at step {step}, more than --steps {recipe.steps}; raise --steps")
     moved = _moved(before, recipe, folder)
-    may_change = (*MAY_CHANGE, *moved, *(SCHEDULE if longer else ()))
+    may_change = ("out", *moved, *(SCHEDULE if longer else ()))
     changed = {
-        name: f"{flag(name)} was {vars(before)[name]} and is {now}"
+        name: f"{flag(name)} was {_shown(vars(before)[name])} and is {_shown(now)}"
         for name, now in vars(recipe).items()
         if name not in may_change and vars(before)[name] != now
     }
-    if others := [said for name, said in changed.items() if name not in FOR_SPEED]:
+    if others := [said for name, said in changed.items() if name not in (*AROUND, *FOR_SPEED)]:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
     if step == recipe.steps:  # nothing is computed any more
         return [f"--steps was {before.steps} and is {step}, which is done: the run ends there"] if longer else []
     notes = [*moved.values()]
-    notes += [f"{said}: from step {step} on time and memory are others" for said in changed.values()]
+    for name, said in changed.items():
+        notes.append(f"{said}: from step {step} on{' time and memory are others' if name in FOR_SPEED else ''}")
     if longer:
         notes.append(
             f"--steps was {before.steps} and is {recipe.steps}: from step {step} on the learning rate is that of a run "
             f"of {recipe.steps} steps"
         )
     return notes
+
+
+def _shown(value: Any) -> Any:
+    return NONE if value == "" else value
 
 
 def _moved(before: Recipe, now: Recipe, folder: RunFolder) -> dict[str, str]:
