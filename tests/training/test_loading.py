@@ -14,7 +14,7 @@ from slipway.training import loading
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 SHAPES = [(64, 48), (3,), (1, 7, 5), (512, 256), (), (0, 4), (1,), (2, 1, 3, 1)]
 KINDS = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
@@ -127,6 +127,39 @@ def test_a_file_that_was_cut_off_is_torchs_error(checkpoint):
         file.truncate(largest.stat().st_size // 2)
     with pytest.raises(CheckpointException):
         loaded(Threaded(checkpoint))
+
+
+def test_a_planner_that_is_not_known_is_left_to_torch(tmp_path):
+    dcp.save({"weight": torch.ones(3)}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+
+    class Another(LoadPlanner):
+        """It wants one tensor, and has a place for it that nobody else knows."""
+
+        place = torch.zeros(3)
+
+        def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
+            (self.index,) = metadata.storage_data
+
+        def create_local_plan(self):
+            size, none = torch.Size([3]), torch.Size([0])
+            return LoadPlan([ReadItem(LoadItemType.TENSOR, self.index, none, self.index, none, size)])
+
+        def create_global_plan(self, global_plan):
+            return global_plan
+
+        def finish_plan(self, central_plan):
+            return central_plan
+
+        def load_bytes(self, read_item, value): ...
+
+        def resolve_tensor(self, read_item):
+            return self.place
+
+        def commit_tensor(self, read_item, tensor): ...
+
+    planner = Another()
+    dcp.load({"weight": torch.zeros(3)}, storage_reader=Threaded(tmp_path), planner=planner, no_dist=True)
+    assert planner.place.tolist() == [1, 1, 1]
 
 
 class InFp8(Tensor):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from slipway.checkpoint.archive import Layouts, Stored, fill
@@ -44,6 +44,10 @@ def reading_in_threads(read_data: Read) -> Read:
 
     @functools.wraps(read_data)
     def read(self: Any, plan: LoadPlan, planner: Any) -> Any:
+        if not isinstance(
+            planner, DefaultLoadPlanner
+        ):  # Megatron's is one: it tells where a tensor goes without a trace
+            return read_data(self, plan, planner)
         source = _Source(self, planner)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # each thread has a stream of its own
