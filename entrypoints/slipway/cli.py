@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import os
+import resource
 import select
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from slipway.arguments import arguments_of, parse
 from slipway.commands import version, watch
 from slipway.commands.demo import demo
 from slipway.commands.submit import STEPS, submit
-from slipway.errors import EXIT_CODES, SlipwayError, UsageError, WriteError
+from slipway.errors import EXIT_CODES, PreflightError, SlipwayError, UsageError, WriteError
 from slipway.launch.quiet import quiet
 from slipway.options import Parameter, suggestion
 from slipway.streams import drop
@@ -72,6 +73,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in OF_A_PATH and error.filename:
             _complain(f"{harmless(str(error.filename), 300)}: {error.strerror}; check the path")
             return UsageError.exit_code
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:  # beyond what a process may have if it asks
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            _complain(
+                f"this process may have {most} files open, and needs more; raise that with `ulimit -n` as root, or "
+                "docker run --ulimit nofile=65536"
+            )
+            return PreflightError.exit_code
         if isinstance(error, FileNotFoundError) and _is_nowhere():
             _complain("the folder that this was started in has been removed; cd to another one")
             return UsageError.exit_code

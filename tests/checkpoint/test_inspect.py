@@ -124,6 +124,21 @@ def test_a_nemo_checkpoint_and_its_weights_alone(nemo, tmp_path):
     assert c.whole and "unknown: nothing here says" in str(c)
 
 
+def test_a_key_for_each_layer_is_as_good_as_one_for_all(nemo):
+    """As releases of megatron-core differ; `export` takes both."""
+    reader, apart = torch_dist.Reader(nemo), {}
+    for key in reader.tensors:
+        before, found_it, after = key.partition("decoder.layers.")
+        whole = tensor_of(reader, key)
+        names = [f"{before}{found_it}{number}.{after}" for number in range(len(whole))] if found_it else [key]
+        apart |= dict(zip(names, whole if found_it else [whole], strict=True))
+    assert len(apart) > len(reader.tensors)
+    shutil.rmtree(nemo / "weights")
+    write_torch_dist(nemo / "weights", apart)
+    c = found(nemo)
+    assert (c.model, c.parameters) == ("gpt_oss", PARAMETERS) and c.whole and c.checked == "context/hf_config.json"
+
+
 def test_a_nemo_checkpoint_that_another_began(nemo):
     (nemo / "context" / "hf_config.json").unlink()
     c = found(nemo)

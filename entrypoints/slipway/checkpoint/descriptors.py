@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import weakref
 from pathlib import Path
 
@@ -18,11 +20,23 @@ class Descriptors:
         """The descriptor of a file; OSError where it cannot be opened."""
         if (kept := self._kept.get(path)) is not None:
             return kept
-        opened = os.open(path, os.O_RDONLY)
+        opened = _opened(path)
         kept = self._kept.setdefault(path, opened)
         if kept != opened:  # another thread was quicker
             os.close(opened)
         return kept
+
+
+def _opened(path: Path) -> int:
+    """A descriptor. A checkpoint of a thousand ranks has more files than a process may have open before it asks."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return os.open(path, os.O_RDONLY)
 
 
 def _close(kept: dict[Path, int]) -> None:

@@ -342,6 +342,9 @@ def _of_torch_dist(path: Path, given: Given) -> Contents:
     told, notes = _told(reader, given)
     parts = _parts(reader.tensors)
     wanted, checked, model = _wanted_by_nemo(context, parts, told)
+    if parts["model"]:  # as `export` takes them: under one key for all layers, or one for each
+        reader.adopt({key: info for key, info in wanted.items() if info})
+        parts = _parts(reader.tensors)
     if checked and parts["adapters"]:
         problems = _misfit(reader, wanted, context) | problems
     elif checked:
