@@ -34,6 +34,16 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory) -> Path:
+    """A base with latent attention, in the same places."""
+    root = tmp_path_factory.mktemp("latent")
+    make_model(root / "hf", "deepseek_v3", {"num_nextn_predict_layers": 0}, quantized=False)
+    write_data(root)
+    assert cli.main(["import", str(root / "hf"), str(root / "nemo" / "base")]) == 0
+    return root
+
+
 def words(folder: Path, out: Path, **flags: object) -> list[str]:
     chosen = {
         "model": folder / "nemo" / "base", "adapter": folder / "nemo", "data": folder / "data.jsonl", "out": out,
@@ -79,10 +89,13 @@ def test_rank_stabilised_adapters_are_those_with_a_larger_alpha(folder, tmp_path
     assert [config["lora_alpha"] / config["r"] for config in scales] == [4, 4]
 
 
-def test_dora_is_trained_and_transformers_computes_the_same(folder, tmp_path, warm):
+@pytest.mark.parametrize("base", ["folder", "latent"])
+def test_dora_is_trained_and_transformers_computes_the_same(base, request, tmp_path, warm):
     """The loss that peft finds for the exported adapter is the one that the next step begins with."""
+    folder = request.getfixturevalue(base)
     run = RunFolder(tmp_path / "run")
-    flags = {"adapter": "", "dora": "true", "lora_rank": 4, "lr": 1e-2, "min_lr": 1e-2, "global_batch_size": 40}
+    flags: dict[str, object] = {"adapter": "", "dora": "true", "lora_rank": 4, "lr": 1e-2, "min_lr": 1e-2}
+    flags |= {"global_batch_size": 40, "pack": "false"}  # a step sees each sample once
     code, output = train(words(folder, run.path, **flags), commands=warm)
     assert code == 0, output
     assert cli.main(["export", str(run.latest_checkpoint()[1]), str(tmp_path / "peft"), "--adapter"]) == 0

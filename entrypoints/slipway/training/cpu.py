@@ -119,7 +119,7 @@ def _stand_in_for_cuda() -> None:
 
 
 def _patch_nemo() -> None:
-    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import dora, lora
     from nemo.collections.llm.peft import utils as peft_utils
     from nemo.lightning.io import pl
     from nemo.lightning.pytorch.strategies import megatron_strategy
@@ -128,7 +128,8 @@ def _patch_nemo() -> None:
     replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint, NEMO)
     # Both say that Transformer Engine is there, because Megatron's module about it can be imported without it.
     replace(peft_utils, "HAVE_TE", False, NEMO)
-    wrap(lora, "get_adapter_attributes_from_linear", _and_of_whole_matrices, NEMO)
+    for module in (lora, dora):
+        wrap(module, "get_adapter_attributes_from_linear", _and_of_whole_matrices, NEMO)
     replace(lora, "te", types.SimpleNamespace(Linear=type("Linear", (), {})), NEMO)
     wrap(megatron_strategy, "init_model_parallel", _and_seed, NEMO)
 
