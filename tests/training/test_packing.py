@@ -36,8 +36,6 @@ def test_full_sequences_are_not_worth_a_word():
     "config, values, said",
     [
         (FAMILIES["deepseek_v3"].tiny_config(), {"mode": "sft"}, "MTP layer"),
-        (LLAMA, {"mode": "sft", "context_parallel_size": 2, "seq_length": 30}, "a multiple of it for --seq-length"),
-        (GPT_OSS, {"mode": "sft", "context_parallel_size": 2}, "with sinks takes --context-parallel-size 1, not 2"),
         (None, {"mode": "sft"}, "config.json"),
     ],
 )

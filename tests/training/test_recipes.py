@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+from conftest import config_of
 from slipway.errors import UsageError
 from slipway.training import memory, recipes
 from slipway.training.recipe import MODES, Recipe
@@ -102,6 +103,7 @@ def test_a_larger_gpu_takes_the_layout_of_the_next_smaller_and_a_small_one_none(
         recipes.load("llama31_8b", "sft", 40)
 
 
+TWO_SHARE = ("--tensor-parallel-size", "2", "--nproc-per-node", "2")
 TWO_STAGES = ("--pipeline-parallel-size", "2", "--nproc-per-node", "2")
 
 
@@ -135,6 +137,16 @@ def test_stages_are_those_of_megatron(sizes, layers, stages):
         ([*TWO_STAGES, "--first-stage-layers", "1", "--last-stage-layers", "2"], "leave -1 for 0 others"),
         (["--pipeline-parallel-size", "3", "--nproc-per-node", "3"], "2 layers: 3 stages leave 2 for 3 others"),
         (["--first-stage-layers", "1"], "are for --pipeline-parallel-size 2 or more; leave them out"),
+        ([*TWO_SHARE, "--seq-length", "63"], "--seq-length 63 is not a multiple of 2, the equal parts"),
+        ([*TWO_SHARE, "--mode", "lora", "--lora-targets", "q_proj", "--lora-rank", "3"], "--lora-rank 3 is not a mult"),
+        (
+            ["--context-parallel-size", "2", "--nproc-per-node", "2", "--seq-length", "66"],
+            "is not a multiple of 4, the",
+        ),
+        (
+            ["--context-parallel-size", "2", "--nproc-per-node", "2"],
+            "with sinks takes --context-parallel-size 1, not 2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line_before_any_work(nemo_model, data, tmp_path, slipway, words, said):
@@ -143,6 +155,29 @@ def test_what_does_not_fit_is_one_line_before_any_work(nemo_model, data, tmp_pat
         done = slipway(*flags, "--global-batch-size", "6", *words, *dry)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, changes, mode, said",
+    [
+        ("qwen25_tied", {"vocab_size": 511}, "heads", "511 tokens of the vocabulary"),
+        ("llama31", {"intermediate_size": 113}, "sft", "113 values in a feed-forward layer"),
+        ("deepseek_v3", {"intermediate_size": 113}, "sft", "113 values in a feed-forward layer"),
+        ("deepseek_v3", {"moe_intermediate_size": 33, "n_shared_experts": 1}, "sft", "33 values in a feed-forward"),
+        ("llama31", {"hidden_size": 65}, "lora", "65 hidden values"),
+        # What no ranks share may have any size.
+        ("llama31", {"hidden_size": 65}, "sft", ""),
+        ("qwen3_moe", {"moe_intermediate_size": 47, "intermediate_size": 113}, "sft", ""),
+        ("gpt_oss", {"intermediate_size": 113}, "sft", ""),
+    ],
+)
+def test_tensor_parallel_ranks_share_what_they_divide(kind, changes, mode, said):
+    """As Megatron would refuse it, a minute later and with a traceback."""
+    recipe, config = Recipe("m", "d", "o", mode=mode, tensor_parallel_size=2), config_of(kind, **changes)
+    if not said:
+        return recipe.check_model(config)
+    with pytest.raises(UsageError, match=f"--tensor-parallel-size 2 does not divide the model's {said}"):
+        recipe.check_model(config)
 
 
 def test_a_recipe_of_ones_own_is_checked_key_by_key(nemo_model, data, tmp_path, slipway):

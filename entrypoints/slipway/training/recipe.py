@@ -167,11 +167,22 @@ class Recipe:
                 f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
             )
 
+        self._check_positions()
         self._check_base_precision()
         if self.precision == "fp8" and (problem := self.unfit_for_fp8(None)):
             raise UsageError(f"--precision fp8 {problem}; use bf16")
-        if self.pack and (problem := self.unpackable_data() or self._unpackable_layout()):
+        if self.pack and (problem := self.unpackable_data()):
             raise UsageError(f"--pack {problem}")
+
+    def _check_positions(self) -> None:
+        """UsageError unless the positions of a sequence can be shared by the ranks that share them."""
+        shares = self.tensor_parallel_size * self.shares_of_samples
+        if self.seq_length % shares:
+            raise UsageError(
+                f"--seq-length {self.seq_length} is not a multiple of {shares}, the equal parts that "
+                f"--tensor-parallel-size {self.tensor_parallel_size} and --context-parallel-size "
+                f"{self.context_parallel_size} share a sequence in; change one of them"
+            )
 
     def unfit_for_fp8(self, c: Mapping[str, Any] | None) -> str:
         """Why nothing can be multiplied in FP8, as a part of a sentence; "" where it can.
@@ -219,14 +230,6 @@ class Recipe:
                 return f"is for samples of .jsonl files, and {path} has full sequences already"
         return ""
 
-    def _unpackable_layout(self) -> str:
-        if self.context_parallel_size > 1 and self.seq_length % self.shares_of_samples:
-            return (
-                f"under --context-parallel-size {self.context_parallel_size} shares each sample in "
-                f"{self.shares_of_samples} parts, which takes a multiple of it for --seq-length, not {self.seq_length}"
-            )
-        return ""
-
     @property
     def shares_of_samples(self) -> int:
         """How many equal parts a packed sample is shared in: a light and a heavy one for each context parallel rank."""
@@ -234,11 +237,6 @@ class Recipe:
 
     def unpackable_model(self, c: Mapping[str, Any]) -> str:
         """Why samples cannot be packed for the model with this config.json; "" where they can."""
-        if c["model_type"] == "gpt_oss" and self.context_parallel_size > 1:
-            return (
-                f"of a model with sinks takes --context-parallel-size 1, not {self.context_parallel_size}: use "
-                "--tensor-parallel-size"
-            )
         if self.mode in ("sft", "pretrain") and c.get("num_nextn_predict_layers"):
             return (
                 f"cannot be used with --mode {self.mode} and the model's MTP layer, which would predict one sample's "
@@ -254,9 +252,7 @@ class Recipe:
         """
         if self.mode not in ("sft", "lora") or self.unpackable_data():
             return False, ""
-        if problem := self.unpackable_model(c) if c else "needs to know the model's config.json: give --config":
-            return False, problem
-        problem = self._unpackable_layout()
+        problem = self.unpackable_model(c) if c else "needs to know the model's config.json: give --config"
         return not problem, problem
 
     def check_model(self, c: Mapping[str, Any]) -> None:
@@ -264,16 +260,28 @@ class Recipe:
         self.stages(c["num_hidden_layers"])
         experts = next((c[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c), 0)
         shared = [
-            ("tensor", self.tensor_parallel_size, "attention heads", c["num_attention_heads"]),
-            ("tensor", self.tensor_parallel_size, "groups of keys and values", c["num_key_value_heads"]),
-            ("expert", self.expert_parallel_size, "experts", experts),
+            ("tensor", "attention heads", c["num_attention_heads"]),
+            ("tensor", "groups of keys and values", c["num_key_value_heads"]),
+            ("tensor", "tokens of the vocabulary", c["vocab_size"]),
+            *(("tensor", "values in a feed-forward layer", width) for width in _shared_widths(c, experts)),
+            ("expert", "experts", experts),
         ]
-        for kind, size, what, count in shared:
-            if count % size:
+        if self.mode == "lora":  # the ranks share both matrices of an adapter
+            shared += [("tensor", "hidden values, which adapters share", c["hidden_size"])]
+            if self.lora_rank % self.tensor_parallel_size:
                 raise UsageError(
-                    f"--{kind}-parallel-size {getattr(self, f'{kind}_parallel_size')} does not divide the model's "
-                    f"{count} {what}; change it"
+                    f"--lora-rank {self.lora_rank} is not a multiple of --tensor-parallel-size "
+                    f"{self.tensor_parallel_size}, whose ranks share an adapter; change one of them"
                 )
+        for kind, what, count in shared:
+            if count % (size := getattr(self, f"{kind}_parallel_size")):
+                raise UsageError(f"--{kind}-parallel-size {size} does not divide the model's {count} {what}; change it")
+        if c["model_type"] == "gpt_oss" and self.context_parallel_size > 1:
+            # Transformer Engine has no kernel for sinks, nor for windows, that fetches keys from the other ranks.
+            raise UsageError(
+                f"attention with sinks takes --context-parallel-size 1, not {self.context_parallel_size}: use "
+                "--tensor-parallel-size"
+            )
         if self.mode == "lora" and self.dora and self.tensor_parallel_size > 1:
             raise UsageError("--dora takes --tensor-parallel-size 1: NeMo saves its sizes in the order of the ranks")
         if experts and self.mode == "lora" and self.dora and "linear_fc" in self.lora_targets:
@@ -329,3 +337,14 @@ class Recipe:
             return cls(**values)
         except TypeError:
             raise DataError(f"{path} is not a whole recipe; restore it or choose another --out") from None
+
+
+def _shared_widths(c: Mapping[str, Any], experts: int) -> list[int]:
+    """The widths of feed-forward layers that tensor parallel ranks share: dense layers and shared experts.
+
+    Args:
+        experts: number of the routed experts, each of which is whole on its rank.
+    """
+    dense = [c["intermediate_size"]] if not experts or c.get("first_k_dense_replace") else []
+    shared = [c["moe_intermediate_size"] * c["n_shared_experts"]] if c.get("n_shared_experts") else []
+    return dense + shared
