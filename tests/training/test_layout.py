@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_model
 from slipway import cli
+from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.errors import PreflightError, UsageError
+from slipway.tokens.lines import as_line
 from slipway.training import layout, memory, recipes
 from slipway.training.recipe import Recipe
 from test_recipes import MODELS
@@ -110,6 +113,18 @@ def test_a_large_model_without_a_gpu_is_refused_before_anything(tmp_path, capsys
     error = capsys.readouterr().err
     assert code == 78 and "shows no GPU, and the model has 8.0 billion weights" in error and "--gpus all" in error
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_sequences_are_not_shared_without_a_gpu(tmp_path, capsys):
+    import_checkpoint(str(make_model(tmp_path / "hf", "llama31", quantized=False)), str(tmp_path / "nemo"))
+    (tmp_path / "data.jsonl").write_bytes(as_line([5, 6], [7, 8]))
+    words = ["--model", str(tmp_path / "nemo"), "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]
+    words += ["--context-parallel-size", "2", "--nproc-per-node", "2"]
+    assert cli.main(["train", *words, "--dry-run"]) == 0
+    assert cli.main(["train", *words]) == 78
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--context-parallel-size 2 needs GPUs, and this machine shows none" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_size_that_no_recipe_is_for_is_said_with_those_there_are(nemo_model, tmp_path, capsys):

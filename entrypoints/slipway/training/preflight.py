@@ -146,6 +146,14 @@ def check_gpus(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_context(recipe: Recipe) -> None:
+    """PreflightError where GPUs are to share sequences, and there is none: plain attention knows no other ranks."""
+    if recipe.context_parallel_size > 1 and not gpus_here():
+        raise PreflightError(
+            f"--context-parallel-size {recipe.context_parallel_size} needs GPUs, and this machine shows none; use 1"
+        )
+
+
 def check_precision(recipe: Recipe) -> None:
     """PreflightError where a GPU here cannot multiply FP8, or there is none."""
     if recipe.precision == "fp8" and (problem := without_fp8()):

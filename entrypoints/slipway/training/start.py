@@ -184,8 +184,9 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
     preflight.check_logging(recipe)
     if not dry_run:
         preflight.check_precision(recipe)
-    if config and not dry_run:
-        preflight.check_gpus(config)
+        preflight.check_context(recipe)
+        if config:
+            preflight.check_gpus(config)
     for name in PATHS:
         if path := getattr(recipe, name):
             setattr(recipe, name, as_text(parts_of(path)) if name == "data" else str(Path(path).absolute()))
