@@ -57,11 +57,24 @@ def test_it_trains_and_says_how_fast(tmp_path, warm):
         (["qwen25_500m", "--nodes", "2", "--node-rank", "0", "--master-addr", "a"], "bench measures one machine"),
         (["qwen25_500m", "--set", "lrr=1"], "did you mean lr?"),
         (["qwen25_500m", "--epochs", "2"], "bench measures steps, not epochs"),
+        (["qwen25_500m", "--set", "steps=50"], "--set steps is not for bench, which measures --steps steps"),
+        (["qwen25_500m", "--set", "eval_data=x"], "--set eval_data is not for bench"),
+        (["qwen25_500m", "--set", "lr=1", "--set", "lr=2"], "--set lr is given twice"),
+        (["qwen25_500m", "--nodes", "2"], "bench measures one machine; leave out --nodes"),
     ],
 )
 def test_what_it_cannot_measure_is_said_at_once(words, said, capsys):
     assert cli.main(["bench", *words]) == UsageError.exit_code
     assert said in capsys.readouterr().err
+
+
+def test_the_model_may_be_said_as_to_every_command(tmp_path):
+    """Its config.json, or the folder of it."""
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["qwen3"].tiny_config()))
+    by_file, by_folder = (bench.config_for("", str(said), None) for said in (tmp_path / "config.json", tmp_path))
+    assert by_file == by_folder and by_file[0] == tmp_path.name
+    with pytest.raises(UsageError, match=r"has no config\.json; give the file, its folder"):
+        bench.config_for("", str(tmp_path.parent), None)
 
 
 def test_a_profile_comes_to_shares_of_the_time():

@@ -141,6 +141,8 @@ def test_fp8_of_a_recipe_is_used_where_it_can_be(plan, folder, capsys, tmp_path,
         (["--eval-data", "BLEND"], "web.bin", "names several files; evaluate on one"),
         (["--wandb-project", "x"], "data.jsonl", "there is no key: set WANDB_API_KEY, or WANDB_MODE=offline"),
         (["--min-lr", "1"], "data.jsonl", "--min-lr is 1, larger than --lr"),
+        (["--lr", "1", "--set", "lr=2"], "data.jsonl", "--lr and --set lr are both given; leave out one"),
+        (["--config", "."], "data.jsonl", "--config . has no config.json; give the file, its folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(plan, folder, monkeypatch, tmp_path, words, data, said):

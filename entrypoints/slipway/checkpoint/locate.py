@@ -79,7 +79,12 @@ def configuration(path: str) -> Path:
 
 def config_file(path: str | None) -> Path | None:
     """The file of a config.json that a command was given: the file, its folder, or a model of the hub."""
-    return None if path is None else configuration(path) / "config.json"
+    if not path:
+        return None
+    file = configuration(path) / "config.json"
+    if not file.is_file():
+        raise UsageError(f"--config {path} has no config.json; give the file, its folder, or {HUB}NAME")
+    return file
 
 
 def nemo_folder(path: str) -> Path:

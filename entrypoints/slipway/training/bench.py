@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slipway.checkpoint import locate
 from slipway.checkpoint.hollow import write_hollow
 from slipway.errors import UsageError
 from slipway.families import read_config, understood
@@ -99,7 +100,7 @@ def run(wanted: Wanted) -> Measured:
 
     Errors: those of `train`; UsageError for more than one node.
     """
-    if find_topology(wanted.placement).nodes > 1:
+    if (wanted.placement.nodes or find_topology(wanted.placement).nodes) > 1:
         raise UsageError("bench measures one machine; leave out --nodes")
     with tempfile.TemporaryDirectory(prefix="slipway-bench-") as scratch:
         model, data, out = (Path(scratch) / name for name in ("model", "data.jsonl", "out"))
@@ -206,11 +207,10 @@ def config_for(recipe: str, file: str | None, layers: int | None) -> tuple[str, 
 
     Args:
         recipe: a shipped one, whose model is taken unless a file is given.
-        file: config.json of a model, or None.
+        file: config.json of a model as every command takes it, or None.
         layers: how many layers the model is cut to; None = all.
     """
-    if file:
-        path = Path(file)
+    if path := locate.config_file(file):
         name, (_, config) = path.parent.name or path.name, understood(read_config(path), path)
     elif recipe in recipes.names():
         name, config = recipe, recipes.config_of(recipe)
