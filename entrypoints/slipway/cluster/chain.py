@@ -150,7 +150,7 @@ def _settings(verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a recipe that --set gives to a command that trains; UsageError for what is none."""
     from slipway.training.recipes import parse_settings
 
-    return parse_settings(arguments.get("set") or []) if verb in ("train", "bench") else {}
+    return parse_settings(arguments.get("set") or [], arguments) if verb in ("train", "bench") else {}
 
 
 def _paths(arguments: Mapping[str, Any], name: str) -> list[str]:

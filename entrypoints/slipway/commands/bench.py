@@ -10,6 +10,12 @@ from slipway.launch.placement import Placement
 from slipway.options import option, take, with_options
 from slipway.training.recipes import Choice, parse_settings
 
+# Keys of a recipe that decide nothing of what is measured.
+NOT_MEASURED = (
+    *("steps", "warmup_steps", "constant_steps", "save_every", "keep"),
+    *("eval_data", "eval_every", "eval_batches", "wandb_project"),
+)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -42,7 +48,13 @@ def bench(
     choice, size = take(Choice, options), take(Size, options)
     if choice.epochs is not None:
         raise UsageError("bench measures steps, not epochs; give --steps in place of --epochs")
+    settings = parse_settings(choice.set or [])
+    if idle := next((name for name in settings if name in NOT_MEASURED), ""):
+        raise UsageError(
+            f"--set {idle} is not for bench, which measures --steps steps without evaluations, checkpoints and logs; "
+            "leave it out"
+        )
+    given = {"mode": mode, **settings}
     name, config = benching.config_for(recipe, choice.config, size.layers)
-    given = {"mode": mode, **parse_settings(choice.set or [])}
     choice = Choice(recipe=recipe or None, gpu_memory=choice.gpu_memory)
     return benching.run(benching.Wanted(name, config, given, choice, take(Placement, options), lengths, size.steps))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slipway.errors import UsageError
 from slipway.families import FAMILIES
-from slipway.options import NAMES, Parameter, check, from_text, option, parameters_of, suggestion
+from slipway.options import NAMES, Parameter, check, flag, from_text, option, parameters_of, suggestion
 from slipway.training.recipe import MODES, Recipe
 from slipway.untrusted import read_toml
 
@@ -152,14 +152,22 @@ def keys() -> dict[str, Parameter]:
     return {name: parameter for name, parameter in parameters_of(Recipe).items() if name not in OF_A_RUN}
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """KEY=VALUE, each checked as its flag is."""
-    found = {}
+def parse_settings(settings: Iterable[str], flags: Collection[str] = ()) -> dict[str, Any]:
+    """KEY=VALUE, each checked as its flag is.
+
+    Args:
+        flags: names of the flags that are given. A key is no second way to say the same.
+    """
+    found: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         key = key.replace("-", "_")
         if not equals or key not in keys():
             raise UsageError(f"--set {setting} is not KEY=VALUE of a recipe{suggestion(key, keys())}")
+        if key in found:
+            raise UsageError(f"--set {key} is given twice; leave out one")
+        if key in flags:
+            raise UsageError(f"{flag(key)} and --set {key} are both given; leave out one")
         found[key] = from_text(f"--set {key}", keys()[key], text)
     return found
 

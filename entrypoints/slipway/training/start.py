@@ -135,7 +135,7 @@ def _prepare(request: Request, dry_run: bool = False) -> tuple[Run, dict[str, An
 def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None, list[str]]:
     started = time.time()
     request.patience.check()
-    chosen = request.given | recipes.parse_settings(request.choice.set or [])
+    chosen = request.given | recipes.parse_settings(request.choice.set or [], request.given)
     topology = find_topology(request.placement)
     given = locate.nemo_path(chosen["model"])
     config_file = locate.config_file(request.choice.config)
