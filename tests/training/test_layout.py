@@ -92,6 +92,23 @@ def test_the_memory_of_the_gpus_decides(mode, gpus, fits):
     assert memory.estimate(recipe, config, gpus).total / 1e9 <= layout.SHARE * 80
 
 
+@pytest.mark.parametrize(
+    "values, cures",
+    [
+        ({"mode": "sft"}, "use more GPUs, --mode lora or a lower --seq-length"),
+        ({"mode": "lora"}, "use more GPUs, --base-precision nf4 or a lower --seq-length"),
+        (
+            {"mode": "lora", "base_precision": "nf4", "micro_batch_size": 2},
+            "use more GPUs, a lower --micro-batch-size or",
+        ),
+        ({"mode": "heads"}, "use more GPUs or a lower --seq-length"),
+    ],
+)
+def test_only_what_would_help_is_advised(values, cures):
+    with pytest.raises(PreflightError, match=cures):
+        layout.fitted({**GIVEN, **values}, {"mode"}, recipes.config_of("deepseek_v3"), 1, 80)
+
+
 def test_less_sharing_comes_first():
     """A model that fits one GPU is not cut, however many there are."""
     found = layout.fitted({**GIVEN, "mode": "heads"}, {"mode"}, recipes.config_of("qwen25_500m"), 8, 80).values

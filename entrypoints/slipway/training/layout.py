@@ -79,9 +79,21 @@ def fitted(
     if smallest < math.inf:
         raise PreflightError(
             f"no layout of {world_size} GPUs with {gpu_gb} GB fits: the smallest needs about {smallest:.0f} GB per "
-            "GPU; use more GPUs, --mode lora, or a lower --seq-length"
+            f"GPU; use {', '.join(_smaller(values))} or a lower --seq-length"
         )
     raise UsageError(problem)
+
+
+def _smaller(values: Mapping[str, Any]) -> list[str]:
+    """What takes less memory of each GPU than a run with these fields of Recipe."""
+    recipe = Recipe(**values)
+    cures = [
+        (True, "more GPUs"),
+        (not recipe.is_frozen, "--mode lora"),
+        (recipe.mode == "lora" and recipe.base_precision == "bf16" and not recipe.dora, "--base-precision nf4"),
+        (recipe.micro_batch_size > 1, "a lower --micro-batch-size"),
+    ]
+    return [cure for helps, cure in cures if helps]
 
 
 def _layouts(

@@ -164,7 +164,8 @@ class Recipe:
         if self.global_batch_size % at_once:
             raise UsageError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of micro batch size "
-                f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}"
+                f"{self.micro_batch_size} × {world_size // model_parallel} data-parallel ranks = {at_once}; change "
+                "--global-batch-size, --micro-batch-size or the number of GPUs"
             )
 
         self._check_positions()
