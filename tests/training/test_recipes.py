@@ -192,6 +192,33 @@ def test_a_recipe_of_ones_own_is_checked_key_by_key(nemo_model, data, tmp_path, 
     assert (shown["lr"], shown["micro_batch_size"], shown["steps"]) == (2e-3, 2, 7)
 
 
+def test_a_recipe_of_ones_own_may_be_for_any_family(nemo_model, data, tmp_path, slipway):
+    own = tmp_path / "own.toml"
+    own.write_text("[sft]\nsteps = 7\n[sft.80GB]\n")
+    flags = ["train", "--model", str(nemo_model), "--data", str(data), "--out", str(tmp_path / "run"), "--dry-run"]
+    done = slipway(*flags, "--mode", "sft", "--recipe", str(own))
+    assert done.returncode == 0 and '"steps": 7' in done.stdout, done.stderr
+
+
+OF_GPT_OSS = 'family = "gpt_oss"\n'
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('family = "gptoss"\n', "family is 'gptoss', did you mean gpt_oss?; it must be one of deepseek_v3, gpt_oss"),
+        (OF_GPT_OSS + "[sft]\nlora_rank = 8\n", "--lora-rank is for --mode lora, and --mode is sft; leave it out"),
+        (OF_GPT_OSS + "[sft]\ndora = true\n", "--dora is for --mode lora, and --mode is sft; leave it out"),
+    ],
+)
+def test_a_recipe_of_ones_own_that_means_nothing_is_refused(nemo_model, data, tmp_path, slipway, text, said):
+    own = tmp_path / "own.toml"
+    own.write_text(text + "[sft.80GB]\n")
+    flags = ["train", "--model", str(nemo_model), "--data", str(data), "--out", str(tmp_path / "run"), "--dry-run"]
+    done = slipway(*flags, "--mode", "sft", "--recipe", str(own))
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_dry_run_of_a_recipe_shows_its_nodes_its_memory_and_no_secret(
     nemo_model, data, tmp_path, slipway, monkeypatch
 ):

@@ -71,16 +71,15 @@ def check_idle(chosen: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """UsageError for a flag that would do nothing; to say that there is none of something is no such flag.
 
     Args:
-        chosen: what flags and --set gave.
+        chosen: what flags and --set gave. A recipe may say how to evaluate where nobody gives data for it.
         values: all fields of Recipe that are not at their defaults.
     """
     mode = values.get("mode", Recipe.mode)
-    for name, value in chosen.items():
-        if not value:
-            continue
-        if name in OF_ADAPTERS and mode != "lora":
+    for name in OF_ADAPTERS if mode != "lora" else ():
+        if values.get(name):
             raise UsageError(f"{flag(name)} is for --mode lora, and --mode is {mode}; leave it out")
-        if name in OF_EVALUATIONS and not values.get("eval_data"):
+    for name in OF_EVALUATIONS if not values.get("eval_data") else ():
+        if chosen.get(name):
             raise UsageError(f"{flag(name)} is for --eval-data, which is not given; leave it out")
 
 

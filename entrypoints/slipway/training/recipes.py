@@ -62,7 +62,7 @@ class Shipped:
     """A recipe file's words for one mode on one kind of GPU."""
 
     name: str
-    family: str
+    family: str  # "" where the file names none: it is for any
     values: dict[str, Any]  # fields of Recipe
     nodes: int
     processes_per_node: int
@@ -130,6 +130,9 @@ def _check_tables(file: Path, tables: Mapping[str, Any]) -> None:
         kind = ABOUT.get(key, dict)
         if not isinstance(value, kind):
             raise UsageError(f"{file}: {key} must be {NAMES.get(kind, 'a table')}")
+    if (family := tables.get("family")) is not None and family not in FAMILIES:
+        near = suggestion(family, FAMILIES)
+        raise UsageError(f"{file}: family is {family!r}{near}; it must be one of {', '.join(FAMILIES)}")
     layouts = [f"{size}GB" for size in GPUS]
     for mode in MODES:
         for key, value in tables.get(mode, {}).items():

@@ -284,7 +284,7 @@ def _recipe(
     mode, gpu_gb = request.given.get("mode", Recipe.mode), request.choice.gpu_memory or recipes.gpu_memory()
     if name := request.choice.recipe:
         shipped = recipes.load(name, mode, gpu_gb)
-        if family and shipped.family != family:
+        if family and shipped.family and shipped.family != family:
             raise UsageError(
                 f"--recipe {shipped.name} is for {shipped.family}, but --model {request.given['model']} is {family}; "
                 "choose a recipe of that family"
