@@ -24,7 +24,7 @@ def write(path: Path, samples: list) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return write(tmp_path / "data.jsonl", [([i] * (i % 4), [i, i + 1, i + 2][: 1 + i % 3]) for i in range(1, 40)])
+    return write(tmp_path / "data.jsonl", [([i] * (i % 4 or 1), [i, i + 1, i + 2][: 1 + i % 3]) for i in range(1, 40)])
 
 
 def samples(path: Path, count: int, seed: int = 1, seq_length: int = 16):
@@ -74,6 +74,18 @@ def test_a_text_that_is_longer_than_a_sequence_is_cut_and_nothing_is_lost(tmp_pa
     found = [units[unit][0] for unit in range(len(units))]
     assert [sample.response for sample in found] == [text[:7], text[7:14], text[14:], [6]]
     assert index.too_long == 0 and index.lengths.tolist() == [7, 7, 5, 2]
+
+
+def test_one_token_alone_is_dropped_and_counted(tmp_path):
+    """It predicts nothing, and a micro batch of it alone would have no positions to compute."""
+    path = write(tmp_path / "x.jsonl", [([], [5]), ([5], [6]), ([], [7])])
+    index = index_lines(path, 8, 100)
+    assert index.lengths.tolist() == [2] and (index.too_short, index.too_long, index.lost) == (2, 0, 0)
+    assert "1 samples of up to 2 tokens, 2 dropped for one token alone;" in index.describe(8)
+    with pytest.raises(DataError, match="no sample is left, 1 have 2 tokens or more and 2 one token alone"):
+        index_lines(path, 2, 100)
+    with pytest.raises(DataError, match="no sample is left"):  # windows of a text, each too short
+        index_lines(write(tmp_path / "text.jsonl", [([], [5, 6, 7])]), 2, 100)
 
 
 def test_context_in_the_response_is_not_learned(tmp_path):

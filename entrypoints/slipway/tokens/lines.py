@@ -50,6 +50,7 @@ class Index:
     starts: np.ndarray | None = None
     packs: list[np.ndarray] | None = None  # each int64: the lines that share a sequence; None: one line each
     digest: str = ""  # of all the places; nodes compare it to be sure that they read the same data
+    too_short: int = 0  # samples of one token, which predicts nothing: they were dropped too
 
     def __len__(self) -> int:
         """Number of sequences to train on."""
@@ -58,6 +59,7 @@ class Index:
     def describe(self, seq_length: int) -> str:
         """How many samples and sequences there are, in words."""
         dropped = f", {self.too_long} dropped for {seq_length} tokens or more" if self.too_long else ""
+        dropped += f", {self.too_short} dropped for one token alone" if self.too_short else ""
         samples = f"{len(self.lengths)} samples of up to {int(self.lengths.max())} tokens{dropped}"
         full = int(np.sum(self.lengths - 1, dtype=np.int64)) / (len(self) * seq_length)
         packed = "" if self.packs is None else f"packed into {len(self)} "
@@ -83,33 +85,41 @@ class Index:
 
 
 def index_lines(path: Path, seq_length: int, vocab_size: int) -> Index:
-    """Read the file once and check every line; samples of `seq_length` tokens or more are dropped and counted.
+    """Read the file once and check every line; samples of `seq_length` tokens or more, and of one, are dropped and
+    counted.
 
     A sample without a prompt is a text: it is cut into samples that are short enough, and nothing of it is dropped.
 
     Errors: DataError names the file and the first malformed line, or says that no sample is left.
     """
     begins, starts, lengths = array("q"), array("i"), array("i")  # byte of the line, first token, tokens
-    too_long, lost, at = 0, 0, 0
+    too_long, too_short, lost, at = 0, 0, 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             sample = read_line(line, f"{path}:{number}")
             _check_vocabulary(sample, vocab_size, f"{path}:{number}")
-            if not (parts := list(_parts(sample, seq_length))):
+            length = len(sample.prompt) + len(sample.response)
+            # One token predicts nothing.
+            parts = [part for part in _parts(sample, seq_length) if part[1] > 1]
+            if not parts and length == 1:
+                too_short += 1
+            elif not parts:
                 too_long += 1
-                lost += len(sample.prompt) + len(sample.response)
+                lost += length
             for start, length in parts:
                 begins.append(at)
                 starts.append(start)
                 lengths.append(length)
             at += len(line)
     if not begins:
+        alone = f" and {too_short} one token alone" if too_short else ""
         raise DataError(
-            f"{path}: no sample is left, {too_long} have {seq_length} tokens or more; use a larger --seq-length"
+            f"{path}: no sample is left, {too_long} have {seq_length} tokens or more{alone}; use a larger --seq-length"
         )
     cut = np.array(starts, np.int32) if any(starts) else None
     digest = hashlib.sha256(begins.tobytes() + (b"" if cut is None else cut.tobytes())).hexdigest()
-    return Index(np.array(begins, np.int64), np.array(lengths, np.int32), too_long, lost, cut, digest=digest)
+    places, sizes = np.array(begins, np.int64), np.array(lengths, np.int32)
+    return Index(places, sizes, too_long, lost, cut, digest=digest, too_short=too_short)
 
 
 def _parts(sample: Sample, seq_length: int) -> Iterator[Span]:
