@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from pathlib import Path
 
 import pytest
-from conftest import config_of
+from conftest import KINDS, config_of
 from slipway.errors import UsageError
+from slipway.families import by_model_type, understood
 from slipway.training import memory, recipes
 from slipway.training.recipe import MODES, Recipe
 
@@ -49,6 +52,24 @@ def test_every_layout_divides_the_model_and_fits_its_gpus(name, mode, gpu):
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_counted_from_config_alone(name):
     assert memory.parts_of(recipes.config_of(name)).total / 1e9 == pytest.approx(MODELS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_is_counted(kind):
+    """Those of layers for multi-token prediction too. A router is counted with two experts."""
+    config = config_of(kind)
+    _, config = understood(config, Path("config.json"))
+    tensors = by_model_type()[config["model_type"]].rules(config).megatron.values()
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    assert memory.parts_of(config).total == pytest.approx(weights, rel=0.02)
+
+
+def test_the_last_stage_has_the_layer_for_multi_token_prediction():
+    values = {"pipeline_parallel_size": 2, "last_stage_layers": 31, "expert_parallel_size": 8}
+    recipe, plain = Recipe("m", "d", "o", **values), recipes.config_of("deepseek_v3")
+    both = (memory.estimate(recipe, {**plain, "num_nextn_predict_layers": count}, 16) for count in (0, 1))
+    without, with_one = (found.weights for found in both)
+    assert 2.8e9 < with_one - without < 6e9  # 11.6 billion weights, the experts' over 8 ranks, and the embedding
 
 
 def test_every_key_of_every_file_says_what_it_is():

@@ -14,7 +14,7 @@ from typing import Any
 
 from slipway.families import by_model_type
 from slipway.families.checks import head_dim
-from slipway.families.decoder import MTP
+from slipway.families.decoder import MTP, mtp_layers
 from slipway.training.recipe import Recipe
 
 BF16, FP32 = 2, 4
@@ -44,10 +44,12 @@ class Parts:
     embedding: int
     output: int
     layers: list[Layer]
+    ahead: list[Layer]  # for multi-token prediction; the last stage has them
 
     @property
     def total(self) -> float:
-        return self.embedding + self.output + sum(part.plain + part.expert * part.count for part in self.layers)
+        layers = [*self.layers, *self.ahead]
+        return self.embedding + self.output + sum(part.plain + part.expert * part.count for part in layers)
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ def parts_of(c: Mapping[str, Any]) -> Parts:
     """The weights of a model. They are counted on a small one with one layer of each kind and two experts."""
     # The rules of a family list every tensor. The largest models have tens of thousands, and --dry-run must be quick.
     dense = c.get("first_k_dense_replace", 0)
-    few = {**c, "num_hidden_layers": dense + 1, MTP: 0} | {key: 2 for key in EXPERTS if key in c}
+    few = {**c, "num_hidden_layers": dense + 1, MTP: min(1, mtp_layers(c))} | {key: 2 for key in EXPERTS if key in c}
     if "layer_types" in c:
         few["layer_types"] = c["layer_types"][: dense + 1]
     count = next((c[key] for key in EXPERTS if key in c), 0)
-    plain, experts, outside = [0.0] * (dense + 1), [0.0] * (dense + 1), {"embedding": 0, "output_layer": 0}
+    # The place after the layers is that of the one for multi-token prediction.
+    plain, experts, outside = [0.0] * (dense + 2), [0.0] * (dense + 2), {"embedding": 0, "output_layer": 0}
     for name, info in by_model_type()[c["model_type"]].rules(few).megatron.items():
         rest = name.partition(".layers.")[2]
         size = math.prod(info.shape)
@@ -88,12 +91,14 @@ def parts_of(c: Mapping[str, Any]) -> Parts:
             continue
         number = rest.split(".")[0]
         numbers = [int(number)] if number.isdigit() else range(dense + 1)
+        numbers = [dense + 1] if name.startswith("mtp.") else numbers
         for layer in numbers:
             into = experts if STACKED in name else plain
             into[layer] += size / len(numbers) / (2 if STACKED in name else 1)
     layers = [Layer(part, expert, count if expert else 0) for part, expert in zip(plain, experts, strict=True)]
+    ahead = [layers.pop()] * mtp_layers(c)
     layers += [layers[-1]] * (c["num_hidden_layers"] - dense - 1)
-    return Parts(outside["embedding"], outside["output_layer"], layers)
+    return Parts(outside["embedding"], outside["output_layer"], layers, ahead)
 
 
 def estimate(recipe: Recipe, c: Mapping[str, Any], world_size: int) -> Estimate:
@@ -122,6 +127,9 @@ def _stage(
     is_last = number == pipeline - 1
     outside = parts.embedding if number == 0 else 0
     outside += (parts.output or parts.embedding * (pipeline > 1)) if is_last else 0
+    if is_last and parts.ahead:
+        layers = [*layers, *parts.ahead]
+        outside += parts.embedding * (pipeline > 1)  # of the tokens that are predicted from
     in_layers = sum(layer.plain for layer in layers)
     plain = (outside + in_layers) / tensor
     experts = sum(layer.expert * layer.count for layer in layers) / expert
@@ -211,7 +219,8 @@ def _logits(recipe: Recipe, c: Mapping[str, Any]) -> float:
         return min(tokens, CHUNK) * part * BF16
     if recipe.is_frozen:
         return min(tokens, CHUNK_OF_LORA) * part * BF16
-    return part * BF16 * (tokens + c["hidden_size"])  # the logits, which become their gradient, and the weight's
+    # The logits, which become their gradient, also those of further tokens, and the weight's.
+    return part * BF16 * (tokens * (1 + mtp_layers(c)) + c["hidden_size"])
 
 
 def _adapters(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer]) -> float:
