@@ -61,6 +61,7 @@ def test_values_arrive_as_their_annotated_types(words, expected):
     "words, message",
     [
         ([], "SRC is missing"),
+        ([""], "SRC is empty"),
         (["x", "y"], "unexpected argument 'y'"),
         (["x", "--nodez", "2"], "unknown flag --nodez, did you mean --nodes?"),
         (["x", "--nodes", "eight"], "--nodes takes a whole number; not 'eight'"),

@@ -54,8 +54,14 @@ def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[boo
     if len(words) > len(places):
         raise UsageError(f"{name}: unexpected argument {words[len(places)]!r}; see `slipway {name} --help`")
     arguments: dict[str, Any] = {}
+
+    def spelling(key: str) -> str:
+        return key.upper() if key in positional else flag(key)
+
     for key, text in [*zip(places, words, strict=False), *flags]:
         _refuse_unnameable(f"{name}: {flag(key)}", text)
+        if not text and parameters[key].default is ...:  # a variable of the shell that is not set; else the folder here
+            raise UsageError(f"{name}: {spelling(key)} is empty; see `slipway {name} --help`")
         value = from_text(f"{name}: {flag(key)}", parameters[key], text)
         if isinstance(value, list):
             value = [*arguments.get(key, []), *value]
@@ -64,8 +70,7 @@ def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[boo
         arguments[key] = value
     for key, parameter in parameters.items():
         if parameter.default is ... and key not in arguments:
-            spelled = key.upper() if key in positional else flag(key)
-            raise UsageError(f"{name}: {spelled} is missing; see `slipway {name} --help`")
+            raise UsageError(f"{name}: {spelling(key)} is missing; see `slipway {name} --help`")
     return as_json, arguments
 
 

@@ -67,6 +67,24 @@ def plan(folder, capsys):
     return run
 
 
+@pytest.mark.parametrize(
+    "out, said",
+    [
+        ("", "--out is empty"),
+        ("nemo://run", "--out nemo://run is the name of a model, and a run is in a folder"),
+        ("data.jsonl", "--out data.jsonl is a file, and a folder is expected"),
+        ("llama31", "--out llama31 is --model llama31, which stays as it is"),
+        ("llama31/run", "--out llama31/run lies in --model llama31, which stays as it is"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_run_is_in_a_folder_of_its_own(folder, monkeypatch, capsys, out, said, dry):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["train", "--model", "llama31", "--data", "data.jsonl", f"--out={out}", *dry]) == 2
+    assert said in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+
+
 def test_epochs_become_steps(plan):
     """40 samples in global batches of 16: the last step is a whole one."""
     for epochs, steps in (("1", 3), ("2", 5), ("0.1", 1), ("10", 25)):

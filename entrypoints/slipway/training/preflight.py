@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipway.checkpoint import handover
+from slipway.checkpoint import handover, locate
 from slipway.checkpoint.lora import Adapters
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG, has_tokenizer
 from slipway.checkpoint.torch_dist import Reader
@@ -45,6 +45,18 @@ def check_checkpoint(model: Path) -> None:
         raise UsageError(f"--model {model} {wrong}; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
         raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
+
+
+def check_out(out: str, model: Path) -> None:
+    """UsageError for a folder of a run that is none, or that lies in the model which is to stay as it is."""
+    folder, base = Path(out).resolve(), model.resolve()
+    if out.startswith((locate.HUB, locate.NEMO)):
+        raise UsageError(f"--out {out} is the name of a model, and a run is in a folder; give its path")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {out} is a file, and a folder is expected; choose another --out")
+    if base in (folder, *folder.parents):
+        how = "is" if folder == base else "lies in"
+        raise UsageError(f"--out {out} {how} --model {model}, which stays as it is; choose another --out")
 
 
 def check_base(recipe: Recipe) -> None:

@@ -138,6 +138,7 @@ def _settle(request: Request, dry_run: bool) -> tuple[Run, dict[str, Any] | None
     chosen = request.given | recipes.parse_settings(request.choice.set or [], request.given)
     topology = find_topology(request.placement)
     given = locate.nemo_path(chosen["model"])
+    preflight.check_out(chosen["out"], given)
     config_file = locate.config_file(request.choice.config)
     model, foreign_notes = foreign.with_own_context(given, Path(chosen["out"]).absolute(), config_file, dry_run)
     preflight.check_checkpoint(model)
