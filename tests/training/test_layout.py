@@ -122,6 +122,16 @@ def test_a_layout_that_divides_nothing_is_refused():
         )
 
 
+def test_what_is_refused_is_what_a_person_chose():
+    """Not the recipe's stages, which would have been others; and what is advised can be done."""
+    shipped, config = recipes.load("deepseek_v3", "lora", 141), recipes.config_of("deepseek_v3")
+    values = {**GIVEN, **shipped.values, "mode": "lora", "tensor_parallel_size": 2}
+    with pytest.raises(UsageError, match=r"adapters on experts cannot be shared .* such as linear_proj"):
+        layout.fitted(values, {"mode", "tensor_parallel_size"}, config, 2, 1000)
+    values |= {"lora_targets": "linear_proj"}
+    assert layout.fitted(values, {"mode", "tensor_parallel_size", "lora_targets"}, config, 2, 1000).values
+
+
 def test_a_large_model_without_a_gpu_is_refused_before_anything(tmp_path, capsys):
     model = checkpoint(tmp_path / "model", "llama31_8b")
     data = tmp_path / "data.jsonl"

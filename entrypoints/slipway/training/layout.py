@@ -61,7 +61,7 @@ def fitted(
 
     Errors: UsageError where no layout divides both, PreflightError where none fits the memory.
     """
-    smallest, problem = math.inf, ""
+    smallest, problems = math.inf, []
     for layout in _layouts(values, chosen, c, world_size):
         candidate = {**values, **layout}
         candidate |= _batch(candidate, chosen, world_size)
@@ -70,7 +70,7 @@ def fitted(
             recipe.check(world_size)
             recipe.check_model(c)
         except UsageError as error:
-            problem = problem or str(error)
+            problems.append(str(error))
             continue
         needed = memory.estimate(recipe, c, world_size).total / 1e9
         if gpu_gb is None or needed <= SHARE * gpu_gb:
@@ -81,7 +81,8 @@ def fitted(
             f"no layout of {world_size} GPUs with {gpu_gb} GB fits: the smallest needs about {smallest:.0f} GB per "
             f"GPU; use {', '.join(_smaller(values))} or a lower --seq-length"
         )
-    raise UsageError(problem)
+    # The first is that of the recipe's own sizes, which nobody chose; the next has those that a person did.
+    raise UsageError(problems[1] if len(problems) > 1 else problems[0])
 
 
 def _smaller(values: Mapping[str, Any]) -> list[str]:

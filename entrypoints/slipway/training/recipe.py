@@ -293,7 +293,8 @@ class Recipe:
         if experts and self.mode == "lora" and self.tensor_parallel_size > 1 and self.adapts_feed_forward:
             raise UsageError(
                 "adapters on experts cannot be shared by tensor parallel ranks, each of which sees other tokens: use "
-                "--tensor-parallel-size 1 with --expert-parallel-size, or --lora-targets linear_qkv,linear_proj"
+                "--tensor-parallel-size 1 with --expert-parallel-size, or choose --lora-targets among the modules of "
+                "attention, such as linear_proj"
             )
         if self.precision == "fp8" and (problem := self.unfit_for_fp8(c)):
             raise UsageError(f"--precision fp8 {problem}; use bf16")
