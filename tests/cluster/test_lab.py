@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,14 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         ("host = \n", "is not TOML"),
         (KUBERNETES.replace("claim:", "/data:"), "is not CLAIM:/WHERE"),
         (KUBERNETES.replace("ghcr.io/org/slipway:1", "/a.sqsh"), "pods need the name of an image in a registry"),
+        (
+            KUBERNETES + "shared_memory = '64GB'\n",
+            "shared_memory is '64GB'; it must be a number with a unit, such as 64Gi",
+        ),
+        (KUBERNETES + "shared_memory = '-1Gi'\n", "shared_memory is '-1Gi'; it must be"),
+        (KUBERNETES + "[limits]\nmemory = '1 Ti'\n", "[limits] memory is '1 Ti'; it must be a number with a unit"),
+        (KUBERNETES + "[limits]\nmemroy = '1Ti'\n", "[limits] 'memroy' is nothing that a pod can ask for: cpu, memory"),
+        (KUBERNETES + "[limits]\n'rdma/hca' = '1.5'\n", "[limits] rdma/hca is '1.5'; of a device it must be a whole"),
         ('kind = "kubernetes"\n', "image is missing; pods need one"),
         (KUBERNETES + "[step.import]\nimage = '/a.sqsh'\n", "[step.import] image is '/a.sqsh'; pods need the name"),
         ('command = "a \'b"\n' + SLURM, 'command is "a \'b": a quote is not closed'),
@@ -146,3 +155,37 @@ def test_paths_of_containers_are_those_of_the_machines_by_the_longest_mount(tmp_
     lab = read(tmp_path, SLURM)
     assert lab.on_the_host("/shared/run") == "/lustre/me/run" and lab.on_the_host("/nemo") == "/lustre/me/nemo"
     assert lab.on_the_host("/nemotron") is None and lab.on_the_host("/") is None
+
+
+# The pattern of a quantity in the schemas of JobSet and of Kubeflow's Trainer.
+OF_THE_SCHEMA = (
+    r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$"
+)
+QUANTITIES = [
+    "64Gi",
+    "1.5Ti",
+    ".5",
+    "1.",
+    "500m",
+    "100k",
+    "1e3",
+    "2E",
+    "12E+2",
+    "0",
+    "64GB",
+    "1 Ti",
+    "64gi",
+    "",
+    "x",
+    "1K",
+]
+
+
+@pytest.mark.parametrize("value", QUANTITIES)
+def test_a_quantity_is_what_the_schemas_take(tmp_path, value):
+    text = KUBERNETES + f"shared_memory = '{value}'\n[limits]\nmemory = '{value}'\nhugepages-2Mi = '4Mi'\n"
+    if re.fullmatch(OF_THE_SCHEMA, value):
+        assert read(tmp_path, text).limits["memory"] == value
+    else:
+        with pytest.raises(UsageError, match="shared_memory is"):
+            read(tmp_path, text)

@@ -17,6 +17,9 @@ from slipway.untrusted import HARMFUL, read_toml, without_credentials
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # as Kubernetes has them
 LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+# As the schema of Kubernetes has it, but for signs: less than nothing cannot be asked for.
+QUANTITY = re.compile(r"(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?", re.ASCII)
+RESOURCE = re.compile(r"cpu|memory|ephemeral-storage|hugepages-\w+|[a-z0-9]([-.a-z0-9]*[a-z0-9])?/[\w.-]+", re.ASCII)
 IMAGE = re.compile(r"(?!.*\.(sqsh|squashfs)$)[\w.:/@#+-]+", re.ASCII)  # a name as a registry or pyxis has it
 OF_THE_POD = ("/tmp", "/dev/shm")  # what cluster/kubernetes.py mounts there
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -416,6 +419,23 @@ def _check_labels(lab: Lab) -> None:
             )
 
 
+def _check_quantities(lab: Lab) -> None:
+    """UsageError for what no pod can ask for: the server takes it within a JobSet, and no pod is ever made."""
+    for key, value in {"shared_memory": lab.own.shared_memory, **lab.limits}.items():  # type: ignore[union-attr]
+        where = key if key == "shared_memory" else f"[limits] {key}"
+        if not QUANTITY.fullmatch(value):
+            raise UsageError(
+                f"{lab.file}: {where} is {value!r:.40}; it must be a number with a unit, such as 64Gi or 500m"
+            )
+        if where != key and not RESOURCE.fullmatch(key):
+            raise UsageError(
+                f"{lab.file}: [limits] {key!r:.60} is nothing that a pod can ask for: cpu, memory, ephemeral-storage, "
+                "hugepages-SIZE, or VENDOR/NAME of a device, as `kubectl describe nodes` shows them"
+            )
+        if "/" in key and not value.isdecimal():
+            raise UsageError(f"{lab.file}: {where} is {value!r:.40}; of a device it must be a whole number")
+
+
 def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
     if len(own.name) > 12 or not own.name[0].isalpha():  # names of pods are made of it, and have 63 characters at most
         raise UsageError(
@@ -424,6 +444,7 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
     if not own.image:
         raise UsageError(f"{lab.file}: image is missing; pods need one")
     _check_labels(lab)
+    _check_quantities(lab)
     for verb in ("", *lab.steps):
         image = lab.of(verb, True).image
         if image.startswith(("/", ".")):
