@@ -21,6 +21,7 @@ from slipway.errors import DataError, UsageError
 from slipway.tokens import inputs, outputs
 from slipway.tokens.encoder import Encoded, Encoder
 from slipway.tokens.inputs import Piece
+from slipway.tokens.rows import rows_of
 from slipway.tokens.sources import recognise
 
 WORDS = r'the quick brown fox, "jumps" over|the lazy dog; {brackets] and ünïcödé ⟦too⟧ \ {['.replace("|", "\n").split(
@@ -158,13 +159,41 @@ def test_a_file_is_never_in_memory_whole(model, tmp_path, monkeypatch):
     """Pieces of every format stay small, however large the file is."""
     rows = [{"text": "word " * 200}] * 4000  # 4 MB
     monkeypatch.setattr(inputs, "PIECE_BYTES", 50_000)
-    for form in ("array", "array over lines", "gz", "zst", "csv", "parquet", "arrow stream", "utf-16"):
+    for form in ("array", "array over lines", "gz", "zst", "csv", "parquet", "arrow stream", "arrow file", "utf-16"):
         name, encode = FORMATS[form]
         data = tmp_path / name
         data.write_bytes(encode(rows))
         found = [len(piece.read()) for piece in inputs.pieces([recognise(data)])]
         assert len(found) > 5 and max(found) < 700_000, form
-        assert sum(piece.size for piece in inputs.pieces([recognise(data)])) in (data.stat().st_size, 0), form
+        done = sum(piece.size for piece in inputs.pieces([recognise(data)]))
+        assert 0.9 < done / data.stat().st_size <= 1, form  # what `preprocess` says while it works
+
+
+@pytest.mark.parametrize("packing", ["none", "zstd"])
+def test_a_row_group_is_never_in_memory_whole(tmp_path, packing):
+    """pandas and polars put up to a million rows into one, which may be all of a file of any size."""
+    random = np.random.default_rng(0)
+    texts = [random.bytes(500).hex() for _ in range(30_000)]  # 30 MB that do not repeat themselves
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "x.parquet", compression=packing)
+    assert parquet.ParquetFile(tmp_path / "x.parquet").num_row_groups == 1
+    before, most, found = arrow.total_allocated_bytes(), 0, 0
+    for piece in inputs.pieces([recognise(tmp_path / "x.parquet")]):
+        most, found = max(most, arrow.total_allocated_bytes() - before), found + len(list(rows_of(piece)))
+    assert found == len(texts) and most < 10_000_000
+
+
+def test_no_piece_carries_all_texts_of_a_dictionary(tmp_path, monkeypatch):
+    """A categorical column of pandas is numbers, and a dictionary of all texts beside them."""
+    monkeypatch.setattr(inputs, "PIECE_BYTES", 50_000)
+    texts = [f"{number} " * 100 for number in range(2000)]
+    whole = arrow.table({"text": arrow.array([*texts, None, *texts]).dictionary_encode()})
+    parquet.write_table(whole, tmp_path / "x.parquet")
+    with arrow.ipc.new_file(tmp_path / "x.arrow", whole.schema) as file:
+        file.write_table(whole)
+    for name in ("x.parquet", "x.arrow"):
+        found = [*inputs.pieces([recognise(tmp_path / name)])]
+        assert [row.get("text") for piece in found for _, row in rows_of(piece)] == [*texts, None, *texts]
+        assert sum(len(piece.read()) for piece in found) < 4_000_000 and len(found) < 100, name
 
 
 @pytest.mark.parametrize("name, content, said", [

@@ -329,41 +329,48 @@ def _of_table(source: Source) -> Iterator[Piece]:
     """Pieces of some rows each, as streams of Arrow's, which cost little to make and to send."""
     import pyarrow as arrow
 
-    whole, row, taken = source.path.stat().st_size, 1, 0
+    row, taken = 1, 0
     with damage_named(source.path):
-        total, batches = _batches(source)
-        for batch in batches:
-            sink = arrow.BufferOutputStream()
-            with arrow.ipc.new_stream(sink, batch.schema) as stream:
-                stream.write_batch(batch)
-            size = whole * (row - 1 + batch.num_rows) // total - taken if total else 0  # a stream does not say how many
-            yield Piece(source.path, source.kind, size, row, row, content=sink.getvalue().to_pybytes())
-            row, taken = row + batch.num_rows, taken + size
+        for end, batch in _batches(source):
+            for part in _split(source, batch):
+                sink = arrow.BufferOutputStream()
+                with arrow.ipc.new_stream(sink, part.schema) as stream:
+                    stream.write_batch(part)
+                content = sink.getvalue().to_pybytes()
+                yield Piece(source.path, source.kind, end - taken, row, row, content=content)
+                row, taken = row + part.num_rows, end
 
 
-def _batches(source: Source) -> tuple[int, Iterator[Any]]:
-    """(rows of the table, the table in batches of about PIECE_BYTES)."""
+def _batches(source: Source) -> Iterator[tuple[int, Any]]:
+    """The table in batches, each with how many bytes of the file are read with it."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    whole = source.path.stat().st_size
     if source.kind == PARQUET:
-        file = parquet.ParquetFile(source.path)
+        # Without a buffer of its own pyarrow reads the whole of a row group first, and pandas writes files of only one.
+        file = parquet.ParquetFile(source.path, buffer_size=PIECE_BYTES, pre_buffer=False)
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-        bytes_of_all = sum(group.total_byte_size for group in groups)
+        bytes_of_all, total, row = sum(group.total_byte_size for group in groups), file.metadata.num_rows, 0
         for group in groups:  # before it is unpacked
             _check_row(source, group.total_byte_size // max(1, group.num_rows))
-        rows = max(1, min(1 << 12, PIECE_BYTES * file.metadata.num_rows // max(bytes_of_all, 1)))
-        # Unpacked, rows that repeat themselves may be much larger than the file says.
-        return file.metadata.num_rows, _split(source, file.iter_batches(batch_size=rows))
+        rows = max(1, min(1 << 12, PIECE_BYTES * total // max(bytes_of_all, 1)))
+        for batch in file.iter_batches(batch_size=rows):
+            row += batch.num_rows
+            yield whole * row // max(1, total), batch
+        return
     assert source.kind == ARROW
     mapped = arrow.memory_map(str(source.path))
     if mapped.read(6) == b"ARROW1":
         reader = arrow.ipc.open_file(mapped)
-        batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
-    else:
-        mapped.seek(0)
-        batches = iter(arrow.ipc.open_stream(mapped))
-    return 0, _split(source, _sound(batches))
+        count = reader.num_record_batches
+        yield from (
+            (whole * (n + 1) // count, batch) for n, batch in enumerate(_sound(map(reader.get_batch, range(count))))
+        )
+        return
+    mapped.seek(0)
+    for batch in _sound(arrow.ipc.open_stream(mapped)):
+        yield mapped.tell(), batch
 
 
 def _sound(batches: Iterable[Any]) -> Iterator[Any]:
@@ -376,11 +383,32 @@ def _sound(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _split(source: Source, batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches in slices of about PIECE_BYTES."""
-    for batch in batches:
-        rows = max(1, PIECE_BYTES * batch.num_rows // max(batch.nbytes, 1))
-        for start in range(0, batch.num_rows, rows):
-            part = batch.slice(start, rows)
-            _check_row(source, part.nbytes // part.num_rows)
-            yield part
+def _split(source: Source, batch: Any) -> Iterator[Any]:
+    """A batch in slices of about PIECE_BYTES: unpacked, rows that repeat themselves are larger than their file says."""
+    rows = max(1, PIECE_BYTES * batch.num_rows // max(sum(map(_bytes_of, batch.columns)), 1))
+    for start in range(0, batch.num_rows, rows):
+        part = _spelled_out(batch.slice(start, rows))
+        _check_row(source, part.nbytes // part.num_rows)
+        yield part
+
+
+def _bytes_of(column: Any) -> int:
+    """The bytes of a column, spelled out."""
+    import pyarrow.compute as compute
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else None
+    if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
+        return int(column.nbytes)
+    lengths = compute.call_function("binary_length", [column.dictionary])
+    return compute.call_function("sum", [lengths.take(column.indices)]).as_py() or 0
+
+
+def _spelled_out(batch: Any) -> Any:
+    """The same rows, with texts in place of numbers of a dictionary: every piece would carry all of the dictionary."""
+    import pyarrow as arrow
+
+    if not any(map(arrow.types.is_dictionary, batch.schema.types)):
+        return batch
+    columns = [c.dictionary_decode() if arrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    return arrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
