@@ -9,6 +9,7 @@ import pytest
 from sets import PLAIN, model_with, processed, samples, write_rows
 from slipway.commands.preprocess import preprocess
 from slipway.errors import DataError, UsageError
+from slipway.tokens.outputs import MOST_UNUSED
 
 ASKED = [{"role": "user", "content": "q"}]
 CHAT = [*ASKED, {"role": "assistant", "content": "a"}]
@@ -21,10 +22,13 @@ def model(mxfp4_model, tmp_path) -> Path:
     return model_with(mxfp4_model, tmp_path / "model", PLAIN)
 
 
+def given(model: Path, *rows: dict) -> Path:
+    return write_rows(model.parent / "in.jsonl", rows)
+
+
 def one(model: Path, row: dict, **options) -> str:
     """The samples of a row, one after the other."""
-    data = write_rows(model.parent / "in.jsonl", [row])
-    return "".join(processed(model, data, show=0, **options)[0])
+    return "".join(processed(model, given(model, row), show=0, **options)[0])
 
 
 @pytest.mark.parametrize("row, wanted", [
@@ -160,6 +164,27 @@ def test_how_pairs_are_written(model, mxfp4_model, tmp_path):
     assert one(base, {"question": "q", "answer": "a"}) == "Question: q\nAnswer:⟦ a<|end|>⟧"
     with pytest.raises(DataError, match="no chat template"):
         one(base, pair, pairs="chat")
+
+
+def test_every_key_that_is_not_used_is_said(model, tmp_path):
+    """Of every row, not only of the first, and in messages too."""
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello.", "refusal": "", "note": "x"}]
+    chosen = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d", "context": "long", "": 0}]
+    _, counts = processed(model, given(model, *chosen, {"messages": turns, "context": "e"}))
+    assert counts["notes"] == ["keys not used, and in how many rows: context in 2, '' in 1, note of messages in 1"]
+    many = [{"question": "a", "answer": "b", f"key {number}": 1} for number in range(3000)]
+    _, counts = processed(model, given(model, *many))
+    assert counts["notes"][0].count(" in 1,") == MOST_UNUSED and counts["notes"][0].endswith("other keys in 2950")
+    data = given(model, {"text": "a", "url": "b"})
+    done = preprocess(str(data), str(tmp_path / "x.bin"), tokenizer=str(model), show=0)
+    assert done.details["notes"] == ["keys not used, and in how many rows: url in 1"]
+
+
+@pytest.mark.parametrize("key", ["images", "audio"])
+def test_a_picture_in_a_message_is_refused(model, key):
+    turns = [{"role": "user", "content": "What is this?", key: ["a"]}, {"role": "assistant", "content": "A cat."}]
+    with pytest.raises(DataError, match=f"message 1: {key} beside the text, which is not learned"):
+        processed(model, given(model, {"messages": turns}))
 
 
 def test_what_is_recognised_is_said(model, capsys):

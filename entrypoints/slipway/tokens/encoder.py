@@ -17,7 +17,7 @@ import numpy as np
 from slipway.errors import DataError
 from slipway.tokens import limits
 from slipway.tokens.chat import Segments, Template
-from slipway.tokens.forms import Example, Form, Pair, form_of, present
+from slipway.tokens.forms import Example, Form, Pair, form_of, present, shown
 from slipway.tokens.inputs import Piece
 from slipway.tokens.lines import Sample, Span, as_line
 from slipway.tokens.messages import Chat, Malformed
@@ -30,6 +30,7 @@ CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"  # the parts of a piece of
 LONGEST_ENCODED = 1 << 20
 HELD_OUT = "eval-"  # before the name of a part: of what is held out
 MAPPED = "map "  # before the name of a count: rows that had a key of --map
+UNUSED = "unused "  # the same: rows that had a key of which nothing is made
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,12 @@ class Encoder:
             counts[f"{MAPPED}{theirs}"] += isinstance(row, dict) and theirs in row
         nulls = [key for key, value in row.items() if value is None] if isinstance(row, dict) else []
         row = present(row, self.renamed)
-        if self.settings.indexed:
-            # A text beside an instruction is the text: whole texts are all that OUT.bin takes.
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise Malformed('not an object with "text", which OUT.bin needs; write to OUT.jsonl instead')
-            row = {"text": row["text"]}
-        return form_of(row, nulls), row
+        if self.settings.indexed and not (isinstance(row, dict) and isinstance(row.get("text"), str)):
+            raise Malformed('not an object with "text", which OUT.bin needs; write to OUT.jsonl instead')
+        # A text beside an instruction is the text: whole texts are all that OUT.bin takes.
+        form = form_of({"text": row["text"]} if self.settings.indexed else row, nulls)
+        counts.update(UNUSED + shown(key) for key in form.unused(row))
+        return form, row
 
     # ------------------------------------------------------------------------ one example
 
@@ -171,6 +172,7 @@ class Encoder:
 
     def _chat(self, chat: Chat, counts: Counter[str]) -> list[Sample]:
         template = self._template(bool(chat.tools))
+        counts.update(f"{UNUSED}{shown(key)} of messages" for key in chat.unused)
         rendered = template.render(chat, self.settings.learn == "last")
         counts.update(rendered.counts)
         return [self._marked(segments) for segments in rendered.samples] or [Sample([], [])]

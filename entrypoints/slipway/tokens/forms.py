@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipway.tokens.lines import Sample, inputs_of
-from slipway.tokens.messages import ASSISTANT, USER, Chat, Malformed, Message, chat_of, joined, parsed, structured
+from slipway.tokens.messages import (
+    ASSISTANT,
+    USER,
+    Chat,
+    Malformed,
+    Message,
+    chat_of,
+    joined,
+    parsed,
+    refuse_media,
+    structured,
+)
 
 Fields = dict[str, Any]
 
@@ -61,7 +72,6 @@ WITH_INPUT = ", paired with an input that provides further context"
 OF_CHATS = ("system", "tools", "chat_template_kwargs", "mask", "type")
 # A choice between answers says which is better; learning both, or the worse one, would be wrong.
 PREFERENCE = re.compile(r"(chosen|rejected)(_\w+)?|kto_tag")
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def form_of(row: Any, nulls: Iterable[str] = ()) -> Form:
@@ -73,6 +83,7 @@ def form_of(row: Any, nulls: Iterable[str] = ()) -> Form:
     if not isinstance(row, dict):
         raise Malformed(f"a row is an object with names, not {type(row).__name__}")
     refuse_preferences(row)
+    refuse_media(row)
     form = next((form for form in FORMS if all(key in row for key in form.needs)), None)
     if form is None:
         raise Malformed(
@@ -83,7 +94,7 @@ def form_of(row: Any, nulls: Iterable[str] = ()) -> Form:
 
 
 def refuse_preferences(row: Fields) -> None:
-    """Malformed for rows that compare answers, or that hold more than text."""
+    """Malformed for rows that compare answers."""
     if found := [key for key in row if PREFERENCE.fullmatch(key)]:
         raise Malformed(
             f"preference data ({', '.join(found)}), which is not learned; keep the good answers as messages"
@@ -92,8 +103,6 @@ def refuse_preferences(row: Fields) -> None:
         raise Malformed("preference data (label), which is not learned; keep the good answers, without label")
     if {"completions", "labels"} <= row.keys():
         raise Malformed("preference data (completions with labels), which is not learned; keep the good answers")
-    if found := [key for key in MEDIA if row.get(key)]:
-        raise Malformed(f"{found[0]} beside the text, which is not learned; only text is")
 
 
 def _is_verdict(label: Any) -> bool:
@@ -241,6 +250,11 @@ def _null(keys: Iterable[str]) -> str:
     return f" (and null are {_names(keys)})" if keys else ""
 
 
+def shown(key: Any) -> str:
+    """A key as a message shows it; pandas gives the column of its index no name."""
+    return str(key)[:40] or "''"
+
+
 def _names(keys: Iterable[str]) -> str:
-    names = [str(key)[:40] for key in keys]
+    names = [*map(shown, keys)]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"

@@ -31,12 +31,14 @@ class Chat:
         learned: of each message; only those of the assistant.
         tools: JSON schemas.
         arguments: of the template, for this chat alone.
+        unused: keys of messages that nothing is made of.
     """
 
     messages: list[Message]
     learned: list[bool]
     tools: list[dict[str, Any]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
 USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
@@ -52,6 +54,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # templates know it 
 UNLEARNED = ("weight", "train", "loss")  # OpenAI's, axolotl's and ms-swift's names
 PYTHON = re.compile(r"\s*[\[{][\s\[{]*'")  # a list or an object as Python prints them, which Dataset.to_csv writes
 KEPT = ("name", "tool_call_id", "id")  # what templates may use besides
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# The keys of a message that something is made of.
+READ = {"role", "from", "content", "value", "label", "tool_calls", "function_call", *REASONING, *UNLEARNED, *KEPT}
 
 
 def chat_of(entries: Any, row: dict[str, Any], learned: bool = True) -> Chat:
@@ -81,13 +86,21 @@ def chat_of(entries: Any, row: dict[str, Any], learned: bool = True) -> Chat:
             raise Malformed('"system" stands beside a system message that says something else; keep one of them')
         if not own:
             messages, flags = [{"role": SYSTEM, "content": system}, *messages], [False, *flags]
-    return Chat(messages, flags, tools_of(row.get("tools")), arguments_of(row.get("chat_template_kwargs")))
+    unused = frozenset(key for entry in entries for key in entry if key not in READ and entry[key])
+    return Chat(messages, flags, tools_of(row.get("tools")), arguments_of(row.get("chat_template_kwargs")), unused)
 
 
 def joined(first: Chat, second: Chat) -> Chat:
     """One chat after the other."""
     messages, learned = first.messages + second.messages, first.learned + second.learned
-    return Chat(messages, learned, first.tools or second.tools, first.arguments | second.arguments)
+    arguments, unused = first.arguments | second.arguments, first.unused | second.unused
+    return Chat(messages, learned, first.tools or second.tools, arguments, unused)
+
+
+def refuse_media(entry: dict[str, Any]) -> None:
+    """Malformed for a row or a message that holds more than text."""
+    if found := next((key for key in MEDIA if entry.get(key)), None):
+        raise Malformed(f"{found} beside the text, which is not learned; only text is")
 
 
 def parsed(value: Any) -> Any:
@@ -180,6 +193,7 @@ def _speaker(entry: dict[str, Any]) -> str:
 def _message(entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise Malformed("it is not an object with role and content, or from and value")
+    refuse_media(entry)
     if entry.get("label") is not None:
         raise Malformed("it has a label (of SteerLM, or of a preference), which is not learned")
     speaker = _speaker(entry)

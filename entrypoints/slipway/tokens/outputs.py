@@ -19,12 +19,13 @@ import numpy as np
 from slipway.checkpoint import finished
 from slipway.checkpoint.stream import check_name, is_plain_folder, not_ours, partial_of, sync
 from slipway.errors import DataError
-from slipway.tokens.encoder import CONTENT, ENDS, HELD_OUT, LENGTHS, Encoded
+from slipway.tokens.encoder import CONTENT, ENDS, HELD_OUT, LENGTHS, UNUSED, Encoded
 from slipway.tokens.indexed import index_of, write_index
 from slipway.untrusted import read_object
 
 JOURNAL = "journal.json"
 COMMIT_SECONDS = 2.0  # the most work that a killed run loses
+MOST_UNUSED = 50  # keys that are counted one by one; every row may have others
 
 
 class Output:
@@ -98,10 +99,17 @@ class Output:
         for name, content in piece.parts.items():
             self._files[name].write(content)
         for name, count in piece.counts.items():
+            name = self._counted_as(name)
             self.counts[name] = self.counts.get(name, 0) + count
         self.pieces += 1
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self._commit()
+
+    def _counted_as(self, name: str) -> str:
+        """The name of a count; of many keys of which nothing is made, the last ones are counted together."""
+        is_new = name.startswith(UNUSED) and name not in self.counts
+        is_many = is_new and sum(known.startswith(UNUSED) for known in self.counts) >= MOST_UNUSED
+        return f"{UNUSED}other keys" if is_many else name
 
     def _commit(self) -> None:
         """Put on disk first the data, then the journal that vouches for it."""

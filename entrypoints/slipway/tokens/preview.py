@@ -10,6 +10,7 @@ from pathlib import Path
 
 from slipway.tokens.encoder import Encoder
 from slipway.tokens.folders import Inputs
+from slipway.tokens.forms import shown
 from slipway.tokens.inputs import Piece, pieces
 from slipway.tokens.lines import Sample
 from slipway.tokens.rows import rows_of
@@ -51,7 +52,7 @@ def _say_form(piece: Piece, encoder: Encoder) -> None:
         return
     form, row = encoder.recognised(row, Counter())
     unused = form.unused(row)
-    _say(f"rows of {form.name}" + (f"; not used: {', '.join(map(str, unused))}" if unused else ""))
+    _say(f"rows of {form.name}" + (f"; not used: {', '.join(map(shown, unused))}" if unused else ""))
 
 
 def _shown(sample: Sample, encoder: Encoder) -> str:

@@ -14,7 +14,7 @@ from slipway.checkpoint import finished
 from slipway.checkpoint.working import alone
 from slipway.errors import DataError, UsageError, WriteError
 from slipway.report import Progress
-from slipway.tokens.encoder import MAPPED, Encoder, Settings
+from slipway.tokens.encoder import MAPPED, UNUSED, Encoder, Settings
 from slipway.tokens.folders import Inputs, inputs_of
 from slipway.tokens.hub import DATASETS, located
 from slipway.tokens.indexed import index_of
@@ -59,7 +59,8 @@ def tokenise(data: str, target: Path, wanted: Wanted, seq_length: int) -> tuple[
     identity = _identity(inputs.sources, settings)
     if before is not None:
         finished.check_same(before, identity, target)
-        return target.stat().st_size, {**before["about"], "notes": [ALREADY]}
+        about = before["about"]
+        return target.stat().st_size, {**about, "notes": [*about.get("notes", ()), ALREADY]}
     with _alone(target, held_out):
         _check_targets(target, written, may_exist=wanted.overwrite)  # another command may have ended since
         encoder = Encoder(settings)
@@ -178,10 +179,14 @@ def _check_lost(counts: Mapping[str, int], settings: Settings) -> None:
         )
 
 
-def _said(counts: Mapping[str, int]) -> dict[str, int]:
-    """What the summary says: what is always said, and every other count that is not zero."""
+def _said(counts: Mapping[str, int]) -> dict[str, Any]:
+    """What the summary says: what is always said, all other counts that are not zero, and keys that are not used."""
     always = {name: counts.get(name, 0) for name in ALWAYS_SAID}
-    return always | {name: count for name, count in counts.items() if count and not name.startswith(MAPPED)}
+    others = {name: count for name, count in counts.items() if count and not name.startswith((MAPPED, UNUSED))}
+    unused = [f"{name.removeprefix(UNUSED)} in {count}" for name, count in counts.items() if name.startswith(UNUSED)]
+    return (
+        always | others | ({"notes": [f"keys not used, and in how many rows: {', '.join(unused)}"]} if unused else {})
+    )
 
 
 def _processes(workers: int | None, sources: list[Source]) -> int:
