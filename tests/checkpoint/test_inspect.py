@@ -33,6 +33,11 @@ PARAMETERS = sum(
 )
 
 
+def test_a_long_name_of_a_problem_stands_apart(tmp_path):
+    words = str(Contents("a", "b", "c", 1, {}, {}, problems={"config.json contradicted": ["it"]})).splitlines()
+    assert "config.json contradicted 1: it" in words and {line.index(line.split()[-1]) for line in words[1:3]} == {25}
+
+
 def found(path: Path) -> Contents:
     return inspect(str(path))
 

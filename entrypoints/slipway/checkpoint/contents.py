@@ -66,7 +66,8 @@ class Contents:
         rows += [(kind, _shortened(names)) for kind, names in self.problems.items()]
         rows += [("note", note) for note in self.notes]
         rows.append(("complete", self._verdict()))
-        return "\n".join([self.path, *(f"{label:17}{text}" for label, text in rows)])
+        width = max(16, *(len(label) for label, _ in rows)) + 1
+        return "\n".join([self.path, *(f"{label:{width}}{text}" for label, text in rows)])
 
     def _size(self) -> str:
         total = human_bytes(sum(self.files.values()))
