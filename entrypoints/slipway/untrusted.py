@@ -28,6 +28,7 @@ LARGEST_FILE = 256 << 20
 DEEPEST = 100  # brackets in one another; a chat with tools, the deepest that is read, has about ten
 LARGEST_TOML = 1 << 16  # a recipe with all its comments has a tenth
 AGAIN = "download it again"
+POINTER = b"version https://git-lfs.github.com/spec/"  # stands in a clone in place of a large file
 LONGEST_LINE = 100_000  # characters of a line that is printed
 LONGEST_BESIDE = 100  # characters of a file's name that the name of a file beside it repeats; names have 255 bytes
 # A terminal obeys control characters, and a surrogate is no character. The others change the direction of what follows
@@ -119,7 +120,7 @@ def note(place: Path | str) -> None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file that others gave, opened; OSError for what is no file.
+    """A file that others gave, opened; OSError for what is no file, DataError for what only stands in place of one.
 
     Not waiting: whoever opens a FIFO waits for a writer, and a device such as /dev/zero never ends.
     """
@@ -131,6 +132,9 @@ def open_file(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a file but a device, a pipe or a folder")
+    if os.pread(descriptor, len(POINTER), 0) == POINTER:
+        os.close(descriptor)
+        raise DataError(f"{path} is not the file itself but Git LFS's pointer to it; get the file with `git lfs pull`")
     return os.fdopen(descriptor, "rb")
 
 

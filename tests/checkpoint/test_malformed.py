@@ -46,7 +46,10 @@ def first_tensor(header: dict) -> dict:
     return header[next(name for name in header if name != "__metadata__")]
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 CASES = {
+    "weights of Git LFS": (lambda m: (m / SHARD).write_text(POINTER), f"{SHARD} is not the file itself but Git LFS's"),
+    "config of Git LFS": (lambda m: (m / "config.json").write_text(POINTER), "get the file with `git lfs pull`"),
     "no config": (lambda m: (m / "config.json").unlink(), "config.json is missing"),
     "config no JSON": (lambda m: (m / "config.json").write_text("{"), "cannot be read as JSON"),
     "config a list": (lambda m: (m / "config.json").write_text("[]"), "is not a JSON object"),

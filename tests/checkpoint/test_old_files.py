@@ -30,7 +30,7 @@ from slipway.families.quantized import Fp8
 from slipway.tensors.bits import to_torch
 from slipway.tensors.refs import Ref
 from test_locate import REPOSITORY, env, hub  # noqa: F401  # fixtures
-from test_malformed import mutate
+from test_malformed import POINTER, mutate
 from test_quantized_models import files, tensors
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -230,6 +230,17 @@ def marked(folder: Path) -> tuple[Path, list[object]]:
         Call(torch.load, str(file)),
         Call(io.open, str(file), "w"),
     ]
+
+
+def test_a_pointer_of_git_lfs_and_a_pipe_are_named(plain, tmp_path):
+    old = without_weights(plain, tmp_path / "old")
+    (old / BIN).write_text(POINTER)
+    with pytest.raises(DataError, match="is not the file itself but Git LFS's pointer to it; get the file with"):
+        import_checkpoint(str(old), str(tmp_path / "out"))
+    (old / BIN).unlink()
+    os.mkfifo(old / BIN)
+    with pytest.raises(DataError, match="not a file but a device, a pipe or a folder"):
+        import_checkpoint(str(old), str(tmp_path / "out"))
 
 
 def test_no_code_in_the_pickle_is_run(plain, tmp_path):

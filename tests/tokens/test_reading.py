@@ -55,8 +55,12 @@ def table(rows: list, delimiter: str) -> bytes:
 
 
 def parquet_of(rows: list) -> bytes:
+    return parquet_bytes(arrow.Table.from_pylist(rows))
+
+
+def parquet_bytes(whole: arrow.Table) -> bytes:
     sink = arrow.BufferOutputStream()
-    parquet.write_table(arrow.Table.from_pylist(rows), sink, row_group_size=17)
+    parquet.write_table(whole, sink, row_group_size=17)
     return sink.getvalue().to_pybytes()
 
 
@@ -219,7 +223,12 @@ def test_no_piece_carries_all_texts_of_a_dictionary(tmp_path, monkeypatch):
     ("x.jsonl.bz2", b"BZh91AY&SY" + bytes(9), "bzip2"),
     ("x.csv", b"prompt,completion\na,b\na\n", r"x\.csv:3: 1 fields, but the first line names 2"),
     ("x.csv", b'prompt,completion\na,"b\n', "not csv"),
-    ("x.csv", b"prompt,completion\na,caf\xe9\n", "not UTF-8"),
+    ("x.csv", b'prompt,completion\na,"b\nc"\na,caf\xe9\n', r"x\.csv:4: not UTF-8 \(byte 0xe9\)"),
+    ("x.csv", b"prompt,completion,completion\na,b,c\n", "two columns named completion"),
+    ("x.parquet", parquet_bytes(arrow.Table.from_arrays([["a"], ["b"], ["c"]], ["prompt", "completion", "completion"])),
+     "two columns named completion"),
+    ("x.parquet", parquet_of([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}]),
+     r"x\.parquet: row 2: no form that is known: its keys are prompt \(and null are completion\)"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_named(model, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 from pathlib import Path
@@ -16,6 +17,7 @@ ROW = b'{"text": "a"}'
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     return folder / name
 
@@ -99,6 +101,23 @@ def test_the_first_bytes_are_those_that_such_files_have(tmp_path):
         make(file)
         with pytest.raises(DataError, match=said):
             recognise(written(tmp_path, "a.txt", file.getvalue()))
+
+
+def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path):
+    """As a clone without Git LFS has it; a text would be learned, and the cure is not to copy it again."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.txt", "a.md", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz"):
+        with pytest.raises(DataError, match=rf"{name} is not the file itself.*git lfs pull"):
+            recognise(written(tmp_path, name, pointer))
+
+
+def test_every_level_of_bzip2_and_encrypted_parquet_are_named(tmp_path):
+    for level in range(1, 10):
+        with pytest.raises(DataError, match="is packed by bzip2"):
+            recognise(written(tmp_path, "a.jsonl.bz2", bz2.compress(ROW, level)))
+    with pytest.raises(DataError, match=r"a\.parquet is encrypted"):
+        recognise(written(tmp_path, "a.parquet", b"PARE" + bytes(90) + b"PARE"))
+    assert recognise(written(tmp_path, "a.txt", b"PARENTS may read this.")).kind == TEXT
 
 
 def test_a_name_that_promises_something_else(tmp_path):

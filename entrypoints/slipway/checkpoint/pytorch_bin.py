@@ -25,7 +25,7 @@ from slipway.checkpoint.shards import AGAIN, MAX_HEADER_BYTES, Stored
 from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.errors import DataError
 from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
-from slipway.untrusted import unreadable
+from slipway.untrusted import open_file, unreadable
 
 # What a file of torch before 1.6 begins with: a pickle of its magic number 0x1950A86A20F9469CFC6C.
 OLD_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
@@ -64,13 +64,13 @@ def _dict() -> _Dict:
 def read_header(file: Path) -> dict[str, Stored]:
     """Name → place of every tensor; DataError for a file that is damaged, or asks for anything else than tensors."""
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        opened = open_file(file)
     except OSError as error:
         raise unreadable(file, error, AGAIN) from None
     try:
-        _refuse_old(file, os.pread(descriptor, len(OLD_MAGIC), 0))
-        with zipfile.ZipFile(file) as zipped:
-            return _places(file, zipped, descriptor)
+        _refuse_old(file, os.pread(opened.fileno(), len(OLD_MAGIC), 0))
+        with zipfile.ZipFile(opened) as zipped:
+            return _places(file, zipped, opened.fileno())
     except _Refused as error:
         raise DataError(
             f"{file}: loading it would call {error}; only tensors are read and nothing in the file is run: "
@@ -79,7 +79,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     except (*UNREADABLE, OSError) as error:  # OSError: a directory that leads outside of the file
         raise DataError(f"{file}: not a state dict of torch, or damaged ({type(error).__name__}); {AGAIN}") from None
     finally:
-        os.close(descriptor)
+        opened.close()
 
 
 def _refuse_old(file: Path, first: bytes) -> None:

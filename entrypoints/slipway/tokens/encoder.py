@@ -21,8 +21,8 @@ from slipway.tokens.forms import Example, Form, Pair, form_of, present, shown
 from slipway.tokens.inputs import Piece
 from slipway.tokens.lines import Sample, Span, as_line
 from slipway.tokens.messages import Chat, Malformed
-from slipway.tokens.rows import decoded, rows_of
-from slipway.tokens.sources import TEXT
+from slipway.tokens.rows import rows_of
+from slipway.tokens.sources import TEXT, decoded
 from slipway.tokens.vocabulary import folder_of, loaded, panics_named, quiet_panics
 
 CONTENT, LENGTHS, ENDS = "content", "lengths", "ends"  # the parts of a piece of the output

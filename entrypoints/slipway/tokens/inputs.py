@@ -10,6 +10,7 @@ import csv
 import io
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slipway.errors import DataError
-from slipway.tokens.sources import ARROW, CSV, PARQUET, TABLES, TEXT, VALUES, Source, damage_named
+from slipway.tokens.sources import ARROW, CSV, PARQUET, TABLES, TEXT, VALUES, Source, damage_named, decoded
 from slipway.untrusted import DEEPEST
 
 PIECE_BYTES = 1 << 20  # enough work to be worth sending to another process, little enough to keep in memory
@@ -238,6 +239,12 @@ def _last_values(
         yield view[: at - 1], rows
 
 
+def _check_names(source: Source, names: Iterable[str]) -> None:
+    """DataError for two columns of one name, of which only the last would be read."""
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise DataError(f"{source.path} has two columns named {twice[:40]}; rename or remove one of them")
+
+
 # ---------------------------------------------------------------------------- csv
 
 
@@ -253,6 +260,7 @@ def _of_csv(source: Source) -> Iterator[Piece]:
             for record in records:
                 if not names:
                     names = tuple(name.strip() for name in record)
+                    _check_names(source, filter(None, names))  # spreadsheets write empty columns
                     line, _ = 1 + records.line_num, lines.take()
                 elif lines.size >= PIECE_BYTES:
                     size, content = _taken(raw, source, False) - taken, lines.take()
@@ -294,14 +302,11 @@ class Recorded:
 
 def _lines_of(source: Source, raw: BinaryIO) -> Iterator[str]:
     """The lines with their ends."""
-    for number, content in enumerate(_whole_lines(source, source.blocks(raw))):
-        try:
-            # Not splitlines(), which ends a line at characters that may stand in a field.
-            yield from io.StringIO(content.decode(), newline="")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{source.path}: byte {error.start} of part {number + 1} is not UTF-8; convert the file to UTF-8"
-            ) from None
+    number = 1
+    for content in _whole_lines(source, source.blocks(raw)):
+        # Not splitlines(), which ends a line at characters that may stand in a field.
+        yield from io.StringIO(decoded(content, str(source.path), number), newline="")
+        number += content.count(b"\n")
 
 
 def _delimiter(source: Source, lines: Recorded) -> str:
@@ -333,6 +338,7 @@ def _of_table(source: Source) -> Iterator[Piece]:
     with damage_named(source.path):
         for end, batch in _batches(source):
             for part in _split(source, batch):
+                _check_names(source, part.schema.names)
                 sink = arrow.BufferOutputStream()
                 with arrow.ipc.new_stream(sink, part.schema) as stream:
                     stream.write_batch(part)

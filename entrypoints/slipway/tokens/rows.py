@@ -10,7 +10,7 @@ from typing import Any
 
 from slipway.errors import DataError
 from slipway.tokens.inputs import LARGEST_ROW, Piece
-from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, VALUES
+from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, VALUES, decoded
 from slipway.untrusted import NotJson, parse_json, parse_next
 
 Row = tuple[str, Any]  # where it stands, and its JSON value
@@ -72,8 +72,9 @@ def _of_table(piece: Piece) -> Iterator[Row]:
     number = piece.row
     for batch in arrow.ipc.open_stream(piece.read()):
         for value in _values(piece, batch, number):
-            # In a table every object has the keys of all: what one does not have is null.
-            yield f"{piece.file}: row {number}", _without_nulls(value)
+            # In a table every object has the keys of all: what one does not have is null. Those of the row itself are
+            # told from keys that are missing.
+            yield f"{piece.file}: row {number}", {key: _without_nulls(each) for key, each in value.items()}
             number += 1
 
 
@@ -99,16 +100,6 @@ def _values(piece: Piece, batch: Any, first: int) -> list[Any]:
 READERS: dict[str, Callable[[Piece], Iterator[Row]]] = {
     LINES: _of_lines, VALUES: _of_values, CSV: _of_csv, PARQUET: _of_table, ARROW: _of_table,
 }  # fmt: skip
-
-
-def decoded(content: bytes, file: str, line: int) -> str:
-    """UTF-8 as text; DataError names the line where it is anything else."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        byte = content[error.start]
-        raise DataError(f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slipway.errors import DataError
-from slipway.untrusted import NotJson, parse_json
+from slipway.untrusted import NotJson, open_file, parse_json, unreadable
 
 HEAD_BYTES = 1 << 16  # what is looked at of a file
 BLOCK_BYTES = 1 << 18
@@ -34,6 +34,7 @@ PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Zstandard's frames that are skipped: pzstd begins with one, which has the size of the next.
 PACKINGS |= {bytes([number]) + b"\x2a\x4d\x18": "zstd" for number in range(0x50, 0x60)}
 TABLE_MAGIC = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
+ENCRYPTED = b"PARE"  # parquet whose footer is
 # UTF-32 comes first: its mark begins like that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -47,7 +48,6 @@ ROWS_BEGIN = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 # What people hand over by mistake, by its first bytes.
 NOT_READ = {
     b"PK\x03\x04": "a zip archive (xlsx, docx and npz are such too)",
-    b"BZh9": "packed by bzip2",
     b"\xfd7zXZ\x00": "packed by xz",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!\x1a": "a rar archive",
@@ -65,6 +65,7 @@ NOT_READ = {
     b"\x80\x04": "a pickle",
     b"\x80\x05": "a pickle",
 }
+NOT_READ |= {f"BZh{level}1AY&SY".encode(): "packed by bzip2" for level in range(1, 10)}
 CURE = "give JSON lines, a JSON array, parquet, arrow, csv or UTF-8 text, also packed as .gz or .zst"
 
 
@@ -112,22 +113,37 @@ class Source:
 
 def recognise(path: Path) -> Source:
     """How a file is read; DataError for one that is not read, by name."""
-    with path.open("rb") as raw:
-        head = raw.read(HEAD_BYTES)
+    try:
+        with open_file(path) as raw:
+            head = raw.read(HEAD_BYTES)
+    except OSError as error:
+        raise unreadable(path, error, "copy it again") from None
     packing = next((name for magic, name in PACKINGS.items() if head.startswith(magic)), "")
     if packing:
         with path.open("rb") as raw, damage_named(path):
             head = _unpacked(raw, packing).read(HEAD_BYTES)
     elif path.suffix in PACKED_SUFFIXES and head:
         raise DataError(f"{path} is named {path.suffix} but is not packed; correct its name")
+    if known := next((name for magic, name in NOT_READ.items() if head.startswith(magic)), None):
+        raise DataError(f"{path} is {known}, which is not read; {CURE}")
     if (kind := _table(path, head)) is not None:
         if packing:
             raise DataError(f"{path} is {kind} packed by {packing}; unpack it first")
         return Source(path, kind)
     encoding, mark = _encoding(head)
     text = head[mark:].decode(encoding, errors="replace")
-    _check_text(path, head, text)
+    _check_text(path, text)
     return Source(path, _kind(path, text), packing, encoding, mark)
+
+
+def decoded(content: bytes, file: str, line: int) -> str:
+    """UTF-8 as text; DataError names the line where it is anything else."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        byte = content[error.start]
+        raise DataError(f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8") from None
 
 
 def bare_name(path: Path) -> str:
@@ -164,6 +180,8 @@ def _table(path: Path, head: bytes) -> str | None:
     """The kind of table that a file is, if it is one."""
     found = next((kind for magic, kind in TABLE_MAGIC.items() if head.startswith(magic)), None)
     if found is None and path.suffix.lower() in TABLE_SUFFIXES:
+        if head.startswith(ENCRYPTED):
+            raise DataError(f"{path} is encrypted; write it without encryption")
         raise DataError(f"{path} is named {path.suffix} but does not begin like such a file; copy it again")
     return found
 
@@ -180,10 +198,8 @@ def _encoding(head: bytes) -> tuple[str, int]:
     return "utf-8", 0
 
 
-def _check_text(path: Path, head: bytes, text: str) -> None:
+def _check_text(path: Path, text: str) -> None:
     """DataError for bytes that are no text: they would be learned as if they were."""
-    if known := next((name for magic, name in NOT_READ.items() if head.startswith(magic)), None):
-        raise DataError(f"{path} is {known}, which is not read; {CURE}")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         kind = "holds a NUL byte" if bare_name(path).endswith((*ROW_SUFFIXES, *TEXT_SUFFIXES)) else "is binary"
