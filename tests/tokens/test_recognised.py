@@ -5,12 +5,15 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as arrow
 import pytest
 from slipway.errors import DataError, UsageError
 from slipway.tokens import folders, hub, sources
+from slipway.tokens.folders import inputs_of
 from slipway.tokens.sources import ARROW, CSV, LINES, PARQUET, TEXT, VALUES, Source, recognise
 
 ROW = b'{"text": "a"}'
@@ -118,6 +121,39 @@ def test_every_level_of_bzip2_and_encrypted_parquet_are_named(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet is encrypted"):
         recognise(written(tmp_path, "a.parquet", b"PARE" + bytes(90) + b"PARE"))
     assert recognise(written(tmp_path, "a.txt", b"PARENTS may read this.")).kind == TEXT
+
+
+def test_what_of_a_folder_is_no_file_is_named(tmp_path):
+    """Nothing behind a link to a folder is read, which may be all of a data set."""
+    written(tmp_path / "data", "a.jsonl", ROW)
+    written(tmp_path / "other", "b.jsonl", ROW)
+    written(tmp_path / "data" / "inside", "c.jsonl", ROW)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "other")
+    (tmp_path / "data" / "file.jsonl").symlink_to(tmp_path / "other" / "b.jsonl")
+    (tmp_path / "data" / "gone.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "data" / "pipe.jsonl")
+    found = inputs_of(tmp_path / "data", None)
+    assert [source.path.name for source in found.sources] == ["a.jsonl", "file.jsonl", "c.jsonl"]
+    assert found.left == {"gone.jsonl": "a link to nothing", "more": "a link to a folder", "pipe.jsonl": "no file"}
+    with pytest.raises(UsageError, match=r"is a device or a pipe.*write it to a file first"):
+        inputs_of(tmp_path / "data" / "pipe.jsonl", None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode, named", [(0o700, "inside"), (0o744, "inside/b.jsonl")])
+def test_a_folder_that_may_not_be_read_is_not_left_in_silence(mode, named):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        written(folder, "a.jsonl", ROW)
+        written(folder / "inside", "b.jsonl", ROW)
+        folder.chmod(0o755)
+        (folder / "inside").chmod(mode)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(DataError, match=f"{named} cannot be read .Permission denied.; let its owner allow it"):
+                inputs_of(folder, None)
+        finally:
+            os.seteuid(0)
 
 
 def test_a_name_that_promises_something_else(tmp_path):

@@ -7,6 +7,7 @@ validation and test in the files' paths tell which split they belong to.
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from slipway.errors import DataError, UsageError
 from slipway.options import suggestion
 from slipway.tokens.indexed import index_of
 from slipway.tokens.sources import ROW_SUFFIXES, TEXT_SUFFIXES, Source, bare_name, recognise
-from slipway.untrusted import NotYaml, parse_yaml, read_bytes, read_object
+from slipway.untrusted import NotYaml, parse_yaml, read_bytes, read_object, unreadable
 
 TRAIN = "train"
 # The hub's words for its three splits; NeMo's data root has training.jsonl, validation.jsonl and test.jsonl.
@@ -74,7 +75,9 @@ def inputs_of(data: Path, split: str | None, targets: Iterable[Path] = ()) -> In
     """
     if not data.exists():
         raise UsageError(f"DATA {data} does not exist; give a file, a folder or hf://datasets/ORG/NAME")
-    if data.is_file():
+    if not data.is_dir():
+        if not data.is_file():
+            raise UsageError(f"DATA {data} is a device or a pipe, which cannot be read twice; write it to a file first")
         if split:
             raise UsageError(f"--split {split} is for a folder, and DATA {data} is a file; leave it out")
         return Inputs([recognise(data)], {})
@@ -84,10 +87,11 @@ def inputs_of(data: Path, split: str | None, targets: Iterable[Path] = ()) -> In
 
 def _sorted_out(data: Path, targets: set[Path]) -> tuple[list[str], dict[str, str]]:
     """(files with a name of ours, what is left and why); hidden files and folders are not spoken of."""
-    every = sorted(_inside(data, file) for file in data.rglob("*") if file.is_file())
-    every = [name for name in every if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+    paths = {_inside(data, path): path for path in _shown_in(data)}
+    left = {name: why for name in sorted(paths) if (why := _not_entered(paths[name]))}
+    every = [name for name in sorted(paths) if name not in left and paths[name].is_file()]
     files = [name for name in every if bare_name(Path(name)).endswith((*ROW_SUFFIXES, *TEXT_SUFFIXES))]
-    left = dict.fromkeys((name for name in every if name not in files), "not of a kind that is read")
+    left |= dict.fromkeys((name for name in every if name not in files), "not of a kind that is read")
     left |= dict.fromkeys((name for name in files if PurePosixPath(name).name in ABOUT), "about the data")
     left |= dict.fromkeys(_made(data, targets), MADE)
     rows = [name for name in files if is_rows(name) and name not in left]
@@ -97,10 +101,37 @@ def _sorted_out(data: Path, targets: set[Path]) -> tuple[list[str], dict[str, st
     files = [name for name in files if name not in left]
     if not files:
         known = ", ".join((*ROW_SUFFIXES, *TEXT_SUFFIXES))
+        found = f"; it has {_few([f'{name} ({why})' for name, why in left.items()])}" if left else ""
         raise DataError(
-            f"{data} has no file that is read: {known}, or one of them packed; give a folder with such files"
+            f"{data} has no file that is read: {known}, or one of them packed; give a folder with such files{found}"
         )
     return files, left
+
+
+def _shown_in(data: Path) -> Iterator[Path]:
+    """All that is in a folder and not hidden; DataError where it may not be looked at: data would be missing."""
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(error.filename, error)
+
+    for folder, folders, names in os.walk(data, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in (*folders, *names):
+            if not name.startswith("."):
+                try:
+                    os.lstat(Path(folder, name))  # of a folder whose names alone may be read
+                except PermissionError as error:
+                    refuse(error)
+                yield Path(folder, name)
+
+
+def _not_entered(path: Path) -> str:
+    """Why nothing is read of what is neither a file nor a folder of this folder; empty for these."""
+    if path.is_file() or (path.is_dir() and not path.is_symlink()):
+        return ""
+    if path.is_symlink():
+        return "a link to a folder" if path.is_dir() else "a link to nothing"
+    return "no file"
 
 
 def _made(data: Path, targets: set[Path]) -> Iterator[str]:
