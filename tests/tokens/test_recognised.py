@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as arrow
 import pytest
 from slipway.errors import DataError, UsageError
@@ -55,6 +56,18 @@ def test_in_which_encoding(tmp_path, encoding, mark):
     assert found.describe() == "JSON lines" + (f", {encoding}" if encoding != "utf-8" else "")
 
 
+def test_token_ids_are_no_utf_16(tmp_path):
+    """In 16 bits, as Megatron and nanoGPT write them, the second byte of most is 0 where ids are small."""
+    ids = np.random.default_rng(0).integers(1, 400, 10_000).astype("<u2")
+    with pytest.raises(DataError, match=r"train\.bin:\d+ is binary and is not read"):
+        recognise(written(tmp_path, "train.bin", ids.tobytes()))
+    written(tmp_path, "letters.bin", "only letters".encode("utf-16-le"))
+    assert recognise(tmp_path / "letters.bin").encoding == "utf-16-le"
+    written(tmp_path, "letters.idx", b"MMIDIDX")
+    with pytest.raises(DataError, match=r"letters\.bin has tokens of Megatron's, which are ready for training"):
+        recognise(tmp_path / "letters.bin")
+
+
 def test_short_texts_are_utf_8(tmp_path):
     assert recognise(written(tmp_path, "a.txt", "abc".encode("utf-16-le")[:6].replace(b"\0", b"x"))).encoding == "utf-8"
     assert recognise(written(tmp_path, "b.txt", "abcd".encode("utf-16-le"))).encoding == "utf-16-le"
@@ -90,8 +103,6 @@ def test_the_first_bytes_are_those_that_such_files_have(tmp_path):
     import io
     import pickle
     import zipfile
-
-    import numpy as np
 
     for protocol in (2, 3, 4, 5):
         with pytest.raises(DataError, match="is a pickle"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slipway.errors import DataError
+from slipway.tokens.indexed import index_of
 from slipway.untrusted import NotJson, open_file, parse_json, unreadable
 
 HEAD_BYTES = 1 << 16  # what is looked at of a file
@@ -43,6 +44,8 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+# Characters that no text has: numbers of 16 bits, as token ids are, look like UTF-16 but for them.
+NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
 # An object, or an array of objects, with a name in it: no text begins like this.
 ROWS_BEGIN = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 # What people hand over by mistake, by its first bytes.
@@ -113,6 +116,8 @@ class Source:
 
 def recognise(path: Path) -> Source:
     """How a file is read; DataError for one that is not read, by name."""
+    if path.suffix == ".bin" and index_of(path).is_file():
+        raise DataError(f"{path} has tokens of Megatron's, which are ready for training; {CURE}")
     try:
         with open_file(path) as raw:
             head = raw.read(HEAD_BYTES)
@@ -194,7 +199,9 @@ def _encoding(head: bytes) -> tuple[str, int]:
     sample = head[:256]
     zeros = [sample[place::2].count(0) for place in (0, 1)]
     if len(sample) >= 8 and max(zeros) > len(sample) // 4 and min(zeros) == 0:
-        return ("utf-16-be" if zeros[0] else "utf-16-le"), 0
+        encoding = "utf-16-be" if zeros[0] else "utf-16-le"
+        if not NO_TEXT.search(head.decode(encoding, errors="replace")):
+            return encoding, 0
     return "utf-8", 0
 
 
