@@ -248,6 +248,12 @@ MEGATRON = {
         lambda m: (m / BRIDGE / "__0_0.distcp").write_bytes((m / BRIDGE / "__0_0.distcp").read_bytes()[:99_999]),
         "copy",
     ),
+    "the weights are a pointer of Git LFS": (
+        "bridge", lambda m: (m / BRIDGE / "__0_0.distcp").write_text(POINTER), "but Git LFS's pointer to it"
+    ),
+    "a rank is a pointer of Git LFS": (
+        "classic", lambda m: (m / RANK).write_text(POINTER), "but Git LFS's pointer to it"
+    ),
     "the weights are gone": ("bridge", lambda m: (m / BRIDGE / "__0_0.distcp").unlink(), "is missing"),
     "io.json is no JSON": ("made", lambda m: (m / "context" / "io.json").write_text("{"), "cannot be read as JSON"),
     "io.json is no context": ("made", lambda m: (m / "context" / "io.json").write_text("{}"), "not a context of NeMo"),

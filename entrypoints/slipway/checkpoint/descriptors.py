@@ -8,6 +8,8 @@ import resource
 import weakref
 from pathlib import Path
 
+from slipway.untrusted import open_file
+
 
 class Descriptors:
     """Descriptors for reading, of many threads; they are closed when this object is forgotten."""
@@ -17,7 +19,7 @@ class Descriptors:
         weakref.finalize(self, _close, self._kept)
 
     def of(self, path: Path) -> int:
-        """The descriptor of a file; OSError where it cannot be opened."""
+        """The descriptor of a file; OSError or DataError where it cannot be opened (open_file)."""
         if (kept := self._kept.get(path)) is not None:
             return kept
         opened = _opened(path)
@@ -30,13 +32,18 @@ class Descriptors:
 def _opened(path: Path) -> int:
     """A descriptor. A checkpoint of a thousand ranks has more files than a process may have open before it asks."""
     try:
-        return os.open(path, os.O_RDONLY)
+        return _descriptor(path)
     except OSError as error:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if error.errno != errno.EMFILE or soft == hard:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return os.open(path, os.O_RDONLY)
+        return _descriptor(path)
+
+
+def _descriptor(path: Path) -> int:
+    with open_file(path) as file:
+        return os.dup(file.fileno())
 
 
 def _close(kept: dict[Path, int]) -> None:
