@@ -190,13 +190,18 @@ def test_no_piece_carries_all_texts_of_a_dictionary(tmp_path, monkeypatch):
     """A categorical column of pandas is numbers, and a dictionary of all texts beside them."""
     monkeypatch.setattr(inputs, "PIECE_BYTES", 50_000)
     texts = [f"{number} " * 100 for number in range(2000)]
-    whole = arrow.table({"text": arrow.array([*texts, None, *texts]).dictionary_encode()})
+    rows = [*texts, None, *texts]
+    whole = arrow.table({"text": arrow.array(rows).dictionary_encode()})
     parquet.write_table(whole, tmp_path / "x.parquet")
     with arrow.ipc.new_file(tmp_path / "x.arrow", whole.schema) as file:
         file.write_table(whole)
-    for name in ("x.parquet", "x.arrow"):
+    (column,) = whole["text"].chunks
+    views = arrow.DictionaryArray.from_arrays(column.indices, column.dictionary.cast(arrow.string_view()))
+    with arrow.ipc.new_file(tmp_path / "polars.arrow", arrow.schema({"text": views.type})) as file:
+        file.write_table(arrow.table({"text": views}))
+    for name in ("x.parquet", "x.arrow", "polars.arrow"):
         found = [*inputs.pieces([recognise(tmp_path / name)])]
-        assert [row.get("text") for piece in found for _, row in rows_of(piece)] == [*texts, None, *texts]
+        assert [row.get("text") for piece in found for _, row in rows_of(piece)] == rows
         assert sum(len(piece.read()) for piece in found) < 4_000_000 and len(found) < 100, name
 
 
@@ -220,6 +225,9 @@ def test_no_piece_carries_all_texts_of_a_dictionary(tmp_path, monkeypatch):
     ("x.jsonl.gz", b'{"text": "a"}\n', "is not packed"),
     ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-20], "was cut off"),
     ("x.jsonl.zst", zstd(b'{"text": "abcdefgh"}\n' * 100)[:-9], "cannot be read"),
+    # A frame with one block as it is, whose window is said to be of 2 GB.
+    ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\xa8" + (15 << 3 | 1).to_bytes(3, "little") + b'{"text": "ab"}\n',
+     r"x\.jsonl\.zst was packed with a larger window than is read \(zstd --long\); unpack it"),
     ("x.jsonl.bz2", b"BZh91AY&SY" + bytes(9), "bzip2"),
     ("x.csv", b"prompt,completion\na,b\na\n", r"x\.csv:3: 1 fields, but the first line names 2"),
     ("x.csv", b'prompt,completion\na,"b\n', "not csv"),

@@ -401,12 +401,10 @@ def _split(source: Source, batch: Any) -> Iterator[Any]:
 def _bytes_of(column: Any) -> int:
     """The bytes of a column, spelled out."""
     import pyarrow.compute as compute
-    from pyarrow import types
 
-    kind = column.type.value_type if types.is_dictionary(column.type) else None
-    if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
+    if (texts := _texts_of(column)) is None:
         return int(column.nbytes)
-    lengths = compute.call_function("binary_length", [column.dictionary])
+    lengths = compute.call_function("binary_length", [texts])
     return compute.call_function("sum", [lengths.take(column.indices)]).as_py() or 0
 
 
@@ -414,7 +412,21 @@ def _spelled_out(batch: Any) -> Any:
     """The same rows, with texts in place of numbers of a dictionary: every piece would carry all of the dictionary."""
     import pyarrow as arrow
 
-    if not any(map(arrow.types.is_dictionary, batch.schema.types)):
+    found = [(column, _texts_of(column)) for column in batch.columns]
+    if all(texts is None for _, texts in found):
         return batch
-    columns = [c.dictionary_decode() if arrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    columns = [column if texts is None else texts.take(column.indices) for column, texts in found]
     return arrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _texts_of(column: Any) -> Any:
+    """The dictionary of a column that has texts in one, else None; of polars' kind of texts no others can be taken."""
+    import pyarrow as arrow
+    from pyarrow import types
+
+    if not types.is_dictionary(column.type):
+        return None
+    texts = column.dictionary
+    if types.is_string_view(texts.type):
+        return texts.cast(arrow.large_string())
+    return texts if types.is_string(texts.type) or types.is_large_string(texts.type) else None

@@ -167,6 +167,10 @@ def damage_named(path: Path) -> Iterator[None]:
     except EOFError:
         raise DataError(f"{path} ends too early: it was cut off; copy it again") from None
     except (OSError, ValueError, NotImplementedError, zlib.error) as error:  # pyarrow's are of all three kinds
+        if "too much memory for decoding" in str(error):  # the words of zstd
+            raise DataError(
+                f"{path} was packed with a larger window than is read (zstd --long); unpack it: zstd -d --long=31"
+            ) from None
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; copy it again") from None
 
 
