@@ -33,6 +33,17 @@ PARAMETERS = sum(
 )
 
 
+def test_weights_under_a_name_that_no_other_command_reads(tmp_path, slipway):
+    model = make_model(tmp_path / "hf", "llama31", quantized=False, shards=1)
+    (weights,) = model.glob("*.safetensors")
+    weights.rename(model / "llama.fp16.safetensors")
+    (model / INDEX).unlink(missing_ok=True)
+    with pytest.raises(DataError, match="safetensors of other names"):
+        import_checkpoint(str(model), str(tmp_path / "out"))
+    done = slipway("inspect", model)
+    assert done.returncode == 65 and "llama.fp16.safetensors, where other commands look for model.saf" in done.stdout
+
+
 def test_a_long_name_of_a_problem_stands_apart(tmp_path):
     words = str(Contents("a", "b", "c", 1, {}, {}, problems={"config.json contradicted": ["it"]})).splitlines()
     assert "config.json contradicted 1: it" in words and {line.index(line.split()[-1]) for line in words[1:3]} == {25}

@@ -160,6 +160,9 @@ def _of_adapter(folder: Path) -> Contents:
 def _of_huggingface(folder: Path) -> Contents:
     notes: list[str] = []
     stored, problems = _stored_in(folder, notes)
+    if huggingface.weight_files(folder) is None:
+        names = ", ".join(sorted({place.file.name for place in stored.values()}))
+        problems["names of files"] = [f"{names}, where other commands look for {huggingface.SINGLE} or its shards"]
     config: dict[str, Any] = {}
     if (folder / "config.json").is_file():
         config = read_config(folder / "config.json")
