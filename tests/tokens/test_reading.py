@@ -224,6 +224,8 @@ def test_no_piece_carries_all_texts_of_a_dictionary(tmp_path, monkeypatch):
     ("x.pkl", b"\x80\x04\x95", "a pickle"),
     ("x.jsonl.gz", b'{"text": "a"}\n', "is not packed"),
     ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-20], "was cut off"),
+    ("x.arrow", arrow_of([{"text": "a"}] * 20)[:-8], r"x\.arrow ends too early: it was cut off"),
+    ("x.arrow", arrow_of([])[:-8], r"x\.arrow ends too early: it was cut off"),
     ("x.jsonl.zst", zstd(b'{"text": "abcdefgh"}\n' * 100)[:-9], "cannot be read"),
     # A frame with one block as it is, whose window is said to be of 2 GB.
     ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\xa8" + (15 << 3 | 1).to_bytes(3, "little") + b'{"text": "ab"}\n',

@@ -375,8 +375,13 @@ def _batches(source: Source) -> Iterator[tuple[int, Any]]:
         )
         return
     mapped.seek(0)
-    for batch in _sound(arrow.ipc.open_stream(mapped)):
-        yield mapped.tell(), batch
+    stream = arrow.ipc.open_stream(mapped)
+    end = mapped.tell()
+    for batch in _sound(stream):
+        end = mapped.tell()
+        yield end, batch
+    if mapped.tell() == end:  # writers put a mark at the end, which pyarrow does not miss
+        raise EOFError
 
 
 def _sound(batches: Iterable[Any]) -> Iterator[Any]:
