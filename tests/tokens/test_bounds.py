@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 import sys
 import unicodedata
@@ -117,3 +118,11 @@ print("done")
 def test_what_takes_the_processor_for_too_long_is_ended(seconds, code, out, err):
     done = subprocess.run([sys.executable, "-c", SPIN.format(seconds=seconds)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_it_is_ended_also_where_nobody_reads_why():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", SPIN.format(seconds=3)], stdout=subprocess.PIPE, stderr=write)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (65, b"")

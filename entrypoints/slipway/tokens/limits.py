@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def limited(why: str, seconds: float) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(min(1.0, seconds)):
             if time.process_time() - begun > seconds:
-                os.write(screen, f"slipway: {harmless(why)}\n".encode())
+                with suppress(OSError):  # nobody reads it any more; the process has to end all the same
+                    os.write(screen, f"slipway: {harmless(why)}\n".encode())
                 os._exit(DataError.exit_code)
 
     thread = threading.Thread(target=watch, daemon=True)
