@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from slipway import cli
 from slipway.checkpoint import nf4
 from slipway.families import FAMILIES, fabricate
+from slipway.tokens.inputs import CUT
 
 TEXT = ["some words of a text"] * 20
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -123,7 +124,13 @@ def make_data(folder: Path) -> None:
     (carded / "data" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\nwords\n")
     unfinished = carded / ".o.jsonl.partial"
     unfinished.mkdir()
-    journal = {"identity": {}, "sizes": {"content": 0, "lengths": 0, "ends": 0}, "pieces": 1, "counts": {"rows": 3}}
+    journal = {
+        "cut": CUT,
+        "identity": {},
+        "sizes": {"content": 0, "lengths": 0, "ends": 0},
+        "pieces": 1,
+        "counts": {"rows": 3},
+    }
     (unfinished / "journal.json").write_text(json.dumps(journal))
     (folder / "tokens").mkdir()
     said = ["--tokenizer", folder / "hf", "--show", 0]

@@ -19,6 +19,8 @@ import pytest
 from slipway.checkpoint import stream
 from slipway.checkpoint.stream import Piece, Plan, partial_of, run
 from slipway.errors import UsageError
+from slipway.tokens.encoder import Encoded
+from slipway.tokens.inputs import CUT
 from slipway.tokens.outputs import JOURNAL, Output
 
 CONTENT = {"a": b"abc" * 100, "b": b"xy" * 50}
@@ -107,7 +109,7 @@ def test_a_file_in_its_place(tmp_path):
 
 
 IDENTITY = {"a": 1}
-SOUND = {"identity": IDENTITY, "sizes": {"content": 0, "lengths": 0, "ends": 0}, "pieces": 0, "counts": {}}
+SOUND = {"cut": CUT, "identity": IDENTITY, "sizes": {"content": 0, "lengths": 0, "ends": 0}, "pieces": 0, "counts": {}}
 TOKENS = [
     "", "{", "[]", "null", "3", '{"identity": {"a": 1}}', "[" * 100_000,
     *(json.dumps(SOUND | changes) for changes in (
@@ -128,6 +130,21 @@ def test_a_journal_of_tokens_that_is_none(tmp_path, journal):
     shutil.copytree(kept, folder)
     with Output(target, None, IDENTITY) as output:
         assert output.pieces == 0 and output.counts == {}
+
+
+@pytest.mark.parametrize("cut", [CUT, CUT - 1, None])
+def test_unfinished_work_that_was_cut_otherwise_is_begun_again(tmp_path, cut):
+    """As after an upgrade: its pieces are not those of this version, and rows would be lost or come twice."""
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt), Output(target, None, IDENTITY) as output:
+        output.add(Encoded({"content": b"{}\n", "lengths": b"", "ends": b""}, {"samples": 1}))
+        output._commit()
+        raise KeyboardInterrupt
+    journal = output.folder / JOURNAL
+    found = json.loads(journal.read_text()) | {"cut": cut}
+    journal.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+    with Output(target, None, IDENTITY) as output:
+        assert output.pieces == (1 if cut == CUT else 0)
 
 
 def test_a_folder_of_tokens_that_is_not_ours(tmp_path):

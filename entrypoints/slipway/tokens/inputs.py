@@ -21,6 +21,7 @@ from slipway.errors import DataError
 from slipway.tokens.sources import ARROW, CSV, PARQUET, TABLES, TEXT, VALUES, Source, damage_named, decoded
 from slipway.untrusted import DEEPEST
 
+CUT = 2  # raise it where any file is cut into other pieces than before: unfinished work is counted in pieces
 PIECE_BYTES = 1 << 20  # enough work to be worth sending to another process, little enough to keep in memory
 LARGEST_TEXT = 1 << 24  # bytes of a line of text that stay together; a longer one is cut where there is a space
 DELIMITERS, MOST_FIELDS = ",;\t", 1 << 20  # of a csv

@@ -21,6 +21,7 @@ from slipway.checkpoint.stream import check_name, is_plain_folder, not_ours, par
 from slipway.errors import DataError
 from slipway.tokens.encoder import CONTENT, ENDS, HELD_OUT, LENGTHS, UNUSED, Encoded
 from slipway.tokens.indexed import index_of, write_index
+from slipway.tokens.inputs import CUT
 from slipway.untrusted import read_object
 
 JOURNAL = "journal.json"
@@ -89,7 +90,7 @@ class Output:
             sound = sizes.keys() <= {*self._names()} and all(type(n) is int for n in [pieces, *counts.values()])
             # A run that ended just after it had moved its files away left a journal of files that are gone.
             whole = sound and all((self.folder / name).stat().st_size >= size >= 0 for name, size in sizes.items())
-            known = {before + CONTENT for before in self.targets} <= sizes.keys()
+            known = {before + CONTENT for before in self.targets} <= sizes.keys() and begun["cut"] == CUT
         except (DataError, OSError, LookupError, TypeError, AttributeError):
             return {"identity": None}
         return begun if whole and known and pieces >= 0 else {"identity": None}
@@ -118,6 +119,7 @@ class Output:
             os.fsync(file.fileno())
         sizes = {name: file.tell() for name, file in self._files.items()}
         journal = {"identity": self.identity, "sizes": sizes, "pieces": self.pieces, "counts": self.counts}
+        journal["cut"] = CUT
         # A new file that replaces the old one: after a power cut there is one of the two, never a mixture.
         new = self.folder / f"{JOURNAL}.new"
         new.write_text(json.dumps(journal))
