@@ -177,7 +177,7 @@ class OneAtATime(DefaultLoadPlanner):
     def resolve_tensor(self, item):
         assert self.noted is None, "another one has not been given back"
         self.noted = item
-        time.sleep(1e-3)
+        time.sleep(1e-3)  # in which another thread would come
         return super().resolve_tensor(item)
 
     def commit_tensor(self, item, tensor):
