@@ -326,6 +326,14 @@ def test_what_is_no_checkpoint(tmp_path, slipway):
     (tmp_path / "text").write_text("text")
     with pytest.raises(DataError, match="not a safetensors file"):
         found(tmp_path / "text")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(40))
+    with pytest.raises(DataError, match=r"a\.gguf has weights in GGUF, which is not supported; give a \*\.safetensors"):
+        found(tmp_path / "a.gguf")
+    (tmp_path / "other.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        DataError, match=r"other\.json has no weights of a known kind; .* or the folder of a checkpoint"
+    ):
+        found(tmp_path / "other.json")
     done = slipway("inspect", tmp_path)
     assert done.returncode == 65 and done.stdout == "" and done.stderr.count("\n") == 1
 

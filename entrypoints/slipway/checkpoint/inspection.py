@@ -103,7 +103,14 @@ def contents_of(path: Path, given: Given = NOTHING) -> Contents:
 
 def _of_file(file: Path) -> Contents:
     """One file; the scales or blocks of its tensors may be in another file."""
-    stored = huggingface.read_file(file)
+    try:
+        stored = huggingface.read_file(file)
+    except DataError:
+        if file.suffix in ("", ".safetensors", ".bin"):  # the hub's cache has files without
+            raise
+        form = huggingface.OTHERS.get(file.suffix)
+        what = f"weights in {form}, which is not supported" if form else "no weights of a known kind"
+        raise DataError(f"{file} has {what}; give a *.safetensors, a *.bin or the folder of a checkpoint") from None
     tensors = {name: place.info for name, place in stored.items() if not codecs.is_scale(name)}
     packed = [name for name, info in tensors.items() if info.dtype == "U8"]
     quantized = packed or [name for name, info in tensors.items() if info.dtype in codecs.FP8]
