@@ -110,6 +110,14 @@ def imported(request, tmp_path_factory):
         return case, folder, model, tokens, model(tokens).logits
 
 
+def test_an_adapter_alone_is_named_as_one(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(DataError, match="is an adapter of peft; give its model, and this folder with --adapter"):
+        import_checkpoint(str(adapter), str(tmp_path / "out"))
+
+
 def test_nemo_computes_what_peft_does(imported):
     case, folder, _, tokens, wanted = imported
     found = logits_of_nemo(nemo_with(folder / "nemo"), tokens)

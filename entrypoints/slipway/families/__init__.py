@@ -98,6 +98,8 @@ def by_model_type() -> dict[str, Family]:
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json; DataError where there is none or it is no JSON object."""
     if not os.path.lexists(path):
+        if (path.parent / "adapter_config.json").is_file():
+            raise DataError(f"{path.parent} is an adapter of peft; give its model, and this folder with --adapter")
         raise DataError(f"{path} is missing; give the folder of a Hugging Face model")
     return read_object(path, LARGEST_CONFIG)
 
