@@ -34,9 +34,19 @@ def checkpoint(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_each_published_size_gets_its_own_recipe(name):
     family = {"gpt": "gpt_oss", "dee": "deepseek_v3"}.get(name[:3], name.split("_")[0])
-    assert layout.recipe_for(family, MODELS[name] * 1e9) == name
-    assert layout.recipe_for(family, MODELS[name] * 1e9 * 1.15) == name
-    assert layout.recipe_for(family, 3e6) is None
+    config = recipes.config_of(name)
+    assert layout.recipe_for(family, config, MODELS[name] * 1e9) == name
+    assert layout.recipe_for(family, config, MODELS[name] * 1e9 * 1.15) == name
+    assert layout.recipe_for(family, config, 3e6) is None
+
+
+@pytest.mark.parametrize(
+    "billions, name", [(8.19, "llama31_8b"), (7.6, "qwen25_7b"), (0.596, "qwen25_500m"), (1.7, None), (32.8, None)]
+)
+def test_a_model_without_experts_gets_no_recipe_of_a_mixture_but_one_of_another_family(billions, name):
+    """Qwen3's dense models: 8B is near Llama's; 32B is near the mixture's 30.5 billion, which is another matter."""
+    dense = {**recipes.config_of("qwen3_30b_a3b"), "model_type": "qwen3"}
+    assert layout.recipe_for("qwen3", dense, billions * 1e9) == name
 
 
 def dry_run(capsys, folder: Path, name: str, *words: str) -> tuple[int, str, str]:

@@ -74,7 +74,7 @@ def plan(folder, capsys):
         ("nemo://run", "--out nemo://run is the name of a model, and a run is in a folder"),
         ("data.jsonl", "--out data.jsonl is a file, and a folder is expected"),
         ("llama31", "--out llama31 is --model llama31, which stays as it is"),
-        ("llama31/run", "--out llama31/run lies in --model llama31, which stays as it is"),
+        ("llama31/weights/run", "--out llama31/weights/run lies in --model llama31, which stays as it is"),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []])

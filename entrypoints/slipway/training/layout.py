@@ -23,20 +23,32 @@ LAYOUT = (*SIZES, "first_stage_layers", "last_stage_layers", "recompute", "micro
 SAME_SIZE = 0.2  # of a model's parameters: a recipe for a model so much larger or smaller still fits
 
 
-def sizes_of(family: str) -> dict[str, float]:
-    """Shipped recipe → number of weights of its model, for the recipes of a family."""
-    return {name: recipes.parameters_of_model(name) for name in recipes.names() if recipes.family_of(name) == family}
+def is_alike(name: str, family: str, c: Mapping[str, Any]) -> bool:
+    """Whether the model of a shipped recipe is trained as one of this family with this config.json.
+
+    Those without experts are, of any family: the same layers with other sizes. A mixture of experts has its own.
+    """
+    experts = memory.has_experts(recipes.config_of(name))
+    return experts == memory.has_experts(c) and (not experts or recipes.family_of(name) == family)
 
 
-def recipe_for(family: str, parameters: float) -> str | None:
-    """The shipped recipe for a model of this family whose size is nearest; None if none is near.
+def sizes_of(family: str, c: Mapping[str, Any]) -> dict[str, float]:
+    """Shipped recipe → number of weights of its model, for the recipes of models like this one."""
+    return {name: recipes.parameters_of_model(name) for name in recipes.names() if is_alike(name, family, c)}
+
+
+def recipe_for(family: str, c: Mapping[str, Any], parameters: float) -> str | None:
+    """The shipped recipe for a model like this one whose size is nearest, of its family first; None if none is near.
 
     Args:
+        c: config.json of the model.
         parameters: number of the model's weights.
     """
-    sizes = sizes_of(family)
-    name = min(sizes, key=lambda one: abs(math.log(sizes[one] / parameters)), default=None)
-    return name if name and abs(sizes[name] / parameters - 1) <= SAME_SIZE else None
+    sizes = sizes_of(family, c)
+    near = [name for name, size in sizes.items() if abs(size / parameters - 1) <= SAME_SIZE]
+    return min(
+        near, key=lambda one: (recipes.family_of(one) != family, abs(math.log(sizes[one] / parameters))), default=None
+    )
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ class Estimate:
         return f"memory per GPU: about {self.total / 1e9:.0f} GB ({parts})"
 
 
+def has_experts(c: Mapping[str, Any]) -> bool:
+    """Whether a model with this config.json is a mixture of experts; one that is none may have such fields too."""
+    return any(layer.expert for layer in parts_of(c).layers)
+
+
 def parts_of(c: Mapping[str, Any]) -> Parts:
     """The weights of a model. They are counted on a small one with one layer of each kind and two experts."""
     # The rules of a family list every tensor. The largest models have tens of thousands, and --dry-run must be quick.

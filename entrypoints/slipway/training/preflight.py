@@ -48,14 +48,15 @@ def check_checkpoint(model: Path) -> None:
 
 
 def check_out(out: str, model: Path) -> None:
-    """UsageError for a folder of a run that is none, or that lies in the model which is to stay as it is."""
+    """UsageError for a folder of a run that is none, or that is the model's own, which is to stay as it is."""
     folder, base = Path(out).resolve(), model.resolve()
     if out.startswith((locate.HUB, locate.NEMO)):
         raise UsageError(f"--out {out} is the name of a model, and a run is in a folder; give its path")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {out} is a file, and a folder is expected; choose another --out")
-    if base in (folder, *folder.parents):
-        how = "is" if folder == base else "lies in"
+    own = {base / "weights", base / "context"} & {folder, *folder.parents}
+    if own or folder == base:  # beside these, a folder of the model's may hold runs
+        how = "lies in" if own else "is"
         raise UsageError(f"--out {out} {how} --model {model}, which stays as it is; choose another --out")
 
 

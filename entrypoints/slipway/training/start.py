@@ -270,7 +270,7 @@ def _lora(
     found = _of_adapter(values, chosen)
     words = found.get("lora_targets") or values.get("lora_targets", Recipe.lora_targets)
     targets, notes = targets_of(words, config)
-    if values.get("dora") and words == ALL and any(key in config for key in memory.EXPERTS):
+    if values.get("dora") and words == ALL and memory.has_experts(config):
         targets = ",".join(name for name in targets.split(",") if "fc" not in name)
         notes.append(f"--dora cannot be on experts, so its adapters are on {targets}")
     rank = found.get("lora_rank") or values.get("lora_rank", Recipe.lora_rank)
@@ -285,7 +285,10 @@ def _recipe(
     mode, gpu_gb = request.given.get("mode", Recipe.mode), request.choice.gpu_memory or recipes.gpu_memory()
     if name := request.choice.recipe:
         shipped = recipes.load(name, mode, gpu_gb)
-        if family and shipped.family and shipped.family != family:
+        others = family and shipped.family not in ("", family)
+        if others and not (
+            config and shipped.name in recipes.names() and layout.is_alike(shipped.name, family, config)
+        ):
             raise UsageError(
                 f"--recipe {shipped.name} is for {shipped.family}, but --model {request.given['model']} is {family}; "
                 "choose a recipe of that family"
@@ -295,8 +298,8 @@ def _recipe(
         return None, []
     parameters = memory.parts_of(config).total
     size = f"{family} with {parameters / 1e9:.3g} billion weights"
-    if (name := layout.recipe_for(family, parameters)) is None:
-        there = ", ".join(f"{one} {of / 1e9:.3g}" for one, of in layout.sizes_of(family).items())
+    if (name := layout.recipe_for(family, config, parameters)) is None:
+        there = ", ".join(f"{one} {of / 1e9:.3g}" for one, of in layout.sizes_of(family, config).items())
         return None, [f"no shipped recipe is for {size} (there are: {there}); the defaults are used"]
     said = [f"recipe {name}, since the model is {size}; --recipe chooses another"]
     return recipes.load(name, mode, max(gpu_gb, min(recipes.GPUS))), said
