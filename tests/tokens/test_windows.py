@@ -179,7 +179,7 @@ def test_what_cannot_be_held_out_is_said(model, tmp_path):
         with pytest.raises(UsageError, match=r"--eval-split .* is not a share"):
             processed(model, rows(model, *SHORT), eval_split=share)
     with pytest.raises(DataError, match="of 2 samples none was held out"):
-        processed(model, rows(model, *SHORT[:2]), eval_split="1%")
+        processed(model, rows(model, *SHORT[:2]), eval_split="0.0001%")  # with 1 % some tokenizers hold one out
     (tmp_path / "out.eval.jsonl").touch()
     with pytest.raises(UsageError, match=r"out\.eval\.jsonl exists"):
         preprocess(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), tokenizer=str(model), eval_split="5%")
