@@ -133,6 +133,8 @@ def test_a_family_is_two_files_and_its_recipes(checkout):
 
     plan = ["train", "--recipe", "mistral_7b", "--model", out / "nemo", "--data", out / "data.jsonl", "--out", "x"]
     assert '"micro_batch_size": 2' in run(checkout, "-m", "slipway.cli", *plan, "--dry-run").stdout
+    shapeless = run(checkout, "-m", "slipway.cli", "bench", "mistral_7b")
+    assert shapeless.returncode == 2 and "does not say the shape of its model; give --config" in shapeless.stderr
     assert "mistral" in run(checkout, "-m", "slipway.cli", "demo", "--help").stdout
     assert run(checkout, "docs/tables.py").returncode == 0
     assert "| mistral | `mistral` | `mistral_7b` |" in (checkout / "docs" / "recipes.md").read_text()

@@ -212,6 +212,8 @@ def config_for(recipe: str, file: str | None, layers: int | None) -> tuple[str, 
     """
     if path := locate.config_file(file):
         name, (_, config) = path.parent.name or path.name, understood(read_config(path), path)
+    elif recipe in recipes.names() and not recipes.has_shape(recipe):
+        raise UsageError(f"bench: the recipe {recipe} does not say the shape of its model; give --config")
     elif recipe in recipes.names():
         name, config = recipe, recipes.config_of(recipe)
     else:

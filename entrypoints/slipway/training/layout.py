@@ -28,8 +28,11 @@ def is_alike(name: str, family: str, c: Mapping[str, Any]) -> bool:
 
     Those without experts are, of any family: the same layers with other sizes. A mixture of experts has its own.
     """
+    same_family = recipes.family_of(name) == family
+    if not recipes.has_shape(name):
+        return same_family
     experts = memory.has_experts(recipes.config_of(name))
-    return experts == memory.has_experts(c) and (not experts or recipes.family_of(name) == family)
+    return experts == memory.has_experts(c) and (not experts or same_family)
 
 
 def sizes_of(family: str, c: Mapping[str, Any]) -> dict[str, float]:

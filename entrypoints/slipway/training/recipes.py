@@ -89,6 +89,11 @@ def parameters_of_model(name: str) -> float:
     return tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))["parameters"]
 
 
+def has_shape(name: str) -> bool:
+    """Whether a shipped recipe says the shape of its model; one that does not is for any of its family."""
+    return "shape" in tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
+
+
 def config_of(name: str) -> dict[str, Any]:
     """config.json of the model that a shipped recipe is for, as far as it decides sizes and speed."""
     tables = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
