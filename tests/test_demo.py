@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from printed import not_ours
 from safetensors.torch import load_file, save_file
 from slipway.commands.demo import checks as demo_checks
 from slipway.commands.demo import demo
+from slipway.errors import SlipwayError
 from slipway.families import FAMILIES
 
 
@@ -101,3 +104,16 @@ def test_a_folder_that_no_demo_made_is_kept(tmp_path, slipway):
     done = slipway("demo", "--out", tmp_path)
     assert done.returncode == 2 and "no demo made it" in done.stderr
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_training_that_ends_before_it_is_stopped_is_said_by_its_exit_code(tmp_path, monkeypatch, capsys):
+    """Here the data have no sample that is short enough. Who watches its progress takes no exit status."""
+    (tmp_path / "nemo").mkdir()
+    run = demo._run
+    monkeypatch.setattr(
+        demo, "_run", lambda found, name, *given, **more: name != "preprocess" and run(found, name, *given, **more)
+    )
+    wait = os.wait4
+    monkeypatch.setattr(os, "wait4", lambda *given: time.sleep(0.1) or wait(*given))  # the watcher looks every 0.02 s
+    with pytest.raises(SlipwayError, match=r"train until SIGTERM ended with exit code [0-9]+, not 75; see above"):
+        demo._train(demo.Demo(tmp_path), tmp_path, 6)

@@ -215,9 +215,12 @@ def _train(result: Demo, folder: Path, steps: int) -> None:
 
         def watch() -> None:
             run = RunFolder(folder / "run")
-            while process.poll() is None and run.read_status().get("step", 0) < steps // 2 - 1:
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ChildProcessError):  # it has ended, and was waited for
+                # Neither poll() nor send_signal(): both take its exit status from the one who waits for it.
+                while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    if run.read_status().get("step", 0) >= steps // 2 - 1:
+                        return os.kill(process.pid, signal.SIGTERM)
+                    time.sleep(0.02)
 
         threading.Thread(target=watch, daemon=True).start()
 
