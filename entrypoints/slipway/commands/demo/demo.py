@@ -220,7 +220,7 @@ def _train(result: Demo, folder: Path, steps: int) -> None:
                 while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                     if run.read_status().get("step", 0) >= steps // 2 - 1:
                         return os.kill(process.pid, signal.SIGTERM)
-                    time.sleep(0.02)
+                    time.sleep(0.02)  # a step of so small a model is hardly longer, and the run calls nobody
 
         threading.Thread(target=watch, daemon=True).start()
 
