@@ -89,14 +89,19 @@ def files_of(what: str) -> list[str]:
     return re.findall(r"- `(.+)`", section)
 
 
+def committed() -> list[str]:
+    """The files that are committed, and those that are about to be."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if name and (ROOT / name).is_file()]
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A copy of what is committed, and of what is about to be."""
-    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    for name in subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, tmp_path / name)
+    for name in committed():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -140,6 +145,12 @@ def test_a_family_is_two_files_and_its_recipes(checkout):
     assert "| mistral | `mistral` | `mistral_7b` |" in (checkout / "docs" / "recipes.md").read_text()
     code = "from images import manifest; print(manifest.read_manifest('mistral').recipe)"
     assert run(checkout, "-c", code).stdout.strip() == "mistral_7b"
+
+
+def test_nothing_large_is_in_the_repository():
+    """Data of a test that was left in the work tree, and then committed with everything else."""
+    names = committed()
+    assert len(names) > 100 and [name for name in names if (ROOT / name).stat().st_size > 1 << 20] == []
 
 
 def test_a_launcher_is_one_file(checkout):
