@@ -51,9 +51,7 @@ def reading_in_threads(read_data: Read) -> Read:
         source = _Source(self, planner)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # each thread has a stream of its own
-        with ThreadPoolExecutor(width(), initializer=source.prepare_thread) as pool:
-            done = [*pool.map(source.read, plan.items)]
-        left = [item for item, is_read in zip(plan.items, done, strict=True) if not is_read]
+        left = source.read_all(plan.items)
         return read_data(self, dataclasses.replace(plan, items=left), planner)
 
     return read
@@ -78,6 +76,18 @@ class _Source:
             for key, entry in planner.metadata.state_dict_metadata.items()
             for chunk in getattr(entry, "chunks", ())
         }
+
+    def read_all(self, items: Sequence[ReadItem]) -> list[ReadItem]:
+        """Read into the model what can be read, and return the rest."""
+        waiting = enumerate(items)  # each thread takes the next one
+
+        def read_some() -> list[int]:
+            return [index for index, item in waiting if not self.read(item)]
+
+        with ThreadPoolExecutor(width(), initializer=self.prepare_thread) as pool:
+            # A task for each of 20,000 items would take as long as to read them.
+            tasks = [pool.submit(read_some) for _ in range(width())]
+        return [items[index] for index in sorted(index for task in tasks for index in task.result())]
 
     def prepare_thread(self) -> None:
         """Give this thread a buffer and a stream."""

@@ -77,6 +77,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from slipway.training.low_rank import add_in_place
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
+    from slipway.training.planning import plan_quickly
     from slipway.training.quantised import quantise_gradients_once
     from slipway.training.record import Record
     from slipway.training.repairs import (
@@ -94,6 +95,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     hand_over_in_this_process()
     join_in_place()
     read_in_threads()
+    plan_quickly()
     keep_routers_counts()
     ignore_padding()
     add_in_place()
