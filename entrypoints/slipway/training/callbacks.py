@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
 from slipway.training.checkpoint_times import say_saved
+from slipway.training.planning import uncollected
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
 from slipway.training.troubles import cannot_write
@@ -53,7 +54,8 @@ class Checkpoints(nl.ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         begun = time.monotonic()
         try:
-            super()._save_checkpoint(trainer, filepath)
+            with uncollected():
+                super()._save_checkpoint(trainer, filepath)
             if trainer.is_global_zero:
                 keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
                 size = seal(ckpt_to_dir(filepath))

@@ -12,6 +12,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from slipway.checkpoint.torch_dist import Reader
 from slipway.report import human_bytes
+from slipway.training.planning import uncollected
 from slipway.untrusted import tell
 
 Load = Callable[..., dict[str, Any]]
@@ -27,7 +28,8 @@ def saying_loaded(load: Load) -> Load:
 
     def timed(checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
         begun = time.monotonic()
-        found = load(checkpoint_path, selective_restore)
+        with uncollected():
+            found = load(checkpoint_path, selective_restore)
         seconds = time.monotonic() - begun
         # Adapters are few and come later: what is loaded here is the base that they were trained on.
         base = getattr(checkpoint_path, "base_model_path", None)
