@@ -57,6 +57,20 @@ def test_a_sample_depends_on_seed_and_number_alone(data):
     assert rate == pytest.approx(0.6, abs=0.05)
 
 
+def test_another_thread_can_be_in_another_epoch(data):
+    found = samples(data, 100)
+    wanted = [found.unit_of(number) for number in range(78)]
+
+    class Shared(list):
+        """Another thread always puts its own epoch there at once."""
+
+        def __setitem__(self, part, known):
+            super().__setitem__(part, (known[0] + 1000, np.roll(known[1], 1)))
+
+    found._epochs = Shared(found._epochs)
+    assert [found.unit_of(number) for number in range(78)] == wanted
+
+
 def test_long_lines_are_dropped_and_counted(tmp_path):
     path = write(tmp_path / "x", [([1] * 7, [2]), ([1] * 6, [2]), ([], [1] * 8), ([], [1, 2])])
     index = index_lines(path, 8, 100)

@@ -64,7 +64,7 @@ def bits(one: object) -> object:
 
 
 def test_what_torch_wrote_is_read_bit_for_bit_and_torch_reads_the_rest(checkpoint, monkeypatch):
-    monkeypatch.setattr(loading, "BUFFER", 1000)
+    monkeypatch.setattr(loading, "PIECE", 1000)
     reader = Threaded(checkpoint)
     found = loaded(reader)
     for name, one in values().items():
@@ -94,7 +94,7 @@ def test_any_part_of_a_tensor_goes_to_any_place_as_with_torch(tmp_path, monkeypa
     draw = random.Random(0)
     left = 0
     for case in range(150):
-        monkeypatch.setattr(loading, "BUFFER", draw.choice([64, 200, 1 << 20]))
+        monkeypatch.setattr(loading, "PIECE", draw.choice([64, 200, 1 << 20]))
         shape = [draw.choice([1, 2, 3, 7]) for _ in range(draw.randint(1, 4))]
         saved = torch.randn(shape, generator=torch.Generator().manual_seed(case)).to(draw.choice(KINDS[:3]))
         folder = tmp_path / str(case)

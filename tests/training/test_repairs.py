@@ -173,6 +173,22 @@ def test_sinks_of_transformer_engine_begin_at_zero():
     assert attention.softmax_offset.tolist() == [0, 0, 0, 0] and plain.softmax_offset is None
 
 
+def test_a_logged_number_is_moved_only_to_another_device(monkeypatch):
+    from lightning.pytorch.trainer.connectors.logger_connector import result
+    from slipway.training.repairs import leave_metrics_in_place
+
+    moved = []
+    move = result.move_data_to_device
+    monkeypatch.setattr(result, "move_data_to_device", lambda *given: moved.append(given) or move(*given))
+    metric = result._ResultMetric(result._Metadata("f", "loss", on_step=True, on_epoch=False), is_tensor=True)
+    metric.to(torch.device("cpu"))
+    assert moved, "upstream"
+    moved.clear()
+    leave_metrics_in_place()
+    assert metric.to(torch.device("cpu")) is metric and not moved
+    assert metric.to(torch.device("meta")) is metric and moved and metric.value.device.type == "meta"
+
+
 def test_results_of_a_save_need_no_other_process(monkeypatch):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from slipway.training.repairs import hand_over_in_this_process

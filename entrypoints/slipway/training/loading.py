@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.tensors.refs import TORCH_NAMES
 from slipway.training.patches import TORCH, wrap
 
-BUFFER = 1 << 24  # bytes that a thread reads at a time
+PIECE = 1 << 23  # bytes that a thread reads at a time, at most
+ON_THE_WAY = 4  # pieces that a thread has read and the GPU has not got yet, at most
 MOST = 8  # threads of a rank
 Read = Callable[[Any, LoadPlan, LoadPlanner], Any]
 
@@ -69,6 +69,7 @@ class _Source:
     def __init__(self, reader: Any, planner: Any) -> None:
         self._reader, self._planner = reader, planner
         self._descriptors, self._layouts = Descriptors(), Layouts()
+        self._path = functools.cache(functools.partial(Path, reader.path))
         self._own = threading.local()
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._shapes = {
@@ -82,7 +83,10 @@ class _Source:
         waiting = enumerate(items)  # each thread takes the next one
 
         def read_some() -> list[int]:
-            return [index for index, item in waiting if not self.read(item)]
+            try:
+                return [index for index, item in waiting if not self.read(item)]
+            finally:
+                self._arrive()
 
         with ThreadPoolExecutor(width(), initializer=self.prepare_thread) as pool:
             # A task for each of 20,000 items would take as long as to read them.
@@ -90,12 +94,26 @@ class _Source:
         return [items[index] for index in sorted(index for task in tasks for index in task.result())]
 
     def prepare_thread(self) -> None:
-        """Give this thread a buffer and a stream."""
+        """Give this thread a buffer and, on a GPU, a stream."""
         on_gpu = self._device is not None
         if on_gpu:
             torch.cuda.set_device(self._device)
-        self._own.buffer = torch.empty(BUFFER, dtype=torch.uint8, pin_memory=on_gpu)
-        self._own.stream = torch.cuda.Stream() if on_gpu else None
+            torch.cuda.set_stream(torch.cuda.Stream())
+        self._own.buffer, self._own.used = torch.empty(ON_THE_WAY * PIECE, dtype=torch.uint8, pin_memory=on_gpu), 0
+
+    def _arrive(self) -> None:
+        """Wait for what is on its way to the GPU, so that the buffer can be used again."""
+        if self._device is not None:
+            torch.cuda.current_stream().synchronize()
+        self._own.used = 0
+
+    def _space(self, size: int) -> Tensor:
+        """So many bytes of the buffer; the next ones begin at a multiple of 64, as each dtype needs it."""
+        if self._own.used + size > len(self._own.buffer):
+            self._arrive()
+        part: Tensor = self._own.buffer[self._own.used : self._own.used + size]
+        self._own.used += -(-size // 64) * 64
+        return part
 
     def read(self, item: ReadItem) -> bool:
         """Read a tensor into the model; False where torch has to, which then says what is wrong with it."""
@@ -109,7 +127,7 @@ class _Source:
         shape = self._shapes.get((item.storage_index.fqn, tuple(item.storage_index.offset or ())))
         if shape is None or place.transform_descriptors or target.size() != item.lengths:
             return False
-        descriptor = self._descriptors.of(Path(self._reader.path, place.relative_path))
+        descriptor = self._descriptors.of(self._path(place.relative_path))
         try:
             stored = self._layouts.locate(descriptor, place.offset, place.length, shape)
         except UNREADABLE:
@@ -120,20 +138,17 @@ class _Source:
         return True
 
     def _fill(self, rows: Rows, descriptor: int) -> bool:
-        """Read the rows; False where the buffer is too small for one, or the file ends before."""
+        """Read the rows; False where one is more than a piece, or the file ends before."""
         target, count = rows.target, len(rows.target)
         try:
             if target.device.type == "cpu" and rows.is_one_piece:
                 fill(descriptor, target.view(torch.uint8).numpy().data, rows.begin)
                 return True
-            step = BUFFER // max(1, rows.bytes)
+            step = PIECE // max(1, rows.bytes)
             for first in range(0, count, step) if step else ():
-                part = self._own.buffer[: min(step, count - first) * rows.bytes]
+                part = self._space(min(step, count - first) * rows.bytes)
                 fill(descriptor, part.numpy().data, rows.begin + first * rows.bytes)
-                with torch.cuda.stream(self._own.stream) if self._own.stream else nullcontext():
-                    target[first : first + step].copy_(rows.wanted(part), non_blocking=True)
-                if self._own.stream:
-                    self._own.stream.synchronize()  # the buffer is used again
+                target[first : first + step].copy_(rows.wanted(part), non_blocking=True)
         except EOFError:
             return False
         return step > 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slipway.errors import PreflightError
 from slipway.families.decoder import LATENT_EPSILON
-from slipway.training.patches import CURE, MEGATRON, TRANSFORMER_ENGINE, replace, wrap
+from slipway.training.patches import CURE, LIGHTNING, MEGATRON, TRANSFORMER_ENGINE, replace, wrap
 from slipway.training.recipe import Recipe
 
 LATENT_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
@@ -137,6 +137,25 @@ def _follows(one: Tensor, other: Tensor) -> bool:
     alike = (one.dtype, one.shape[1:]) == (other.dtype, other.shape[1:])
     same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     return alike and same and one.data_ptr() + one.nbytes == other.data_ptr()
+
+
+def leave_metrics_in_place() -> None:
+    """Do not take a logged number apart to move it to the device that it is on: 0.8 ms, nine times in each step.
+
+    The GPU has nothing to do meanwhile.
+    """
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
+
+    wrap(_ResultMetric, "to", _only_elsewhere, LIGHTNING)
+
+
+def _only_elsewhere(to: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(to)
+    def moved(self: Any, *arguments: Any, **options: Any) -> Any:
+        is_there = self.is_tensor and not options and arguments == (self.value.device,)
+        return self if is_there else to(self, *arguments, **options)
+
+    return moved
 
 
 def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:

@@ -114,11 +114,14 @@ class Samples(Dataset):
         own = int(self._blend[1][number]) if self._blend else number
         size = len(self.parts[part])
         epoch, place = divmod(own, size)
-        if self.shuffled and epoch != self._epochs[part][0]:
+        if not self.shuffled:
+            return part, place
+        known = self._epochs[part]  # another thread, which makes the next micro batch, can be in another epoch
+        if epoch != known[0]:
             # The counter begins elsewhere than in __getitem__, whose keys can be the same, and for each file elsewhere.
             shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=(part + 1) << 64))
-            self._epochs[part] = epoch, shuffle.permutation(size)
-        return part, int(self._epochs[part][1][place])
+            known = self._epochs[part] = epoch, shuffle.permutation(size)
+        return part, int(known[1][place])
 
     def _join(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         tokens = torch.full((self.seq_length,), PAD_ID, dtype=torch.int64)

@@ -86,6 +86,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         keep_no_copies,
         keep_no_scales,
         keep_routers_counts,
+        leave_metrics_in_place,
     )
 
     gc.freeze()
@@ -97,6 +98,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     read_in_threads()
     plan_quickly()
     keep_routers_counts()
+    leave_metrics_in_place()
     ignore_padding()
     add_in_place()
     bring_activations()
