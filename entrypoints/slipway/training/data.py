@@ -21,11 +21,18 @@ class Ahead(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
-        with ThreadPoolExecutor(1) as thread:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        with ThreadPoolExecutor(1, initializer=_use, initargs=(device,)) as thread:
             coming = thread.submit(_next, batches)
             while (batch := coming.result()) is not None:
                 coming = thread.submit(_next, batches)
                 yield batch
+
+
+def _use(device: int | None) -> None:
+    """Pin memory for this GPU, not for the first one of the machine."""
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def _next(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor] | None:
