@@ -54,6 +54,14 @@ def test_the_next_batch_is_made_in_another_thread_before_it_is_asked_for():
     batches.close()
 
 
+def test_no_batch_draws_a_random_number():
+    """A step seeds itself before its first batch is asked for, and draws what it drops afterwards."""
+    batches = iter(Ahead(Numbers(), batch_sampler=BATCHES))
+    before = torch.get_rng_state()
+    assert len(list(batches)) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_error_is_raised_where_its_batch_is_asked_for():
     batches = iter(Ahead(Numbers(failing=0), batch_sampler=BATCHES))
     assert next(batches)["number"].tolist() == [3, 1]

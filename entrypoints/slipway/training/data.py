@@ -20,13 +20,17 @@ class Ahead(DataLoader):
     """Makes the next micro batch in another thread while this one is computed; a GPU waited 10 to 20 ms for it."""
 
     def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        with ThreadPoolExecutor(1, initializer=_use, initargs=(device,)) as thread:
+        # Now, and not with the first batch: torch draws a random number here, which would be one of the first step's.
+        return _ahead(super().__iter__())
+
+
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    with ThreadPoolExecutor(1, initializer=_use, initargs=(device,)) as thread:
+        coming = thread.submit(_next, batches)
+        while (batch := coming.result()) is not None:
             coming = thread.submit(_next, batches)
-            while (batch := coming.result()) is not None:
-                coming = thread.submit(_next, batches)
-                yield batch
+            yield batch
 
 
 def _use(device: int | None) -> None:
