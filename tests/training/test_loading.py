@@ -189,3 +189,20 @@ def test_tensors_of_another_class_are_left_to_torch_one_after_the_other(checkpoi
     found = loaded(Threaded(checkpoint), planner=OneAtATime())
     for name, one in values().items():
         assert bits(found[name]) == bits(one), name
+
+
+def test_after_an_error_the_other_threads_read_no_more(checkpoint, monkeypatch):
+    read, done = loading._Source.read, []
+
+    def failing(self: object, item: ReadItem) -> bool:
+        done.append(item)
+        if len(done) == 3:
+            raise OSError(5, "the disk does not answer")
+        if len(done) > 3:
+            time.sleep(0.2)  # as long as it takes the first thread to say so
+        return read(self, item)
+
+    monkeypatch.setattr(loading._Source, "read", failing)
+    with pytest.raises(CheckpointException, match="the disk does not answer"):
+        loaded(Threaded(checkpoint))
+    assert len(done) <= 3 + loading.width()

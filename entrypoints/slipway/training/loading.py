@@ -85,6 +85,10 @@ class _Source:
         def read_some() -> list[int]:
             try:
                 return [index for index, item in waiting if not self.read(item)]
+            except BaseException:
+                for _ in waiting:  # the other threads need not read what nobody will use
+                    pass
+                raise
             finally:
                 self._arrive()
 
