@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,17 +193,22 @@ def test_tensors_of_another_class_are_left_to_torch_one_after_the_other(checkpoi
 
 
 def test_after_an_error_the_other_threads_read_no_more(checkpoint, monkeypatch):
-    read, done = loading._Source.read, []
+    read, arrive, asked, ended = loading._Source.read, loading._Source._arrive, [], threading.Event()
 
     def failing(self: object, item: ReadItem) -> bool:
-        done.append(item)
-        if len(done) == 3:
+        asked.append(item)
+        if len(asked) == 3:
             raise OSError(5, "the disk does not answer")
-        if len(done) > 3:
-            time.sleep(0.2)  # as long as it takes the first thread to say so
+        if len(asked) > 3:
+            ended.wait(60)
         return read(self, item)
 
+    def arriving(self: object) -> None:
+        arrive(self)
+        ended.set()  # a thread has nothing more to do, of which the first is the one that failed
+
     monkeypatch.setattr(loading._Source, "read", failing)
+    monkeypatch.setattr(loading._Source, "_arrive", arriving)
     with pytest.raises(CheckpointException, match="the disk does not answer"):
         loaded(Threaded(checkpoint))
-    assert len(done) <= 3 + loading.width()
+    assert len(asked) < 3 + loading.width() < len(values())
