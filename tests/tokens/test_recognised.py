@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as arrow
 import pytest
+from pyarrow import parquet
 from slipway.errors import DataError, UsageError
 from slipway.tokens import folders, hub, sources
 from slipway.tokens.folders import inputs_of
@@ -291,6 +292,17 @@ def test_what_is_read_and_what_is_left_is_said_shortly(tmp_path):
         written(tmp_path, f"{number}.jsonl", ROW)
     said = folders.inputs_of(tmp_path, "train").describe(tmp_path)
     assert said.startswith("reading 4.jsonl, 5.jsonl, 6.jsonl, 7.jsonl, 8.jsonl, a.jsonl and 1 more (JSON lines)")
+
+
+def test_columns_in_the_names_of_folders_are_said(tmp_path):
+    """As pandas, pyarrow and Spark write a table by one of its columns."""
+    table = arrow.table({"text": ["one", "two", "three"], "language": ["de", "en", "de"], "year": [1, 1, 2]})
+    parquet.write_to_dataset(table, tmp_path, partition_cols=["language", "year"])
+    found = folders.inputs_of(tmp_path, None)
+    assert len(found.sources) == 3
+    assert found.describe(tmp_path).endswith("what the names of folders say is not read: language, year")
+    one = found.sources[0].path
+    assert "folders" not in folders.inputs_of(one, None).describe(one)
 
 
 # ---------------------------------------------------------------------------- names of the hub

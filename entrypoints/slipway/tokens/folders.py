@@ -63,8 +63,15 @@ class Inputs:
         names = [source.path.name if data == source.path else _inside(data, source.path) for source in self.sources]
         kinds = ", ".join(dict.fromkeys(source.describe() for source in self.sources))
         said = f"reading {_few(names)} ({kinds})"
+        if columns := self._columns_of_folders(data):
+            said += f"; what the names of folders say is not read: {_few(columns)}"
         left = [f"{name} ({why})" for name, why in self.left.items()]
         return f"{said}; left: {_few(left)}" if left else said
+
+    def _columns_of_folders(self, data: Path) -> list[str]:
+        """As Spark and others write them: language in language=de/part-0.parquet."""
+        parts = (part for each in self.sources for part in PurePosixPath(_inside(data, each.path)).parent.parts)
+        return list(dict.fromkeys(name for part in parts for name, is_given, _ in [part.partition("=")] if is_given))
 
 
 def inputs_of(data: Path, split: str | None, targets: Iterable[Path] = ()) -> Inputs:
