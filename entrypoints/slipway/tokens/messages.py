@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -184,10 +185,23 @@ def _masked(row: dict[str, Any]) -> set[str]:
 
 
 def _speaker(entry: dict[str, Any]) -> str:
-    speaker = entry.get("role", entry.get("from"))
-    if not isinstance(speaker, str):
+    speakers = [entry[name] for name in ("role", "from") if isinstance(entry.get(name), str)]
+    if not speakers:
         raise Malformed('it has no "role" or "from"')
-    return speaker
+    if len({ROLES[speaker.lower()] for speaker in speakers if speaker.lower() in ROLES}) > 1:
+        raise Malformed('its "role" and its "from" say two things; keep one of them')
+    return speakers[0]  # the other one can be a name
+
+
+def _said(entry: dict[str, Any], names: Sequence[str], meaning: Callable[[Any], Any] = lambda value: value) -> Any:
+    """The value under whichever of some names; Malformed where two have values of another meaning.
+
+    A table has all the names that any of its rows has, most of them without a value.
+    """
+    given = [name for name in names if entry.get(name)]
+    if other := next((name for name in given[1:] if meaning(entry[name]) != meaning(entry[given[0]])), None):
+        raise Malformed(f'its "{given[0]}" and its "{other}" say two things; keep one of them')
+    return next((entry[name] for name in (*given, *names) if entry.get(name) is not None), None)
 
 
 def _message(entry: Any) -> Message:
@@ -200,18 +214,16 @@ def _message(entry: Any) -> Message:
     role = ROLES.get(speaker.lower())
     if role is None:
         raise Malformed(f"its role {speaker!r} is not known; there are {', '.join(ROLES)}")
-    content = entry.get("content", entry.get("value"))
+    content = _said(entry, ("content", "value"))
     message: Message = {"role": role, "content": None}
     if speaker.lower() in CALLS:
         message["tool_calls"] = _calls(content)
     else:
         _fill(message, content)
-    if given := next((entry[key] for key in REASONING if entry.get(key)), None):
+    if given := _said(entry, REASONING):
         message["reasoning_content"] = given
-    if entry.get("tool_calls"):
-        message["tool_calls"] = _calls(entry["tool_calls"])
-    elif entry.get("function_call"):
-        message["tool_calls"] = _calls(entry["function_call"])
+    if called := _said(entry, ("tool_calls", "function_call"), _calls):
+        message["tool_calls"] = _calls(called)
     _check_reasoning(message)
     return message | {key: entry[key] for key in KEPT if entry.get(key) is not None}
 
@@ -284,11 +296,10 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _is_learned(entry: dict[str, Any]) -> bool:
-    for key in UNLEARNED:
-        value = entry.get(key)
-        if value is None:
-            continue
-        if value not in (0, 1):
-            raise Malformed(f"{key} is {value!r}; it must be 0 or 1")
-        return bool(value)
-    return True
+    given = [key for key in UNLEARNED if entry.get(key) is not None]
+    for key in given:
+        if entry[key] not in (0, 1):
+            raise Malformed(f"{key} is {entry[key]!r}; it must be 0 or 1")
+        if bool(entry[key]) != bool(entry[given[0]]):
+            raise Malformed(f'its "{given[0]}" and its "{key}" say two things; keep one of them')
+    return bool(entry[given[0]]) if given else True
