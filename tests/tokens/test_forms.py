@@ -78,6 +78,9 @@ def one(model: Path, row: dict, **options) -> str:
                    {"role": "assistant", "content": "a", "from": None, "value": None}]}, ANSWERED),
     ({"messages": [{"role": "user", "content": "q", "from": "Alice", "value": "q"},
                    {"role": "assistant", "content": "a", "value": "", "from": "gpt"}]}, ANSWERED),
+    ({"messages": [*ASKED, {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": '{"x": 1}'},
+                            "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": {"x": 1}}}]}]},
+     f"<|user|>q<|end|>\n<|assistant|>⟦{CALLED}<|end|>⟧"),
     # Several forms in a row: the first of the documented order counts, and a null is no key.
     ({"prompt": "p", "prompt_id": "x", "messages": CHAT}, ANSWERED),
     ({"text": "t", "messages": CHAT}, ANSWERED),
@@ -113,6 +116,7 @@ def test_each_form(model, row, wanted):
     ({"messages": "hello"}, "not a list of messages"),
     ({"messages": [3]}, "message 1: it is not an object"),
     ({"messages": [{"content": "x"}]}, 'message 1: it has no "role"'),
+    ({"messages": [{"role": 3, "from": "human", "content": "x"}]}, 'message 1: it has no "role"'),
     ({"messages": [{"role": "robot", "content": "x"}]}, "message 1: its role 'robot' is not known"),
     ({"messages": [{"role": "user"}, CHAT[1]]}, "message 1: its content is null"),
     ({"messages": [*ASKED, {"role": "assistant", "content": None}]}, "message 2: .* calls no tool"),

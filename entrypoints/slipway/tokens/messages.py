@@ -185,12 +185,13 @@ def _masked(row: dict[str, Any]) -> set[str]:
 
 
 def _speaker(entry: dict[str, Any]) -> str:
-    speakers = [entry[name] for name in ("role", "from") if isinstance(entry.get(name), str)]
-    if not speakers:
+    speakers = [entry[name] for name in ("role", "from") if entry.get(name)]
+    if not speakers or not all(isinstance(speaker, str) for speaker in speakers):
         raise Malformed('it has no "role" or "from"')
     if len({ROLES[speaker.lower()] for speaker in speakers if speaker.lower() in ROLES}) > 1:
         raise Malformed('its "role" and its "from" say two things; keep one of them')
-    return speakers[0]  # the other one can be a name
+    first: str = speakers[0]  # the other one can be a name
+    return first
 
 
 def _said(entry: dict[str, Any], names: Sequence[str], meaning: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -222,7 +223,7 @@ def _message(entry: Any) -> Message:
         _fill(message, content)
     if given := _said(entry, REASONING):
         message["reasoning_content"] = given
-    if called := _said(entry, ("tool_calls", "function_call"), _calls):
+    if called := _said(entry, ("tool_calls", "function_call"), _functions):
         message["tool_calls"] = _calls(called)
     _check_reasoning(message)
     return message | {key: entry[key] for key in KEPT if entry.get(key) is not None}
@@ -293,6 +294,11 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append({"type": "function", **kept, "function": whole})
     return found
+
+
+def _functions(value: Any) -> list[Any]:
+    """What is called, without the ids, which only `tool_calls` has."""
+    return [call["function"] for call in _calls(value)]
 
 
 def _is_learned(entry: dict[str, Any]) -> bool:

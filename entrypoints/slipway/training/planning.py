@@ -57,7 +57,7 @@ def plan_quickly() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile. It takes a third of the time in which so many plans are made, and finds none."""
+    """No search for garbage meanwhile. It takes a third of the time in which so many plans are made."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -167,9 +167,7 @@ def validating_neighbours(
     return valid
 
 
-def finding_at_once(
-    find: Callable[[ShardedTensor, MetadataIndex], Shard],
-) -> Callable[[ShardedTensor, MetadataIndex], Shard]:
+def finding_at_once(find: Find) -> Find:
     """The same as torch's `_find_shard`, which looks at all parts of a tensor for each part that is written."""
 
     @functools.wraps(find)
