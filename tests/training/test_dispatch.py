@@ -78,7 +78,7 @@ def test_the_ranks_send_the_precision_of_the_model(monkeypatch):
     for module in (token_dispatcher, dispatch):
         name = "reduce_scatter_to_sequence_parallel_region"
         monkeypatch.setattr(module, name, lambda rows, group: sent.append(rows.dtype) or rows)
-    ranks = SimpleNamespace(tp_size=1, ep_size=2, tp_ep_group=None, local_probs=torch.ones(2))
+    ranks = SimpleNamespace(tp_size=1, ep_size=2, tp_ep_group=None, local_probs=torch.ones(2), _shared=None)
     for dispatcher in (token_dispatcher.MoEAllGatherTokenDispatcher, dispatch.Dispatcher):
         dispatcher.token_combine(ranks, torch.ones(2, 3, dtype=torch.bfloat16))
     assert sent == [torch.float32, torch.bfloat16]

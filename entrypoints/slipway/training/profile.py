@@ -15,10 +15,10 @@ from torch.distributed import ReduceOp, all_reduce
 FILE = "profile.json"
 # What a kernel does, by its name; the first that matches counts.
 KINDS = {
-    "communication": r"nccl",
+    "communication": r"nccl|barrier_kernel",  # waiting for others too
     "attention": r"flash|fmha|sdpa|attention",
     "products": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
-    "moving tokens": r"permute|sort|index|gather|scatter|topk|memcpy|memset|_count|cumsum",
+    "moving tokens": r"permute|spread|collect|sort|index|gather|scatter|topk|memcpy|memset|_count|cumsum",
     "normalising": r"norm",
 }
 LARGEST = 8  # kernels that are listed
