@@ -163,7 +163,8 @@ def deltas(folder: Path) -> dict[str, tuple[torch.Tensor, float, torch.Tensor | 
 
 
 def test_merged_it_is_what_peft_merges(imported, tmp_path):
-    """To one rounding: peft merges in float32, and ours is written in BF16."""
+    """To one rounding: peft merges in float32, and ours is written in BF16. Where weight and adapter nearly cancel out,
+    float32's own rounding is left."""
     case, folder, model, _, _ = imported
     export(str(folder / "nemo"), str(tmp_path / "merged"))
     from copy import deepcopy
@@ -172,7 +173,7 @@ def test_merged_it_is_what_peft_merges(imported, tmp_path):
     found = transformers_model(tmp_path / "merged").state_dict()
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():
-        one_step = torch.nextafter(tensor.abs(), torch.tensor(math.inf)) * 2**-8
+        one_step = torch.nextafter(tensor.abs(), torch.tensor(math.inf)) * 2**-8 + 2**-24
         assert ((found[name] - tensor).abs() <= one_step).all(), (case, name)
 
 
