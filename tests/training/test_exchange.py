@@ -23,13 +23,14 @@ RANKS, EXPERTS = 2, 3  # of each rank
 class InOneProcess(Shared):
     def __init__(self, rank, tokens, width, made):
         self.size, self.ranks, self.rank = tokens * width, RANKS, rank
-        self._own, self._is_read = made[rank], False
+        self._own = made[rank]
+        self._is_read = self._is_summed = False
         starts = [one.data_ptr() for one in made]
         self.sent = torch.tensor(starts)
         self.made = torch.tensor(starts) + (1 + rank) * self.size * made[rank].element_size()
 
     def wait(self):
-        self._is_read = False
+        self._is_read = self._is_summed = False
 
 def rows_of(chosen):
     # As Transformer Engine's make_row_id_map lays them out.
@@ -92,8 +93,10 @@ class Waiting:
 
         self.waits = 0
         self._handle = SimpleNamespace(barrier=lambda channel, timeout: setattr(self, "waits", self.waits + 1))
-        self._own, self._is_read, self.size = torch.zeros(8), False, 8
+        self._own, self.size = torch.zeros(8), 8
+        self._is_read = self._is_summed = False
         self.send, self.wait = Shared.send.__get__(self), Shared.wait.__get__(self)
+        self.begin_to_make = Shared.begin_to_make.__get__(self)
 
 
 def test_nothing_is_written_where_another_rank_may_still_read():
@@ -107,6 +110,20 @@ def test_nothing_is_written_where_another_rank_may_still_read():
     assert shared.waits == 3
     shared.send(torch.ones(2, 4))
     assert shared.waits == 5
+
+
+def test_nothing_is_made_where_another_rank_may_still_add_up():
+    """As a send waits after every sum, this costs nothing between a send and a sum."""
+    shared = Waiting()
+    shared.begin_to_make()
+    assert shared.waits == 0
+    shared._is_summed = True  # as `summed` leaves it
+    shared.begin_to_make()
+    assert shared.waits == 1
+    shared._is_summed = True
+    shared.send(torch.ones(2, 4))
+    shared.begin_to_make()
+    assert shared.waits == 2
 
 
 @pytest.mark.parametrize("ranks, of_node, expected", [([0, 1], 2, True), ([1, 2], 2, False), ([4, 5, 6, 7], 4, True)])

@@ -43,7 +43,8 @@ class Shared:
         step = self.size * self._own.element_size()
         self.sent = torch.tensor(starts, dtype=torch.int64, device=device)
         self.made = torch.tensor([start + (1 + self.rank) * step for start in starts], device=device)
-        self._is_read = False  # by others, since all have last waited for each other
+        # Since all have last waited for each other: others may read what was sent, this rank what was made for it.
+        self._is_read = self._is_summed = False
 
     def holds(self, hidden: Tensor) -> bool:
         """Whether there is room for such hidden states of each rank."""
@@ -60,7 +61,12 @@ class Shared:
     def wait(self) -> None:
         """Until all ranks of the group are here, as far as the GPU is concerned."""
         self._handle.barrier(0, WAITS_MS)
-        self._is_read = False
+        self._is_read = self._is_summed = False
+
+    def begin_to_make(self) -> None:
+        """To be called before this rank writes for others: they may still add up what it wrote before."""
+        if self._is_summed:
+            self.wait()
 
     def summed(self, tokens: int, width: int) -> Tensor:
         """[tokens, width]: of what all ranks have made, once they have waited."""
@@ -68,6 +74,7 @@ class Shared:
         _sum_kernel[(triton.cdiv(total.numel(), COLUMNS),)](
             self._own[self.size :], total, self.size, total.numel(), self.ranks, COLUMNS
         )
+        self._is_summed = True
         return total
 
 
@@ -132,6 +139,7 @@ class Places:
     def collect(self, rows: Tensor) -> Tensor:
         """[tokens, H]: of each token the sum of its rows [count, H] on all ranks."""
         width = rows.shape[1]
+        self._shared.begin_to_make()
         _collect_kernel[self._grid(width)](
             *(rows.contiguous(), self._shared.made, self._rows, self._tokens, self._shared.rank),
             *(self._shared.ranks, width, self._experts, COLUMNS),
@@ -230,6 +238,7 @@ def _sum_kernel(parts, total, step, count, RANKS: tl.constexpr, COLUMNS: tl.cons
     number = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = number < count
     sums = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for part in tl.static_range(RANKS):
-        sums += tl.load(parts + part * step + number, mask=inside, other=0.0).to(tl.float32)
+    for _ in tl.static_range(RANKS):
+        sums += tl.load(parts + number, mask=inside, other=0.0).to(tl.float32)
+        parts += step
     tl.store(total + number, sums.to(total.dtype.element_ty), mask=inside)
