@@ -188,6 +188,12 @@ def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_
     assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
 
 
+def own_terminal() -> None:
+    """Of a child: its input is its terminal, and it ends with it, where these tests run under nohup too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY)
+
+
 @pytest.mark.parametrize("processes, nohup", [(1, False), (2, False), (1, True)])
 def test_a_closed_terminal_is_a_request_to_stop_unless_nohup_keeps_it_away(
     nemo_model, data, tmp_path, processes, nohup
@@ -198,7 +204,7 @@ def test_a_closed_terminal_is_a_request_to_stop_unless_nohup_keeps_it_away(
     screen, terminal = os.openpty()
     process = subprocess.Popen(
         words, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=tmp_path,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+        preexec_fn=own_terminal,
     )  # fmt: skip
     os.close(terminal)
     shown = b""
