@@ -145,10 +145,15 @@ def start() -> None:
     print(f"engine: a private engine is running at unix://{socket()}", file=sys.stderr)
 
 
-def _install() -> None:
+def install_programs() -> None:
+    """Install what the engine needs of this machine's Debian packages, if it is missing."""
     missing = [package for program, package in INSTALLED.items() if not shutil.which(program)]
     if missing:
         apt_get("install", "-y", "--no-install-recommends", *missing)
+
+
+def _install() -> None:
+    install_programs()
     root, stamp = home() / "root", home() / "unpacked"
     if root.exists() and stamp.exists() and stamp.read_text().split() == list(UNPACKED):
         return

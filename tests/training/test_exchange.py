@@ -147,6 +147,10 @@ def test_without_it_the_ranks_agree_on_nccl(monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda failed, group: None)
     assert exchange_gpu.share(object(), torch.ones(2, 4)) is None
     assert "(peer access is not supported): NCCL brings the tokens" in capsys.readouterr().err
+    full = RuntimeError("CUDA driver error: out of memory")
+    monkeypatch.setattr(exchange_gpu, "Shared", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        exchange_gpu.share(object(), torch.ones(2, 4))
     monkeypatch.setattr(exchange_gpu, "Shared", lambda *_: "shared")
     assert exchange_gpu.share(object(), torch.ones(2, 4)) == "shared"
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda failed, group: failed.fill_(1))

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from slipway.untrusted import tell
 
 COLUMNS = 1024  # of a token at once: 16 bytes for each of 128 threads
-WAITS_MS = 30 * 60 * 1000  # for the others, after which a GPU gives up with an error: as long as NCCL
+WAITS_MS = 30 * 60 * 1000  # for the others, after which a GPU gives up with an error: what Megatron gives NCCL
 
 
 class Shared:
@@ -64,7 +64,7 @@ class Shared:
         self._is_read = self._is_summed = False
 
     def begin_to_make(self) -> None:
-        """To be called before this rank writes for others: they may still add up what it wrote before."""
+        """Wait where others may still add up what this rank has made before."""
         if self._is_summed:
             self.wait()
 
@@ -95,6 +95,8 @@ def share(group: ProcessGroup, hidden: Tensor, instead: Shared | None = None) ->
     try:
         shared = Shared(group, len(hidden), hidden.shape[1], hidden.dtype)
     except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise  # of this rank alone: the others wait for it, and only its end ends them
         why = str(error).partition("\n")[0]
     failed = torch.tensor([bool(why)], dtype=torch.int32, device=hidden.device)
     torch.distributed.all_reduce(failed, group=group)
