@@ -15,7 +15,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state, tensor_parallel
 from nemo.lightning.ckpt_utils import ckpt_to_dir
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn import functional
 
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
@@ -204,15 +206,24 @@ def checksum(module: torch.nn.Module) -> str:
     """SHA-256 over all tensors of this rank except the trained ones.
 
     Copying a model from the GPU would take minutes. So each tensor is reduced there to one integer, the sum of its
-    bytes, weighted by their place in an element.
+    bytes read as integers of 64 bits: it changes with every bit.
     """
-    digest = hashlib.sha256()
+    digest, sums = hashlib.sha256(), []
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         if ".adapter." in name or tensor.is_meta or not tensor.numel():
             continue  # a matrix in NF4 is a buffer, and its parameter has no memory
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         stored = getattr(tensor, "_data", tensor).detach()  # in FP8, Transformer Engine's bytes
-        words = stored.contiguous().view(-1).view(torch.uint8).view(-1, stored.element_size())
-        weights = torch.arange(1, 1 + stored.element_size(), device=stored.device) * 257
-        total = sum((chunk.long() * weights).sum() for chunk in words.split(1 << 24))
-        digest.update(f"{name} {tuple(tensor.shape)} {int(total)}\n".encode())
+        sums.append(_sum_of_bits(stored.contiguous().view(-1).view(torch.uint8)))
+    if sums:  # from the GPU at once
+        digest.update(torch.stack([one.to(sums[0].device) for one in sums]).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sum_of_bits(stored: Tensor) -> Tensor:
+    """The sum of the bytes, read as integers of 64 bits, modulo 2⁶⁴."""
+    if stored.storage_offset() % 8:  # a part of a larger tensor, which torch does not read so
+        stored = stored.clone()
+    whole = stored.numel() // 8 * 8
+    rest = functional.pad(stored[whole:], (0, whole + 8 - stored.numel()))
+    return stored[:whole].view(torch.int64).sum() + rest.view(torch.int64).sum()

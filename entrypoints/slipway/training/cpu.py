@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -81,9 +82,9 @@ def _without_kernels() -> None:
 
 def _without_compiling() -> None:
     """No C++ compiler is needed, and no time spent in one: tiny models run faster than they compile."""
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # read when torch's compiler is imported
+    if known := sys.modules.get("torch._dynamo.config"):
+        known.disable = True  # type: ignore[attr-defined]
     compile_nothing()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slipway.checkpoint.nemo_context import has_tokenizer
 from slipway.errors import PreflightError, SlipwayError
 from slipway.launch.failure import leave_word
 from slipway.launch.quiet import quiet
@@ -64,7 +65,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
 
     on_gpu = torch.cuda.is_available()
     libraries = preload.start() if on_gpu else None
-    import_less()
+    import_less(has_tokenizer(Path(recipe.model)))
     if not on_gpu:
         from slipway.training import cpu
 
@@ -298,10 +299,10 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
 
 def arithmetic_of(recipe: Recipe, config: Any) -> Arithmetic:
     """The floating-point operations of this run's model, for the log."""
-    from slipway.checkpoint.torch_dist import Reader
+    from slipway.checkpoint.torch_dist import tensors_of
     from slipway.training.throughput import arithmetic
 
-    return arithmetic(Reader(Path(recipe.model)).tensors, config)
+    return arithmetic(tensors_of(Path(recipe.model)), config)
 
 
 def draws(recipe: Recipe, config: Any) -> bool:
