@@ -189,6 +189,33 @@ def test_a_logged_number_is_moved_only_to_another_device(monkeypatch):
     assert metric.to(torch.device("meta")) is metric and moved and metric.value.device.type == "meta"
 
 
+def test_weights_stay_where_they_are_when_a_run_ends():
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.accelerators import CPUAccelerator
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from slipway.training.repairs import leave_weights_in_place
+
+    def ended(module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        strategy = SingleDeviceStrategy("cpu", accelerator=CPUAccelerator())
+        strategy.connect(module)
+        strategy.optimizers = [optimizer]
+        strategy.teardown()
+
+    module = LightningModule()
+    module.weight = torch.nn.Parameter(torch.ones(2, device="meta"))  # cannot be copied to another device
+    plain = torch.optim.SGD(module.parameters(), lr=1)
+    adam = torch.optim.Adam(module.parameters())
+    adam.state[module.weight]["exp_avg"] = torch.ones(2, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"):  # upstream, the model
+        ended(module, plain)
+    with pytest.raises(NotImplementedError, match="meta"):  # upstream, the optimizer
+        ended(LightningModule(), adam)
+    leave_weights_in_place()
+    ended(module, plain)
+    ended(module, adam)
+    assert module.weight.is_meta and adam.state[module.weight]["exp_avg"].is_meta
+
+
 def test_results_of_a_save_need_no_other_process(monkeypatch):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from slipway.training.repairs import hand_over_in_this_process

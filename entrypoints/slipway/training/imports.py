@@ -73,6 +73,7 @@ SELDOM_USED: dict[str, dict[str, Callable[[], Any]]] = {
         "OptimizedModule": lambda: _AnyType,
         "config": SimpleNamespace,
         "disable": lambda: _unchanged,
+        "trace_rules": lambda: SimpleNamespace(clear_lru_cache=_nothing),  # at the start of torch.distributed
     },
     # Starts other machines, and describes a run's configuration when a checkpoint is saved. NeMo's functions are marked
     # as its commands.

@@ -158,6 +158,30 @@ def _only_elsewhere(to: Callable[..., Any]) -> Callable[..., Any]:
     return moved
 
 
+def leave_weights_in_place() -> None:
+    """Do not copy the model and the optimizer's state from the GPU when the run ends: 30 s for 42 GB, and the memory.
+
+    The process ends then.
+    """
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import strategy
+
+    wrap(LightningModule, "cpu", _staying, LIGHTNING)
+    wrap(strategy, "_optimizers_to_device", _staying_on_the_gpu, LIGHTNING)
+
+
+def _staying(_: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module: module
+
+
+def _staying_on_the_gpu(move: Callable[..., None]) -> Callable[..., None]:
+    def moved(optimizers: Any, device: Any) -> None:
+        if torch.device(device).type != "cpu":
+            move(optimizers, device)
+
+    return moved
+
+
 def scale_auxiliary_loss(config: Any, recipe: Recipe) -> None:
     """Make the routers' auxiliary loss as large as in one process.
 

@@ -88,6 +88,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         keep_no_scales,
         keep_routers_counts,
         leave_metrics_in_place,
+        leave_weights_in_place,
     )
 
     gc.freeze()
@@ -100,6 +101,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     plan_quickly()
     keep_routers_counts()
     leave_metrics_in_place()
+    leave_weights_in_place()
     ignore_padding()
     add_in_place()
     bring_activations()
