@@ -28,13 +28,22 @@ left_out += ["nemo_run.core", "pandas.core", "zarr.core"]
 for name in left_out:
     assert name not in sys.modules, f"{name} was imported"
 import torch
+leaf = torch.ones(2, requires_grad=True)
+assert torch.equal(*torch.autograd.grad(leaf * 3, leaf, torch.ones(2)), torch.full([2], 3.0))
+try:
+    torch.autograd.grad(leaf * 3, leaf, torch.ones(3))
+except RuntimeError as error:
+    assert "Mismatch in shape" in str(error)
+else:
+    raise AssertionError("a gradient of another shape was taken")
+assert "sympy" not in sys.modules, "sympy was imported for two shapes"
 half = torch.compile(lambda x: x / 2, backend="eager")
 assert "torch._dynamo.utils" not in sys.modules, "torch's compiler was imported before it had anything to compile"
 assert half(torch.ones(1)) == 0.5 and "torch._dynamo.utils" in sys.modules
 import torch._dynamo
 assert torch._dynamo.disable(half) is not half and not torch._dynamo.config.disable
 from torch.fx.experimental import symbolic_shapes
-assert symbolic_shapes.statically_known_true(1 < 2)
+assert symbolic_shapes.statically_known_true(1 < 2) and "sympy" in sys.modules
 
 from nemo.collections import llm
 assert llm.LlamaConfig is LlamaConfig and llm.finetune is finetune and llm.peft.LoRA is LoRA

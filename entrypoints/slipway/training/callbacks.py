@@ -174,13 +174,17 @@ class Finite(Callback):
 
 def first_not_finite(module: torch.nn.Module) -> str:
     """The name of the first weight of this rank with a value that is NaN or infinite; "" where there is none."""
-    for name, parameter in module.named_parameters():
-        packed = getattr(parameter, "packed_in", None)
-        # A number that is none makes the scale of its block one too.
-        values = packed.scales_of(parameter) if packed else parameter.detach()
-        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-            return name.replace("module.", "")
-    return ""
+    sums = [_values(parameter).sum(dtype=torch.float32) for parameter in module.parameters()]
+    if not sums or torch.isfinite(torch.stack(sums)).all():  # asked of the GPU once, not for each of 12,000 experts
+        return ""
+    wrong = (name for name, parameter in module.named_parameters() if not torch.isfinite(_values(parameter)).all())
+    return next(wrong, "").replace("module.", "")
+
+
+def _values(parameter: torch.nn.Parameter) -> Tensor:
+    """The weight; in NF4 the scales of its blocks, where a number that is none makes one too."""
+    packed = getattr(parameter, "packed_in", None)
+    return packed.scales_of(parameter) if packed else parameter.detach()
 
 
 class FrozenBase(Callback):
@@ -225,5 +229,7 @@ def _sum_of_bits(stored: Tensor) -> Tensor:
     if stored.storage_offset() % 8:  # a part of a larger tensor, which torch does not read so
         stored = stored.clone()
     whole = stored.numel() // 8 * 8
-    rest = functional.pad(stored[whole:], (0, whole + 8 - stored.numel()))
-    return stored[:whole].view(torch.int64).sum() + rest.view(torch.int64).sum()
+    total = stored[:whole].view(torch.int64).sum()
+    if whole == stored.numel():
+        return total
+    return total + functional.pad(stored[whole:], (0, whole + 8 - stored.numel())).view(torch.int64).sum()

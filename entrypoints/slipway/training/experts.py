@@ -37,7 +37,7 @@ def group_products() -> None:
     from megatron.core.transformer.moe.experts import TEGroupedMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    _let_sorting_compile()
+    let_sorting_compile()
     choose_blocks()
     wrap(TEGroupedLinear, "__init__", made_in_one_piece, MEGATRON)
     wrap(TEGroupedLinear, "forward", _in_one_product, MEGATRON)
@@ -46,7 +46,7 @@ def group_products() -> None:
     replace(TEGroupedMLP, "_apply_bias", staticmethod(_add_bias), MEGATRON)
 
 
-def _let_sorting_compile() -> None:
+def let_sorting_compile() -> None:
     """Transformer Engine 2.9 calls a function of Triton that Triton 3.6 lets kernels call only when it is marked."""
     import types
 

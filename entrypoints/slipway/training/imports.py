@@ -45,9 +45,18 @@ def _unchanged(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -
     return _unchanged if function is None else function
 
 
-def _forward(module: str, name: str) -> Callable[..., Any]:
-    """A function that imports the function of that name when it is called."""
-    return lambda *arguments, **named: getattr(importlib.import_module(module), name)(*arguments, **named)
+SYMBOLS = "torch.fx.experimental.symbolic_shapes"
+
+
+def _the_fact(name: str) -> Callable[..., Any]:
+    """A function of torch's that decides what may hold a symbol: a fact is decided already."""
+    return lambda claim, *more: claim if isinstance(claim, bool) else _from(SYMBOLS, name)()(claim, *more)
+
+
+def _equal(one: Any, other: Any) -> Any:
+    """Whether two shapes are the same."""
+    known = all(isinstance(shape, tuple) and all(type(size) is int for size in shape) for shape in (one, other))
+    return one == other if known else _from(SYMBOLS, "sym_eq")()(one, other)
 
 
 class _AnyType:
@@ -66,8 +75,10 @@ SELDOM_USED: dict[str, dict[str, Callable[[], Any]]] = {
     "zarr": {"Array": lambda: _AnyType},
     # With these come torch's compiler and sympy. Lightning asks what is compiled, and torch and Transformer Engine say
     # what must not be: with no compiler, nothing is.
-    "torch.fx.experimental.symbolic_shapes": {
-        "statically_known_true": lambda: _forward("torch.fx.experimental.symbolic_shapes", "statically_known_true"),
+    SYMBOLS: {
+        "expect_true": lambda: _the_fact("expect_true"),
+        "statically_known_true": lambda: _the_fact("statically_known_true"),
+        "sym_eq": lambda: _equal,
     },
     "torch._dynamo": {
         "OptimizedModule": lambda: _AnyType,

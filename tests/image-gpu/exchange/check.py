@@ -8,6 +8,7 @@ import sys
 
 import torch
 from slipway.training.exchange_gpu import Places, Shared
+from slipway.training.experts import let_sorting_compile
 from torch import distributed, multiprocessing
 from transformer_engine.pytorch.triton.permutation import make_row_id_map
 
@@ -21,6 +22,7 @@ BOUND = 1e-3
 def check(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(RANKS)}
     torch.cuda.set_device(rank)
+    let_sorting_compile()
     distributed.init_process_group("nccl", rank=rank, world_size=RANKS, device_id=torch.device("cuda", rank))
     wrong = sum(differences(rank, *shape) for shape in SHAPES)
     distributed.destroy_process_group()
