@@ -41,7 +41,8 @@ def differences(rank: int, tokens: int, width: int, experts: int, of_token: int)
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     shared = Shared(distributed.group.WORLD, tokens, width, torch.bfloat16)
     places = Places(shared, make_row_id_map(chosen, *chosen.shape), len(of_rows), tokens)
-    everyone, total = hidden.new_empty(RANKS * tokens, width), torch.empty_like(hidden)
+    # In float32: NCCL would round the sum of each two ranks.
+    everyone, total = hidden.new_empty(RANKS * tokens, width), torch.empty_like(hidden, dtype=torch.float32)
     wrong = 0
     for number in range(TIMES):
         rows, found = places.spread(hidden * (number % 7 + 1), probs)
@@ -52,12 +53,12 @@ def differences(rank: int, tokens: int, width: int, experts: int, of_token: int)
             continue
         distributed.all_gather_into_tensor(everyone, hidden * (number % 7 + 1))
         parts = torch.zeros_like(everyone, dtype=torch.float32).index_add_(0, of_rows, rows.float())
-        distributed.reduce_scatter_tensor(total, parts.bfloat16())
+        distributed.reduce_scatter_tensor(total, parts.bfloat16().float())
         wrong += not torch.equal(rows, everyone[of_rows])
         wrong += not torch.equal(found, probs.t()[chosen.t()])
         wrong += not torch.equal(places.of_tokens(found), probs * chosen)
         # In what order a token's rows are added up decides a last digit of some.
-        wrong += bool((sums.float() - total.float()).norm() > BOUND * total.float().norm())
+        wrong += bool((sums.float() - total.bfloat16().float()).norm() > BOUND * total.norm())
     print(f"{'ok' if not wrong else 'WRONG'}   rank {rank}: {tokens} tokens of {width}, {experts} experts", flush=True)
     return wrong
 
