@@ -166,7 +166,11 @@ def test_stages_are_those_of_megatron(sizes, layers, stages):
         ),
         (
             ["--context-parallel-size", "2", "--nproc-per-node", "2"],
-            "with sinks takes --context-parallel-size 1, not 2",
+            "with sinks takes --context-parallel-size 2 for packed samples only: use --pack",
+        ),
+        (
+            ["--context-parallel-size", "4", "--nproc-per-node", "4", "--pack", "--mode", "lora"],
+            "and 4 does not divide the model's 2 groups of keys and values",
         ),
     ],
 )

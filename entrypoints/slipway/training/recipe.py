@@ -256,6 +256,20 @@ class Recipe:
         problem = self.unpackable_model(c) if c else "needs to know the model's config.json: give --config"
         return not problem, problem
 
+    def _check_shared_heads(self, groups: int) -> None:
+        """UsageError where context parallel ranks cannot share the heads of attention with sinks, see sinks.py."""
+        if not self.pack:
+            raise UsageError(
+                f"attention with sinks takes --context-parallel-size {self.context_parallel_size} for packed samples "
+                "only: use --pack, or --context-parallel-size 1"
+            )
+        if groups % (ranks := self.tensor_parallel_size * self.context_parallel_size):
+            raise UsageError(
+                f"the ranks of --tensor-parallel-size {self.tensor_parallel_size} and --context-parallel-size "
+                f"{self.context_parallel_size} share the heads of attention with sinks, and {ranks} does not divide "
+                f"the model's {groups} groups of keys and values; change one of them"
+            )
+
     def check_model(self, c: Mapping[str, Any]) -> None:
         """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
         self.stages(c["num_hidden_layers"])
@@ -278,11 +292,7 @@ class Recipe:
             if count % (size := getattr(self, f"{kind}_parallel_size")):
                 raise UsageError(f"--{kind}-parallel-size {size} does not divide the model's {count} {what}; change it")
         if c["model_type"] == "gpt_oss" and self.context_parallel_size > 1:
-            # Transformer Engine has no kernel for sinks, nor for windows, that fetches keys from the other ranks.
-            raise UsageError(
-                f"attention with sinks takes --context-parallel-size 1, not {self.context_parallel_size}: use "
-                "--tensor-parallel-size"
-            )
+            self._check_shared_heads(c["num_key_value_heads"])
         if self.mode == "lora" and self.dora and self.tensor_parallel_size > 1:
             raise UsageError("--dora takes --tensor-parallel-size 1: NeMo saves its sizes in the order of the ranks")
         if experts and self.mode == "lora" and self.dora and "linear_fc" in self.lora_targets:

@@ -28,11 +28,16 @@ def share_of_samples(bounds: torch.Tensor, ranks: int, rank: int) -> torch.Tenso
     Args:
         bounds: int32 [samples + 1], where each sample begins, and T; the samples are multiples of 2 · ranks long.
     """
+    return ranks_of_positions(bounds, ranks) == rank
+
+
+def ranks_of_positions(bounds: torch.Tensor, ranks: int) -> torch.Tensor:
+    """int [T]: the rank that has each position of packed samples, see share_of_samples."""
     lengths = bounds.diff()
     total = int(bounds[-1])
     begins, sizes = (torch.repeat_interleave(of_each, lengths, output_size=total) for of_each in (bounds[:-1], lengths))
     part = (torch.arange(total, device=bounds.device) - begins) * (2 * ranks) // sizes
-    return (part == rank) | (part == 2 * ranks - 1 - rank)
+    return torch.minimum(part, 2 * ranks - 1 - part)
 
 
 def computed_positions(longest: int, seq_length: int, ranks: int) -> int:

@@ -4,6 +4,9 @@ A sink is one more score of each head, whose value is zero: it takes a share of 
 attention without sinks is computed, and its output is what it would be with them but for a factor, which follows from
 the sums of exponentials that flash attention returns. In the backward pass its kernel computes the weights from such
 sums again: given the sums that the sinks are a part of, it computes the weights with them.
+
+Context parallel ranks have parts of every sample, and all heads. For the attention each gets all tokens, of its part of
+the heads: a window and a sink are then what they are on one rank.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 
 from slipway.errors import PreflightError
 from slipway.training.patches import MEGATRON, wrap
+from slipway.training.samples import ranks_of_positions
 
 UNLIMITED = -1  # a window's size for flash attention
 
@@ -30,6 +35,8 @@ def attend_with_sinks() -> None:
 
 
 def _packed_with_sinks(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    from megatron.core import parallel_state
+
     @functools.wraps(forward)
     def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
         packed = options.get("packed_seq_params")
@@ -40,13 +47,86 @@ def _packed_with_sinks(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 f"the model's context has an attention_dropout of {layer.attention_dropout}, and packed samples with "
                 "sinks are computed without: use --pack=false"
             )
-        found = SinkAttention.apply(
-            *(query, key, value, layer.softmax_offset),
-            *(packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.size(-1)), layer.window_size[0]),
-        )
-        return found.flatten(1)
+        sizes = packed.cu_seqlens_q, packed.max_seqlen_q, 1 / math.sqrt(query.size(-1)), layer.window_size[0]
+        group = parallel_state.get_context_parallel_group(check_initialized=False)
+        if group is None or group.size() == 1:
+            return SinkAttention.apply(query, key, value, layer.softmax_offset, *sizes).flatten(1)
+        return attend_by_heads(query, key, value, layer.softmax_offset, *sizes, group=group).flatten(1)
 
     return attend
+
+
+def attend_by_heads(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, *sizes: Any, group: ProcessGroup
+) -> Tensor:
+    """SinkAttention where context parallel ranks share the tokens: for it, they share the heads.
+
+    Args:
+        query: [T / ranks, heads, D]; key, value: [T / ranks, groups, D]; ranks divide groups.
+        sinks: [heads], of all ranks.
+        bounds, sizes: those of SinkAttention, for all T tokens.
+
+    Returns: [T / ranks, heads, D].
+    """
+    ranks = group.size()
+    order = order_of(bounds, ranks)
+    shared = [part.unflatten(1, (ranks, -1)) for part in (query, key, value)]  # [T / ranks, ranks, heads / ranks, D]
+    mine = ToHeads.apply(torch.cat(shared, 2), order, group)
+    found = SinkAttention.apply(
+        *mine.split([part.size(2) for part in shared], 1), sinks.chunk(ranks)[group.rank()], bounds, *sizes
+    )
+    return ToTokens.apply(found, order, group).flatten(1, 2)
+
+
+def order_of(bounds: Tensor, ranks: int) -> Tensor:
+    """int [T]: the positions in the order of the ranks that have them; kept with the bounds, for all layers."""
+    if not hasattr(bounds, "order"):
+        bounds.order = ranks_of_positions(bounds, ranks).argsort(stable=True)
+    return bounds.order
+
+
+def to_heads(mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
+    """[T / ranks, ranks, heads, D] of this rank's tokens → [T, heads, D] of this rank's heads."""
+    found = _exchange(mine.transpose(0, 1), group).flatten(0, 1)
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
+def to_tokens(mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
+    """[T, heads, D] of this rank's heads → [T / ranks, ranks, heads, D] of this rank's tokens."""
+    return _exchange(mine[order].unflatten(0, (group.size(), -1)), group).transpose(0, 1)
+
+
+def _exchange(parts: Tensor, group: ProcessGroup) -> Tensor:
+    """Part i goes to rank i; the parts that come are in the order of the ranks."""
+    found = torch.empty(parts.shape, dtype=parts.dtype, device=parts.device)
+    distributed.all_to_all_single(found, parts.contiguous(), group=group)
+    return found
+
+
+class ToHeads(torch.autograd.Function):
+    """`to_heads`, whose gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.order, ctx.group = order, group
+        return to_heads(mine, order, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return to_tokens(gradient, ctx.order, ctx.group), None, None
+
+
+class ToTokens(torch.autograd.Function):
+    """`to_tokens`, whose gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.order, ctx.group = order, group
+        return to_tokens(mine, order, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return to_heads(gradient, ctx.order, ctx.group), None, None
 
 
 class SinkAttention(torch.autograd.Function):
