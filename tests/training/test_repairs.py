@@ -14,6 +14,7 @@ import subprocess
 import sys
 from multiprocessing.managers import BaseProxy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +188,23 @@ def test_a_logged_number_is_moved_only_to_another_device(monkeypatch):
     leave_metrics_in_place()
     assert metric.to(torch.device("cpu")) is metric and not moved
     assert metric.to(torch.device("meta")) is metric and moved and metric.value.device.type == "meta"
+
+
+def test_packed_samples_with_yarn_have_the_angles_of_all_positions():
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+    from megatron.core.models.gpt import GPTModel
+    from slipway.training.repairs import turn_packed_positions
+
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    plain = RotaryEmbedding(8, 1.0, cp_group=group)
+    angles = YarnRotaryEmbedding(8, original_max_position_embeddings=4096, cp_group=group)
+    source = inspect.getsource(GPTModel._preprocess)
+    assert "self.rotary_pos_emb(rotary_seq_len)" in source, "upstream asks YaRN without saying what is packed"
+    assert len(plain(16, packed_seq=True)) == 16 and len(angles(16)[0]) == 8, "upstream"
+    turn_packed_positions()
+    assert len(angles(16)[0]) == 16
+    alone = YarnRotaryEmbedding(8, original_max_position_embeddings=4096)
+    assert torch.equal(angles(16)[0], alone(16)[0])
 
 
 def test_weights_stay_where_they_are_when_a_run_ends():

@@ -158,6 +158,25 @@ def _only_elsewhere(to: Callable[..., Any]) -> Callable[..., Any]:
     return moved
 
 
+def turn_packed_positions() -> None:
+    """Give context parallel ranks the angles of all positions of packed samples with YaRN, as with plain ones.
+
+    Megatron takes this rank's share of them, as of one sequence for all, and then again of each sample's. To be called
+    where samples are packed.
+    """
+    from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+
+    wrap(YarnRotaryEmbedding, "forward", _of_all_positions, MEGATRON)
+
+
+def _of_all_positions(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def found(self: Any, max_seq_len: int, offset: int = 0, packed_seq: bool = True) -> Any:
+        return forward(self, max_seq_len, offset, True)
+
+    return found
+
+
 def leave_weights_in_place() -> None:
     """Do not copy the model and the optimizer's state from the GPU when the run ends: 30 s for 42 GB, and the memory.
 

@@ -89,6 +89,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         keep_routers_counts,
         leave_metrics_in_place,
         leave_weights_in_place,
+        turn_packed_positions,
     )
 
     gc.freeze()
@@ -103,6 +104,8 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     leave_metrics_in_place()
     leave_weights_in_place()
     ignore_padding()
+    if recipe.pack:
+        turn_packed_positions()
     add_in_place()
     bring_activations()
     if on_gpu:
