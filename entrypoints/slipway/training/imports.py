@@ -46,6 +46,12 @@ def _unchanged(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -
 
 
 SYMBOLS = "torch.fx.experimental.symbolic_shapes"
+MASKS = "transformers.masking_utils"
+
+
+def _calling(module: str, name: str) -> Callable[..., Any]:
+    """A function that imports the one of this name when it is called."""
+    return lambda *arguments, **named: _from(module, name)()(*arguments, **named)
 
 
 def _the_fact(name: str) -> Callable[..., Any]:
@@ -66,7 +72,7 @@ class _AnyType:
         return cls
 
 
-# Packages that are always imported and seldom used, with what is always taken from each.
+# Packages and modules that are always imported and seldom used, with what is always taken from each.
 SELDOM_USED: dict[str, dict[str, Callable[[], Any]]] = {
     # Megatron and NeMo import wandb, which a run uses with --wandb-project, and pandas for a tokenizer.
     "wandb": {},
@@ -75,6 +81,7 @@ SELDOM_USED: dict[str, dict[str, Callable[[], Any]]] = {
     "zarr": {"Array": lambda: _AnyType},
     # With these come torch's compiler and sympy. Lightning asks what is compiled, and torch and Transformer Engine say
     # what must not be: with no compiler, nothing is.
+    MASKS: {"create_masks_for_generate": lambda: _calling(MASKS, "create_masks_for_generate")},
     SYMBOLS: {
         "expect_true": lambda: _the_fact("expect_true"),
         "statically_known_true": lambda: _the_fact("statically_known_true"),
@@ -147,8 +154,6 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "nemo.export.trt_llm.nemo_ckpt_loader.nemo_file": ("load_distributed_model_weights",),
     # Scores texts with a model of transformers.
     "nemo.collections.common.parts.mlm_scorer": ("MLMScorer",),
-    # The masks of transformers' models, which it compiles.
-    "transformers.masking_utils": ("create_masks_for_generate",),
     # Writes models for ONNX.
     "transformer_engine.pytorch.onnx_extensions": (
         "onnx_attention_mask_func",
