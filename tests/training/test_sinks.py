@@ -5,6 +5,8 @@ The kernel runs on GPUs alone. Here its place is taken by the same formulas in p
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,35 +35,38 @@ def hidden(bounds: Tensor, window: int) -> Tensor:
     return ~(seen & (behind <= window) if window != UNLIMITED else seen)
 
 
-def scores(query: Tensor, key: Tensor, bounds: Tensor, window: int) -> Tensor:
+def for_each_head(of_groups: Tensor, query: Tensor) -> Tensor:
+    return of_groups.repeat_interleave(query.size(1) // of_groups.size(1), 1)
+
+
+def scores(query: Tensor, key: Tensor, bounds: Tensor, window: int, scale: float = SCALE) -> Tensor:
     """[heads, T, T]"""
-    key = key.repeat_interleave(HEADS // GROUPS, 1)
-    return (torch.einsum("qhd,khd->hqk", query, key) * SCALE).masked_fill(hidden(bounds, window), -torch.inf)
+    return (torch.einsum("qhd,khd->hqk", query, for_each_head(key, query)) * scale).masked_fill(
+        hidden(bounds, window), -torch.inf
+    )
 
 
 def plain_forward(query, key, value, bounds, longest, scale, window):
-    assert (longest, scale) == (int(bounds.diff().max()), SCALE)
-    found = scores(query, key, bounds, window)
-    value = value.repeat_interleave(HEADS // GROUPS, 1)
-    return torch.einsum("hqk,khd->qhd", found.softmax(-1), value), found.logsumexp(-1)
+    assert longest == int(bounds.diff().max())
+    found = scores(query, key, bounds, window, scale)
+    return torch.einsum("hqk,khd->qhd", found.softmax(-1), for_each_head(value, query)), found.logsumexp(-1)
 
 
 def plain_backward(gradient, query, key, value, found, sums, bounds, longest, scale, window, state):
     """As the kernel: weights from the scores and the given sums, and the output's part in their derivative."""
-    weights = (scores(query, key, bounds, window) - sums.unsqueeze(-1)).exp()
-    wide = [part.repeat_interleave(HEADS // GROUPS, 1) for part in (key, value)]
-    of_weights = torch.einsum("qhd,khd->hqk", gradient, wide[1])
-    of_scores = weights * (of_weights - (gradient * found).sum(-1).T.unsqueeze(-1)) * SCALE
-    of_query = torch.einsum("hqk,khd->qhd", of_scores, wide[0])
+    weights = (scores(query, key, bounds, window, scale) - sums.unsqueeze(-1)).exp()
+    of_weights = torch.einsum("qhd,khd->hqk", gradient, for_each_head(value, query))
+    of_scores = weights * (of_weights - (gradient * found).sum(-1).T.unsqueeze(-1)) * scale
+    of_query = torch.einsum("hqk,khd->qhd", of_scores, for_each_head(key, query))
     of_key = torch.einsum("hqk,qhd->khd", of_scores, query)
     of_value = torch.einsum("hqk,qhd->khd", weights, gradient)
-    return of_query, *(part.unflatten(1, (GROUPS, -1)).sum(2) for part in (of_key, of_value))
+    return of_query, *(part.unflatten(1, (key.size(1), -1)).sum(2) for part in (of_key, of_value))
 
 
 def defined(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds: Tensor, window: int) -> Tensor:
     """A sink is a column of the scores that is dropped after the softmax, as in transformers."""
     both = torch.cat([scores(query, key, bounds, window), sinks[:, None, None].expand(-1, len(query), 1)], -1)
-    value = value.repeat_interleave(HEADS // GROUPS, 1)
+    value = for_each_head(value, query)
     return torch.einsum("hqk,khd->qhd", both.softmax(-1)[..., :-1], value)
 
 
@@ -126,6 +131,27 @@ def test_ranks_that_share_the_tokens_find_what_one_finds(tmp_path):
         # Each rank has the gradient of its heads' sinks, and the ranks add theirs up, as of every weight.
         torch.testing.assert_close(sum(of_sinks), whole[4], rtol=1e-5, atol=1e-6)
         assert all((part == 0).sum() == HEADS // RANKS for part in of_sinks)
+
+
+def test_a_model_of_which_ranks_have_parts_of_each_sample_is_the_whole_one(tmp_path):
+    """With everything that a sample's position decides: sinks, windows, YaRN's angles, packed samples."""
+    script = Path(__file__).with_name("sinks_in_parts.py")
+    for ranks in (1, RANKS):
+        started = [
+            subprocess.Popen([sys.executable, script, str(rank), str(ranks), tmp_path], stderr=subprocess.PIPE)
+            for rank in range(ranks)
+        ]
+        for one in started:
+            assert one.wait() == 0, one.stderr.read().decode()
+    whole, of_whole = torch.load(tmp_path / "1-0.pt")
+    total = dict.fromkeys(of_whole, 0)
+    for rank in range(RANKS):
+        found, gradients = torch.load(tmp_path / f"{RANKS}-{rank}.pt")
+        torch.testing.assert_close(found, whole[share_of_samples(SHARED, RANKS, rank)], rtol=1e-4, atol=1e-5)
+        assert gradients.keys() == of_whole.keys()
+        total = {name: total[name] + gradients[name] for name in total}
+    for name, expected in of_whole.items():
+        torch.testing.assert_close(total[name], expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_dropout_is_refused_where_it_would_be_left_out():
