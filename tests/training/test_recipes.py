@@ -194,11 +194,15 @@ def test_what_does_not_fit_is_one_line_before_any_work(nemo_model, data, tmp_pat
         ("llama31", {"hidden_size": 65}, "sft", ""),
         ("qwen3_moe", {"moe_intermediate_size": 47, "intermediate_size": 113}, "sft", ""),
         ("gpt_oss", {"intermediate_size": 113}, "sft", ""),
+        # A number of experts does not make a mixture of a dense model.
+        ("llama31", {"num_experts": 3, "intermediate_size": 113}, "sft", "113 values in a feed-forward layer"),
+        ("llama31", {"num_experts": 3}, "lora", ""),
     ],
 )
 def test_tensor_parallel_ranks_share_what_they_divide(kind, changes, mode, said):
     """As Megatron would refuse it, a minute later and with a traceback."""
-    recipe, config = Recipe("m", "d", "o", mode=mode, tensor_parallel_size=2), config_of(kind, **changes)
+    recipe = Recipe("m", "d", "o", mode=mode, tensor_parallel_size=2, lora_targets="linear_qkv,linear_fc1")
+    config = config_of(kind, **changes)
     if not said:
         return recipe.check_model(config)
     with pytest.raises(UsageError, match=f"--tensor-parallel-size 2 does not divide the model's {said}"):

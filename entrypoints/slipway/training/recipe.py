@@ -272,8 +272,10 @@ class Recipe:
 
     def check_model(self, c: Mapping[str, Any]) -> None:
         """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
+        from slipway.training.memory import EXPERTS, has_experts  # which knows a Recipe
+
         self.stages(c["num_hidden_layers"])
-        experts = next((c[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in c), 0)
+        experts = next((c[key] for key in EXPERTS if key in c), 0) if has_experts(c) else 0
         shared = [
             ("tensor", "attention heads", c["num_attention_heads"]),
             ("tensor", "groups of keys and values", c["num_key_value_heads"]),
