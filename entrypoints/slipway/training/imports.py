@@ -260,7 +260,11 @@ def run_now(module: ModuleType) -> None:
     if isinstance(module, _Later):
         module.__class__ = ModuleType  # type: ignore[assignment]
         assert module.__spec__ is not None and module.__spec__.loader is not None
-        module.__spec__.loader.exec_module(module)
+        try:
+            module.__spec__.loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(module.__name__, None)  # as Python does; the next import says the same again
+            raise
 
 
 class _Finder(MetaPathFinder):

@@ -25,6 +25,7 @@ from slipway.training.patches import MEGATRON, wrap
 from slipway.training.samples import ranks_of_positions
 
 UNLIMITED = -1  # a window's size for flash attention
+Share = Callable[[Tensor, Tensor, ProcessGroup], Tensor]
 
 
 def attend_with_sinks() -> None:
@@ -71,11 +72,11 @@ def attend_by_heads(
     ranks = group.size()
     order = order_of(bounds, ranks)
     shared = [part.unflatten(1, (ranks, -1)) for part in (query, key, value)]  # [T / ranks, ranks, heads / ranks, D]
-    mine = ToHeads.apply(torch.cat(shared, 2), order, group)
+    mine = Exchange.apply(to_heads, to_tokens, torch.cat(shared, 2), order, group)
     found = SinkAttention.apply(
         *mine.split([part.size(2) for part in shared], 1), sinks.chunk(ranks)[group.rank()], bounds, *sizes
     )
-    return ToTokens.apply(found, order, group).flatten(1, 2)
+    return Exchange.apply(to_tokens, to_heads, found, order, group).flatten(1, 2)
 
 
 def order_of(bounds: Tensor, ranks: int) -> Tensor:
@@ -103,30 +104,17 @@ def _exchange(parts: Tensor, group: ProcessGroup) -> Tensor:
     return found
 
 
-class ToHeads(torch.autograd.Function):
-    """`to_heads`, whose gradient goes the other way."""
+class Exchange(torch.autograd.Function):
+    """`to_heads` or `to_tokens`, whose gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.order, ctx.group = order, group
-        return to_heads(mine, order, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return to_tokens(gradient, ctx.order, ctx.group), None, None
-
-
-class ToTokens(torch.autograd.Function):
-    """`to_tokens`, whose gradient goes the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.order, ctx.group = order, group
-        return to_tokens(mine, order, group)
+    def forward(ctx: Any, there: Share, back: Share, mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.back, ctx.order, ctx.group = back, order, group
+        return there(mine, order, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return to_heads(gradient, ctx.order, ctx.group), None, None
+        return None, None, ctx.back(gradient, ctx.order, ctx.group), None, None
 
 
 class SinkAttention(torch.autograd.Function):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
-
+import on_gpus
 import torch
 from slipway.training.exchange_gpu import Places, Shared
 from slipway.training.experts import let_sorting_compile
-from torch import distributed, multiprocessing
+from torch import distributed
 from transformer_engine.pytorch.triton.permutation import make_row_id_map
 
 RANKS = torch.cuda.device_count()
@@ -19,14 +16,9 @@ TIMES = 200
 BOUND = 1e-3
 
 
-def check(rank: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(RANKS)}
-    torch.cuda.set_device(rank)
+def wrong_on(rank: int) -> int:
     let_sorting_compile()
-    distributed.init_process_group("nccl", rank=rank, world_size=RANKS, device_id=torch.device("cuda", rank))
-    wrong = sum(differences(rank, *shape) for shape in SHAPES)
-    distributed.destroy_process_group()
-    sys.exit(int(wrong > 0))
+    return sum(differences(rank, *shape) for shape in SHAPES)
 
 
 def differences(rank: int, tokens: int, width: int, experts: int, of_token: int) -> int:
@@ -63,15 +55,5 @@ def differences(rank: int, tokens: int, width: int, experts: int, of_token: int)
     return wrong
 
 
-def main() -> None:
-    if RANKS < 2:
-        print(f"not run: several GPUs are needed, {RANKS} found")
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(check, (port,), nprocs=RANKS)
-
-
 if __name__ == "__main__":
-    main()
+    on_gpus.check(wrong_on, RANKS)

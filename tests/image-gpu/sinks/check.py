@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
-
+import on_gpus
 import torch
 from slipway.training.samples import share_of_samples
 from slipway.training.sinks import UNLIMITED, SinkAttention, attend_by_heads
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 RANKS = 2
 HEADS, GROUPS, SIZE = 64, 8, 64  # gpt-oss's
@@ -19,13 +16,8 @@ BOUND = 4e-3  # of the norm: the gradients of keys are added up in another order
 NAMES = ("output", "query", "key", "value", "sinks")
 
 
-def check(rank: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.cuda.set_device(rank)
-    distributed.init_process_group("nccl", rank=rank, world_size=RANKS, device_id=torch.device("cuda", rank))
-    wrong = sum(differences(rank, window) for window in (UNLIMITED, 128))
-    distributed.destroy_process_group()
-    sys.exit(int(wrong > 0))
+def wrong_on(rank: int) -> int:
+    return sum(differences(rank, window) for window in (UNLIMITED, 128))
 
 
 def differences(rank: int, window: int) -> int:
@@ -57,15 +49,5 @@ def learned(attend, tensors: list[Tensor], *more, **named) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, given, gradient)]
 
 
-def main() -> None:
-    if (found := torch.cuda.device_count()) < RANKS:
-        print(f"not run: {RANKS} GPUs are needed, {found} found")
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(check, (port,), nprocs=RANKS)
-
-
 if __name__ == "__main__":
-    main()
+    on_gpus.check(wrong_on, RANKS)
