@@ -11,7 +11,7 @@ import pytest
 from conftest import KINDS, config_of
 from slipway.errors import UsageError
 from slipway.families import by_model_type, understood
-from slipway.training import memory, recipes
+from slipway.training import memory, recipes, weights
 from slipway.training.recipe import MODES, Recipe
 
 # The billions of parameters on each model's card.
@@ -51,7 +51,7 @@ def test_every_layout_divides_the_model_and_fits_its_gpus(name, mode, gpu):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_counted_from_config_alone(name):
-    assert memory.parts_of(recipes.config_of(name)).total / 1e9 == pytest.approx(MODELS[name], rel=0.01)
+    assert weights.parts_of(recipes.config_of(name)).total / 1e9 == pytest.approx(MODELS[name], rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,8 +60,8 @@ def test_every_weight_is_counted(kind):
     config = config_of(kind)
     _, config = understood(config, Path("config.json"))
     tensors = by_model_type()[config["model_type"]].rules(config).megatron.values()
-    weights = sum(math.prod(tensor.shape) for tensor in tensors)
-    assert memory.parts_of(config).total == pytest.approx(weights, rel=0.02)
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    assert weights.parts_of(config).total == pytest.approx(count, rel=0.02)
 
 
 def test_the_last_stage_has_the_layer_for_multi_token_prediction():

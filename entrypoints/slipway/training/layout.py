@@ -14,7 +14,7 @@ from typing import Any
 
 from slipway.errors import PreflightError, UsageError
 from slipway.options import flag
-from slipway.training import memory, recipes
+from slipway.training import memory, recipes, weights
 from slipway.training.recipe import Recipe
 
 SHARE = 0.92  # of a GPU's memory that the estimate may take; estimates were within 5 % of what was measured
@@ -31,8 +31,8 @@ def is_alike(name: str, family: str, c: Mapping[str, Any]) -> bool:
     same_family = recipes.family_of(name) == family
     if not recipes.has_shape(name):
         return same_family
-    experts = memory.has_experts(recipes.config_of(name))
-    return experts == memory.has_experts(c) and (not experts or same_family)
+    experts = weights.has_experts(recipes.config_of(name))
+    return experts == weights.has_experts(c) and (not experts or same_family)
 
 
 def sizes_of(family: str, c: Mapping[str, Any]) -> dict[str, float]:
@@ -117,7 +117,7 @@ def _layouts(
 ) -> Iterator[dict[str, Any]]:
     """The recipe's own layout, then others: those that share least among GPUs come first."""
     yield {}
-    experts = next((c[key] for key in memory.EXPERTS if key in c), 0)
+    experts = weights.experts_of(c)
     options: dict[str, list[Any]] = {
         "tensor_parallel_size": [1, 2, 4, 8],
         "pipeline_parallel_size": [1, 2, 4, 8, 16],

@@ -7,15 +7,14 @@ with 48.2 GB and took 47.8 GB (docs/performance.md).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from slipway.families import by_model_type
 from slipway.families.checks import head_dim
-from slipway.families.decoder import MTP, mtp_layers
+from slipway.families.decoder import mtp_layers
 from slipway.training.recipe import Recipe
+from slipway.training.weights import Layer, Parts, experts_of, parts_of
 
 BF16, FP32 = 2, 4
 NF4 = 0.5 + FP32 / 64  # a code, and a scale for each 64 weights
@@ -23,33 +22,7 @@ GRADIENT, OPTIMIZER = FP32, 3 * FP32  # of a weight; the optimizer keeps a maste
 # Tokens whose logits exist at once: heads_loss.CHUNK_TOKENS, and cross_entropy.CHUNK_TOKENS, which need torch.
 CHUNK, CHUNK_OF_LORA = 4096, 2048
 OVERHEAD = 1.5e9  # bytes for workspaces and unusable gaps; CUDA's context is in what layout.SHARE leaves
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-STACKED = ".experts.experts."
 ALL = "all-linear"  # every linear layer gets an adapter
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Number of weights of a layer: outside its experts, and of one of its `count` experts."""
-
-    plain: float
-    expert: float = 0.0
-    count: int = 0
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Number of weights of the parts of a model."""
-
-    embedding: int
-    output: int
-    layers: list[Layer]
-    ahead: list[Layer]  # for multi-token prediction; the last stage has them
-
-    @property
-    def total(self) -> float:
-        layers = [*self.layers, *self.ahead]
-        return self.embedding + self.output + sum(part.plain + part.expert * part.count for part in layers)
 
 
 @dataclass(frozen=True)
@@ -70,40 +43,6 @@ class Estimate:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in asdict(self).items() if size >= 5e7)
         return f"memory per GPU: about {self.total / 1e9:.0f} GB ({parts})"
-
-
-def has_experts(c: Mapping[str, Any]) -> bool:
-    """Whether a model with this config.json is a mixture of experts; one that is none may have such fields too."""
-    return any(layer.expert for layer in parts_of(c).layers)
-
-
-def parts_of(c: Mapping[str, Any]) -> Parts:
-    """The weights of a model. They are counted on a small one with one layer of each kind and two experts."""
-    # The rules of a family list every tensor. The largest models have tens of thousands, and --dry-run must be quick.
-    dense = c.get("first_k_dense_replace", 0)
-    few = {**c, "num_hidden_layers": dense + 1, MTP: min(1, mtp_layers(c))} | {key: 2 for key in EXPERTS if key in c}
-    if "layer_types" in c:
-        few["layer_types"] = c["layer_types"][: dense + 1]
-    count = next((c[key] for key in EXPERTS if key in c), 0)
-    # The place after the layers is that of the one for multi-token prediction.
-    plain, experts, outside = [0.0] * (dense + 2), [0.0] * (dense + 2), {"embedding": 0, "output_layer": 0}
-    for name, info in by_model_type()[c["model_type"]].rules(few).megatron.items():
-        rest = name.partition(".layers.")[2]
-        size = math.prod(info.shape)
-        if not rest:
-            if name.split(".")[0] in outside:
-                outside[name.split(".")[0]] += size
-            continue
-        number = rest.split(".")[0]
-        numbers = [int(number)] if number.isdigit() else range(dense + 1)
-        numbers = [dense + 1] if name.startswith("mtp.") else numbers
-        for layer in numbers:
-            into = experts if STACKED in name else plain
-            into[layer] += size / len(numbers) / (2 if STACKED in name else 1)
-    layers = [Layer(part, expert, count if expert else 0) for part, expert in zip(plain, experts, strict=True)]
-    ahead = [layers.pop()] * mtp_layers(c)
-    layers += [layers[-1]] * (c["num_hidden_layers"] - dense - 1)
-    return Parts(outside["embedding"], outside["output_layer"], layers, ahead)
 
 
 def estimate(recipe: Recipe, c: Mapping[str, Any], world_size: int) -> Estimate:
@@ -164,7 +103,7 @@ def _stage(
 def _unpacked(recipe: Recipe, c: Mapping[str, Any]) -> float:
     """Bytes of the largest matrix of a layer, which exists in BF16 for its product; grouped experts are one."""
     dense = 2 * c["intermediate_size"] * c["hidden_size"] / recipe.tensor_parallel_size
-    experts = next((c[key] for key in EXPERTS if key in c), 0) / recipe.expert_parallel_size
+    experts = experts_of(c) / recipe.expert_parallel_size
     return BF16 * max(dense, experts * 2 * c.get("moe_intermediate_size", c["intermediate_size"]) * c["hidden_size"])
 
 

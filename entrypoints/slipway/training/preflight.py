@@ -20,7 +20,7 @@ from slipway.options import flag
 from slipway.tokens.blend import parts_of
 from slipway.tokens.scan import Index, scan
 from slipway.tokens.tokenise import MOST_LOST
-from slipway.training import memory
+from slipway.training import weights
 from slipway.training.agreement import DIGESTS, NONE, changed
 from slipway.training.recipe import Recipe
 from slipway.training.recipes import asked_of_gpus
@@ -150,7 +150,7 @@ def model_of(checkpoint: Path) -> tuple[str, dict[str, Any]] | None:
 
 def check_gpus(config: Mapping[str, Any]) -> None:
     """PreflightError where there is no GPU and the model is too large for the CPU."""
-    parameters = memory.parts_of(config).total
+    parameters = weights.parts_of(config).total
     if parameters > LARGEST_ON_CPU and not gpus_here():
         raise PreflightError(
             f"this machine shows no GPU, and the model has {parameters / 1e9:.1f} billion weights, too many for the "

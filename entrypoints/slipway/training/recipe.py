@@ -13,6 +13,7 @@ from typing import Any
 from slipway.errors import DataError, UsageError
 from slipway.options import LARGEST, check_group, option
 from slipway.tokens.blend import parts_of
+from slipway.training.weights import experts_of
 from slipway.untrusted import read_object, replace_file
 
 MODES = ("heads", "lora", "sft", "pretrain")
@@ -272,10 +273,8 @@ class Recipe:
 
     def check_model(self, c: Mapping[str, Any]) -> None:
         """UsageError unless the parallel sizes divide what they share of the model with this config.json."""
-        from slipway.training.memory import EXPERTS, has_experts  # which knows a Recipe
-
         self.stages(c["num_hidden_layers"])
-        experts = next((c[key] for key in EXPERTS if key in c), 0) if has_experts(c) else 0
+        experts = experts_of(c)
         shared = [
             ("tensor", "attention heads", c["num_attention_heads"]),
             ("tensor", "groups of keys and values", c["num_key_value_heads"]),

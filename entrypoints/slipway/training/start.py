@@ -27,7 +27,7 @@ from slipway.options import flag
 from slipway.report import Summary
 from slipway.signals import StopRequests
 from slipway.tokens.blend import as_text, parts_of
-from slipway.training import foreign, layout, memory, preflight, recipes
+from slipway.training import foreign, layout, memory, preflight, recipes, weights
 from slipway.training.agreement import claims
 from slipway.training.claim import Claim
 from slipway.training.outcome import Run, claim_folder, error_of, finish, note, result_of, stopped
@@ -270,7 +270,7 @@ def _lora(
     found = _of_adapter(values, chosen)
     words = found.get("lora_targets") or values.get("lora_targets", Recipe.lora_targets)
     targets, notes = targets_of(words, config)
-    if values.get("dora") and words == ALL and memory.has_experts(config):
+    if values.get("dora") and words == ALL and weights.has_experts(config):
         targets = ",".join(name for name in targets.split(",") if "fc" not in name)
         notes.append(f"--dora cannot be on experts, so its adapters are on {targets}")
     rank = found.get("lora_rank") or values.get("lora_rank", Recipe.lora_rank)
@@ -296,7 +296,7 @@ def _recipe(
         return shipped, []
     if config is None:
         return None, []
-    parameters = memory.parts_of(config).total
+    parameters = weights.parts_of(config).total
     size = f"{family} with {parameters / 1e9:.3g} billion weights"
     if (name := layout.recipe_for(family, config, parameters)) is None:
         there = ", ".join(f"{one} {of / 1e9:.3g}" for one, of in layout.sizes_of(family, config).items())

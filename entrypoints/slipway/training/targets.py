@@ -9,7 +9,8 @@ from slipway.errors import UsageError
 from slipway.families import by_model_type
 from slipway.families.decoder import MTP
 from slipway.options import suggestion
-from slipway.training.memory import ALL, EXPERTS
+from slipway.training.memory import ALL
+from slipway.training.weights import EXPERTS
 
 __all__ = ["ALL", "EVERY", "modules_of", "resolved"]
 
