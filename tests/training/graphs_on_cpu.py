@@ -27,7 +27,7 @@ from slipway.training import graphs, partial_graphs  # noqa: E402
 from slipway.training.dispatch import Dispatcher  # noqa: E402
 from slipway.training.padding import ignore_padding  # noqa: E402
 from slipway.training.steps import hidden_states  # noqa: E402
-from torch.nn import functional  # noqa: E402
+from small import PLAIN  # noqa: E402
 
 TOKENS, SEQUENCES, VOCABULARY = 24, 2, 50
 EXPERTS = {
@@ -45,17 +45,9 @@ EXPERTS = {
 def model(ranks: int, **options) -> GPTModel:
     config = TransformerConfig(
         num_layers=3,
-        hidden_size=32,
         num_attention_heads=4,
-        ffn_hidden_size=64,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_dropout_fusion=False,
         expert_model_parallel_size=ranks if options else 1,
+        **PLAIN,
         **options,
     )
     config.seq_length = TOKENS

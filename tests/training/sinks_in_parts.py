@@ -25,8 +25,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 from slipway.training import sinks  # noqa: E402
 from slipway.training.repairs import turn_packed_positions  # noqa: E402
 from slipway.training.samples import share_of_samples  # noqa: E402
+from small import PLAIN  # noqa: E402
 from test_sinks import SHARED, plain_backward, plain_forward  # noqa: E402
-from torch.nn import functional  # noqa: E402
 
 HEADS, VOCABULARY, LAYERS = 8, 50, 4
 YARN = {
@@ -43,18 +43,9 @@ YARN = {
 def model() -> GPTModel:
     config = TransformerConfig(
         num_layers=LAYERS,
-        hidden_size=32,
         num_attention_heads=HEADS,
         num_query_groups=2,
         kv_channels=8,
-        ffn_hidden_size=64,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_dropout_fusion=False,
         apply_rope_fusion=False,
         softmax_type="learnable",
         window_size=(3, 0),
@@ -64,6 +55,7 @@ def model() -> GPTModel:
         moe_ffn_hidden_size=32,
         moe_token_dispatcher_type="alltoall",
         moe_router_load_balancing_type="none",
+        **PLAIN,
     )
     for name, value in YARN.items():
         setattr(config, f"yarn_{name}", value)

@@ -7,7 +7,6 @@ alone.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import pickle
@@ -120,18 +119,6 @@ class _Chunk:
         """The archive's part of a box of this chunk."""
         kept = [extent for axis, extent in enumerate(box) if axis not in self.added]
         return [(place, place + 1) for place in self.fixed] + kept
-
-
-def tensors_of(checkpoint: Path) -> Mapping[str, TensorInfo]:
-    """The tensors of a checkpoint or its weights folder, as Reader has them; its metadata is parsed once a process."""
-    folder = weights_folder(checkpoint)
-    metadata = (folder / ".metadata").stat()
-    return _tensors_of(folder, metadata.st_mtime_ns, metadata.st_size)
-
-
-@functools.lru_cache(maxsize=2)
-def _tensors_of(folder: Path, *_: int) -> Mapping[str, TensorInfo]:
-    return Reader(folder).tensors
 
 
 class Reader:

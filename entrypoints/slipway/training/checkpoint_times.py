@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 
-from slipway.checkpoint.torch_dist import tensors_of
+from slipway.checkpoint.torch_dist import Reader
 from slipway.report import human_bytes
 from slipway.training.planning import uncollected
 from slipway.untrusted import tell
@@ -45,7 +45,7 @@ def saying_loaded(load: Load) -> Load:
 
 def loaded_bytes(checkpoint: Path, weights_only: bool) -> int:
     """Bytes of a checkpoint's tensors, with or without those of the optimizer."""
-    tensors = tensors_of(checkpoint).items()
+    tensors = Reader(checkpoint).tensors.items()
     return sum(info.bytes for name, info in tensors if not (weights_only and name.startswith("optimizer.")))
 
 

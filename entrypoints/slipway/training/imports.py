@@ -122,6 +122,8 @@ COLLECTIONS: dict[str, dict[str, Callable[[], Any]]] = {
     "nemo.collections.llm.gpt.data": {"fine_tuning": _module("nemo.collections.llm.gpt.data.fine_tuning")},
 }
 
+PUT_OFF = SELDOM_USED | COLLECTIONS
+
 # Modules for what no run does, with the names that other modules import from them. Classes have no
 # instances here, and functions do nothing: with no state of ModelOpt's they would find nothing to do.
 STAND_INS: dict[str, tuple[str, ...]] = {
@@ -279,7 +281,7 @@ class _Finder(MetaPathFinder):
                 run_now(waiting)
                 if name in sys.modules:  # the package has imported it itself
                     return ModuleSpec(name, _Imported(sys.modules[name]))
-        if (parts := (SELDOM_USED | COLLECTIONS).get(name)) is None:
+        if (parts := PUT_OFF.get(name)) is None:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         found = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)

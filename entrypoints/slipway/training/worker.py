@@ -304,10 +304,10 @@ def make_optimizer(recipe: Recipe, on_gpu: bool) -> Any:
 
 def arithmetic_of(recipe: Recipe, config: Any) -> Arithmetic:
     """The floating-point operations of this run's model, for the log."""
-    from slipway.checkpoint.torch_dist import tensors_of
+    from slipway.checkpoint.torch_dist import Reader
     from slipway.training.throughput import arithmetic
 
-    return arithmetic(tensors_of(Path(recipe.model)), config)
+    return arithmetic(Reader(Path(recipe.model)).tensors, config)
 
 
 def draws(recipe: Recipe, config: Any) -> bool:
