@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import KINDS, config_of
 from slipway.families import rope, understood
-from slipway.families.decoder import without_mtp
+from slipway.families.mtp import without_mtp
 
 WHERE = Path("model/config.json")
 

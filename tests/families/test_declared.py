@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import KINDS, config_of
 from slipway.errors import DataError
-from slipway.families import FAMILIES, decoder, rules, understood
+from slipway.families import FAMILIES, mtp, rules, understood
 from slipway.families.rules import Cell, Copies, GroupedQKV, Scope, Transposed
 from slipway.tensors.refs import Ref, TensorInfo
 
@@ -164,7 +164,7 @@ def test_tensors_are_joined_from_any_names():
 
 
 def test_layers_for_multi_token_prediction_are_counted_and_left_out():
-    c = {"num_hidden_layers": 2, decoder.MTP: 1}
-    assert decoder.mtp_layers(c) == 1 and decoder.mtp_layers({}) == decoder.mtp_layers({decoder.MTP: None}) == 0
-    assert decoder.without_mtp(c) == {**c, decoder.MTP: 0} and decoder.without_mtp({"a": 1}) == {"a": 1}
-    assert decoder.has_mtp(c, ["x", "model.layers.2.norm"]) and not decoder.has_mtp(c, ["model.layers.20.norm"])
+    c = {"num_hidden_layers": 2, mtp.MTP: 1}
+    assert mtp.mtp_layers(c) == 1 and mtp.mtp_layers({}) == mtp.mtp_layers({mtp.MTP: None}) == 0
+    assert mtp.without_mtp(c) == {**c, mtp.MTP: 0} and mtp.without_mtp({"a": 1}) == {"a": 1}
+    assert mtp.has_mtp(c, ["x", "model.layers.2.norm"]) and not mtp.has_mtp(c, ["model.layers.20.norm"])

@@ -19,8 +19,8 @@ from slipway.checkpoint.classic import Layout, Options, Rank
 from slipway.errors import DataError, UsageError
 from slipway.families import described_model, read_config, understood
 from slipway.families.checks import Config, check_stored
-from slipway.families.decoder import without_mtp
 from slipway.families.described import GIVE, Described
+from slipway.families.mtp import without_mtp
 from slipway.families.rules import Rules
 from slipway.options import check_group
 from slipway.tensors.refs import TensorInfo

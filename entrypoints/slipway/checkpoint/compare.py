@@ -19,7 +19,7 @@ from slipway.checkpoint.outputs import bf16_config
 from slipway.errors import SlipwayError
 from slipway.families import Family, read_config, rules, understood
 from slipway.families.checks import Config, check_stored
-from slipway.families.decoder import has_mtp, mtp_layers, without_mtp
+from slipway.families.mtp import has_mtp, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype, contiguous, to_float32
 from slipway.tensors.refs import Ref, TensorInfo, stored_bytes
 

@@ -41,7 +41,7 @@ from slipway.checkpoint.source import NAME
 from slipway.checkpoint.stream import Piece, Plan, Write, identity_of_files
 from slipway.errors import DataError, UsageError
 from slipway.families import read_config, rules, understood
-from slipway.families.decoder import mtp_layers, without_mtp
+from slipway.families.mtp import mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, data
 from slipway.tensors.refs import TORCH_NAMES, Ref, TensorInfo
 

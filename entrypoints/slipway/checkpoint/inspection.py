@@ -41,7 +41,8 @@ from slipway.checkpoint.opened import (
 from slipway.errors import DataError, UsageError
 from slipway.families import by_model_type, read_config, understood
 from slipway.families.checks import check_stored
-from slipway.families.decoder import has_mtp, is_tied, without_mtp
+from slipway.families.decoder import is_tied
+from slipway.families.mtp import has_mtp, without_mtp
 from slipway.tensors.refs import TensorInfo, stored_bytes
 from slipway.untrusted import harmless, read_object
 

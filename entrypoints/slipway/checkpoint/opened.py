@@ -21,7 +21,8 @@ from slipway.checkpoint.stream import content_of
 from slipway.errors import DataError, UsageError
 from slipway.families import Family, read_config, rules, understood
 from slipway.families.checks import Config, check_stored
-from slipway.families.decoder import has_mtp, is_tied, mtp_layers, without_mtp
+from slipway.families.decoder import is_tied
+from slipway.families.mtp import has_mtp, mtp_layers, without_mtp
 from slipway.tensors.bits import Bits, as_dtype
 from slipway.tensors.refs import Ref, TensorInfo, stored_bytes
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from slipway.checkpoint.huggingface import HEAD, Reader
 from slipway.errors import DataError
-from slipway.families.decoder import mtp_layers
+from slipway.families.mtp import mtp_layers
 from slipway.tensors.refs import Ref, TensorInfo
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")

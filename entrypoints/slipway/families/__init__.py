@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MOST_LAYERS = 10_000
 LARGEST_CONFIG = 16 << 20  # bytes; some name every module of a quantised model
 # Files here that are no family.
-PARTS = {"checks", "config", "decoder", "described", "fabricate", "fields", "quantized", "rope", "rules"}
+PARTS = {"checks", "config", "decoder", "described", "fabricate", "fields", "mtp", "quantized", "rope", "rules"}
 
 
 class Family(Protocol):

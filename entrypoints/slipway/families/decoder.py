@@ -5,7 +5,7 @@ Hugging Face's names on the left, Megatron's on the right; h is the hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from slipway.families.rules import GroupedQKV, Rules, Scope, qkv_by_groups
 
 PROJECTIONS = tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down"))
 LATENT_EPSILON = 1e-6  # of the norms inside latent attention, in DeepSeek's code and in transformers
-MTP = "num_nextn_predict_layers"
 REQUIRED: Kinds = {
     "num_hidden_layers": int,
     "hidden_size": int,
@@ -69,21 +68,6 @@ def check_no_sliding(c: Config, where: Path) -> None:
 def is_tied(c: Config) -> bool:
     """The output layer is the embedding, so neither side has a tensor for it."""
     return bool(c.get("tie_word_embeddings", False))
-
-
-def mtp_layers(c: Config) -> int:
-    """Number of layers for multi-token prediction; they come after the others."""
-    return c.get(MTP) or 0
-
-
-def without_mtp(c: Config) -> Config:
-    """The config.json of the same model without such layers."""
-    return {**c, MTP: 0} if MTP in c else c
-
-
-def has_mtp(c: Config, names: Iterable[str]) -> bool:
-    """The tensors' names show such a layer."""
-    return any(name.startswith(f"model.layers.{c['num_hidden_layers']}.") for name in names)
 
 
 # ---------------------------------------------------------------------------- rules

@@ -13,9 +13,9 @@ from typing import Any
 from slipway.errors import DataError
 from slipway.families import checks, decoder, rope
 from slipway.families.checks import Config
-from slipway.families.decoder import mtp_layers
 from slipway.families.described import Described, decoder_config
 from slipway.families.fields import IN_TRAINING, NO_EFFECT, USED, Field, each, only
+from slipway.families.mtp import MTP, mtp_layers
 from slipway.families.quantized import Fp8
 from slipway.families.rules import Rules, Scope
 
@@ -35,12 +35,12 @@ REQUIRED = {
     "topk_group": int,
     "routed_scaling_factor": (int, float),
 }
-ALIASES = {"num_mtp_layers": decoder.MTP, "num_local_experts": "n_routed_experts"}  # of transformers 5
+ALIASES = {"num_mtp_layers": MTP, "num_local_experts": "n_routed_experts"}  # of transformers 5
 FIELDS = {
     **decoder.FIELDS,
     **each(USED, " ".join(REQUIRED)),
-    **each(USED, f"q_lora_rank first_k_dense_replace {decoder.MTP}"),
-    **each(Field(f"used: {decoder.MTP}"), "num_mtp_layers"),
+    **each(USED, f"q_lora_rank first_k_dense_replace {MTP}"),
+    **each(Field(f"used: {MTP}"), "num_mtp_layers"),
     **each(Field("used: n_routed_experts"), "num_local_experts"),
     **each(Field("must be what the other sizes give"), "head_dim qk_head_dim"),
     **each(IN_TRAINING, "aux_loss_alpha seq_aux router_aux_loss_coef moe_router_bias_update_rate"),
@@ -77,8 +77,8 @@ def check(c: Config, where: Path) -> None:
         if c.get(field, value) not in (value, None):
             raise DataError(f"{where}: field {field} is {c[field]!r}; with the other sizes it must be {value}")
     checks.check_count(c, where, "first_k_dense_replace", c["num_hidden_layers"] - 1)
-    if c.get(decoder.MTP) is not None:
-        checks.check_count(c, where, decoder.MTP, 64)
+    if c.get(MTP) is not None:
+        checks.check_count(c, where, MTP, 64)
     _check_routing(c, where)
     rope.check(c, where, "yarn")
     if (yarn := c.get("rope_scaling")) is not None:
@@ -277,7 +277,7 @@ def hf_config(f: Described) -> dict[str, Any]:
         "norm_topk_prob": True,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
-        decoder.MTP: f.get("mtp_num_layers", 0),
+        MTP: f.get("mtp_num_layers", 0),
         "rope_scaling": _scaling_of(f),
     }
 

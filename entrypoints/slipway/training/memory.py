@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slipway.families.checks import head_dim
-from slipway.families.decoder import mtp_layers
+from slipway.families.mtp import mtp_layers
 from slipway.training.recipe import Recipe
 from slipway.training.weights import Layer, Parts, experts_of, parts_of
 

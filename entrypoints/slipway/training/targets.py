@@ -7,10 +7,10 @@ from typing import Any
 
 from slipway.errors import UsageError
 from slipway.families import by_model_type
-from slipway.families.decoder import MTP
+from slipway.families.checks import EXPERTS
+from slipway.families.mtp import MTP
 from slipway.options import suggestion
 from slipway.training.memory import ALL
-from slipway.training.weights import EXPERTS
 
 __all__ = ["ALL", "EVERY", "modules_of", "resolved"]
 

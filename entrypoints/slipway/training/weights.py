@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipway.families import by_model_type
-from slipway.families.decoder import MTP, mtp_layers
+from slipway.families.checks import EXPERTS
+from slipway.families.mtp import MTP, mtp_layers
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 STACKED = ".experts.experts."
 
 
