@@ -21,6 +21,7 @@ from slipway.launch.failure import leave_word
 from slipway.launch.quiet import quiet
 from slipway.report import say
 from slipway.signals import heed_the_parent_alone
+from slipway.training.ahead import compiling
 from slipway.training.patches import LIGHTNING, NEMO, replace, wrap
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
@@ -46,7 +47,8 @@ def run(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: flo
     Errors: PreflightError if memory runs out, WriteError if the disk is full.
     """
     try:
-        _train(recipe, indices, stop_file, nodes, started, measured)
+        with compiling(recipe):
+            _train(recipe, indices, stop_file, nodes, started, measured)
     except Exception as error:
         if known := explained(error, recipe):
             raise known from None
