@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -13,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from slipway.training import loading
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
@@ -66,14 +67,15 @@ def bits(one: object) -> object:
 
 def test_what_torch_wrote_is_read_bit_for_bit_and_torch_reads_the_rest(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "PIECE", 1000)
+    monkeypatch.setattr(loading, "AT_ONCE", 7)
     reader = Threaded(checkpoint)
     found = loaded(reader)
     for name, one in values().items():
         assert bits(found[name]) == bits(one), name
-    # Of a dtype that archive.py does not know, or no tensor.
+    # Of a dtype that archive.py does not know.
     left = {item.storage_index.fqn for item in reader.left}
     unknown = {name for name, one in values().items() if isinstance(one, Tensor) and one.dtype == torch.float8_e4m3fn}
-    assert left == {name for name in unknown if values()[name].numel()} | {"an object"}
+    assert left == {name for name in unknown if values()[name].numel()}
 
 
 def read_part(
@@ -193,22 +195,56 @@ def test_tensors_of_another_class_are_left_to_torch_one_after_the_other(checkpoi
 
 
 def test_after_an_error_the_other_threads_read_no_more(checkpoint, monkeypatch):
-    read, arrive, asked, ended = loading._Source.read, loading._Source._arrive, [], threading.Event()
+    fill, asked, ended = loading._fill, [], threading.Event()
+    end = loading._Loading._end
 
-    def failing(self: object, item: ReadItem) -> bool:
-        asked.append(item)
+    def failing(parts: Sequence[object], memory: Sequence[Tensor]) -> None:
+        asked.append(parts)
         if len(asked) == 3:
             raise OSError(5, "the disk does not answer")
         if len(asked) > 3:
             ended.wait(60)
-        return read(self, item)
+        fill(parts, memory)
 
-    def arriving(self: object) -> None:
-        arrive(self)
-        ended.set()  # a thread has nothing more to do, of which the first is the one that failed
+    def ending(self: object) -> None:
+        end(self)
+        ended.set()
 
-    monkeypatch.setattr(loading._Source, "read", failing)
-    monkeypatch.setattr(loading._Source, "_arrive", arriving)
+    monkeypatch.setattr(loading, "_fill", failing)
+    monkeypatch.setattr(loading._Loading, "_end", ending)
     with pytest.raises(CheckpointException, match="the disk does not answer"):
         loaded(Threaded(checkpoint))
-    assert len(asked) < 3 + loading.width() < len(values())
+    assert len(asked) <= 3 + loading.width() < len(values())
+
+
+def test_neighbours_are_read_at_once_as_far_as_there_is_room(tmp_path, monkeypatch):
+    """Experts as other programs save them: one behind the other, each into its own rows and in another dtype."""
+    monkeypatch.setattr(loading, "PIECE", 50_000)
+    saved = {f"expert {number}": torch.randn(40, 64 + number % 2, dtype=torch.float32) for number in range(30)}
+    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    preadv, reads = os.preadv, []
+    monkeypatch.setattr(os, "preadv", lambda *words: reads.append(sum(map(len, words[1]))) or preadv(*words))
+    into = {name: torch.zeros(one.shape, dtype=torch.bfloat16) for name, one in saved.items()}
+    reader = Threaded(tmp_path)
+    dcp.load(into, storage_reader=reader, no_dist=True)
+    assert not reader.left and all(torch.equal(into[name], one.bfloat16()) for name, one in saved.items())
+    large = [size for size in reads if size > 10_000]
+    assert len(large) == 8 and max(large) <= 50_000
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_an_object_that_is_there_often_is_loaded_once_and_is_each_times_own(flat, tmp_path, monkeypatch):
+    saved = {f"state {number}": [None, {"scale": number % 2}, torch.ones(2) * (number % 2)] for number in range(20)}
+    saved["large"] = ["x" * 10_000]
+    whole = DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path), planner=whole, no_dist=True)
+    load, loads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *words, **more: loads.append(1) or load(*words, **more))
+    into, reader, planner = dict.fromkeys(saved, ""), Threaded(tmp_path), DefaultLoadPlanner(flatten_state_dict=flat)
+    dcp.load(into, storage_reader=reader, planner=planner, no_dist=True)
+    into = into if flat else planner.state_dict
+    assert [item.storage_index.fqn for item in reader.left] == ["large"]
+    assert len(loads) == 3 and {name: repr(one) for name, one in into.items()} == {
+        name: repr(one) for name, one in saved.items()
+    }
+    assert len({id(into[name][part]) for name in saved if name != "large" for part in (1, 2)}) == 40

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 cpu.enable()
 from megatron.core.dist_checkpointing import optimizer  # noqa: E402  Megatron needs it
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import torch as strategy  # noqa: E402
 from slipway.training import planning  # noqa: E402
 
 Box = tuple[list[int], list[int]]
@@ -42,6 +43,7 @@ FIND = before(_internals._find_nd_overlapping_shards)
 VALIDATE = before(default_planner._validate_global_plan)
 LOOK = before(utils._find_shard)
 INIT = before(utils._DistWrapper.__init__)
+CONVERT = before(strategy.mcore_to_pyt_state_dict)
 GET = before(optimizer.get_param_id_to_sharded_param_map)
 
 
@@ -235,3 +237,17 @@ def test_frozen_weights_are_not_printed():
     keys = [{index: one.key for index, one in some.items()} for some in (found, megatrons)]
     assert keys == [{0: "also trained", 1: "trained"}] * 2
     assert printed == []
+
+
+def test_the_state_of_a_module_is_packed_to_be_saved_and_not_to_be_loaded(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    save, packed = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda content, file: packed.append(content) or save(content, file))
+    convert = planning.packing_nothing_to_load(CONVERT)
+    states = {f"{number}._extra_state": [ShardedObject(str(number), None, (1,), (0,))] for number in range(3)}
+    assert [*CONVERT(states, True)] == [*convert(states, True)] == [*states] and len(packed) == 3, "upstream packs them"
+    assert {type(one) for one in convert(states, True).values()} == {type(one) for one in CONVERT(states).values()}
+    packed.clear()
+    saved, theirs = convert(states), CONVERT(states)
+    assert [one.getvalue() for one in saved.values()] == [one.getvalue() for one in theirs.values()]
+    assert packed == [[None]] * 6

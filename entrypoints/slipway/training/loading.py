@@ -1,25 +1,32 @@
 """Reading a checkpoint into the model: by several threads, and each tensor from its file to where the model has it.
 
 torch makes memory for each tensor, reads it, and copies it to its place, one after the other. To make the memory takes
-longer than to read. Here a tensor on the CPU is read where it lies, and one on a GPU by way of a buffer that is used
+longer than to read. Here a tensor on the CPU is read where it lies, and one on a GPU by way of memory that is used
 again and again.
+
+The threads do nothing but read, and neighbours in a file at once. If each found and copied what it has read, they would
+wait for Python's lock and not for the file, where there are 20,000 matrices of experts. So one thread finds and copies.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import io
+import itertools
 import math
 import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from slipway.checkpoint.archive import Layouts, Stored, fill
@@ -28,8 +35,12 @@ from slipway.checkpoint.torch_dist import UNREADABLE
 from slipway.tensors.refs import TORCH_NAMES
 from slipway.training.patches import TORCH, wrap
 
-PIECE = 1 << 23  # bytes that a thread reads at a time, at most
-ON_THE_WAY = 4  # pieces that a thread has read and the GPU has not got yet, at most
+PIECE = 1 << 24  # bytes that a thread reads at a time into memory that is used again, at most
+ON_THE_WAY = 2  # such pieces for each thread
+GAP = 1 << 14  # bytes between two tensors that are read at once, at most; an archive has a thousand around its elements
+MOST_PARTS = 500  # that are read at once: the system takes 1,024 places in memory
+AT_ONCE = 1000  # tensors that are found before the next look at what has been read
+SMALL = 1 << 12  # bytes of an object that may be there often
 MOST = 8  # threads of a rank
 Read = Callable[[Any, LoadPlan, LoadPlanner], Any]
 
@@ -40,7 +51,7 @@ def read_in_threads() -> None:
 
 
 def reading_in_threads(read_data: Read) -> Read:
-    """The same as `FileSystemReader.read_data`, which does what is left: objects, and tensors of another class."""
+    """The same as `FileSystemReader.read_data`, which does what is left, as tensors of another class."""
 
     @functools.wraps(read_data)
     def read(self: Any, plan: LoadPlan, planner: Any) -> Any:
@@ -48,10 +59,7 @@ def reading_in_threads(read_data: Read) -> Read:
             planner, DefaultLoadPlanner
         ):  # Megatron's is one: it tells where a tensor goes without a trace
             return read_data(self, plan, planner)
-        source = _Source(self, planner)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # each thread has a stream of its own
-        left = source.read_all(plan.items)
+        left = _Loading(_Source(self, planner)).load(plan.items)
         return read_data(self, dataclasses.replace(plan, items=left), planner)
 
     return read
@@ -63,99 +71,228 @@ def width() -> int:
     return max(1, min(MOST, share))
 
 
+class _Loading:
+    """One load: `width` threads that read, and the caller's, which finds what they read and copies it into the model.
+
+    Lists of parts, each list to be read at once, go to the threads by `_wanted`, and come back by `_done`.
+    """
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self._on_gpu = torch.cuda.is_available()
+        self._wanted: SimpleQueue[list[_Part] | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[list[_Part], Tensor | None, BaseException | None]] = SimpleQueue()
+        # Memory for a piece, and what tells that all of it has been copied to the GPU.
+        self._free: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | None] = SimpleQueue()
+        for piece in torch.empty(width() * ON_THE_WAY, PIECE, dtype=torch.uint8, pin_memory=self._on_gpu):
+            self._free.put((piece, None))
+        self._left: dict[int, ReadItem] = {}  # an item of several parts is left once
+
+    def load(self, items: Sequence[ReadItem]) -> list[ReadItem]:
+        """Read into the model what can be read, and return the rest."""
+        with ThreadPoolExecutor(width()) as pool:
+            for _ in range(width()):
+                pool.submit(self._read)
+            try:
+                reads = 0
+                for first in range(0, len(items), AT_ONCE):
+                    for parts in _together(self._find(items[first : first + AT_ONCE])):
+                        self._wanted.put(parts)
+                        reads += 1
+                    while not self._done.empty():
+                        self._finish()
+                        reads -= 1
+                for _ in range(reads):
+                    self._finish()
+            finally:
+                self._end()
+        if self._on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return [*self._left.values()]
+
+    def _find(self, items: Sequence[ReadItem]) -> list[_Part]:
+        """What to read for them, in the order of the files."""
+        found: list[_Part] = []
+        for item in items:
+            if (parts := self._source.find(item)) is not None:
+                found += parts
+            elif not self._source.load_again(item):
+                self._left[id(item)] = item
+        return sorted(found, key=lambda part: (part.descriptor, part.begin))
+
+    def _end(self) -> None:
+        """Let the threads end, wherever they wait. What nobody will use is not read."""
+        while not self._wanted.empty():
+            self._wanted.get()
+        for _ in range(width()):
+            self._wanted.put(None)
+            self._free.put(None)
+
+    def _read(self) -> None:
+        """What a thread does."""
+        while (parts := self._wanted.get()) is not None:
+            piece, error = None, None
+            try:
+                if parts[0].is_in_memory:
+                    memory = [parts[0].rows.target.view(torch.uint8)]
+                elif (free := self._free.get()) is None:
+                    return
+                else:
+                    piece, copied = free
+                    memory = _divided(piece, parts)
+                    if copied is not None:
+                        copied.synchronize()
+                _fill(parts, memory)
+            except BaseException as found:
+                error = found
+            self._done.put((parts, piece, error))
+
+    def _finish(self) -> None:
+        """Wait for a thread's next read, and copy what it has brought."""
+        parts, piece, error = self._done.get()
+        copied = None
+        if isinstance(error, EOFError):
+            self._left |= {id(part.item): part.item for part in parts}
+        elif error is not None:
+            raise error
+        elif piece is not None:
+            for part, memory in zip(parts, _divided(piece, parts), strict=True):
+                part.rows.target.copy_(part.rows.wanted(memory), non_blocking=True)
+            copied = torch.cuda.current_stream().record_event() if self._on_gpu else None
+        if piece is not None:
+            self._free.put((piece, copied))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """Some rows of the model, and where their bytes are.
+
+    Args:
+        begin: offset in the file, as the rows' own.
+        size: bytes.
+    """
+
+    item: ReadItem
+    rows: Rows
+    descriptor: int
+    begin: int
+    size: int
+
+    @classmethod
+    def of(cls, item: ReadItem, rows: Rows, descriptor: int) -> _Part:
+        return cls(item, rows, descriptor, rows.begin, len(rows.target) * rows.bytes)
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.size
+
+    @property
+    def is_in_memory(self) -> bool:
+        """It can be read where it lies."""
+        return self.rows.target.device.type == "cpu" and self.rows.is_one_piece
+
+    @property
+    def room(self) -> int:
+        """Bytes for it in a piece of memory, where the next one begins as each dtype needs it."""
+        return -(-self.size // 64) * 64
+
+
+def _together(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Those that are read at once: neighbours in a file, as many as have room in a piece of memory."""
+    found: list[_Part] = []
+    for part in parts:
+        if found and not _has_room(found, part):
+            yield found
+            found = []
+        found.append(part)
+    if found:
+        yield found
+
+
+def _has_room(found: Sequence[_Part], part: _Part) -> bool:
+    """Whether to read the part together with those."""
+    near = part.descriptor == found[-1].descriptor and 0 <= part.begin - found[-1].end <= GAP
+    fits = sum(one.room for one in found) + part.room <= PIECE and len(found) < MOST_PARTS
+    return near and fits and not part.is_in_memory and not found[0].is_in_memory
+
+
+def _divided(piece: Tensor, parts: Iterable[_Part]) -> list[Tensor]:
+    """Memory for each of the parts."""
+    ends = itertools.accumulate(part.room for part in parts)
+    return [piece[end - part.room :][: part.size] for part, end in zip(parts, ends, strict=True)]
+
+
+def _fill(parts: Sequence[_Part], memory: Sequence[Tensor]) -> None:
+    """Read the parts of one file, each into its memory, by one call of the system; EOFError where the file ends before.
+
+    What lies between them is read too, and forgotten.
+    """
+    views = [one.numpy().data for one in memory]
+    between = memoryview(bytearray(GAP))
+    gaps = [between[: part.begin - last.end] for last, part in itertools.pairwise(parts)]
+    whole = [views[0], *itertools.chain(*zip(gaps, views[1:], strict=True))]
+    if os.preadv(parts[0].descriptor, whole, parts[0].begin) < parts[-1].end - parts[0].begin:
+        for part, view in zip(parts, views, strict=True):
+            fill(part.descriptor, view, part.begin)
+
+
 class _Source:
-    """The checkpoint of a torch reader, and the model that a planner fills; shared by the threads."""
+    """The checkpoint of a torch reader, and the model that a planner fills."""
 
     def __init__(self, reader: Any, planner: Any) -> None:
         self._reader, self._planner = reader, planner
         self._descriptors, self._layouts = Descriptors(), Layouts()
         self._path = functools.cache(functools.partial(Path, reader.path))
-        self._own = threading.local()
-        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._objects: dict[bytes, Any] = {}
         self._shapes = {
             (key, tuple(chunk.offsets)): tuple(chunk.sizes)
             for key, entry in planner.metadata.state_dict_metadata.items()
             for chunk in getattr(entry, "chunks", ())
         }
 
-    def read_all(self, items: Sequence[ReadItem]) -> list[ReadItem]:
-        """Read into the model what can be read, and return the rest."""
-        waiting = enumerate(items)  # each thread takes the next one
-
-        def read_some() -> list[int]:
-            try:
-                return [index for index, item in waiting if not self.read(item)]
-            except BaseException:
-                for _ in waiting:  # the other threads need not read what nobody will use
-                    pass
-                raise
-            finally:
-                self._arrive()
-
-        with ThreadPoolExecutor(width(), initializer=self.prepare_thread) as pool:
-            # A task for each of 20,000 items would take as long as to read them.
-            tasks = [pool.submit(read_some) for _ in range(width())]
-        return [items[index] for index in sorted(index for task in tasks for index in task.result())]
-
-    def prepare_thread(self) -> None:
-        """Give this thread a buffer and, on a GPU, a stream."""
-        on_gpu = self._device is not None
-        if on_gpu:
-            torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream())
-        self._own.buffer, self._own.used = torch.empty(ON_THE_WAY * PIECE, dtype=torch.uint8, pin_memory=on_gpu), 0
-
-    def _arrive(self) -> None:
-        """Wait for what is on its way to the GPU, so that the buffer can be used again."""
-        if self._device is not None:
-            torch.cuda.current_stream().synchronize()
-        self._own.used = 0
-
-    def _space(self, size: int) -> Tensor:
-        """So many bytes of the buffer; the next ones begin at a multiple of 64, as each dtype needs it."""
-        if self._own.used + size > len(self._own.buffer):
-            self._arrive()
-        part: Tensor = self._own.buffer[self._own.used : self._own.used + size]
-        self._own.used += -(-size // 64) * 64
-        return part
-
-    def read(self, item: ReadItem) -> bool:
-        """Read a tensor into the model; False where torch has to, which then says what is wrong with it."""
+    def find(self, item: ReadItem) -> list[_Part] | None:
+        """Where a tensor is; None where torch has to read it, and to say what is wrong with it."""
         if (
             item.type != LoadItemType.TENSOR
             or type(self._planner.lookup_tensor(item.dest_index).detach()) is not Tensor
         ):
-            return False
+            return None
         target = self._planner.resolve_tensor(item).detach()
         place = self._reader.storage_data[item.storage_index]
         shape = self._shapes.get((item.storage_index.fqn, tuple(item.storage_index.offset or ())))
         if shape is None or place.transform_descriptors or target.size() != item.lengths:
-            return False
+            return None
         descriptor = self._descriptors.of(self._path(place.relative_path))
         try:
             stored = self._layouts.locate(descriptor, place.offset, place.length, shape)
         except UNREADABLE:
-            return False
-        if not _is_in(item, stored) or not self._fill(Rows.of(target, stored, item.storage_offsets), descriptor):
-            return False
+            return None
+        if not _is_in(item, stored):
+            return None
         self._planner.commit_tensor(item, target)
-        return True
+        rows = Rows.of(target, stored, item.storage_offsets)
+        whole = _Part.of(item, rows, descriptor)
+        if whole.room <= PIECE or whole.is_in_memory:
+            return [whole]
+        step = PIECE // 64 * 64 // rows.bytes
+        firsts = range(0, len(rows.target), step) if step else ()
+        return [_Part.of(item, rows.some(first, step), descriptor) for first in firsts] or None
 
-    def _fill(self, rows: Rows, descriptor: int) -> bool:
-        """Read the rows; False where one is more than a piece, or the file ends before."""
-        target, count = rows.target, len(rows.target)
-        try:
-            if target.device.type == "cpu" and rows.is_one_piece:
-                fill(descriptor, target.view(torch.uint8).numpy().data, rows.begin)
-                return True
-            step = PIECE // max(1, rows.bytes)
-            for first in range(0, count, step) if step else ():
-                part = self._space(min(step, count - first) * rows.bytes)
-                fill(descriptor, part.numpy().data, rows.begin + first * rows.bytes)
-                target[first : first + step].copy_(rows.wanted(part), non_blocking=True)
-        except EOFError:
+    def load_again(self, item: ReadItem) -> bool:
+        """Load an object; False where torch has to. Experts have ten thousand times the same one, which is nothing."""
+        place = self._reader.storage_data[item.storage_index]
+        is_torchs = type(self._planner).load_bytes is DefaultLoadPlanner.load_bytes
+        if item.type != LoadItemType.BYTE_IO or place.transform_descriptors or not is_torchs or place.length > SMALL:
             return False
-        return step > 0
+        content = os.pread(self._descriptors.of(self._path(place.relative_path)), place.length, place.offset)
+        if content not in self._objects:
+            self._objects[content] = torch.load(io.BytesIO(content), weights_only=False)
+        found, name = copy.deepcopy(self._objects[content]), item.dest_index.fqn
+        if self._planner.flatten_state_dict:
+            set_element(self._planner.original_state_dict, self._planner.mappings[name], found)
+        else:
+            self._planner.state_dict[name] = found
+        return True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,6 +331,12 @@ class Rows:
         at += offsets[0] * math.prod(shape[1:])
         dtype = getattr(torch, TORCH_NAMES[stored.dtype])
         return cls(target, dtype, stored.begin + at * dtype.itemsize, tuple(shape[1:]), tuple(offsets[1:]))
+
+    def some(self, first: int, count: int) -> Rows:
+        """These of them."""
+        return dataclasses.replace(
+            self, target=self.target[first : first + count], begin=self.begin + first * self.bytes
+        )
 
     @property
     def bytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
@@ -44,6 +46,7 @@ PLACES = "_slipway_places"  # attribute of a sharded tensor: offsets of a part â
 def plan_quickly() -> None:
     """Let torch and Megatron plan so from now on."""
     from megatron.core.dist_checkpointing import optimizer as states
+    from megatron.core.dist_checkpointing.strategies import torch as strategy
     from megatron.core.optimizer import optimizer
 
     wrap(planner_helpers, "create_read_items_for_chunk_list", reading_neighbours, TORCH)
@@ -51,6 +54,7 @@ def plan_quickly() -> None:
     wrap(default_planner, "_validate_global_plan", validating_neighbours, TORCH)
     wrap(utils, "_find_shard", finding_at_once, TORCH)
     wrap(utils._DistWrapper, "__init__", sending_nothing_to_itself, TORCH)
+    wrap(strategy, "mcore_to_pyt_state_dict", packing_nothing_to_load, MEGATRON)
     for module in (states, optimizer):
         wrap(module, "get_param_id_to_sharded_param_map", printing_nothing, MEGATRON)
 
@@ -190,6 +194,22 @@ def sending_nothing_to_itself(init: Callable[..., None]) -> Callable[..., None]:
         init(self, group, use_dist and dist.get_world_size(group) > 1, coordinator_rank)
 
     return made
+
+
+def packing_nothing_to_load(convert: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The same as Megatron's `mcore_to_pyt_state_dict`.
+
+    It packs the state of each module into an archive, also where that is about to be loaded: each expert has two.
+    """
+
+    @functools.wraps(convert)
+    def found(state_dict: dict[str, Any], is_loading: bool = False, *arguments: Any, **options: Any) -> dict[str, Any]:
+        objects = {key for key, parts in state_dict.items() if is_loading and isinstance(parts[0], ShardedObject)}
+        tensors = {key: parts for key, parts in state_dict.items() if key not in objects}
+        made = convert(tensors, is_loading, *arguments, **options)
+        return {key: io.BytesIO() if key in objects else made[key] for key in state_dict}
+
+    return found
 
 
 def printing_nothing(get: Callable[..., dict[int, Any]]) -> Callable[..., dict[int, Any]]:
