@@ -21,6 +21,7 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "get_num_microbatches", lambda: 3)
+    monkeypatch.setattr(graphs, "LITTLE", 0)
     return graphs
 
 
@@ -40,6 +41,7 @@ def refuse(*_):
         raise RuntimeError("the recording is broken")  # as torch ends it
 
 
+MODEL = torch.nn.Linear(2, 2)
 CAUSE = "operation not permitted when stream is capturing"
 SAID = f"worker: no CUDA graph of the layers ({CAUSE}): their kernels are started one by one"
 
@@ -103,24 +105,39 @@ def test_a_pair_is_recorded_after_the_first_step_when_shapes_come_back(graphs, m
     made, found = Made(graphs, monkeypatch), graphs.Pairs(graphs.Pair)
     used = []
     for length in [8, 8, 8, 8, 8, 4, 4, 4, 8]:
-        assert torch.equal(found(None, twice, batch_of(length)), 3 * torch.arange(length)[None])
+        assert torch.equal(found(MODEL, twice, batch_of(length)), 3 * torch.arange(length)[None])
         used.append(made.used)
     assert made.shapes == [8, 4]
     assert used == [0, 0, 0, 1, 2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("least, used", [(0, [0, 0, 1, 2, 3, 4]), (1, [0, 0, 0, 0, 1, 2])], ids=["little", "much"])
+def test_where_the_optimizer_takes_little_it_is_set_aside_and_the_first_step_records(least, used, graphs, monkeypatch):
+    monkeypatch.setattr(graphs, "get_num_microbatches", lambda: 4)
+    monkeypatch.setattr(graphs, "LITTLE", 6 * graphs.OF_OPTIMIZER - least)
+    make, new, taken = Made(graphs, monkeypatch), torch.Tensor.new_empty, []
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda like, *size, **as_: taken.append([*size]) or new(like, *size, **as_)
+    )
+    found, seen = graphs.Pairs(graphs.Pair), []
+    for _ in used:
+        assert torch.equal(found(MODEL, twice, batch_of(8)), 3 * torch.arange(8)[None])
+        seen.append(make.used)
+    assert seen == used and ([96] in taken) == (not least)
 
 
 def test_without_memory_for_a_pair_the_run_goes_on(graphs, monkeypatch, capsys):
     monkeypatch.setattr(graphs, "Pair", refuse)
     found = graphs.Pairs(graphs.Pair)
     for _ in range(8):
-        assert torch.equal(found(None, twice, batch_of(3)), 3 * torch.arange(3)[None])
+        assert torch.equal(found(MODEL, twice, batch_of(3)), 3 * torch.arange(3)[None])
     assert capsys.readouterr().err.splitlines() == [SAID]
 
 
 def test_shapes_that_keep_changing_are_recorded_so_often_and_no_more(graphs, monkeypatch):
     made, found = Made(graphs, monkeypatch), graphs.Pairs(graphs.Pair)
     for length in [length for length in range(1, 100) for _ in range(4)]:
-        found(None, twice, batch_of(length))
+        found(MODEL, twice, batch_of(length))
     assert len(made.shapes) == graphs.TRIES
 
 
@@ -130,7 +147,7 @@ def test_packed_samples_have_one_shape_whatever_their_number(graphs, monkeypatch
     made.bounds = []
     rows = [[0, 5, 40], [0, 40], [0, 1, 2, 3, 40], [0, 7, 40], [0, 40], [*range(20), 40], [0, 40], [0, 40], [0, 40]]
     for bounds in rows:
-        found(None, twice, batch_of(40, bounds))
+        found(MODEL, twice, batch_of(40, bounds))
     sixteen = [[*bounds, *[40] * (16 - len(bounds))] for bounds in rows[3:5]]
     assert made.bounds[:2] == sixteen
     assert made.bounds[2:] == [[0, *[40] * 31]] * 2  # after the row of 20 samples, when two more had come

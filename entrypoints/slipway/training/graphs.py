@@ -32,6 +32,8 @@ WARM_UP = 2  # passes before a graph is recorded: kernels are compiled and chose
 TRIES = 8  # pairs of graphs that are recorded for a model at most, one after the other
 ALIKE = 2  # micro batches of one shape, one after the other, before a pair is recorded for the next
 BOUNDS = 16  # that packed samples have at least in a graph
+OF_OPTIMIZER = 16  # bytes for a trained weight: its copy in float32, two moments, and what a step needs for a moment
+LITTLE = 1 << 31  # bytes for the optimizer that are set aside while the first step records
 
 Batch = dict[str, Tensor | None]  # a micro batch on the GPU, see steps.data_step
 Pass = Callable[[Batch, int | None], Tensor]  # (batch, longest sample if it is known) → hidden states [S, B, H]
@@ -183,8 +185,7 @@ class Pairs:
         before, self._shape = self._shape, shape_of(even)
         if before != self._shape:
             self._alike, self._pair = 0, None  # its memory is for the passes that come without a graph
-        # Not in the first step, at whose end the optimizer takes its memory.
-        if self._pair is None and self._tries and self._alike >= ALIKE and self._passes >= get_num_microbatches():
+        if self._pair is None and self._tries and self._alike >= ALIKE and self._may_record(gpt):
             self._tries -= 1
             self._pair = self._recorded(gpt, run, even)
         self._passes, self._alike = self._passes + 1, self._alike + 1
@@ -195,12 +196,24 @@ class Pairs:
             return run(batch, None)
         return self._pair(even)
 
+    def _is_first_step(self) -> bool:
+        """At its end the optimizer takes its memory."""
+        return self._passes < get_num_microbatches()
+
+    def _may_record(self, gpt: MegatronGPT) -> bool:
+        return not self._is_first_step() or for_optimizer(gpt) <= LITTLE
+
     def _recorded(self, gpt: MegatronGPT, run: Pass, batch: Batch) -> Pair | Parts | None:
+        set_aside: Tensor | None = None
         try:
+            if self._is_first_step():
+                set_aside = batch["tokens"].new_empty(for_optimizer(gpt), dtype=torch.uint8)  # type: ignore[union-attr]
             return self._make(gpt, run, batch, torch.cuda.graph_pool_handle())
         except RuntimeError as error:  # memory too, of which graphs need more
             self._tries = 0
             say_why_not(error)
+        finally:
+            del set_aside
         torch.cuda.empty_cache()
         return None
 
@@ -213,6 +226,11 @@ class Pairs:
         if len(bounds) > self._bounds:
             self._bounds = -(-len(bounds) * 5 // (4 * BOUNDS)) * BOUNDS  # a quarter more than these
         return batch | {"cu_seqlens": torch.cat([bounds, bounds[-1:].expand(self._bounds - len(bounds))])}
+
+
+def for_optimizer(gpt: MegatronGPT) -> int:
+    """Bytes that the optimizer of the trained weights takes at most."""
+    return OF_OPTIMIZER * sum(weight.numel() for weight in gpt.parameters() if weight.requires_grad)
 
 
 def shape_of(batch: Batch) -> tuple[Any, ...]:

@@ -97,6 +97,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     gc.freeze()
     gc.enable()
     if libraries:
+        preload.know_compiler()
         libraries.join()
     hand_over_in_this_process()
     join_in_place()
