@@ -43,21 +43,21 @@ from slipway.training.rotary import Turned
 from slipway.training import cross_entropy_gpu, low_rank_gpu
 from slipway.training.low_rank_gpu import add_product_
 
-kernels = ahead.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, pack={pack}, rank=32, fp8_rows=8192,
-                        nf4=True, experts=0, chosen=0, width=14336, limited=False, float32_router=False, hidden=4096,
-                        tokens=8192)
+kernels = ahead.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, pack={pack}, shares={shares},
+                        rank=32, fp8_rows=8192, nf4=True, experts=0, chosen=0, width=14336, limited=False,
+                        float32_router=False, hidden=4096, tokens=8192)
 ahead.compile_all(kernels, "cpu")
 wanted = ["_turn_kernel", "_turn_kernel", "_add_product_kernel", "_product_kernel", "_unpack_kernel", "_sums_kernel",
           "_gradient_kernel"]
 assert compiled == wanted, compiled
 compiled.clear()
-rows = 96
+rows, share = 96, (1, {shares}) if {pack} else (0, 1)
 angles, bounds = torch.ones(4096, 1, 1, 128), torch.tensor([0, 5, 40, rows], dtype=torch.int32)
 mixed = torch.ones(rows, 1 if {pack} else 2, 4, 10 * 128, dtype=torch.bfloat16)
 for part in mixed.split([1024, 128, 128], -1)[:2]:
     part = part.reshape(*part.shape[:2], -1, 128)
     part = (part.squeeze(1) if {pack} else part).requires_grad_()
-    Turned.apply(part, angles, bounds if {pack} else None, 1.0, False).backward(torch.ones_like(part))
+    Turned.apply(part, angles, bounds if {pack} else None, 1.0, False, share).backward(torch.ones_like(part))
 for width in (6144, 4096, 28672):
     output, low, weight = (torch.ones(*shape).bfloat16() for shape in ((rows, width), (rows, 32), (width, 32)))
     add_product_(output, low, weight, 2.0)
@@ -75,9 +75,9 @@ from slipway.training.activations import _Gated
 from slipway.training.activations_gpu import Gate
 from slipway.training.rotary import Turned
 
-kernels = ahead.Kernels(heads={heads}, columns=201088, turned=64, by_pairs={latent}, pack=True, rank=0, fp8_rows=0,
-                        nf4=False, experts=32, chosen=4, width=2880, limited={limited}, float32_router={latent},
-                        hidden=2880, tokens=4096)
+kernels = ahead.Kernels(heads={heads}, columns=201088, turned=64, by_pairs={latent}, pack=True, shares=1,
+                        rank=0, fp8_rows=0, nf4=False, experts=32, chosen=4, width=2880, limited={limited},
+                        float32_router={latent}, hidden=2880, tokens=4096)
 ahead._sorting = lambda *_: None  # Transformer Engine's are tried on a GPU
 ahead.compile_all(kernels, "cpu")
 wanted = ["_turn_kernel", "_turn_kernel", "_gated_kernel", "_gradient_kernel", "_sums_kernel", "_gradient_kernel"]
@@ -91,7 +91,7 @@ output = _Gated.apply(inputs, shares.unsqueeze(-1), Gate(1.702, 1.0, 7.0 if {lim
 whole = torch.ones(96, 1, 8, 192 if {latent} else 64, dtype=torch.bfloat16)
 part = whole[..., -64:].squeeze(1).requires_grad_(not {heads})
 bounds = torch.tensor([0, 5, 40, 96], dtype=torch.int32)
-turned = Turned.apply(part, torch.ones(4096, 1, 1, 64), bounds, 1.3, {latent})
+turned = Turned.apply(part, torch.ones(4096, 1, 1, 64), bounds, 1.3, {latent}, (0, 1))
 if {heads}:
     from slipway.training.counted import CountedRows
     rows = CountedRows(torch.ones(80, 201088).bfloat16(), torch.ones(80, dtype=torch.int64))
@@ -113,9 +113,9 @@ def run(code: str, tmp_path) -> None:
     assert len(list(tmp_path.glob("*/*.cubin"))) > 2
 
 
-@pytest.mark.parametrize("pack", [False, True], ids=["rows", "packed"])
-def test_a_dense_step_finds_all_its_kernels(pack, tmp_path):
-    run(DENSE.format(pack=pack), tmp_path)
+@pytest.mark.parametrize("pack, shares", [(False, 2), (True, 1), (True, 2)], ids=["rows", "packed", "shared"])
+def test_a_dense_step_finds_all_its_kernels(pack, shares, tmp_path):
+    run(DENSE.format(pack=pack, shares=shares), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_layouts_decide_what_there_is():
     assert (spread.experts, spread.chosen, spread.tokens, spread.rank) == (32, 8, 32768, 0)
     shared = Recipe(**given, mode="lora", tensor_parallel_size=2, context_parallel_size=2)
     found = ahead.Kernels.of(shared, "qwen3", c)
-    assert (found.tokens, found.rank, found.turned, found.fp8_rows) == (2048, 0, 0, 0)
+    assert (found.tokens, found.rank, found.shares, found.fp8_rows) == (2048, 0, 2, 0)
     assert ahead.Kernels(**dataclasses.asdict(found)) == found
 
 

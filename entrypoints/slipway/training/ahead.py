@@ -37,9 +37,10 @@ class Kernels:
     Args:
         heads: the run trains heads: nothing of the base is turned back, and their loss counts logits.
         columns: of the logits.
-        turned: values of a head that rotary positions turn; 0 where no kernel of ours does.
+        turned: values of a head that rotary positions turn.
         by_pairs: neighbours are turned together, as DeepSeek's.
         pack: several samples share a row.
+        shares: of each sample, one for each context parallel rank.
         rank: of the adapters; 0 where there are none.
         fp8_rows: tokens of a micro batch where the gradients of adapters are in FP8; else 0.
         nf4: the base is unpacked from NF4.
@@ -57,6 +58,7 @@ class Kernels:
     turned: int
     by_pairs: bool
     pack: bool
+    shares: int
     rank: int
     fp8_rows: int
     nf4: bool
@@ -79,9 +81,10 @@ class Kernels:
         return cls(
             heads=recipe.mode == "heads",
             columns=c["vocab_size"],
-            turned=0 if recipe.context_parallel_size > 1 else c["qk_rope_head_dim"] if latent else head_dim(c),
+            turned=c["qk_rope_head_dim"] if latent else head_dim(c),
             by_pairs=latent,
             pack=bool(recipe.pack),
+            shares=recipe.context_parallel_size,
             rank=recipe.lora_rank if adapts else 0,
             fp8_rows=rows if adapts and recipe.precision == "fp8" else 0,
             nf4=recipe.base_precision == "nf4",
@@ -121,8 +124,6 @@ def compile_all(kernels: Kernels, device: str = "cuda") -> None:
 
 
 def _turning(kernels: Kernels, device: str) -> None:
-    if not kernels.turned:
-        return
     import torch
 
     from slipway.training.rotary_gpu import turn
@@ -130,8 +131,9 @@ def _turning(kernels: Kernels, device: str) -> None:
     inputs = torch.zeros(ROWS, 1, 2, kernels.turned, dtype=torch.bfloat16, device=device)
     turns = tuple(torch.zeros(2, ROWS, 1, 1, kernels.turned, device=device).unbind())
     bounds = torch.zeros(2, dtype=torch.int32, device=device) if kernels.pack else None
+    share = 0, kernels.shares if kernels.pack else 1
     for back in (False,) if kernels.heads else (False, True):
-        turn(inputs, turns, bounds, 1.0, by_pairs=kernels.by_pairs, back=back)
+        turn(inputs, turns, bounds, 1.0, share, by_pairs=kernels.by_pairs, back=back)
 
 
 def _adding(kernels: Kernels, device: str) -> None:

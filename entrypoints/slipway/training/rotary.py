@@ -2,7 +2,8 @@
 
 Megatron asks the GPU for the length of each packed sample, in every layer, and gathers their angles anew. Transformer
 Engine's kernel for packed samples starts as many programs for each sample as the longest could need. And it knows
-neither the scale that YaRN puts on the positions nor the order of DeepSeek's.
+neither the scale that YaRN puts on the positions nor the order of DeepSeek's. Under context parallelism Megatron rounds
+the angles of packed samples to the type of the model.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ def _in_one_kernel(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
         mscale: float = 1.0,
         cp_group: Any = None,
     ) -> Tensor:
-        is_whole = cp_group is not None and cp_group.size() == 1 and not config.rotary_interleaved
-        if is_whole and inputs.is_cuda and fits(inputs, angles):
-            return Turned.apply(inputs, angles, cu_seqlens, mscale, config.multi_latent_attention)
+        if cp_group is not None and not config.rotary_interleaved and inputs.is_cuda and fits(inputs, angles):
+            share = share_of(cp_group, cu_seqlens)
+            return Turned.apply(inputs, angles, cu_seqlens, mscale, config.multi_latent_attention, share)
         return apply(inputs, angles, config, cu_seqlens, mscale, cp_group)
 
     return found
+
+
+def share_of(group: Any, bounds: Tensor | None) -> tuple[int, int]:
+    """(rank, ranks) that share each packed sample. Of whole rows Megatron gives each rank the angles of its part."""
+    return (group.rank(), group.size()) if bounds is not None else (0, 1)
 
 
 def fits(inputs: Tensor, angles: Tensor) -> bool:
@@ -62,14 +68,20 @@ class Turned(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, angles: Tensor, bounds: Tensor | None, scale: float, by_pairs: bool
+        ctx: Any,
+        inputs: Tensor,
+        angles: Tensor,
+        bounds: Tensor | None,
+        scale: float,
+        by_pairs: bool,
+        share: tuple[int, int],
     ) -> Tensor:
         from slipway.training.rotary_gpu import turn
 
         turns = turns_of(angles)
         ctx.save_for_backward(*turns, bounds)
-        ctx.scale, ctx.by_pairs = scale, by_pairs
-        return turn(inputs, turns, bounds, scale, by_pairs=by_pairs)
+        ctx.scale, ctx.by_pairs, ctx.share = scale, by_pairs, share
+        return turn(inputs, turns, bounds, scale, share, by_pairs=by_pairs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,5 +89,5 @@ class Turned(torch.autograd.Function):
 
         cosines, sines, bounds = ctx.saved_tensors
         gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-        turns = cosines, sines
-        return turn(gradient, turns, bounds, ctx.scale, by_pairs=ctx.by_pairs, back=True), None, None, None, None
+        of_inputs = turn(gradient, (cosines, sines), bounds, ctx.scale, ctx.share, by_pairs=ctx.by_pairs, back=True)
+        return of_inputs, *[None] * 5

@@ -8,11 +8,12 @@ from torch import Tensor
 
 HEADS = 8  # that a program turns at once
 BOUNDS = 64  # of packed samples that a program looks at at once
+NO_END = 2**31 - 1
 WARPS = 4
 
 
 # Not compiled anew for other numbers of heads and samples.
-@triton.jit(do_not_specialize=["rows", "heads", "bound_count"])
+@triton.jit(do_not_specialize=["rows", "heads", "bound_count", "rank"])
 def _turn_kernel(
     inputs,
     output,
@@ -26,12 +27,15 @@ def _turn_kernel(
     rows,
     heads,
     bound_count,
+    rank,
     scale,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
     BOUNDS: tl.constexpr,
     PACKED: tl.constexpr,
+    RANKS: tl.constexpr,
+    NO_END: tl.constexpr,
     BY_PAIRS: tl.constexpr,
     BACK: tl.constexpr,
 ):
@@ -41,10 +45,16 @@ def _turn_kernel(
     place = token // rows
     position = place
     if PACKED:  # counted from where the token's sample begins
+        left = place * 0 + NO_END  # tokens of the sample from this one on
         for start in range(0, bound_count, BOUNDS):
             number = start + tl.arange(0, BOUNDS)
-            begins = tl.load(bounds + number, mask=number < bound_count, other=0).to(tl.int64)
+            begins = tl.load(bounds + number, mask=number < bound_count, other=0).to(tl.int64) // RANKS
             position = tl.minimum(position, place - tl.max(tl.where(begins <= place, begins, 0), 0))
+            left = tl.minimum(left, tl.min(tl.where(begins > place, begins, NO_END), 0) - place)
+        if RANKS > 1:  # this rank has the sample's part `rank` of 2 RANKS, and as many from its end
+            part = (position + left) // 2
+            is_first = position < part
+            position += tl.where(is_first, rank * part, (2 * RANKS - 2 - rank) * part)
     column = tl.arange(0, COLUMNS)
     inside = column < HALF
     turn = position * turn_stride + column
@@ -85,6 +95,7 @@ def turn(
     turns: tuple[Tensor, Tensor],
     bounds: Tensor | None,
     scale: float,
+    share: tuple[int, int] = (0, 1),
     *,
     by_pairs: bool = False,
     back: bool = False,
@@ -94,7 +105,10 @@ def turn(
     Args:
         inputs: [S, B, heads, D], or packed samples one behind the other as [T, heads, D]; the last dimension dense.
         turns: cosines and sines, float32 [positions, 1, 1, D] each, alike in memory.
-        bounds: int32 [n], where each packed sample begins, and T; None where every row is one sample.
+        bounds: int32 [n], where each packed sample begins, and their end, in the tokens of all ranks; None where every
+            row is one sample.
+        share: (rank, ranks) where context parallel ranks share each packed sample: of its 2 · ranks equal parts a rank
+            has that of its number, and the one that is as far from the end.
         by_pairs: neighbours of the inputs are turned together, and stand D / 2 apart afterwards, as DeepSeek's.
         back: the gradient of the inputs, given that of the output.
     """
@@ -105,12 +119,14 @@ def turn(
     if output.numel():
         _turn_kernel[(positions * rows,)](
             *(inputs, output, *turns, bounds, *inputs.stride()[:3], turns[0].stride(0), rows, heads),
-            *(0 if bounds is None else len(bounds), float(scale)),
+            *(0 if bounds is None else len(bounds), share[0], float(scale)),
             HALF=width // 2,
             COLUMNS=triton.next_power_of_2(width // 2),
             HEADS=HEADS,
             BOUNDS=BOUNDS,
             PACKED=bounds is not None,
+            RANKS=share[1],
+            NO_END=NO_END,
             BY_PAIRS=by_pairs,
             BACK=back,
             num_warps=WARPS,

@@ -116,7 +116,7 @@ def turned() -> Both:
     angles = torch.arange(4096.0, device="cuda")[:, None] * torch.rand(32, device="cuda")
     angles = torch.cat([angles, angles], -1)[:, None, None]
     plain = rope_utils._apply_rotary_pos_emb_bshd(x, angles, mscale=1.3)
-    return with_gradients(Turned.apply(x, angles, None, 1.3, False), x), with_gradients(plain, x)
+    return with_gradients(Turned.apply(x, angles, None, 1.3, False, (0, 1)), x), with_gradients(plain, x)
 
 
 KINDS = (te.Linear, te.LayerNormLinear)
