@@ -157,7 +157,10 @@ class _Loading:
             raise error
         elif piece is not None:
             for part, memory in zip(parts, _divided(piece, parts), strict=True):
-                part.rows.target.copy_(part.rows.wanted(memory), non_blocking=True)
+                rows = part.rows
+                # A part of each row, or another dtype, is taken where the model is: one thread here would take longer.
+                found = memory if rows.is_one_piece else memory.to(rows.target.device, non_blocking=True)
+                rows.target.copy_(rows.wanted(found), non_blocking=True)
             copied = torch.cuda.current_stream().record_event() if self._on_gpu else None
         if piece is not None:
             self._free.put((piece, copied))
