@@ -208,6 +208,9 @@ def _counting(kernels: Kernels, device: str) -> None:
 def _sorting(kernels: Kernels, device: str) -> None:
     if not kernels.experts:
         return
+    from slipway.training.imports import import_less
+
+    import_less(has_tokenizer=False)
     import torch
     from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.triton.permutation import make_row_id_map
