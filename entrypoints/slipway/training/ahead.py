@@ -2,7 +2,8 @@
 
 A new container has compiled none, and each takes about 0.3 s, five seconds of the first step in all. So the first
 worker of a node starts another process, which calls them on a few numbers, of the types and widths that the first step
-will have. Triton keeps what it compiles in files, where the workers find it.
+will have. Triton keeps what it compiles in files, where the workers find it. Left out are the kernels that need the
+memory of other GPUs (exchange_gpu.py).
 """
 
 from __future__ import annotations

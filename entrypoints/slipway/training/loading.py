@@ -10,6 +10,7 @@ wait for Python's lock and not for the file, where there are 20,000 matrices of 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -20,7 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -122,8 +123,9 @@ class _Loading:
 
     def _end(self) -> None:
         """Let the threads end, wherever they wait. What nobody will use is not read."""
-        while not self._wanted.empty():
-            self._wanted.get()
+        with contextlib.suppress(Empty):
+            while True:
+                self._wanted.get_nowait()
         for _ in range(width()):
             self._wanted.put(None)
             self._free.put(None)
@@ -226,11 +228,14 @@ def _divided(piece: Tensor, parts: Iterable[_Part]) -> list[Tensor]:
 
 
 def _fill(parts: Sequence[_Part], memory: Sequence[Tensor]) -> None:
-    """Read the parts of one file, each into its memory, by one call of the system; EOFError where the file ends before.
+    """Read the parts of one file, each into its memory; EOFError where the file ends before.
 
-    What lies between them is read too, and forgotten.
+    Several are read by one call of the system, with what lies between them, which is forgotten.
     """
     views = [one.numpy().data for one in memory]
+    if len(parts) == 1:
+        fill(parts[0].descriptor, views[0], parts[0].begin)
+        return
     between = memoryview(bytearray(GAP))
     gaps = [between[: part.begin - last.end] for last, part in itertools.pairwise(parts)]
     whole = [views[0], *itertools.chain(*zip(gaps, views[1:], strict=True))]
@@ -288,6 +293,8 @@ class _Source:
         if item.type != LoadItemType.BYTE_IO or place.transform_descriptors or not is_torchs or place.length > SMALL:
             return False
         content = os.pread(self._descriptors.of(self._path(place.relative_path)), place.length, place.offset)
+        if len(content) < place.length:
+            return False
         if content not in self._objects:
             self._objects[content] = torch.load(io.BytesIO(content), weights_only=False)
         found, name = copy.deepcopy(self._objects[content]), item.dest_index.fqn
