@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import pickle
@@ -165,7 +166,7 @@ class Reader:
 
     def files(self) -> list[Path]:
         """Every file with tensors."""
-        return sorted({self.folder / chunk.file for chunks in self._chunks.values() for chunk in chunks})
+        return sorted(self.folder / name for name in {part.file for parts in self._chunks.values() for part in parts})
 
     def read(self, ref: Ref) -> Bits:
         """A part of a tensor, put together from the chunks that hold it; DataError if they do not hold all of it."""
@@ -325,6 +326,7 @@ def _chunk(key: str, shape: tuple[int, ...], chunk: Any, places: Mapping[Any, An
     return _Chunk(offsets, sizes, where.relative_path, where.offset, where.length, stored=sizes)
 
 
+@functools.lru_cache(1000)  # experts have ten thousand parts in a file
 def _plain_name(file: str) -> str:
     """The name of a file in the folder; a foreign `.metadata` must not lead to other files of this machine."""
     if Path(file).name != file:
