@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +231,24 @@ def test_neighbours_are_read_at_once_as_far_as_there_is_room(tmp_path, monkeypat
     assert not reader.left and all(torch.equal(into[name], one.bfloat16()) for name, one in saved.items())
     large = [size for size in reads if size > 10_000]
     assert len(large) == 8 and max(large) <= 50_000
+
+
+def test_as_on_a_gpu_memory_is_used_again_when_all_of_it_has_arrived(tmp_path, monkeypatch):
+    """With a stream that tells when it is asked, in the place of a GPU's; the copies are made at once."""
+    saved = {f"expert {number}": torch.randn(40, 64) for number in range(160)}
+    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    asked, empty = [], torch.empty
+    stream = SimpleNamespace(synchronize=lambda: asked.append("all"), record_event=lambda: SimpleNamespace(
+        synchronize=lambda: asked.append("piece")))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **about: empty(*size, **about))
+    monkeypatch.setattr(loading._Part, "is_in_memory", False)
+    monkeypatch.setattr(loading, "PIECE", 50_000)
+    into, reader = {name: torch.zeros(40, 64) for name in saved}, Threaded(tmp_path)
+    dcp.load(into, storage_reader=reader, no_dist=True)
+    assert not reader.left and all(torch.equal(into[name], one) for name, one in saved.items())
+    assert asked.count("piece") == 40 - loading.ON_THE_WAY * loading.width() and asked[-1] == "all"
 
 
 @pytest.mark.parametrize("flat", [True, False])
