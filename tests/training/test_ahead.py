@@ -1,178 +1,73 @@
-"""Kernels compiled ahead: really compiled, for an H100 that is not here, and found again by what a step calls."""
+"""The next micro batch is made while this one is computed, and is the one that would have been made later."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
+import threading
 
 import pytest
-from slipway.families import FAMILIES
-from slipway.training import ahead, recipes
-from slipway.training.recipe import Recipe
-
-# A driver of Triton's for an H100 that starts nothing. All else is Triton's own, with its compiler and the assembler.
-DRIVER = """
-import sys
-from types import SimpleNamespace
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
+from slipway.training import cpu
 
-class Driver:
-    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
-    utils = SimpleNamespace(
-        load_binary=lambda name, binary, shared, device: (binary, name, 1, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-    )
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-triton.runtime.driver.set_active(Driver())
-compiled = []
-triton.knobs.runtime.jit_cache_hook = lambda **about: compiled.append(about["fn"].name)
-from slipway.training import ahead
-"""
-
-# Queries and keys as Megatron cuts them out of one layer's output, packed and not; 8 query heads for each of 4 keys.
-DENSE = """
-from slipway.training.rotary import Turned
-from slipway.training import cross_entropy_gpu, low_rank_gpu
-from slipway.training.low_rank_gpu import add_product_
-
-kernels = ahead.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, pack={pack}, shares={shares},
-                        rank=32, fp8_rows=8192, nf4=True, experts=0, chosen=0, width=14336, limited=False,
-                        float32_router=False, hidden=4096, tokens=8192)
-ahead.compile_all(kernels, "cpu")
-wanted = ["_turn_kernel", "_turn_kernel", "_add_product_kernel", "_product_kernel", "_unpack_kernel", "_sums_kernel",
-          "_gradient_kernel"]
-assert compiled == wanted, compiled
-compiled.clear()
-rows, share = 96, (1, {shares}) if {pack} else (0, 1)
-angles, bounds = torch.ones(4096, 1, 1, 128), torch.tensor([0, 5, 40, rows], dtype=torch.int32)
-mixed = torch.ones(rows, 1 if {pack} else 2, 4, 10 * 128, dtype=torch.bfloat16)
-for part in mixed.split([1024, 128, 128], -1)[:2]:
-    part = part.reshape(*part.shape[:2], -1, 128)
-    part = (part.squeeze(1) if {pack} else part).requires_grad_()
-    Turned.apply(part, angles, bounds if {pack} else None, 1.0, False, share).backward(torch.ones_like(part))
-for width in (6144, 4096, 28672):
-    output, low, weight = (torch.ones(*shape).bfloat16() for shape in ((rows, width), (rows, 32), (width, 32)))
-    add_product_(output, low, weight, 2.0)
-low_rank_gpu.product_with_peaks(torch.ones(8192, 6144).bfloat16(), torch.ones(6144, 32).bfloat16(), 2.0)
-logits, labels = torch.ones(rows, 128256).bfloat16(), torch.ones(rows, dtype=torch.int64)
-cross_entropy_gpu.to_gradient_(logits, labels, cross_entropy_gpu.sums(logits, labels)[0])
-from slipway.training.nf4_gpu import unpack_rows
-unpack_rows(torch.ones(6144, 2048).byte(), torch.ones(6144, 64), torch.ones(16))
-assert not compiled, compiled
-print("found")
-"""
-
-EXPERTS = """
-from slipway.training.activations import _Gated
-from slipway.training.activations_gpu import Gate
-from slipway.training.rotary import Turned
-
-kernels = ahead.Kernels(heads={heads}, columns=201088, turned=64, by_pairs={latent}, pack=True, shares=1,
-                        rank=0, fp8_rows=0, nf4=False, experts=32, chosen=4, width=2880, limited={limited},
-                        float32_router={latent}, hidden=2880, tokens=4096)
-ahead._sorting = lambda *_: None  # Transformer Engine's are tried on a GPU
-ahead.compile_all(kernels, "cpu")
-wanted = ["_turn_kernel", "_turn_kernel", "_gated_kernel", "_gradient_kernel", "_sums_kernel", "_gradient_kernel"]
-if {heads}:
-    wanted = ["_turn_kernel", "_gated_kernel", "_features_kernel", "_losses_kernel"]
-assert compiled == wanted, compiled
-compiled.clear()
-shares = torch.ones(96, dtype=torch.float32 if {latent} else torch.bfloat16)
-inputs = torch.ones(96, 2 * 2880, dtype=torch.bfloat16, requires_grad=not {heads})
-output = _Gated.apply(inputs, shares.unsqueeze(-1), Gate(1.702, 1.0, 7.0 if {limited} else None))
-whole = torch.ones(96, 1, 8, 192 if {latent} else 64, dtype=torch.bfloat16)
-part = whole[..., -64:].squeeze(1).requires_grad_(not {heads})
-bounds = torch.tensor([0, 5, 40, 96], dtype=torch.int32)
-turned = Turned.apply(part, torch.ones(4096, 1, 1, 64), bounds, 1.3, {latent}, (0, 1))
-if {heads}:
-    from slipway.training.counted import CountedRows
-    rows = CountedRows(torch.ones(80, 201088).bfloat16(), torch.ones(80, dtype=torch.int64))
-    rows.features(torch.ones(80)), rows.losses(torch.ones(80), torch.ones(80))
-else:
-    output.backward(torch.ones_like(output))
-    turned.backward(torch.ones_like(turned))
-assert not compiled, compiled
-print("found")
-"""
+cpu.enable()
+from slipway.training.data import Ahead  # noqa: E402  Megatron needs it
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 
-def run(code: str, tmp_path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "script.py"
-    script.write_text(DRIVER + code)
-    done = subprocess.run([sys.executable, "-W", "ignore", script], env=environment, capture_output=True, text=True)
-    assert done.stdout == "found\n", done.stderr[-3000:]
-    assert len(list(tmp_path.glob("*/*.cubin"))) > 2
+class Numbers(Dataset):
+    """Ten items; notes which thread made which, and can fail at one."""
+
+    def __init__(self, failing: int = -1) -> None:
+        self.failing = failing
+        self.made: list[tuple[int, bool]] = []
+        self.more = threading.Semaphore(0)
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        if number == self.failing:
+            raise ValueError(f"item {number}")
+        self.made.append((number, threading.current_thread() is threading.main_thread()))
+        self.more.release()
+        return {"number": torch.tensor(number)}
 
 
-@pytest.mark.parametrize("pack, shares", [(False, 2), (True, 1), (True, 2)], ids=["rows", "packed", "shared"])
-def test_a_dense_step_finds_all_its_kernels(pack, shares, tmp_path):
-    run(DENSE.format(pack=pack, shares=shares), tmp_path)
+BATCHES = [[3, 1], [4, 0], [5, 9]]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        {"heads": False, "latent": False, "limited": True},
-        {"heads": False, "latent": True, "limited": False},
-        {"heads": True, "latent": False, "limited": False},
-    ],
-    ids=["limited", "latent", "heads"],
-)
-def test_a_step_with_experts_finds_all_its_kernels(words, tmp_path):
-    run(EXPERTS.format(**words), tmp_path)
+def test_the_batches_are_those_of_the_loader_in_its_order():
+    found, wanted = (kind(Numbers(), batch_sampler=BATCHES) for kind in (Ahead, DataLoader))
+    assert len(found) == len(wanted) == 3
+    for _ in range(2):
+        assert (
+            [batch["number"].tolist() for batch in found] == [batch["number"].tolist() for batch in wanted] == BATCHES
+        )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_widths_are_those_of_the_model(name):
-    c = FAMILIES[name].tiny_config()
-    found = ahead.Kernels.of(Recipe(model="m", data="d", out="o", mode="lora", pack=True), name, c)
-    experts = {"gpt_oss": (4, 2, 96), "qwen3": (4, 2, 48), "deepseek_v3": (8, 4, 32)}.get(name)
-    assert (found.experts, found.chosen, found.width) == experts or (experts is None and not found.experts)
-    assert found.turned == {"gpt_oss": 16, "qwen3": 32, "deepseek_v3": 16}.get(name, 16)
-    assert (found.by_pairs, found.float32_router) == ((name == "deepseek_v3",) * 2)
-    assert found.limited == (name == "gpt_oss") and found.pack and found.rank == 32 and not found.fp8_rows
+def test_the_next_batch_is_made_in_another_thread_before_it_is_asked_for():
+    numbers = Numbers()
+    batches = iter(Ahead(numbers, batch_sampler=BATCHES))
+    assert next(batches)["number"].tolist() == [3, 1]
+    for _ in range(4):
+        assert numbers.more.acquire(timeout=60)
+    assert numbers.made == [(3, False), (1, False), (4, False), (0, False)]
+    batches.close()
 
 
-def test_layouts_decide_what_there_is():
-    c = recipes.config_of("qwen3_30b_a3b")
-    given = {"model": "m", "data": "d", "out": "o", "seq_length": 4096, "micro_batch_size": 2}
-    one = ahead.Kernels.of(Recipe(**given, mode="lora", precision="fp8"), "qwen3", c)
-    assert (one.experts, one.tokens, one.fp8_rows, one.rank) == (128, 8192, 8192, 32)
-    spread = ahead.Kernels.of(Recipe(**given, mode="sft", expert_parallel_size=4), "qwen3", c)
-    assert (spread.experts, spread.chosen, spread.tokens, spread.rank) == (32, 8, 32768, 0)
-    shared = Recipe(**given, mode="lora", tensor_parallel_size=2, context_parallel_size=2)
-    found = ahead.Kernels.of(shared, "qwen3", c)
-    assert (found.tokens, found.rank, found.shares, found.fp8_rows) == (2048, 0, 2, 0)
-    assert ahead.Kernels(**dataclasses.asdict(found)) == found
+def test_no_batch_draws_a_random_number():
+    """A step seeds itself before its first batch is asked for, and draws what it drops afterwards."""
+    batches = iter(Ahead(Numbers(), batch_sampler=BATCHES))
+    before = torch.get_rng_state()
+    assert len(list(batches)) == 3
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("rank, gpus, begun", [("0", "0", True), ("1", "0", False), ("0", "", False)])
-def test_the_first_worker_of_a_node_with_gpus_begins_it_and_leaves_nothing_behind(rank, gpus, begun, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setattr(ahead, "model_of", lambda path: ("llama31", FAMILIES["llama31"].tiny_config()))
-    begin, processes = subprocess.Popen, []
-    monkeypatch.setattr(subprocess, "Popen", lambda *w, **o: processes.append(begin(*w, **o)) or processes[-1])
-    with ahead.compiling(Recipe(model="m", data="d", out="o")):
-        assert len(processes) == begun
-        assert all(process.poll() is None and "slipway.training.ahead" in process.args for process in processes)
-    assert all(process.poll() is not None for process in processes)
+def test_an_error_is_raised_where_its_batch_is_asked_for():
+    batches = iter(Ahead(Numbers(failing=0), batch_sampler=BATCHES))
+    assert next(batches)["number"].tolist() == [3, 1]
+    with pytest.raises(ValueError, match="item 0"):
+        next(batches)
 
 
-def test_what_cannot_be_compiled_is_said(monkeypatch, capsys):
-    # As on a machine whose GPU is gone: torch without CUDA cannot make the first tensor.
-    kernels = ahead.Kernels.of(Recipe(model="m", data="d", out="o"), "llama31", FAMILIES["llama31"].tiny_config())
-    monkeypatch.setattr(sys, "argv", ["ahead", json.dumps(dataclasses.asdict(kernels))])
-    ahead.main()
-    said = capsys.readouterr()
-    assert "worker: kernels could not be compiled ahead, so the first step takes longer: " in said.out + said.err
-    assert "Traceback" not in said.out + said.err
+def test_nothing_to_do_is_no_error():
+    assert list(Ahead(Numbers(), batch_sampler=[])) == []

@@ -117,7 +117,7 @@ class _Loading:
         for item in items:
             if (parts := self._source.find(item)) is not None:
                 found += parts
-            elif not self._source.load_again(item):
+            elif not self._source.load_object(item):
                 self._left[id(item)] = item
         return sorted(found, key=lambda part: (part.descriptor, part.begin))
 
@@ -286,8 +286,8 @@ class _Source:
         firsts = range(0, len(rows.target), step) if step else ()
         return [_Part.of(item, rows.some(first, step), descriptor) for first in firsts] or None
 
-    def load_again(self, item: ReadItem) -> bool:
-        """Load an object; False where torch has to. Experts have ten thousand times the same one, which is nothing."""
+    def load_object(self, item: ReadItem) -> bool:
+        """Load an object; False where torch has to. Experts have ten thousand times the same: then it is copied."""
         place = self._reader.storage_data[item.storage_index]
         is_torchs = type(self._planner).load_bytes is DefaultLoadPlanner.load_bytes
         if item.type != LoadItemType.BYTE_IO or place.transform_descriptors or not is_torchs or place.length > SMALL:

@@ -32,13 +32,3 @@ def _load() -> None:
     except (RuntimeError, NotImplementedError) as error:  # as on a GPU for which cuDNN has no attention
         said = str(error).partition("\n")[0]
         tell(f"worker: some of CUDA's libraries will be loaded in the first step, which takes longer: {said}")
-
-
-def know_compiler() -> None:
-    """Let another thread sum up Triton's own files, 400 MB: the first kernel is looked up by that sum.
-
-    Call it when Triton is imported: two threads that import it would get in each other's way.
-    """
-    from triton.runtime.cache import triton_key
-
-    threading.Thread(target=triton_key, name="compiler", daemon=True).start()

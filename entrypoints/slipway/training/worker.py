@@ -21,8 +21,8 @@ from slipway.launch.failure import leave_word
 from slipway.launch.quiet import quiet
 from slipway.report import say
 from slipway.signals import heed_the_parent_alone
-from slipway.training.ahead import compiling
 from slipway.training.patches import LIGHTNING, NEMO, replace, wrap
+from slipway.training.precompile import compiling, know_compiler
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 from slipway.training.troubles import explained
@@ -97,7 +97,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     gc.freeze()
     gc.enable()
     if libraries:
-        preload.know_compiler()
+        know_compiler()
         libraries.join()
     hand_over_in_this_process()
     join_in_place()

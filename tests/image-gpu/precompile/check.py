@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from slipway.families import FAMILIES
-from slipway.training.ahead import Kernels
+from slipway.training.precompile import Kernels
 from slipway.training.preflight import model_of
 from slipway.training.recipe import Recipe
 
@@ -49,7 +49,7 @@ def compare(family: str, mode: str, model: Path, scratch: Path) -> list[str]:
     where = ["--model", str(model), "--data", str(scratch / "data.jsonl"), "--out", str(out)]
     run(["slipway.cli", "train", *where, *samples, *MODES[mode]], of_run)
     kernels = Kernels.of(Recipe.load(out / "recipe.json"), *model_of(model))
-    run(["slipway.training.ahead", json.dumps(asdict(kernels))], ahead)
+    run(["slipway.training.precompile", json.dumps(asdict(kernels))], ahead)
     both = compiled(of_run), compiled(ahead)
     print(f"{name}: {len(both[0])} kernels, {len(both[0] & both[1])} of them ahead", flush=True)
     return sorted(both[0] ^ both[1]) if both[0] else ["no kernel at all"]

@@ -1,6 +1,6 @@
 """Kernels written in Triton, compiled while NeMo is imported and the checkpoint is read.
 
-A new container has compiled none, and each takes about 0.3 s, five seconds of the first step in all. So the first
+A new container has compiled none, and each takes up to 0.3 s, some five seconds of the first step in all. So the first
 worker of a node starts another process, which calls them on a few numbers, of the types and widths that the first step
 will have. Triton keeps what it compiles in files, where the workers find it. Left out are the kernels that need the
 memory of other GPUs (exchange_gpu.py).
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -116,6 +117,16 @@ def compiling(recipe: Recipe) -> Iterator[None]:
     finally:
         process.kill()  # it may still be at work where the run ended early
         process.wait()
+
+
+def know_compiler() -> None:
+    """Let another thread sum up Triton's own files, 400 MB: the first kernel is looked up by that sum.
+
+    Call it when Triton is imported: two threads that import it would get in each other's way.
+    """
+    from triton.runtime.cache import triton_key
+
+    threading.Thread(target=triton_key, name="compiler", daemon=True).start()
 
 
 def compile_all(kernels: Kernels, device: str = "cuda") -> None:
