@@ -233,10 +233,8 @@ def test_neighbours_are_read_at_once_as_far_as_there_is_room(tmp_path, monkeypat
     assert len(large) == 8 and max(large) <= 50_000
 
 
-def test_as_on_a_gpu_memory_is_used_again_when_all_of_it_has_arrived(tmp_path, monkeypatch):
-    """With a stream that tells when it is asked, in the place of a GPU's; the copies are made at once."""
-    saved = {f"expert {number}": torch.randn(40, 64) for number in range(160)}
-    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+def go_on_as_on_a_gpu(monkeypatch) -> list[str]:
+    """A stream that tells when it is asked, in the place of a GPU's; the copies are made at once."""
     asked, empty = [], torch.empty
     stream = SimpleNamespace(synchronize=lambda: asked.append("all"), record_event=lambda: SimpleNamespace(
         synchronize=lambda: asked.append("piece")))  # fmt: skip
@@ -245,10 +243,38 @@ def test_as_on_a_gpu_memory_is_used_again_when_all_of_it_has_arrived(tmp_path, m
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **about: empty(*size, **about))
     monkeypatch.setattr(loading._Part, "is_in_memory", False)
     monkeypatch.setattr(loading, "PIECE", 50_000)
+    return asked
+
+
+def test_as_on_a_gpu_memory_is_used_again_when_all_of_it_has_arrived(tmp_path, monkeypatch):
+    saved = {f"expert {number}": torch.randn(40, 64) for number in range(160)}
+    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    asked = go_on_as_on_a_gpu(monkeypatch)
     into, reader = {name: torch.zeros(40, 64) for name in saved}, Threaded(tmp_path)
     dcp.load(into, storage_reader=reader, no_dist=True)
     assert not reader.left and all(torch.equal(into[name], one) for name, one in saved.items())
     assert asked.count("piece") == 40 - loading.ON_THE_WAY * loading.width() and asked[-1] == "all"
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(32, True), (31, False)])
+def test_as_on_a_gpu_what_follows_each_other_in_the_model_is_copied_at_once(rows, at_once, tmp_path, monkeypatch):
+    """Experts that lie one behind the other in the model, and in the file each one's gate, up and down."""
+    experts, into = 20, {}
+    gate_up, down = torch.zeros(experts, 2 * rows, 63), torch.zeros(experts, rows, 63, dtype=torch.bfloat16)
+    for number in range(experts):
+        into |= {f"{number} gate": gate_up[number, :rows], f"{number} up": gate_up[number, rows:]}
+        into[f"{number} down"] = down[number]
+    saved = {name: torch.randn(one.shape).to(one.dtype) for name, one in into.items()}
+    dcp.save(saved, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    go_on_as_on_a_gpu(monkeypatch)
+    copies, copy = [], loading._copy
+    monkeypatch.setattr(loading, "_copy", lambda parts, memory: copies.append(len(parts)) or copy(parts, memory))
+    reader = Threaded(tmp_path)
+    dcp.load(into, storage_reader=reader, no_dist=True)
+    assert not reader.left and all(torch.equal(into[name], one) for name, one in saved.items())
+    assert sum(copies) == 3 * experts
+    # What is no multiple of 64 bytes has room behind it in memory, so that the next one begins as its dtype needs it.
+    assert len(copies) < experts if at_once else len(copies) == 3 * experts
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -16,6 +16,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+from slipway.garbage import uncollected
 from slipway.tensors.refs import TORCH_NAMES
 
 METADATA, FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
@@ -153,7 +154,8 @@ def loads(pickled: bytes, *, known_only: bool = False) -> Any:
     for before, had_known_only, found in _last:
         if before == pickled and (had_known_only or not known_only):
             return found
-    found = AnyUnpickler(pickled, known_only).load()
+    with uncollected():
+        found = AnyUnpickler(pickled, known_only).load()
     _last[:] = [(pickled, known_only, found)]
     return found
 

@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
+from slipway.garbage import uncollected
 from slipway.training.checkpoint_times import say_saved
-from slipway.training.planning import uncollected
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
 from slipway.training.troubles import cannot_write

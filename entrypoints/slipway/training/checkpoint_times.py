@@ -11,8 +11,8 @@ from typing import Any
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from slipway.checkpoint.torch_dist import Reader
+from slipway.garbage import uncollected
 from slipway.report import human_bytes
-from slipway.training.planning import uncollected
 from slipway.untrusted import tell
 
 Load = Callable[..., dict[str, Any]]

@@ -158,11 +158,8 @@ class _Loading:
         elif error is not None:
             raise error
         elif piece is not None:
-            for part, memory in zip(parts, _divided(piece, parts), strict=True):
-                rows = part.rows
-                # A part of each row, or another dtype, is taken where the model is: one thread here would take longer.
-                found = memory if rows.is_one_piece else memory.to(rows.target.device, non_blocking=True)
-                rows.target.copy_(rows.wanted(found), non_blocking=True)
+            for some, memory in _in_line(parts, piece):
+                _copy(some, memory)
             copied = torch.cuda.current_stream().record_event() if self._on_gpu else None
         if piece is not None:
             self._free.put((piece, copied))
@@ -196,6 +193,9 @@ class _Part:
         """It can be read where it lies."""
         return self.rows.target.device.type == "cpu" and self.rows.is_one_piece
 
+    def address(self) -> int:
+        return self.rows.target.data_ptr()
+
     @property
     def room(self) -> int:
         """Bytes for it in a piece of memory, where the next one begins as each dtype needs it."""
@@ -203,15 +203,19 @@ class _Part:
 
 
 def _together(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Those that are read at once: neighbours in a file, as many as have room in a piece of memory."""
+    """Those that are read at once: neighbours in a file, as many as have room in a piece of memory.
+
+    They come in the order in which they are in the model. In a file gate, up and down of an expert follow each other,
+    in the model gate and up of all experts of a layer.
+    """
     found: list[_Part] = []
     for part in parts:
         if found and not _has_room(found, part):
-            yield found
+            yield sorted(found, key=_Part.address)
             found = []
         found.append(part)
     if found:
-        yield found
+        yield sorted(found, key=_Part.address)
 
 
 def _has_room(found: Sequence[_Part], part: _Part) -> bool:
@@ -227,12 +231,51 @@ def _divided(piece: Tensor, parts: Iterable[_Part]) -> list[Tensor]:
     return [piece[end - part.room :][: part.size] for part, end in zip(parts, ends, strict=True)]
 
 
+def _in_line(parts: Sequence[_Part], piece: Tensor) -> Iterator[tuple[list[_Part], Tensor]]:
+    """Those that follow each other in the model as in the piece of memory, with their bytes: experts of one layer."""
+    begun = 0
+    some: list[_Part] = []
+    for part in parts:
+        if some and not _follows(part, some[-1]):
+            yield some, piece[begun:][: sum(one.size for one in some)]
+            begun, some = begun + sum(one.room for one in some), []
+        some.append(part)
+    yield some, piece[begun:][: sum(one.size for one in some)]
+
+
+def _follows(part: _Part, last: _Part) -> bool:
+    """Whether the part begins where the last one ends, in the model and in the piece of memory."""
+    one, other = part.rows, last.rows
+    if last.room != last.size or not (one.is_one_piece and other.is_one_piece):
+        return False
+    is_next = part.address() == last.address() + last.size
+    return is_next and one.target.untyped_storage().data_ptr() == other.target.untyped_storage().data_ptr()
+
+
+def _copy(parts: Sequence[_Part], memory: Tensor) -> None:
+    """Bring bytes to where the model has these parts, which follow each other.
+
+    The host needs 0.1 ms for each copy to a GPU.
+    """
+    rows = parts[0].rows
+    target = rows.target
+    if len(parts) > 1:
+        first = target.storage_offset() * target.itemsize
+        whole = torch.empty(0, dtype=torch.uint8, device=target.device)
+        whole.set_(target.untyped_storage(), first, memory.shape).copy_(memory, non_blocking=True)
+    else:
+        # A part of each row, or another dtype, is taken where the model is: one thread here would take longer.
+        found = memory if rows.is_one_piece else memory.to(target.device, non_blocking=True)
+        target.copy_(rows.wanted(found), non_blocking=True)
+
+
 def _fill(parts: Sequence[_Part], memory: Sequence[Tensor]) -> None:
     """Read the parts of one file, each into its memory; EOFError where the file ends before.
 
     Several are read by one call of the system, with what lies between them, which is forgotten.
     """
-    views = [one.numpy().data for one in memory]
+    both = sorted(zip(parts, memory, strict=True), key=lambda one: one[0].begin)
+    parts, views = [part for part, _ in both], [one.numpy().data for _, one in both]
     if len(parts) == 1:
         fill(parts[0].descriptor, views[0], parts[0].begin)
         return
@@ -326,21 +369,19 @@ class Rows:
     @classmethod
     def of(cls, target: Tensor, stored: Stored, offsets: Sequence[int]) -> Rows:
         """The fewest dimensions in which both can be told: the first one of `target` is in one piece in the file."""
-        shape, offsets, at = [*stored.shape], [*offsets], 0
-        while target.ndim and len(target) == 1:
+        sizes, strides, shape, offsets, at = [*target.shape], [*target.stride()], [*stored.shape], [*offsets], 0
+        while sizes and sizes[0] == 1:
             at += offsets.pop(0) * math.prod(shape[1:])
-            target, shape = target[0], shape[1:]
-        if not target.ndim:
-            target, shape, offsets = target.view(1), [1], [0]
-        while target.ndim > 1 and target.shape[1] == shape[1] and target.stride(0) == target.stride(1) * shape[1]:
-            target, shape, offsets = (
-                target.flatten(0, 1),
-                [shape[0] * shape[1], *shape[2:]],
-                [offsets[0] * shape[1], *offsets[2:]],
-            )
+            del sizes[0], strides[0], shape[0]
+        if not sizes:
+            sizes, strides, shape, offsets = [1], [1], [1], [0]
+        while len(sizes) > 1 and sizes[1] == shape[1] and strides[0] == strides[1] * shape[1]:
+            sizes[:2], strides[:2] = [sizes[0] * sizes[1]], [strides[1]]
+            offsets[:2], shape[:2] = [offsets[0] * shape[1]], [shape[0] * shape[1]]
         at += offsets[0] * math.prod(shape[1:])
         dtype = getattr(torch, TORCH_NAMES[stored.dtype])
-        return cls(target, dtype, stored.begin + at * dtype.itemsize, tuple(shape[1:]), tuple(offsets[1:]))
+        rows = target.as_strided(sizes, strides)  # one call of torch's: there are ten thousand experts
+        return cls(rows, dtype, stored.begin + at * dtype.itemsize, tuple(shape[1:]), tuple(offsets[1:]))
 
     def some(self, first: int, count: int) -> Rows:
         """These of them."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import io
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -46,6 +44,8 @@ PLACES = "_slipway_places"  # attribute of a sharded tensor: offsets of a part â
 def plan_quickly() -> None:
     """Let torch and Megatron plan so from now on."""
     from megatron.core.dist_checkpointing import optimizer as states
+    from megatron.core.dist_checkpointing import serialization, state_dict_utils
+    from megatron.core.dist_checkpointing.strategies import fully_parallel
     from megatron.core.dist_checkpointing.strategies import torch as strategy
     from megatron.core.optimizer import optimizer
 
@@ -55,20 +55,10 @@ def plan_quickly() -> None:
     wrap(utils, "_find_shard", finding_at_once, TORCH)
     wrap(utils._DistWrapper, "__init__", sending_nothing_to_itself, TORCH)
     wrap(strategy, "mcore_to_pyt_state_dict", packing_nothing_to_load, MEGATRON)
+    for module in (serialization, state_dict_utils, fully_parallel):
+        wrap(module, "determine_global_metadata", asking_nobody, MEGATRON)
     for module in (states, optimizer):
         wrap(module, "get_param_id_to_sharded_param_map", printing_nothing, MEGATRON)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile. It takes a third of the time in which so many plans are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def neighbours(boxes: Sequence[Box]) -> list[list[int]]:
@@ -194,6 +184,19 @@ def sending_nothing_to_itself(init: Callable[..., None]) -> Callable[..., None]:
         init(self, group, use_dist and dist.get_world_size(group) > 1, coordinator_rank)
 
     return made
+
+
+def asking_nobody(determine: Callable[..., tuple[list[Any], list[Any]]]) -> Callable[..., tuple[list[Any], list[Any]]]:
+    """The same as Megatron's `determine_global_metadata`: what each rank has. A process that is alone asks itself."""
+
+    @functools.wraps(determine)
+    def found(sharded_state_dict: Any) -> tuple[list[Any], list[Any]]:
+        if dist.get_world_size() > 1:
+            return determine(sharded_state_dict)
+        here = [one.without_data() for one in nested_values(sharded_state_dict)]
+        return here, [here]
+
+    return found
 
 
 def packing_nothing_to_load(convert: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

@@ -17,12 +17,15 @@ from slipway.training.preflight import model_of
 from slipway.training.recipe import Recipe
 
 MODES = {
-    "lora": ["--mode", "lora", "--lora-targets", "linear_qkv,linear_proj"],
-    "nf4": ["--mode", "lora", "--lora-targets", "linear_qkv,linear_proj", "--base-precision", "nf4"],
-    "padded": ["--mode", "lora", "--lora-targets", "linear_qkv,linear_proj", "--pack=false"],
+    "lora": ["--mode", "lora"],
+    "attention": ["--mode", "lora", "--lora-targets", "linear_proj"],
+    "nf4": ["--mode", "lora", "--base-precision", "nf4"],
+    "padded": ["--mode", "lora", "--pack=false"],
     "sft": ["--mode", "sft"],
     "heads": ["--mode", "heads"],
 }
+# Multiples of 16, as all widths of real models: Triton compiles anew for others.
+WIDTHS = {"deepseek_v3": {"kv_lora_rank": 48, "qk_nope_head_dim": 32}}
 
 
 def run(words: list[str], cache: Path) -> None:
@@ -58,7 +61,7 @@ def compare(family: str, mode: str, model: Path, scratch: Path) -> list[str]:
 def compare_all(family: str, scratch: Path) -> list[str]:
     folder = scratch / family
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(FAMILIES[family].tiny_config()))
+    (folder / "config.json").write_text(json.dumps(FAMILIES[family].tiny_config() | WIDTHS.get(family, {})))
     model = scratch / f"{family}.nemo"
     run(["slipway.cli", "init", str(folder), str(model)], scratch / "unused")
     return [f"{family} {mode}: {one}" for mode in MODES for one in compare(family, mode, model, scratch)]
