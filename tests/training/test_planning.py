@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan
 
 cpu.enable()
-from megatron.core.dist_checkpointing import optimizer  # noqa: E402  Megatron needs it
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory  # noqa: E402
+from megatron.core.dist_checkpointing import optimizer, validation  # noqa: E402  Megatron needs it
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as strategy  # noqa: E402
 from slipway.training import planning  # noqa: E402
 
@@ -44,6 +44,7 @@ VALIDATE = before(default_planner._validate_global_plan)
 LOOK = before(utils._find_shard)
 INIT = before(utils._DistWrapper.__init__)
 CONVERT = before(strategy.mcore_to_pyt_state_dict)
+DETERMINE = before(validation.determine_global_metadata)
 GET = before(optimizer.get_param_id_to_sharded_param_map)
 
 
@@ -217,6 +218,24 @@ def test_a_process_that_is_alone_sends_nothing(monkeypatch):
         assert (wrapper.use_dist, wrapper.is_coordinator, wrapper.rank) == (used, True, 0)
         planning.sending_nothing_to_itself(INIT)(wrapper, None, False, 0)
         assert not wrapper.use_dist
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(1, False), (2, True)])
+def test_a_process_that_is_alone_knows_what_all_have(ranks, asked, monkeypatch):
+    gathered = []
+
+    def gather(found: list[Any], mine: Any) -> None:
+        gathered.append(mine)
+        found[:] = [mine] * ranks
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    weights = {str(number): ShardedTensor.from_rank_offsets(str(number), torch.ones(2)) for number in range(3)}
+    theirs = DETERMINE({"model": weights})
+    gathered.clear()
+    ours = planning.asking_nobody(DETERMINE)({"model": weights})
+    assert ours == theirs and bool(gathered) == asked
+    assert all(one.data is None for one in ours[0]) and weights["0"].data is not None
 
 
 def test_frozen_weights_are_not_printed():
