@@ -20,7 +20,9 @@ from conftest import make_model
 from safetensors.torch import load_file
 from slipway import cli
 from slipway.checkpoint import classic, classic_files, nf4, torch_files
+from slipway.errors import DataError
 from slipway.families import FAMILIES, understood
+from slipway.tensors.refs import TensorInfo
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "classic.json").read_text())
 WRITTEN = sorted(name for name, case in GOLDEN.items() if "adapters" not in case)
@@ -117,8 +119,6 @@ def test_what_packed_tensors_mean(name, models, tmp_path):
 
 
 def unpacked(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    from slipway.tensors.refs import TensorInfo
-
     held = {suffix: tensors[name + suffix] for suffix in ("", *nf4.PARTS) if name + suffix in tensors}
     infos = {s: TensorInfo(tuple(t.shape), classic_models.DTYPES[t.dtype]) for s, t in held.items()}
 
@@ -484,6 +484,23 @@ def test_the_bytes_of_bitsandbytes(shape):
 def as_torch(elements: np.ndarray, dtype: str) -> torch.Tensor:
     kinds = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
     return torch.from_numpy(np.ascontiguousarray(elements).copy()).view(kinds[dtype])
+
+
+@pytest.mark.parametrize("suffix", ["", *nf4.PARTS])
+@pytest.mark.parametrize("how", ["missing", "shorter", "of another dtype"])
+def test_parts_of_nf4_that_do_not_belong_together(suffix, how):
+    if (suffix, how) == (nf4.STATE, "of another dtype"):
+        return  # it is a text, whatever its bytes are called
+    packed = nf4.pack(np.zeros((64, 300), np.uint16), "bitsandbytes")
+    infos = {name: TensorInfo(elements.shape, dtype) for name, (elements, dtype) in packed.items()}
+    known = nf4.source_of(infos, lambda name, first, end: packed[name][0].reshape(-1)[first:end], "W", (64, 300))
+    assert known.form == "bitsandbytes"
+    spoiled = {"shorter": TensorInfo((1,), packed[suffix][1]), "of another dtype": replace(infos[suffix], dtype="F16")}
+    infos[suffix] = spoiled.get(how, infos[suffix])
+    if how == "missing":
+        del infos[suffix]
+    with pytest.raises(DataError, match=r"W.*(missing|lacks its .*|belong together|damaged); copy the"):
+        nf4.source_of(infos, lambda name, first, end: packed[name][0].reshape(-1)[first:end], "W", (64, 300))
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16", "float32"])

@@ -30,7 +30,8 @@ from slipway.tensors.refs import DTYPE_BYTES, TensorInfo
 
 BLOCK, NESTED = 64, 256  # elements with a scale, and scales with a scale
 STATE = ".quant_state.bitsandbytes__nf4"
-PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
+NESTED_PARTS = (".nested_absmax", ".nested_quant_map")
+PARTS = (".absmax", ".quant_map", *NESTED_PARTS, STATE)
 # Quantiles of the normal distribution (QLoRA, appendix E), as bitsandbytes has them.
 TABLE = np.array(
     [
@@ -175,13 +176,14 @@ def source_of(parts: Mapping[str, TensorInfo], part: Part, where: str, shape: tu
         raise DataError(f"{where} is packed from shape {told}, but the model needs {list(shape)}")
     form = {"U8": "bitsandbytes", "BF16": "npu", "F32": "plain"}.get(parts[".absmax"].dtype, "")
     offset = state.get("nested_offset", 0.0)
-    if form == "bitsandbytes" and (".nested_absmax" not in parts or type(offset) is not float):
-        raise DataError(f"{where} lacks the scales of its scales (nested_absmax); copy the checkpoint again")
+    if form == "bitsandbytes" and (not parts.keys() >= set(NESTED_PARTS) or type(offset) is not float):
+        raise DataError(f"{where} lacks its {' or '.join(NESTED_PARTS)}; copy the checkpoint again")
     wanted = infos(tuple(told), "npu" if form == "npu" else "bitsandbytes")
-    sizes = {suffix: math.prod(info.shape) for suffix, info in wanted.items() if suffix in ("", ".absmax")}
+    read = ("", ".absmax", ".quant_map", *(NESTED_PARTS if form == "bitsandbytes" else ()))
     width = DTYPE_BYTES[parts[""].dtype]
-    held = {"": width * math.prod(parts[""].shape), ".absmax": math.prod(parts[".absmax"].shape)}
-    if not form or held != sizes:
+    held = {suffix: math.prod(parts[suffix].shape) for suffix in read} | {"": width * math.prod(parts[""].shape)}
+    fits = held == {suffix: math.prod(wanted[suffix].shape) for suffix in read}
+    if not form or not fits or any(parts[suffix].dtype != "F32" for suffix in read[2:]):
         raise DataError(f"{where}: its packed parts do not belong together; copy the checkpoint again")
     return Source(part if width == 1 else _bytes_of(part, width), form, tuple(told), offset)
 
