@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -337,6 +338,29 @@ def test_line_ends_of_windows_do_not_become_a_part_of_a_secret(tmp_path, text, i
             PreflightError, match=r"has line ends of Windows on .*: take them out with sed -i 's/\\r//' /"
         ):
             remote.call(None, call)
+
+
+def test_variables_of_a_login_shell_are_no_flags_of_slurms_commands(tmp_path, monkeypatch):
+    """Else squeue leaves out the run's jobs, sbatch moves them, and srun takes what an outer job has."""
+    for name in ("SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SBATCH_EXPORT", "SLURM_EXPORT_ENV", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "theirs")
+    kept = {"SLURM_CONF": "theirs", "SBATCH_ACCOUNT": "theirs", "SBATCH_QOS": "theirs"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nenv\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    lab = read(tmp_path, TEXT)
+
+    def seen(function: str) -> dict[str, str]:
+        said: list[str] = []
+        remote.call(None, slurm.call(function, lab), said.append)
+        pairs = (line.partition("=")[::2] for line in said if re.match("S(LURM|BATCH|RUN|QUEUE|CANCEL)_", line))
+        return dict(pairs)
+
+    assert seen("env") == kept
+    # The script has an account, and no quality of service.
+    assert seen(f"sbatch_with {shlex.quote(scripts(tmp_path)[0])}") == {"SLURM_CONF": "theirs", "SBATCH_QOS": "theirs"}
 
 
 def test_a_host_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
