@@ -236,3 +236,12 @@ def test_the_command_names_every_part_of_the_topology():
     words = torchrun.command(topology(nodes=2, rank=1, addr="node0", port=7), ["recipe.json"], Path("logs"))
     for word in ("--nnodes=2", "--nproc-per-node=2", "--node-rank=1", "--master-addr=node0", "--master-port=7"):
         assert word in words
+
+
+def test_torchrun_has_its_flags_alone_whatever_the_operator_sets(tmp_path, monkeypatch):
+    """PyTorchJob's elasticPolicy sets PET_MAX_RESTARTS and a rendezvous: torchrun would start lost workers again."""
+    for name, value in {"PET_MAX_RESTARTS": "3", "PET_RDZV_BACKEND": "c10d", "PET_STANDALONE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = [sys.executable, "-c", "import os; print([name for name in os.environ if name[:4] == 'PET_'])"]
+    assert torchrun._start(topology(nodes=2, rank=0, addr="node0"), words, tmp_path).wait(60) == 0
+    assert (tmp_path / "torchrun.log").read_text().strip() == "[]"
