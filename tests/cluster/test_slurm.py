@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from slipway.cluster import chain, remote, runs, slurm
 from slipway.commands.submit import STEPS
-from slipway.errors import PreflightError
+from slipway.errors import PreflightError, UsageError
 from test_lab import SLURM, read
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,20 @@ def test_a_step_of_one_node_may_ask_for_gpus(tmp_path):
 def command(script: str) -> list[str]:
     (found,) = re.findall(r"(?s)step\(\) \{\n    set -- (.*?[^\\])\n", script)
     return shlex.split(found.replace("\\\n", " "))
+
+
+def test_memory_for_each_gpu_takes_the_place_of_all_memory(tmp_path):
+    """sbatch refuses both at once, though nobody has asked for --mem."""
+    for text, wanted in (("", "0"), ("[sbatch]\nmem-per-gpu = '100G'\n", None), ("[sbatch]\nmem = '1T'\n", "1T")):
+        assert flags(scripts(tmp_path, f"{TEXT}\n{text}")[1]).get("mem") == wanted
+
+
+def test_gpus_are_asked_for_once(tmp_path):
+    text = TEXT + "\n[sbatch]\ngres = 'gpu:h100:8'\n"
+    with pytest.raises(UsageError, match=r"\[sbatch\] gres is 'gpu:h100:8', and gpus_per_node is 8 for train: set"):
+        scripts(tmp_path, text)
+    assert flags(scripts(tmp_path, f"gpus_per_node = 0\n{text}")[1])["gres"] == "gpu:h100:8"
+    assert flags(scripts(tmp_path, TEXT + "\n[sbatch]\ngres = 'nvme:1'\n")[1])["gpus-per-node"] == "8"
 
 
 def test_the_words_arrive_as_they_are(tmp_path):
