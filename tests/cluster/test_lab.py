@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 
@@ -181,6 +182,11 @@ def test_images_have_every_name_that_registries_have(tmp_path, image):
     assert read(tmp_path, KUBERNETES.replace("ghcr.io/org/slipway:1", image)).own.image == image
     assert read(tmp_path, SLURM.replace("/lustre/me/slipway.sqsh", image)).own.image == image
     assert read(tmp_path, SLURM.replace("/lustre/me/slipway.sqsh", "me@ghcr.io#org/slipway")).own.image
+
+
+def test_a_file_of_windows_is_read(tmp_path):
+    (tmp_path / "lab.toml").write_bytes(codecs.BOM_UTF8 + SLURM.strip().replace("\n", "\r\n").encode())
+    assert settings.read(tmp_path / "lab.toml", WHOLE).own == read(tmp_path, SLURM).own
 
 
 def test_a_file_that_is_not_there(tmp_path):

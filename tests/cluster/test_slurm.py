@@ -408,6 +408,7 @@ def test_nothing_is_sent_where_a_word_is_wrong(tmp_path, slipway):
         (["stop", "--follow"], "submit stop: --follow is for a chain and for `slipway submit logs`"),
         (["logs", "--follow", "--step", "train"], "--follow shows all steps; leave out --step"),
         ([], "WORDS is missing"),
+        (["--", "import", "/shared/a", ""], "submit: one of WORDS is empty; see `slipway submit --help`"),
         (["--step", "train", "--", "import", "/shared/a", "/shared/b"], "--step belongs to `slipway submit logs`"),
     ],
 )
