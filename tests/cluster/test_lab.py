@@ -139,6 +139,9 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         ("time = '2-0'\nstop_before = 65536\n" + SLURM, "stop_before is 65536 s; Slurm takes 65535 s at most"),
         (SLURM + "[sbatch]\ntasks-per-node = 2\n", "[sbatch] tasks-per-node: `slipway submit` sets this flag itself"),
         (SLURM + "[sbatch]\nntasks_per_gpu = 1\n", "[sbatch] ntasks_per_gpu: `slipway submit` sets this flag itself"),
+        (SLURM.replace('"login"', '"[2001:db8::5]"'), "host is '[2001:db8::5]'; it must be what `ssh` calls the login"),
+        (SLURM.replace('"login"', '"2001:db8::5:x"'), "write ssh://USER@HOST:PORT"),
+        (KUBERNETES + "[limits]\nhugepages-2Mi = '4Mi'\n", "[limits] hugepages-2Mi needs cpu or memory beside it"),
         (SLURM + "[sbatch]\ngpus = 4\n", "[sbatch] gpus: give it with the key `gpus_per_node`"),
         (SLURM + "[sbatch]\nclusters = 'b'\n", "[sbatch] clusters: give it with the key `host`"),
         (SLURM + "[sbatch]\nmem_per_gpu = '1G'\nmem-per-gpu = '2G'\n", "[sbatch] mem-per-gpu is there twice"),
@@ -182,6 +185,11 @@ def test_images_have_every_name_that_registries_have(tmp_path, image):
     assert read(tmp_path, KUBERNETES.replace("ghcr.io/org/slipway:1", image)).own.image == image
     assert read(tmp_path, SLURM.replace("/lustre/me/slipway.sqsh", image)).own.image == image
     assert read(tmp_path, SLURM.replace("/lustre/me/slipway.sqsh", "me@ghcr.io#org/slipway")).own.image
+
+
+@pytest.mark.parametrize("host", ["me@login", "2001:db8::5", "me@fe80::1%eth0", "::1", "ssh://me@[2001:db8::5]:22"])
+def test_a_login_node_is_called_as_ssh_calls_it(tmp_path, host):
+    assert read(tmp_path, SLURM.replace('"login"', f'"{host}"')).own.host == host
 
 
 def test_a_file_of_windows_is_read(tmp_path):

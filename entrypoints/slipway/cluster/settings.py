@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import re
 import shlex
 import typing
@@ -29,6 +30,7 @@ DIGEST = r"@sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})"
 OF_A_REGISTRY = rf"{PART}(/{PART})*(:\w[\w.-]{{0,127}})?({DIGEST})?"
 IMAGE = re.compile(rf"(?!.*\.(sqsh|squashfs)$)((?=[^/]*[.:]|localhost/){HOST}/)?{OF_A_REGISTRY}", re.ASCII)
 OF_ENROOT = re.compile(rf"((docker|dockerd|podman)://)?(([\w.+-]+@)?{HOST}#)?", re.ASCII)
+WITH_A_USER = re.compile(r"ssh://[\w.-]+@[^@]+", re.ASCII)  # as `ssh` takes it, without a password
 MOST_BEFORE = 65_535  # seconds that sbatch takes for --signal
 OF_THE_POD = ("/tmp", "/dev/shm")  # what cluster/kubernetes.py mounts there
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -282,7 +284,7 @@ def _check_text(where: str, text: str) -> None:
     """UsageError for a text that would end a line of a script, or that shows a password."""
     if HARMFUL.search(text) or not text:
         raise UsageError(f"{where} is {text[:40]!r}; it must be one line of ordinary characters")
-    if without_credentials(text) != text:
+    if without_credentials(text) != text and not WITH_A_USER.fullmatch(text):
         raise UsageError(f"{where} is a URL with a password; put it into the file of `secrets` and leave it out here")
 
 
@@ -403,9 +405,9 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
         )
     if own.secrets and not own.secrets.startswith("/"):
         raise UsageError(f"{file}: secrets is {own.secrets!r}; it must be the whole path of a file on the cluster")
-    if own.host is not None and not re.fullmatch(r"[\w][\w.@:/%\[\]-]*", own.host):
+    if own.host is not None and not re.fullmatch(r"[\w:][\w.@:/%\[\]-]*", own.host):
         raise UsageError(f"{file}: host is {own.host!r}; it must be what `ssh` calls the login node")
-    if own.host and "/" not in own.host and ":" in own.host and not own.host.startswith("["):
+    if own.host and "/" not in own.host and ":" in own.host and not _is_ipv6(own.host.rpartition("@")[2]):
         raise UsageError(f"{file}: host is {own.host!r}; write ssh://USER@HOST:PORT, or give a port in ~/.ssh/config")
     for verb in ("", *lab.steps):
         here = lab.of(verb, True)
@@ -425,6 +427,13 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
     # sbatch puts %j and the like into names of files.
     if "%" in (own.job_dir or "") or "\\" in (own.job_dir or ""):
         raise UsageError(f"{file}: job_dir is {own.job_dir!r}; it must have no % and no \\")
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        return False
 
 
 def _is_qualified(key: str) -> bool:
@@ -464,6 +473,8 @@ def _check_quantities(lab: Lab) -> None:
                 f"{lab.file}: [limits] {key!r:.60} is nothing that a pod can ask for: cpu, memory, ephemeral-storage, "
                 "hugepages-SIZE, or VENDOR/NAME of a device, as `kubectl describe nodes` shows them"
             )
+        if key.startswith("hugepages-") and not {"cpu", "memory"} & lab.limits.keys():
+            raise UsageError(f"{lab.file}: {where} needs cpu or memory beside it: Kubernetes takes no such pod without")
         if "/" in key and not value.isdecimal():
             raise UsageError(f"{lab.file}: {where} is {value!r:.40}; of a device it must be a whole number")
 
