@@ -358,6 +358,7 @@ def test_variables_of_a_login_shell_are_no_flags_of_slurms_commands(tmp_path, mo
     """Else squeue leaves out the run's jobs, sbatch moves them, and srun takes what an outer job has."""
     for name in ("SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SBATCH_EXPORT", "SLURM_EXPORT_ENV", "SRUN_CPUS_PER_TASK"):
         monkeypatch.setenv(name, "theirs")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     kept = {"SLURM_CONF": "theirs", "SBATCH_ACCOUNT": "theirs", "SBATCH_QOS": "theirs"}
     for name, value in kept.items():
         monkeypatch.setenv(name, value)
@@ -369,12 +370,16 @@ def test_variables_of_a_login_shell_are_no_flags_of_slurms_commands(tmp_path, mo
     def seen(function: str) -> dict[str, str]:
         said: list[str] = []
         remote.call(None, slurm.call(function, lab), said.append)
-        pairs = (line.partition("=")[::2] for line in said if re.match("S(LURM|BATCH|RUN|QUEUE|CANCEL)_", line))
+        pairs = (line.partition("=")[::2] for line in said if re.match("S(LURM|BATCH|RUN|QUEUE|CANCEL)_|LC_ALL", line))
         return dict(pairs)
 
-    assert seen("env") == kept
-    # The script has an account, and no quality of service.
-    assert seen(f"sbatch_with {shlex.quote(scripts(tmp_path)[0])}") == {"SLURM_CONF": "theirs", "SBATCH_QOS": "theirs"}
+    assert seen("env") == kept | {"LC_ALL": "C"}
+    # The script has an account, and no quality of service. A job has the person's language.
+    theirs = {"SLURM_CONF": "theirs", "SBATCH_QOS": "theirs"}
+    submits = f"sbatch_with {shlex.quote(scripts(tmp_path)[0])}"
+    assert seen(submits) == theirs | {"LC_ALL": "de_DE.UTF-8"}
+    monkeypatch.delenv("LC_ALL")
+    assert seen(submits) == theirs
 
 
 def test_a_host_that_does_not_answer_is_one_line(tmp_path, monkeypatch):

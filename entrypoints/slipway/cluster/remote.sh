@@ -2,6 +2,7 @@
 # A record is a line: slipway, a tab, its kind, and fields with tabs between. Everything else is text for people.
 # shellcheck disable=SC2015 # what stands behind || is for both
 set -uo pipefail
+THEIR_LC_ALL="${LC_ALL-}" # of the jobs
 export LC_ALL=C
 
 record() { local IFS=$'\t'; printf 'slipway\t%s\n' "$*"; }
@@ -40,6 +41,8 @@ sbatch_with() { # SCRIPT FLAGS…
             flag="${name#SBATCH_}"
             [[ $1 != *$'\n'"#SBATCH --${flag,,}="* ]] || unset "$name"
         done
+        LC_ALL="$THEIR_LC_ALL"
+        [ -n "$LC_ALL" ] || unset LC_ALL
         exec sbatch "${@:2}" 2>&1
     )
 }

@@ -54,9 +54,16 @@ SHOW_OTHERS = {
     "SLURM_NNODES": NO_STEP,
     "WORLD_SIZE": f"it can be a number of processes or of nodes; {GIVE_ALL}",
     "NNODES": f"which of them this is, is unknown; {GIVE_ALL}",
+    "AWS_BATCH_JOB_NUM_NODES": f"which of them this is, is unknown; {GIVE_ALL}",
     **{
         name: f"where its processes are is unknown; {GIVE_ALL}"
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE")
+        for name in (
+            "OMPI_COMM_WORLD_SIZE",
+            "PMI_SIZE",
+            "FLUX_JOB_SIZE",
+            "MV2_COMM_WORLD_SIZE",
+            "JSM_NAMESPACE_SIZE",
+        )
     },
 }
 
