@@ -142,6 +142,11 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         (SLURM.replace('"login"', '"[2001:db8::5]"'), "host is '[2001:db8::5]'; it must be what `ssh` calls the login"),
         (SLURM.replace('"login"', '"2001:db8::5:x"'), "write ssh://USER@HOST:PORT"),
         (KUBERNETES + "[limits]\nhugepages-2Mi = '4Mi'\n", "[limits] hugepages-2Mi needs cpu or memory beside it"),
+        (
+            "job_dir = '/x'\n[step.train]\nimage = '/a.sqsh'\n",
+            "[step.train] image has no meaning without an image for all steps, of which the mounts are",
+        ),
+        (SLURM + "[step.train]\ncpus = 3\n", "with exclusive = false give cpus-per-gpu in [step.train.sbatch]"),
         (SLURM + "[sbatch]\ngpus = 4\n", "[sbatch] gpus: give it with the key `gpus_per_node`"),
         (SLURM + "[sbatch]\nclusters = 'b'\n", "[sbatch] clusters: give it with the key `host`"),
         (SLURM + "[sbatch]\nmem_per_gpu = '1G'\nmem-per-gpu = '2G'\n", "[sbatch] mem-per-gpu is there twice"),

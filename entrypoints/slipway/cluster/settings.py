@@ -140,6 +140,10 @@ TABLES = {"slurm": ("env", "sbatch", "step"), "kubernetes": ("env", "limits", "n
 OF_A_STEP = ("image", "command", "nodes", "gpus_per_node", "cpus", "stop_before", "partition", "account", "qos", "time",
              "exclusive")  # fmt: skip
 ONLY_FOR = {"cpus": "steps that do not take whole nodes", "exclusive": "`train` and `doctor`", "stop_before": "`train`"}
+FOR_CPUS = {
+    "slurm": ", and with exclusive = false give cpus-per-gpu in [step.train.sbatch]",
+    "kubernetes": ", and give cpu in [limits]",
+}
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,8 @@ def _steps(file: Path, table: Mapping[str, Any], kind: str, verbs: Mapping[str, 
         found[verb] = _values(where, own, kind, KINDS[kind])
         idle = {"cpus": verbs[verb], "exclusive": not verbs[verb], "stop_before": verb != "train"}
         for key in (key for key, is_idle in idle.items() if is_idle and key in own):
-            raise UsageError(f"{where} {key} has no meaning there; it is for {ONLY_FOR[key]}: leave it out")
+            more = FOR_CPUS[kind] if key == "cpus" else ""
+            raise UsageError(f"{where} {key} has no meaning there; it is for {ONLY_FOR[key]}: leave it out{more}")
         if not verbs[verb] and own.get("nodes", 1) != 1:
             raise UsageError(f"{where} nodes is {own['nodes']}; `{verb}` runs on one node")
         if "sbatch" in values and kind == "slurm":
@@ -363,6 +368,11 @@ def _check(lab: Lab) -> None:
         raise UsageError(f"{file}: name is {own.name!r:.40}; it must have lower case letters, digits and - alone")
     if own.mounts and not own.image:
         raise UsageError(f"{file}: mounts have no meaning without an image; name one, or leave the mounts out")
+    for verb in (verb for verb, keys in lab.steps.items() if "image" in keys and not own.image):
+        raise UsageError(
+            f"{file}: [step.{verb}] image has no meaning without an image for all steps, of which the mounts are: name "
+            "one above the tables too"
+        )
     _check_mounts(lab)
     for verb in ("", *lab.steps):
         _check_command(f"{file}: {f'[step.{verb}] ' if verb else ''}command", lab.of(verb, True).command)
