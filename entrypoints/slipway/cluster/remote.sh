@@ -26,7 +26,7 @@ forget_variables() {
     local name
     for name in "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}" "${!SQUEUE_@}" "${!SINFO_@}" "${!SACCT_@}" "${!SCANCEL_@}" "${!SCONTROL_@}"; do
         case "$name" in
-        SLURM_CONF | SLURM_CONF_SERVER | SLURM_CLUSTERS | SLURM_JWT) ;;
+        SLURM_CONF* | SLURM_CLUSTERS | SLURM_JWT* | SLURM_SACK_*) ;;
         SBATCH_ACCOUNT | SBATCH_PARTITION | SBATCH_QOS | SBATCH_RESERVATION | SBATCH_CONSTRAINT | SBATCH_WCKEY) ;;
         *) unset "$name" ;;
         esac
