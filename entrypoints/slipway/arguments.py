@@ -61,7 +61,8 @@ def parse(name: str, function: Callable[..., Any], argv: list[str]) -> tuple[boo
     for key, text in [*zip(places, words, strict=False), *flags]:
         _refuse_unnameable(f"{name}: {flag(key)}", text)
         if not text and parameters[key].default is ...:  # a variable of the shell that is not set; else the folder here
-            raise UsageError(f"{name}: {spelling(key)} is empty; see `slipway {name} --help`")
+            one_of = "one of " * (parameters[key].kind == list[str])
+            raise UsageError(f"{name}: {one_of}{spelling(key)} is empty; see `slipway {name} --help`")
         value = from_text(f"{name}: {flag(key)}", parameters[key], text)
         if isinstance(value, list):
             value = [*arguments.get(key, []), *value]

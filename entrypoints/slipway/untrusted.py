@@ -196,7 +196,7 @@ def read_object(path: Path, most: int = LARGEST_FILE, cure: str = AGAIN) -> dict
 
 def read_toml(path: Path, cure: str) -> dict[str, Any]:
     """The tables of a TOML file that others gave; DataError, in one line, for everything else."""
-    text = read_text(path, LARGEST_TOML, cure)
+    text = read_text(path, LARGEST_TOML, cure).removeprefix("\ufeff")  # with which editors of Windows begin a file
     if any(line.count(".") > DEEPEST for line in text.splitlines()):  # the reader's memory grows as their square
         raise DataError(f"{path} has a line of more than {DEEPEST} dots; {cure}")
     try:

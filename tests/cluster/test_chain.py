@@ -74,6 +74,7 @@ def test_the_flow_of_a_client(lab):
         ("verify /shared/a /shared/b --config c", "verify: --config is c; give the whole path"),
         ("preprocess hf://datasets/a/b /shared/x.jsonl --tokenizer /t", "preprocess: --tokenizer is /t"),
         ("export https://me:pw@host/x /shared/y", "a URL has a password"),
+        (f"{TRAIN} --nproc-per-node 9", "train: --nproc-per-node is 9, but gpus_per_node in lab.toml is 8"),
         ("export '/shared/a\nb' /shared/y", "has a character that no line of a script can have"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 
@@ -108,6 +109,47 @@ def read(tmp_path: Path, text: str) -> settings.Lab:
         (KUBERNETES + "[node_selector]\ngpu = 'ü'\n", "[node_selector] 'gpu' = 'ü' is no label of a node"),
         (KUBERNETES + "[node_selector]\ngpu = '" + "a" * 64 + "'\n", "is no label of a node"),
         (KUBERNETES + "queue = 'A B'\n", "queue is 'A B'; it must be a name of Kubernetes"),
+        (KUBERNETES + f"queue = '{'a' * 64}'\n", "it must be a name of Kubernetes, of at most 63 characters"),
+        (KUBERNETES + "namespace = 'a.b'\n", "namespace is 'a.b'; it must be a name of Kubernetes without"),
+        (KUBERNETES + "secrets = 'a..b'\n", "secrets is 'a..b'; it must be a name of Kubernetes"),
+        (KUBERNETES.replace("claim:", "a..b:"), "mount of 'a..b'; it must be the name of a claim, or CLAIM/FOLDER"),
+        (KUBERNETES.replace("claim:", "claim/../x:"), "mount 'claim/../x:/shared': write it without .."),
+        (KUBERNETES.replace("claim:", "claim//x:"), "mount of 'claim//x'; it must be the name of a claim"),
+        (SLURM.replace(":/shared", ":/shared/../x"), "mount '/lustre/me:/shared/../x': write it without .."),
+        (KUBERNETES + "[node_selector]\n'A_b!/x' = 'y'\n", "[node_selector] 'A_b!/x' = 'y' is no label of a node"),
+        (KUBERNETES + "[node_selector]\n'a/b/c' = 'y'\n", "[node_selector] 'a/b/c' = 'y' is no label of a node"),
+        (KUBERNETES + "[node_selector]\n'/x' = 'y'\n", "[node_selector] '/x' = 'y' is no label of a node"),
+        (
+            KUBERNETES + "[limits]\n'nvidia.com/gpu' = 4\n",
+            "[limits] nvidia.com/gpu: give it with the key `gpus_per_node`",
+        ),
+        (KUBERNETES + "[limits]\n'rdma/-hca' = 4\n", "[limits] 'rdma/-hca' is nothing that a pod can ask for"),
+        (KUBERNETES + "[limits]\n'kubernetes.io/x' = 4\n", "'kubernetes.io/x' is nothing that a pod can ask for"),
+        (KUBERNETES + "[limits]\nhugepages-big = 4\n", "'hugepages-big' is nothing that a pod can ask for"),
+        (
+            KUBERNETES.replace("slipway:1", "slip way"),
+            "image is 'ghcr.io/org/slip way'; pods need the name of an image",
+        ),
+        (KUBERNETES.replace("org", "Org"), "image is 'ghcr.io/Org/slipway:1'; pods need the name of an image"),
+        (KUBERNETES.replace("ghcr", "https://ghcr"), "image is 'https://ghcr.io/org/slipway:1'; pods need"),
+        (KUBERNETES.replace(":1", "@sha256:12"), "image is 'ghcr.io/org/slipway@sha256:12'; pods need"),
+        (SLURM.replace("/lustre/me/slipway.sqsh", "./slipway.sqsh"), "it must be the whole path of a squashfs file"),
+        (SLURM.replace("/lustre/me/slipway.sqsh", "ghcr.io/Org/x"), "image is 'ghcr.io/Org/x'; it must be the whole"),
+        ("time = '٣0:00:00'\n" + SLURM, "time is '٣0:00:00'; write it as 24:00:00"),
+        ("time = '2-0'\nstop_before = 65536\n" + SLURM, "stop_before is 65536 s; Slurm takes 65535 s at most"),
+        (SLURM + "[sbatch]\ntasks-per-node = 2\n", "[sbatch] tasks-per-node: `slipway submit` sets this flag itself"),
+        (SLURM + "[sbatch]\nntasks_per_gpu = 1\n", "[sbatch] ntasks_per_gpu: `slipway submit` sets this flag itself"),
+        (SLURM.replace('"login"', '"[2001:db8::5]"'), "host is '[2001:db8::5]'; it must be what `ssh` calls the login"),
+        (SLURM.replace('"login"', '"2001:db8::5:x"'), "write ssh://USER@HOST:PORT"),
+        (KUBERNETES + "[limits]\nhugepages-2Mi = '4Mi'\n", "[limits] hugepages-2Mi needs cpu or memory beside it"),
+        (
+            "job_dir = '/x'\n[step.train]\nimage = '/a.sqsh'\n",
+            "[step.train] image has no meaning without an image for all steps, of which the mounts are",
+        ),
+        (SLURM + "[step.train]\ncpus = 3\n", "with exclusive = false give cpus-per-gpu in [step.train.sbatch]"),
+        (SLURM + "[sbatch]\ngpus = 4\n", "[sbatch] gpus: give it with the key `gpus_per_node`"),
+        (SLURM + "[sbatch]\nclusters = 'b'\n", "[sbatch] clusters: give it with the key `host`"),
+        (SLURM + "[sbatch]\nmem_per_gpu = '1G'\nmem-per-gpu = '2G'\n", "[sbatch] mem-per-gpu is there twice"),
     ],
 )
 def test_what_a_file_cannot_be_is_said_in_one_line(tmp_path, text, said):
@@ -126,6 +168,38 @@ def test_what_only_looks_like_a_secret_may_be_set(tmp_path):
     names = ["TOKENIZERS_PARALLELISM", "NCCL_IB_HCA", "PYTORCH_ALLOC_CONF", "KEYS", "MAX_TOKENS"]
     lab = read(tmp_path, SLURM + "".join(f'{name} = "1"\n' for name in names))
     assert set(names) < lab.env.keys()
+
+
+def test_a_variable_and_a_label_may_be_empty(tmp_path):
+    assert read(tmp_path, SLURM + "https_proxy = ''\n").env["https_proxy"] == ""
+    lab = read(tmp_path, KUBERNETES + "[node_selector]\n'node-role.kubernetes.io/gpu' = ''\n[env]\nA = ''\n")
+    assert lab.node_selector == {"node-role.kubernetes.io/gpu": ""} and lab.env == {"A": ""}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "slipway",
+        "localhost:5000/a/b_c:V1.0-x",
+        "a.b#c/d",
+        f"10.0.0.1:5000/a--b@sha256:{'0' * 64}",
+        f"docker://ghcr.io/org/slipway:1@sha512:{'f' * 128}",
+    ],
+)
+def test_images_have_every_name_that_registries_have(tmp_path, image):
+    assert read(tmp_path, KUBERNETES.replace("ghcr.io/org/slipway:1", image)).own.image == image
+    assert read(tmp_path, SLURM.replace("/lustre/me/slipway.sqsh", image)).own.image == image
+    assert read(tmp_path, SLURM.replace("/lustre/me/slipway.sqsh", "me@ghcr.io#org/slipway")).own.image
+
+
+@pytest.mark.parametrize("host", ["me@login", "2001:db8::5", "me@fe80::1%eth0", "::1", "ssh://me@[2001:db8::5]:22"])
+def test_a_login_node_is_called_as_ssh_calls_it(tmp_path, host):
+    assert read(tmp_path, SLURM.replace('"login"', f'"{host}"')).own.host == host
+
+
+def test_a_file_of_windows_is_read(tmp_path):
+    (tmp_path / "lab.toml").write_bytes(codecs.BOM_UTF8 + SLURM.strip().replace("\n", "\r\n").encode())
+    assert settings.read(tmp_path / "lab.toml", WHOLE).own == read(tmp_path, SLURM).own
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from slipway.cluster import chain, remote, runs, slurm
 from slipway.commands.submit import STEPS
-from slipway.errors import PreflightError
+from slipway.errors import PreflightError, UsageError
 from test_lab import SLURM, read
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,20 @@ def test_a_step_of_one_node_may_ask_for_gpus(tmp_path):
 def command(script: str) -> list[str]:
     (found,) = re.findall(r"(?s)step\(\) \{\n    set -- (.*?[^\\])\n", script)
     return shlex.split(found.replace("\\\n", " "))
+
+
+def test_memory_for_each_gpu_takes_the_place_of_all_memory(tmp_path):
+    """sbatch refuses both at once, though nobody has asked for --mem."""
+    for text, wanted in (("", "0"), ("[sbatch]\nmem-per-gpu = '100G'\n", None), ("[sbatch]\nmem = '1T'\n", "1T")):
+        assert flags(scripts(tmp_path, f"{TEXT}\n{text}")[1]).get("mem") == wanted
+
+
+def test_gpus_are_asked_for_once(tmp_path):
+    text = TEXT + "\n[sbatch]\ngres = 'gpu:h100:8'\n"
+    with pytest.raises(UsageError, match=r"\[sbatch\] gres is 'gpu:h100:8', and gpus_per_node is 8 for train: set"):
+        scripts(tmp_path, text)
+    assert flags(scripts(tmp_path, f"gpus_per_node = 0\n{text}")[1])["gres"] == "gpu:h100:8"
+    assert flags(scripts(tmp_path, TEXT + "\n[sbatch]\ngres = 'nvme:1'\n")[1])["gpus-per-node"] == "8"
 
 
 def test_the_words_arrive_as_they_are(tmp_path):
@@ -339,6 +354,34 @@ def test_line_ends_of_windows_do_not_become_a_part_of_a_secret(tmp_path, text, i
             remote.call(None, call)
 
 
+def test_variables_of_a_login_shell_are_no_flags_of_slurms_commands(tmp_path, monkeypatch):
+    """Else squeue leaves out the run's jobs, sbatch moves them, and srun takes what an outer job has."""
+    for name in ("SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SBATCH_EXPORT", "SLURM_EXPORT_ENV", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "theirs")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    kept = {"SLURM_CONF": "theirs", "SBATCH_ACCOUNT": "theirs", "SBATCH_QOS": "theirs"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nenv\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    lab = read(tmp_path, TEXT)
+
+    def seen(function: str) -> dict[str, str]:
+        said: list[str] = []
+        remote.call(None, slurm.call(function, lab), said.append)
+        pairs = (line.partition("=")[::2] for line in said if re.match("S(LURM|BATCH|RUN|QUEUE|CANCEL)_|LC_ALL", line))
+        return dict(pairs)
+
+    assert seen("env") == kept | {"LC_ALL": "C"}
+    # The script has an account, and no quality of service. A job has the person's language.
+    theirs = {"SLURM_CONF": "theirs", "SBATCH_QOS": "theirs"}
+    submits = f"sbatch_with {shlex.quote(scripts(tmp_path)[0])}"
+    assert seen(submits) == theirs | {"LC_ALL": "de_DE.UTF-8"}
+    monkeypatch.delenv("LC_ALL")
+    assert seen(submits) == theirs
+
+
 def test_a_host_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(PreflightError) as error:
@@ -370,6 +413,7 @@ def test_nothing_is_sent_where_a_word_is_wrong(tmp_path, slipway):
         (["stop", "--follow"], "submit stop: --follow is for a chain and for `slipway submit logs`"),
         (["logs", "--follow", "--step", "train"], "--follow shows all steps; leave out --step"),
         ([], "WORDS is missing"),
+        (["--", "import", "/shared/a", ""], "submit: one of WORDS is empty; see `slipway submit --help`"),
         (["--step", "train", "--", "import", "/shared/a", "/shared/b"], "--step belongs to `slipway submit logs`"),
     ],
 )

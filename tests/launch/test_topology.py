@@ -97,6 +97,14 @@ SLURM_TASK_PER_GPU = SLURM | {
 SLURM_BATCH = {name: value for name, value in SLURM.items() if "_STEP_" not in name and "NTASKS" not in name}
 ENROOT_HOOK = SLURM | {"MASTER_ADDR": "gpu-08", "MASTER_PORT": "29501", "WORLD_SIZE": "2"}
 
+# Under `mpirun` of Open MPI 4.1.4 in a batch script of two nodes: a step of the second alone is that of its daemon.
+OF_A_DAEMON = SLURM | {
+    "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "gpu-09", "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "MASTER_ADDR": "node1",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "env, line",
@@ -117,6 +125,7 @@ ENROOT_HOOK = SLURM | {"MASTER_ADDR": "gpu-08", "MASTER_PORT": "29501", "WORLD_S
         (OPEN_MPI_NODES, "4 nodes × 1, this is node 2, master node1:29500, from open-mpi and MASTER_ADDR"),
         (SLURM | OPEN_MPI_NODES | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
          "2 nodes × 2, this is node 1, master gpu-08:29500, from open-mpi and slurm"),
+        (OF_A_DAEMON, "2 nodes × 2, this is node 1, master node1:29500, from open-mpi and MASTER_ADDR"),
         (HYDRA, "2 nodes × 8, this is node 1, process 3, master node1:29500, from mpich and MASTER_ADDR"),
         (TRAINER | {"PET_NPROC_PER_NODE": "auto", "CUDA_VISIBLE_DEVICES": "0,1,2"},
          "8 nodes × 3, this is node 3, master run-node-0-0.run:29500, from kubeflow-trainer"),
@@ -177,6 +186,9 @@ def test_the_first_pod_is_named_after_this_one(name, index, first):
         ({}, {"nodes": 2, "addr": "a"}, "2 nodes need --node-rank"),
         ({}, {"nodes": 2, "rank": 0}, "2 nodes need --master-addr"),
         ({}, {"nodes": 2, "rank": 2, "addr": "a"}, "--node-rank is 2; with 2 nodes it must be 0 to 1"),
+        ({}, {"rank": 1}, "--node-rank is 1, but there is one node, number 0: give --nodes too, or leave it out"),
+        (SLURM | {"SLURM_NODEID": "5"}, {}, "SLURM_NODEID is 5; with 2 nodes it must be 0 to 1"),
+        (SLURM | OPEN_MPI, {}, "OMPI_COMM_WORLD_SIZE is 1 and SLURM_STEP_NUM_NODES is 2, but both are the number of"),
         (TRAINER, {"nodes": 2}, "--nodes is 2 and PET_NNODES is 8, but both are the number of nodes; remove one"),
         (TRAINER, {"per_node": 4}, "--nproc-per-node is 4 and PET_NPROC_PER_NODE is 8"),
         (SLURM, {"rank": 0}, "--node-rank is 0 and SLURM_NODEID is 1, but both are the number of this node"),
@@ -196,6 +208,9 @@ def test_the_first_pod_is_named_after_this_one(name, index, first):
         (SLURM_TASK_PER_GPU | {"SLURM_GPUS_ON_NODE": "8"}, {},
          "SLURM_STEP_TASKS_PER_NODE is 2, but SLURM_GPUS_ON_NODE is 8"),
         (OPEN_MPI_NODES | {"MASTER_ADDR": ""}, {}, "4 nodes need --master-addr"),
+        ({"MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_RANK": "1"}, {}, "MV2_COMM_WORLD_SIZE is 4, but where its"),
+        ({"JSM_NAMESPACE_SIZE": "4"}, {}, "JSM_NAMESPACE_SIZE is 4, but where its processes are is unknown"),
+        ({"AWS_BATCH_JOB_NUM_NODES": "2"}, {}, "AWS_BATCH_JOB_NUM_NODES is 2, but which of them this is, is unknown"),
         (HYDRA | {"PMI_RANK": "12"}, {"per_node": None}, "with the ranks of a node in a row"),
         ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, {},
          "run `slipway` once per node, without torchrun"),
@@ -236,3 +251,12 @@ def test_the_command_names_every_part_of_the_topology():
     words = torchrun.command(topology(nodes=2, rank=1, addr="node0", port=7), ["recipe.json"], Path("logs"))
     for word in ("--nnodes=2", "--nproc-per-node=2", "--node-rank=1", "--master-addr=node0", "--master-port=7"):
         assert word in words
+
+
+def test_torchrun_has_its_flags_alone_whatever_the_operator_sets(tmp_path, monkeypatch):
+    """PyTorchJob's elasticPolicy sets PET_MAX_RESTARTS and a rendezvous: torchrun would start lost workers again."""
+    for name, value in {"PET_MAX_RESTARTS": "3", "PET_RDZV_BACKEND": "c10d", "PET_STANDALONE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = [sys.executable, "-c", "import os; print([name for name in os.environ if name[:4] == 'PET_'])"]
+    assert torchrun._start(topology(nodes=2, rank=0, addr="node0"), words, tmp_path).wait(60) == 0
+    assert (tmp_path / "torchrun.log").read_text().strip() == "[]"

@@ -45,7 +45,7 @@ def test_one_process_for_each_gpu_where_nobody_says_how_many():
 
 def test_one_node_may_be_numbered_but_not_otherwise():
     assert topology(nodes=1, rank=0, addr="a", port=7).master_addr == "a"
-    with pytest.raises(UsageError, match="--node-rank is 1; with 1 nodes"):
+    with pytest.raises(UsageError, match="--node-rank is 1, but there is one node"):
         topology(nodes=1, rank=1)
     assert topology({"JOB_COMPLETION_INDEX": "3", "HOSTNAME": "x.y"}, nodes=1).node_rank == 0
     assert topology({"MASTER_PORT": "7"}).master_port == 7, "two jobs of one machine need two ports"

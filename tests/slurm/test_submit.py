@@ -169,6 +169,31 @@ def test_a_chain_is_whole_or_not_there(bed, client, out):
         (bed.shared / ".bashrc").unlink()
 
 
+VARIABLES = """
+export SBATCH_EXPORT=NONE SBATCH_PARTITION=urgent SBATCH_TIMELIMIT=20 SBATCH_NO_REQUEUE=1 SBATCH_OUTPUT=/dev/null
+export SBATCH_ARRAY_INX=1-2 SQUEUE_PARTITION=urgent SLURM_MEM_PER_CPU=100 SLURM_MEM_PER_GPU=100 SLURM_EXPORT_ENV=NONE
+"""
+
+
+def test_variables_of_a_login_shell_change_no_job(bed, client, out):
+    """Slurm's commands would take them before the flags of a script; the last three are those of an outer job."""
+    tool = out / "tool"
+    tool.write_text(f'#!/bin/bash\n[ "$MINE" = here ] && touch {out}/known\n')
+    tool.chmod(0o755)
+    text = f'host = "login"\njob_dir = "{bed.shared}/jobs"\ncommand = "{tool}"\npartition = "batch"\n'
+    client.lab(f'{text}[env]\nMINE = "here"\n')
+    (bed.shared / ".bashrc").write_text(VARIABLES)
+    try:
+        run, (job,) = client.sent("import", "/hf/model", out / "nemo")
+        found = bed.job(job)
+        client.wait_for_end(run)
+        assert client.states(run) == ["done"] and (out / "known").exists()
+    finally:
+        (bed.shared / ".bashrc").unlink()
+    assert (found["Partition"], found["TimeLimit"], found["Requeue"]) == ("batch", "1-00:00:00", "1")
+    assert found["StdOut"].endswith("1-import.log") and "ArrayJobId" not in found
+
+
 def test_a_run_that_is_not_known(bed, client):
     client.submit("status")
     for verb in ("status", "logs", "stop", "cancel"):

@@ -131,6 +131,11 @@ def _check_placement(verb: str, arguments: Mapping[str, Any], keys: Any) -> None
     if (nodes := arguments.get("nodes", keys.nodes)) != keys.nodes:
         given = f"nodes in lab.toml is {keys.nodes}" if keys.nodes > 1 else "this step has one node"
         raise UsageError(f"{verb}: --nodes is {nodes}, but {given}; leave it out")
+    if (processes := arguments.get("nproc_per_node", 0)) > keys.gpus_per_node > 0:
+        raise UsageError(
+            f"{verb}: --nproc-per-node is {processes}, but gpus_per_node in lab.toml is {keys.gpus_per_node}; each "
+            "process needs a GPU: leave it out"
+        )
 
 
 def _of_train(words: list[str], arguments: Mapping[str, Any], keys: Any) -> list[str]:

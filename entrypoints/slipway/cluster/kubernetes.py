@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slipway.cluster.chain import Step
-from slipway.cluster.settings import Common, Kubernetes, Lab
+from slipway.cluster.settings import Common, Kubernetes, Lab, image_name
 from slipway.errors import DataError, LostPeer, PreflightError, Stopped, UsageError
 
 JOBSET = "jobset.x-k8s.io/v1alpha2"
@@ -35,11 +35,6 @@ def manifests(steps: Sequence[Step], lab: Lab, run: str) -> list[dict[str, Any]]
     network = {"enableDNSHostnames": True, "subdomain": run, "publishNotReadyAddresses": True}
     spec = {"network": network, **_policy(own), "replicatedJobs": _jobs(steps, lab)}
     return [{"apiVersion": JOBSET, "kind": "JobSet", "metadata": {"name": run, "labels": labels}, "spec": spec}]
-
-
-def image_name(image: str) -> str:
-    """An image as Kubernetes names it; pyxis has # behind the registry."""
-    return image.removeprefix("docker://").replace("#", "/", 1)
 
 
 def _own(lab: Lab) -> Kubernetes:

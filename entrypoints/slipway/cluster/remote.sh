@@ -2,6 +2,7 @@
 # A record is a line: slipway, a tab, its kind, and fields with tabs between. Everything else is text for people.
 # shellcheck disable=SC2015 # what stands behind || is for both
 set -uo pipefail
+THEIR_LC_ALL="${LC_ALL-}" # of the jobs
 export LC_ALL=C
 
 record() { local IFS=$'\t'; printf 'slipway\t%s\n' "$*"; }
@@ -12,9 +13,38 @@ refuse() { record refused "$1" "${*:2}"; exit 0; }
 one_line() { tr '\n\t' '  ' | sed 's/  */ /g; s/ $//'; }
 
 main() {
+    forget_variables
     "$@"
     record end
     exit 0
+}
+
+# Slurm's commands read variables before the flags of a script, and a job inherits those of the job that submits it. So a
+# login shell could move a step, take its [env] away or hide it from squeue. Left are those that say where Slurm is, and
+# what lab.toml may leave open.
+forget_variables() {
+    local name
+    for name in "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}" "${!SQUEUE_@}" "${!SINFO_@}" "${!SACCT_@}" "${!SCANCEL_@}" "${!SCONTROL_@}"; do
+        case "$name" in
+        SLURM_CONF* | SLURM_CLUSTERS | SLURM_JWT* | SLURM_SACK_*) ;;
+        SBATCH_ACCOUNT | SBATCH_PARTITION | SBATCH_QOS | SBATCH_RESERVATION | SBATCH_CONSTRAINT | SBATCH_WCKEY) ;;
+        *) unset "$name" ;;
+        esac
+    done
+}
+
+# sbatch for a script: what that says itself counts, and not the person's variable of the same name.
+sbatch_with() { # SCRIPT FLAGS…
+    (
+        local name flag
+        for name in "${!SBATCH_@}"; do
+            flag="${name#SBATCH_}"
+            [[ $1 != *$'\n'"#SBATCH --${flag,,}="* ]] || unset "$name"
+        done
+        LC_ALL="$THEIR_LC_ALL"
+        [ -n "$LC_ALL" ] || unset LC_ALL
+        exec sbatch "${@:2}" 2>&1
+    )
 }
 
 # ------------------------------------------------------------------- submit
@@ -27,7 +57,7 @@ submit() {
     check_files
     fit_to_the_nodes
     for i in "${!NAMES[@]}"; do
-        said=$(sbatch --test-only ${CPUS[i]:+--cpus-per-task=${CPUS[i]}} <<<"${SCRIPTS[i]}" 2>&1) ||
+        said=$(sbatch_with "${SCRIPTS[i]}" --test-only ${CPUS[i]:+--cpus-per-task=${CPUS[i]}} <<<"${SCRIPTS[i]}") ||
             refuse 78 "${NAMES[i]#*-}: Slurm refuses the job: $(sbatch_says "$said"); nothing was submitted"
     done
     # Private by its own mode: a umask would be that of the jobs too, and nobody else could read a model that they write.
@@ -87,7 +117,7 @@ queue() { # NUMBER
     printf '%s' "${SCRIPTS[$1]}" >"$file" && printf '%s' "${OUTS[$1]}" >"$DIR/${NAMES[$1]}.out" || undo "$DIR cannot be written"
     local after=(--hold)
     [ "$1" -eq 0 ] || after=("--dependency=afterok:${IDS[$1 - 1]}" --kill-on-invalid-dep=yes)
-    said=$(sbatch --parsable "${after[@]}" ${CPUS[$1]:+--cpus-per-task=${CPUS[$1]}} "$file" 2>&1) ||
+    said=$(sbatch_with "${SCRIPTS[$1]}" --parsable "${after[@]}" ${CPUS[$1]:+--cpus-per-task=${CPUS[$1]}} "$file") ||
         undo "${NAMES[$1]#*-}: Slurm refuses the job: $(sbatch_says "$said")"
     id=$(grep -oE '^[0-9]+(;.*)?$' <<<"$said" | tail -1)
     IDS+=("${id%%;*}")

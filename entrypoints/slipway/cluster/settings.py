@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import re
 import shlex
 import typing
@@ -15,16 +16,26 @@ from slipway.errors import DataError, UsageError
 from slipway.options import Parameter, check, option, parameters_of, suggestion
 from slipway.untrusted import HARMFUL, read_toml, without_credentials
 
-NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")  # as Kubernetes has them
+WORD = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+NAME = re.compile(WORD)  # as Kubernetes has them
+DOMAIN = re.compile(rf"{WORD}(\.{WORD})*")  # as most of its objects are called
 LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 # As the schema of Kubernetes has it, but for signs: less than nothing cannot be asked for.
 QUANTITY = re.compile(r"(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?", re.ASCII)
-RESOURCE = re.compile(r"cpu|memory|ephemeral-storage|hugepages-\w+|[a-z0-9]([-.a-z0-9]*[a-z0-9])?/[\w.-]+", re.ASCII)
-IMAGE = re.compile(r"(?!.*\.(sqsh|squashfs)$)[\w.:/@#+-]+", re.ASCII)  # a name as a registry or pyxis has it
+RESOURCE = re.compile(r"cpu|memory|ephemeral-storage|hugepages-[1-9][0-9]*[KMG]i")  # and devices, VENDOR/NAME
+# A name of an image as registries have it, and what enroot has before it: USER@REGISTRY#NAME.
+HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?"
+PART = r"[a-z0-9]+((\.|_{1,2}|-+)[a-z0-9]+)*"
+DIGEST = r"@sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})"
+OF_A_REGISTRY = rf"{PART}(/{PART})*(:\w[\w.-]{{0,127}})?({DIGEST})?"
+IMAGE = re.compile(rf"(?!.*\.(sqsh|squashfs)$)((?=[^/]*[.:]|localhost/){HOST}/)?{OF_A_REGISTRY}", re.ASCII)
+OF_ENROOT = re.compile(rf"((docker|dockerd|podman)://)?(([\w.+-]+@)?{HOST}#)?", re.ASCII)
+WITH_A_USER = re.compile(r"ssh://[\w.-]+@[^@]+", re.ASCII)  # as `ssh` takes it, without a password
+MOST_BEFORE = 65_535  # seconds that sbatch takes for --signal
 OF_THE_POD = ("/tmp", "/dev/shm")  # what cluster/kubernetes.py mounts there
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"(?i)(^|_)(token|secret|password|passwd|passphrase|credentials?|(api|access|private)_?key)$")
-TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")  # days-hours:minutes:seconds
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)  # days-hours:minutes:seconds
 # What a shell does not let one set, or sets itself, and what says to a step which part of a job it is.
 OF_BASH = ("BASHOPTS", "BASHPID", "BASH_ARGV0", "BASH_COMMAND", "BASH_SUBSHELL", "BASH_VERSINFO", "DIRSTACK",
            "EPOCHREALTIME", "EPOCHSECONDS", "EUID", "FUNCNAME", "GROUPS", "HISTCMD", "LINENO", "PPID", "RANDOM",
@@ -38,10 +49,12 @@ OURS = {
     "nodes": "nodes", "time": "time", "partition": "partition", "account": "account", "qos": "qos",
     "gpus-per-node": "gpus_per_node", "cpus-per-task": "cpus", "exclusive": "exclusive", "signal": "stop_before",
     "job-name": "name", "chdir": "job_dir", "container-image": "image", "container-mounts": "mounts",
+    "gpus": "gpus_per_node", "gpus-per-task": "gpus_per_node", "gpus-per-socket": "gpus_per_node", "clusters": "host",
 }  # fmt: skip
 NOT_OURS = ("dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "requeue", "no-requeue", "parsable",
             "test-only", "help", "usage", "version", "wrap", "array", "hold", "wait", "ntasks",
-            "ntasks-per-node", "export")  # fmt: skip
+            "ntasks-per-node", "tasks-per-node", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket",
+            "export")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,10 @@ TABLES = {"slurm": ("env", "sbatch", "step"), "kubernetes": ("env", "limits", "n
 OF_A_STEP = ("image", "command", "nodes", "gpus_per_node", "cpus", "stop_before", "partition", "account", "qos", "time",
              "exclusive")  # fmt: skip
 ONLY_FOR = {"cpus": "steps that do not take whole nodes", "exclusive": "`train` and `doctor`", "stop_before": "`train`"}
+FOR_CPUS = {
+    "slurm": ", and with exclusive = false give cpus-per-gpu in [step.train.sbatch]",
+    "kubernetes": ", and give cpu in [limits]",
+}
 
 
 @dataclass(frozen=True)
@@ -199,7 +216,7 @@ def read(file: Path, verbs: Mapping[str, bool]) -> Lab:
         _env(file, _table(file, tables, "env"), kind),
         _flags(f"{file}: [sbatch]", _table(file, tables, "sbatch")),
         _texts(f"{file}: [limits]", _table(file, tables, "limits")),
-        _texts(f"{file}: [node_selector]", _table(file, tables, "node_selector")),
+        _texts(f"{file}: [node_selector]", _table(file, tables, "node_selector"), may_be_empty=True),
         _steps(file, _table(file, tables, "step"), kind, verbs),
     )
     _check(lab)
@@ -271,16 +288,17 @@ def _check_text(where: str, text: str) -> None:
     """UsageError for a text that would end a line of a script, or that shows a password."""
     if HARMFUL.search(text) or not text:
         raise UsageError(f"{where} is {text[:40]!r}; it must be one line of ordinary characters")
-    if without_credentials(text) != text:
+    if without_credentials(text) != text and not WITH_A_USER.fullmatch(text):
         raise UsageError(f"{where} is a URL with a password; put it into the file of `secrets` and leave it out here")
 
 
-def _texts(where: str, table: Mapping[str, Any]) -> dict[str, str]:
+def _texts(where: str, table: Mapping[str, Any], may_be_empty: bool = False) -> dict[str, str]:
     """The values of a table as texts: numbers too."""
     for key, value in table.items():
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise UsageError(f"{where} {key} must be a text or a whole number")
-        _check_text(f"{where} {key}", str(value))
+        if value != "" or not may_be_empty:
+            _check_text(f"{where} {key}", str(value))
     return {key: str(value) for key, value in table.items()}
 
 
@@ -295,7 +313,7 @@ def _env(file: Path, table: Mapping[str, Any], kind: str) -> dict[str, str]:
                 f"{file}: [env] {name} looks like a secret; put it into a file on the cluster that only you can read, "
                 "and name that file with the key `secrets`"
             )
-    return _texts(f"{file}: [env]", table)
+    return _texts(f"{file}: [env]", table, may_be_empty=True)
 
 
 def _flags(where: str, table: Mapping[str, Any]) -> dict[str, str]:
@@ -309,6 +327,8 @@ def _flags(where: str, table: Mapping[str, Any]) -> dict[str, str]:
             raise UsageError(f"{where} {key}: `slipway submit` sets this flag itself; leave it out")
         if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
             raise UsageError(f'{where} {key!r:.40} is no long flag of sbatch, such as constraint = "h100"')
+        if name in found:
+            raise UsageError(f"{where} {name} is there twice, once with _; leave one out")
         if value is False:
             continue
         found[name] = "" if value is True else _texts(where, {key: value})[key]
@@ -330,7 +350,8 @@ def _steps(file: Path, table: Mapping[str, Any], kind: str, verbs: Mapping[str, 
         found[verb] = _values(where, own, kind, KINDS[kind])
         idle = {"cpus": verbs[verb], "exclusive": not verbs[verb], "stop_before": verb != "train"}
         for key in (key for key, is_idle in idle.items() if is_idle and key in own):
-            raise UsageError(f"{where} {key} has no meaning there; it is for {ONLY_FOR[key]}: leave it out")
+            more = FOR_CPUS[kind] if key == "cpus" else ""
+            raise UsageError(f"{where} {key} has no meaning there; it is for {ONLY_FOR[key]}: leave it out{more}")
         if not verbs[verb] and own.get("nodes", 1) != 1:
             raise UsageError(f"{where} nodes is {own['nodes']}; `{verb}` runs on one node")
         if "sbatch" in values and kind == "slurm":
@@ -347,6 +368,11 @@ def _check(lab: Lab) -> None:
         raise UsageError(f"{file}: name is {own.name!r:.40}; it must have lower case letters, digits and - alone")
     if own.mounts and not own.image:
         raise UsageError(f"{file}: mounts have no meaning without an image; name one, or leave the mounts out")
+    for verb in (verb for verb, keys in lab.steps.items() if "image" in keys and not own.image):
+        raise UsageError(
+            f"{file}: [step.{verb}] image has no meaning without an image for all steps, of which the mounts are: name "
+            "one above the tables too"
+        )
     _check_mounts(lab)
     for verb in ("", *lab.steps):
         _check_command(f"{file}: {f'[step.{verb}] ' if verb else ''}command", lab.of(verb, True).command)
@@ -373,6 +399,8 @@ def _check_mounts(lab: Lab) -> None:
         good = 2 <= len(parts) <= (3 if isinstance(lab.own, Slurm) else 2) and parts[1].startswith("/")
         if not good or (isinstance(lab.own, Slurm) != parts[0].startswith("/")) or "," in one:
             raise UsageError(f"{lab.file}: mount {one!r} is not {source}:/WHERE, such as {source.lower()}:/shared")
+        if ".." in re.split("[/:]", one):
+            raise UsageError(f"{lab.file}: mount {one!r}: write it without ..")
     targets = [target for _, target in lab.mounts]
     for target in targets:
         if targets.count(target) > 1:
@@ -387,32 +415,53 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
         )
     if own.secrets and not own.secrets.startswith("/"):
         raise UsageError(f"{file}: secrets is {own.secrets!r}; it must be the whole path of a file on the cluster")
-    if own.host is not None and not re.fullmatch(r"[\w][\w.@:/%\[\]-]*", own.host):
+    if own.host is not None and not re.fullmatch(r"[\w:][\w.@:/%\[\]-]*", own.host):
         raise UsageError(f"{file}: host is {own.host!r}; it must be what `ssh` calls the login node")
-    if own.host and "/" not in own.host and ":" in own.host and not own.host.startswith("["):
+    if own.host and "/" not in own.host and ":" in own.host and not _is_ipv6(own.host.rpartition("@")[2]):
         raise UsageError(f"{file}: host is {own.host!r}; write ssh://USER@HOST:PORT, or give a port in ~/.ssh/config")
     for verb in ("", *lab.steps):
         here = lab.of(verb, True)
-        if here.image and not here.image.startswith(("/", "./")) and not IMAGE.fullmatch(here.image):
+        if here.image and not here.image.startswith("/") and not IMAGE.fullmatch(OF_ENROOT.sub("", here.image, 1)):
             where = f"[step.{verb}] image" if verb else "image"
             raise UsageError(
                 f"{file}: {where} is {here.image!r:.80}; it must be the whole path of a squashfs file on the cluster, "
-                "from /, or the name of an image in a registry"
+                "from /, or the name of an image in a registry, such as ghcr.io/org/slipway:1"
             )
         limit = seconds(here.time)
         if limit is None:
             raise UsageError(f"{file}: time is {here.time!r}; write it as 24:00:00 or 1-12:00:00")
         if limit <= here.stop_before:
             raise UsageError(f"{file}: stop_before is {here.stop_before} s, but time is only {limit} s; give more time")
+        if here.stop_before > MOST_BEFORE:
+            raise UsageError(f"{file}: stop_before is {here.stop_before} s; Slurm takes {MOST_BEFORE} s at most")
     # sbatch puts %j and the like into names of files.
     if "%" in (own.job_dir or "") or "\\" in (own.job_dir or ""):
         raise UsageError(f"{file}: job_dir is {own.job_dir!r}; it must have no % and no \\")
 
 
+def _is_ipv6(host: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        return False
+
+
+def _is_qualified(key: str) -> bool:
+    """Whether a label or a device can be called so: NAME, or the domain of who has made it, / and NAME."""
+    domain, slash, name = key.rpartition("/")
+    return bool(LABEL.fullmatch(name)) and (not slash or (bool(DOMAIN.fullmatch(domain)) and len(domain) <= 253))
+
+
+def _is_resource(key: str) -> bool:
+    """Whether a pod can ask for it. What Kubernetes itself has is no device."""
+    is_device = "/" in key and _is_qualified(key) and not key.partition("/")[0].endswith("kubernetes.io")
+    return is_device or bool(RESOURCE.fullmatch(key))
+
+
 def _check_labels(lab: Lab) -> None:
     """UsageError for a label that no node can have: the server takes it within a JobSet, and no pod is ever made."""
     for key, value in lab.node_selector.items():
-        if not LABEL.fullmatch(key.rpartition("/")[2]) or not LABEL.fullmatch(value):
+        if not _is_qualified(key) or (value and not LABEL.fullmatch(value)):
             raise UsageError(
                 f"{lab.file}: [node_selector] {key!r:.80} = {value!r:.80} is no label of a node: letters, digits, -, _ "
                 "and ., 63 at most, as `kubectl get nodes --show-labels` shows them"
@@ -427,11 +476,15 @@ def _check_quantities(lab: Lab) -> None:
             raise UsageError(
                 f"{lab.file}: {where} is {value!r:.40}; it must be a number with a unit, such as 64Gi or 500m"
             )
-        if where != key and not RESOURCE.fullmatch(key):
+        if key == "nvidia.com/gpu":
+            raise UsageError(f"{lab.file}: {where}: give it with the key `gpus_per_node`")
+        if where != key and not _is_resource(key):
             raise UsageError(
                 f"{lab.file}: [limits] {key!r:.60} is nothing that a pod can ask for: cpu, memory, ephemeral-storage, "
                 "hugepages-SIZE, or VENDOR/NAME of a device, as `kubectl describe nodes` shows them"
             )
+        if key.startswith("hugepages-") and not {"cpu", "memory"} & lab.limits.keys():
+            raise UsageError(f"{lab.file}: {where} needs cpu or memory beside it: Kubernetes takes no such pod without")
         if "/" in key and not value.isdecimal():
             raise UsageError(f"{lab.file}: {where} is {value!r:.40}; of a device it must be a whole number")
 
@@ -447,15 +500,29 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
     _check_quantities(lab)
     for verb in ("", *lab.steps):
         image = lab.of(verb, True).image
-        if image.startswith(("/", ".")):
+        if not IMAGE.fullmatch(image_name(image)):
             where = f"[step.{verb}] image" if verb else "image"
-            raise UsageError(f"{lab.file}: {where} is {image!r}; pods need the name of an image in a registry")
-    names = {"namespace": own.namespace, "queue": own.queue, "secrets": own.secrets}
-    for key, value in names.items():
-        if value is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", value):
-            raise UsageError(f"{lab.file}: {key} is {value!r:.60}; it must be a name of Kubernetes")
+            raise UsageError(
+                f"{lab.file}: {where} is {image!r:.300}; pods need the name of an image in a registry, such as "
+                "ghcr.io/org/slipway:1"
+            )
+    for key, most in {"namespace": 63, "queue": 63, "secrets": 253}.items():  # a queue's is that of a label
+        value = getattr(own, key)
+        if value is not None and not (DOMAIN.fullmatch(value) and len(value) <= most):
+            raise UsageError(
+                f"{lab.file}: {key} is {value!r:.60}; it must be a name of Kubernetes, of at most {most} characters: "
+                "lower case letters, digits, - and ."
+            )
+    if "." in (own.namespace or ""):
+        raise UsageError(f"{lab.file}: namespace is {own.namespace!r}; it must be a name of Kubernetes without .")
     for source, target in lab.mounts:
         if target in OF_THE_POD:
             raise UsageError(f"{lab.file}: a mount has the target {target}, where every pod has a folder of its own")
-        if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?(/.+)?", source):
+        claim, slash, folder = source.partition("/")
+        if not DOMAIN.fullmatch(claim) or len(claim) > 253 or folder.startswith("/") or (slash and not folder):
             raise UsageError(f"{lab.file}: mount of {source!r:.60}; it must be the name of a claim, or CLAIM/FOLDER")
+
+
+def image_name(image: str) -> str:
+    """An image as Kubernetes names it; pyxis has # behind the registry."""
+    return image.removeprefix("docker://").replace("#", "/", 1)

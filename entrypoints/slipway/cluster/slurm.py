@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shlex
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from slipway.cluster.chain import Step
 from slipway.cluster.settings import Lab, Slurm
+from slipway.errors import UsageError
 from slipway.options import flag
 
 HERE = Path(__file__).parent
@@ -96,8 +98,22 @@ def _flags(step: Step, lab: Lab, run: str) -> list[str]:
         flags |= {"exclusive": "", "mem": "0"} if keys.exclusive else {}
     else:
         flags |= {"cpus-per-task": str(keys.cpus)}
-    flags |= lab.flags_of(step.verb)
+    own = lab.flags_of(step.verb)
+    _refuse_gpus_twice(step, lab, own)
+    if {"mem-per-cpu", "mem-per-gpu"} & own.keys():
+        flags.pop("mem", None)  # sbatch takes one of the three
+    flags |= own
     return [flag(name) + (f"={_quoted(value)}" if value else "") for name, value in flags.items()]
+
+
+def _refuse_gpus_twice(step: Step, lab: Lab, own: Mapping[str, str]) -> None:
+    """UsageError where --gres asks for GPUs beside those of gpus_per_node: Slurm would give both, or none."""
+    gres = own.get("gres", "")
+    if step.keys.gpus_per_node and re.search(r"(^|[,:/])gpu(:|,|$)", gres):
+        raise UsageError(
+            f"{lab.file}: [sbatch] gres is {gres!r}, and gpus_per_node is {step.keys.gpus_per_node} for {step.verb}: "
+            "set gpus_per_node = 0 where gres asks for the GPUs, or leave gres out"
+        )
 
 
 def _quoted(value: str) -> str:
@@ -119,7 +135,7 @@ def _srun(step: Step, lab: Lab) -> str:
 
 def is_file(image: str) -> bool:
     """The image is a squashfs file of the cluster; else it has a name in a registry."""
-    return image.startswith(("/", "./"))
+    return image.startswith("/")
 
 
 def pyxis_name(image: str) -> str:

@@ -95,9 +95,13 @@ def slurm(env: Environment) -> Hints | None:
     """A Slurm step: one task per node, or one per GPU. The first node of its list is the master."""
     if "SLURM_STEP_NODELIST" not in env or env.get("SLURM_STEP_ID") == INTERACTIVE:
         return None
+    nodes, mpi = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"), open_mpi(env)
+    # mpirun starts its daemons as a step of the other nodes, and its processes have the variables of that step.
+    if nodes and mpi and mpi.nodes and mpi.nodes.value > nodes.value:
+        return None
     tasks, gpus = _tasks_per_node(env), _number(env, "SLURM_GPUS_ON_NODE")
     hints = {
-        "nodes": _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES"),
+        "nodes": nodes,
         "node_rank": _number(env, "SLURM_NODEID"),
         "master_addr": _first_host(env, "SLURM_STEP_NODELIST"),
         "gpus": gpus,

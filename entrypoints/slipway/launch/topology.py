@@ -54,9 +54,16 @@ SHOW_OTHERS = {
     "SLURM_NNODES": NO_STEP,
     "WORLD_SIZE": f"it can be a number of processes or of nodes; {GIVE_ALL}",
     "NNODES": f"which of them this is, is unknown; {GIVE_ALL}",
+    "AWS_BATCH_JOB_NUM_NODES": f"which of them this is, is unknown; {GIVE_ALL}",
     **{
         name: f"where its processes are is unknown; {GIVE_ALL}"
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE")
+        for name in (
+            "OMPI_COMM_WORLD_SIZE",
+            "PMI_SIZE",
+            "FLUX_JOB_SIZE",
+            "MV2_COMM_WORLD_SIZE",
+            "JSM_NAMESPACE_SIZE",
+        )
     },
 }
 
@@ -133,7 +140,7 @@ def find_topology(placement: Placement, env: Mapping[str, str] = os.environ) -> 
     if rank is None or address is None:
         missing = f"--node-rank, 0 to {count - 1}" if rank is None else "--master-addr, the address of node 0"
         raise UsageError(f"{count} nodes need {missing}; give it on every node")
-    _check_rank(rank, count)
+    _check_rank(next(hints.node_rank for hints in sources if hints.node_rank), count)
     return Topology(
         count,
         _processes(sources, env),
@@ -149,7 +156,8 @@ def _one_node(flags: Hints, sources: list[Hints], source: str, env: Mapping[str,
     """A single node is node 0 at 127.0.0.1. A launcher may give it another number: the pods of an Indexed Job have
     numbers even if each of them is a separate run."""
     rank, address = _pick("node_rank", [flags], 0)[0], _pick("master_addr", [flags], "127.0.0.1")[0]
-    _check_rank(rank, 1)
+    if rank:
+        raise UsageError(f"--node-rank is {rank}, but there is one node, number 0: give --nodes too, or leave it out")
     port, local_rank = _pick("master_port", sources, DEFAULT_PORT)[0], _pick("local_rank", sources)[0]
     return Topology(1, _processes(sources, env), rank, address, port, source, local_rank)
 
@@ -211,9 +219,9 @@ def _refuse_to_be_alone(env: Mapping[str, str]) -> None:
             raise UsageError(f"{name} is {count[:60]}, but {cure}")
 
 
-def _check_rank(rank: int, count: int) -> None:
-    if not 0 <= rank < count:
-        raise UsageError(f"--node-rank is {rank}; with {count} nodes it must be 0 to {count - 1}")
+def _check_rank(rank: Said, count: int) -> None:
+    if rank.value >= count:
+        raise UsageError(f"{rank.by} is {rank.value}; with {count} nodes it must be 0 to {count - 1}")
 
 
 def _processes(sources: list[Hints], env: Mapping[str, str]) -> int:

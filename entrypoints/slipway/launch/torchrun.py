@@ -152,7 +152,9 @@ def launch(
 
 def _start(topology: Topology, words: list[str], logs: Path) -> subprocess.Popen:
     """Start torchrun, or the worker itself, which then has its logs where torchrun would put them."""
-    env = environment()
+    # What an operator says of the place is in the flags. The rest torchrun would take beside them: PET_MAX_RESTARTS, by
+    # which workers start again on their own, or a rendezvous, which has another master.
+    env = {name: value for name, value in environment().items() if not name.startswith("PET_")}
     if topology.local_rank is None:
         with (logs / "torchrun.log").open("w") as log:
             return _popen(words, env, log, log)
