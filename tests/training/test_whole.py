@@ -104,6 +104,25 @@ def test_a_run_that_ends_at_an_older_checkpoint_stands_for_that_one(run, inputs)
     assert run.latest_checkpoint() == (2, run.checkpoint(2)) and run.read_status()["step"] == 2
 
 
+@pytest.mark.parametrize("first", ["step=2", "step=2-unfinished"])
+def test_a_removal_that_was_killed_is_finished(run, monkeypatch, first):
+    """Whichever of the folder and its mark is found first."""
+    (run.checkpoints / "step=2-unfinished").touch()
+    found = sorted(run.checkpoints.iterdir(), key=lambda path: path.name != first)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(found))
+    run.remove_incomplete()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step=4"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_yet_is_not_whole(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+        run.remove_older(1)
+    assert run.complete_checkpoints() == [(4, run.checkpoint(4))] and run.checkpoint(2).is_dir()
+    run.remove_incomplete()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step=4"]
+
+
 def test_a_checkpoint_is_on_disk_before_it_is_marked(run, monkeypatch):
     """Every file and folder of it, before and after the mark."""
     checkpoint, synced, sync = run.checkpoint(2), [], os.fsync

@@ -123,7 +123,12 @@ def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def is_complete(checkpoint: Path) -> bool:
     """It was saved to its end."""
-    return (checkpoint / "context" / COMPLETE).exists() and not Path(f"{checkpoint}-unfinished").exists()
+    return (checkpoint / "context" / COMPLETE).exists() and not unfinished(checkpoint).exists()
+
+
+def unfinished(checkpoint: Path) -> Path:
+    """NeMo's mark beside a checkpoint that is being written or removed."""
+    return Path(f"{checkpoint}-unfinished")
 
 
 def _named(path: str) -> Path:

@@ -23,8 +23,10 @@ from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
 from slipway.errors import DataError, SlipwayError
 from slipway.garbage import uncollected
 from slipway.training.checkpoint_times import say_saved
+from slipway.training.patches import NEMO, replace
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
+from slipway.training.run_folder import RunFolder
 from slipway.training.troubles import cannot_write
 from slipway.training.whole import seal
 
@@ -45,6 +47,9 @@ class Checkpoints(nl.ModelCheckpoint):
     The last file written is the mark that `RunFolder.latest_checkpoint` looks for. NeMo's own marker of an unfinished
     checkpoint does not serve: it is removed before the context is written.
 
+    Older checkpoints are removed here. NeMo would remove only those whose paths it has noted, which are others once the
+    folder has moved, and none any more once `keep` was lowered.
+
     Args:
         recipe: of the run.
     """
@@ -62,6 +67,7 @@ class Checkpoints(nl.ModelCheckpoint):
                 keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
                 size = seal(ckpt_to_dir(filepath))
                 say_saved(ckpt_to_dir(filepath), size, time.monotonic() - begun)
+                RunFolder.of(self.recipe).remove_older(self.recipe.keep)
         except (OSError, CheckpointException, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError like any other; only its text tells.
             if isinstance(error, RuntimeError) and not ZIP_WRITER.search(str(error)):
@@ -109,6 +115,22 @@ class StopOnRequest(Callback):
         checkpoint = trainer.checkpoint_callback
         if trainer.global_step not in (self._first_step, checkpoint._last_global_step_saved):
             checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+class MissedEvaluation(Callback):
+    """Lets a run that goes on begin with the evaluation that is due at its step, where it was stopped or killed in it.
+
+    Lightning would always begin with it, even where it was done. NeMo leaves it out, even where it was not.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if agree(trainer.is_global_zero and self.folder.misses_evaluation(self.recipe, trainer.global_step)):
+            loop = trainer.fit_loop.epoch_loop
+            replace(loop, "skip_val_on_restart", False, NEMO)
+            loop.val_loop.restarting = False  # with the first batch, whatever the checkpoint has of an earlier one
 
 
 class OwnDraws(Callback):
