@@ -367,7 +367,7 @@ def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, da
     "change, code, message",
     [
         ({"model": "none"}, 2, "--model none does not exist"),
-        ({"model": "MXFP4"}, 65, "NeMo checkpoint (weights/metadata.json and context/ are missing)"),
+        ({"model": "MXFP4"}, 65, "NeMo checkpoint (weights/metadata.json and context/ are missing); `slipway import`"),
         ({"data": "none"}, 2, "--data none does not exist"),
         ({"global_batch_size": 3}, 2, "--global-batch-size 3 is not a multiple of"),
         ({"tensor_parallel_size": 2}, 2, "1 processes cannot be split into tensor 2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import time
@@ -20,7 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import functional
 
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
+from slipway.checkpoint.source import NAME
 from slipway.errors import DataError, SlipwayError
+from slipway.families import read_config
 from slipway.garbage import uncollected
 from slipway.training.checkpoint_times import say_saved
 from slipway.training.patches import NEMO, replace
@@ -64,7 +67,7 @@ class Checkpoints(nl.ModelCheckpoint):
             with uncollected():
                 super()._save_checkpoint(trainer, filepath)
             if trainer.is_global_zero:
-                keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
+                keep_source(self.recipe, ckpt_to_dir(filepath) / "context")
                 size = seal(ckpt_to_dir(filepath))
                 say_saved(ckpt_to_dir(filepath), size, time.monotonic() - begun)
                 RunFolder.of(self.recipe).remove_older(self.recipe.keep)
@@ -75,12 +78,16 @@ class Checkpoints(nl.ModelCheckpoint):
             raise cannot_write(str(ckpt_to_dir(filepath)), error, self.recipe) from None
 
 
-def keep_source(base: Path, context: Path) -> None:
-    """Copy the Hugging Face files from the base's context, if it has any."""
+def keep_source(recipe: Recipe, context: Path) -> None:
+    """Copy the Hugging Face files from the base's context, if it has any; weights that were trained have its name no
+    more, by which peft would load the base of later adapters."""
+    base = Path(recipe.model) / "context"
     if (base / HF_FILES).is_dir():
         shutil.copytree(base / HF_FILES, context / HF_FILES, dirs_exist_ok=True)
     if (base / SOURCE_CONFIG).is_file():
-        shutil.copyfile(base / SOURCE_CONFIG, context / SOURCE_CONFIG)
+        config = read_config(base / SOURCE_CONFIG)
+        known = config if recipe.is_frozen else {key: value for key, value in config.items() if key != NAME}
+        (context / SOURCE_CONFIG).write_text(json.dumps(known, indent=2) + "\n")
 
 
 class StopOnRequest(Callback):
