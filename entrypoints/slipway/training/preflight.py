@@ -334,9 +334,13 @@ def check_held_out(recipe: Recipe, scanned: Scanned) -> None:
 
 
 def make_folder(folder: RunFolder) -> None:
+    """Make the folder of a run; WriteError where it, or what an earlier start has made in it, cannot be written to."""
+    place = folder.path
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.path):
-            pass
+        place.mkdir(parents=True, exist_ok=True)
+        for place in (folder.path, folder.checkpoints, folder.logs):
+            if place.exists():
+                with tempfile.TemporaryFile(dir=place):
+                    pass
     except OSError as error:
-        raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None
+        raise WriteError(f"{place} cannot be written: {error.strerror}; choose another --out") from None
