@@ -191,7 +191,7 @@ def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_
 def test_an_evaluation_that_was_cut_off_comes_first_when_the_run_goes_on(
     whole, nemo_model, data, held_out, tmp_path, warm
 ):
-    """And one that was done does not come again."""
+    """One that was done does not come again. The last step is followed by one as in a run that nobody stopped."""
     run = RunFolder(tmp_path / "run")
     evaluations = {"eval_data": held_out, "eval_every": 2}
     code, output = train(
@@ -201,9 +201,9 @@ def test_an_evaluation_that_was_cut_off_comes_first_when_the_run_goes_on(
     code, output = train(flags(nemo_model, data, run.path, **evaluations, eval_batches=1), commands=warm)
     assert code == 0 and output.index("evaluation after step 2:") < output.index("step 3/"), output
     assert losses(run) == losses(whole)
-    longer = flags(nemo_model, data, run.path, **evaluations, eval_batches=1, steps=STEPS + 2)
+    longer = flags(nemo_model, data, run.path, **evaluations, eval_batches=1, steps=STEPS + 3)
     code, output = train(longer, commands=warm)
-    assert code == 0 and [entry["step"] for entry in run.read_evaluations()] == [1, 3, 5, 7], output
+    assert code == 0 and [entry["step"] for entry in run.read_evaluations()] == [1, 3, 5, 7, 8], output
 
 
 def own_terminal() -> None:

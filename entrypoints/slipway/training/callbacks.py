@@ -26,7 +26,7 @@ from slipway.errors import DataError, SlipwayError
 from slipway.families import read_config
 from slipway.garbage import uncollected
 from slipway.training.checkpoint_times import say_saved
-from slipway.training.patches import NEMO, replace
+from slipway.training.patches import LIGHTNING, NEMO, replace
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
 from slipway.training.run_folder import RunFolder
@@ -124,10 +124,12 @@ class StopOnRequest(Callback):
             checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
 
-class MissedEvaluation(Callback):
-    """Lets a run that goes on begin with the evaluation that is due at its step, where it was stopped or killed in it.
+class Evaluations(Callback):
+    """Lets a run that goes on evaluate whenever one does that nobody stopped.
 
-    Lightning would always begin with it, even where it was done. NeMo leaves it out, even where it was not.
+    That is first of all at its step, where it was stopped or killed in that evaluation: Lightning would begin with it
+    even where it was done, and NeMo leaves it out even where it was not. And after the last step, which Lightning does
+    not take for the last where a run goes on.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
@@ -138,6 +140,10 @@ class MissedEvaluation(Callback):
             loop = trainer.fit_loop.epoch_loop
             replace(loop, "skip_val_on_restart", False, NEMO)
             loop.val_loop.restarting = False  # with the first batch, whatever the checkpoint has of an earlier one
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step >= self.recipe.steps:
+            replace(trainer.fit_loop.epoch_loop.batch_progress, "is_last_batch", True, LIGHTNING)
 
 
 class OwnDraws(Callback):

@@ -151,8 +151,9 @@ class RunFolder:
 
     def misses_evaluation(self, recipe: Recipe, step: int) -> bool:
         """An evaluation is due after so many steps, and none is recorded: the run was stopped or killed in it."""
-        is_due = bool(recipe.eval_data) and step > 0 and step % recipe.eval_every == 0
-        return is_due and all(entry["step"] != step - 1 for entry in self.read_evaluations())
+        if not recipe.eval_data or not step or (step % recipe.eval_every and step < recipe.steps):
+            return False
+        return all(entry["step"] != step - 1 for entry in self.read_evaluations())
 
     def forget_from(self, step: int) -> None:
         """Remove the records from `step` on: a run that continues computes these steps again."""

@@ -322,7 +322,7 @@ def draws(recipe: Recipe, config: Any) -> bool:
 
 
 def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool, draws: bool) -> list[Any]:
-    from slipway.training.callbacks import Finite, FrozenBase, MissedEvaluation, OwnDraws, StopOnRequest
+    from slipway.training.callbacks import Evaluations, Finite, FrozenBase, OwnDraws, StopOnRequest
 
     if measured:
         from slipway.training.profile import Profile
@@ -333,7 +333,7 @@ def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool, 
         StopOnRequest(stop_file, record),
         *([FrozenBase(record)] if recipe.is_frozen else []),
         record,
-        *([MissedEvaluation(recipe, record.folder)] if recipe.eval_data else []),  # the record has forgotten later ones
+        *([Evaluations(recipe, record.folder)] if recipe.eval_data else []),  # the record has forgotten later ones
         Finite(recipe),  # the last: the record of a step is written before the run ends because of it
     ]
 
