@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from slipway import cli, untrusted
-from slipway.checkpoint import finished, stream
+from slipway.checkpoint import archive, finished, stream
 from slipway.checkpoint.heads import config_of
 
 
@@ -367,6 +368,30 @@ def test_a_file_that_nobody_may_read_is_named_before_any_work(model, tmp_path, c
     monkeypatch.setattr(Path, "open", refusing)
     assert run("import", model, tmp_path / "out") == 65
     assert f"{secret} cannot be read (Permission denied); let its owner allow it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, refused", [(errno.EACCES, (os, "open")), (errno.EIO, (os, "preadv")), (errno.EIO, (archive, "fill"))]
+)
+def test_what_cannot_be_read_is_not_said_to_be_the_output(model, tmp_path, capsys, monkeypatch, number, refused):
+    """A file that may not be opened, and a disk that fails while it is read."""
+    nemo, classic = tmp_path / "nemo", tmp_path / "mp"
+    assert run("import", model, nemo) == 0
+    assert run("import", model, classic, "--format", "classic") == 0
+    before = getattr(*refused)
+
+    def refusing(path: object, *arguments: object, **options: object) -> object:
+        if refused[1] == "open" and not str(path).endswith(".distcp"):
+            return before(path, *arguments, **options)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*refused, refusing)
+    sources = {"open": [nemo], "preadv": [model], "fill": [nemo, classic]}[refused[1]]
+    for source in sources:
+        capsys.readouterr()
+        assert run("import" if source == model else "export", source, tmp_path / f"of-{source.name}") == 65
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert str(source) in said and f"cannot be read ({os.strerror(number)})" in said, said
 
 
 @pytest.mark.parametrize(

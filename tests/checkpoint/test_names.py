@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 from slipway.checkpoint import locate
-from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError, WriteError
+from slipway.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError, WriteError
 
 NAME = "hf://org/name@main"
 
@@ -199,6 +199,13 @@ def test_the_newest_checkpoint_of_a_run(tmp_path, capsys):
     (run / "weights").mkdir()
     assert locate.nemo_path(str(run)) == run, "a checkpoint that has weights of its own is meant itself"
     assert locate.latest_checkpoint(tmp_path / "none") is None and locate.nemo_path("none") == Path("none")
+
+
+def test_a_run_without_a_checkpoint_is_named_as_one(tmp_path):
+    for name in ("recipe.json", "status.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="is a run without a complete checkpoint; `slipway watch"):
+        locate.nemo_path(str(tmp_path))
 
 
 def test_a_folder_by_the_name_of_the_hub():

@@ -105,6 +105,7 @@ def imported(request, tmp_path_factory):
     model = save_adapter(folder / "hf", folder / "peft", case)
     summary = import_checkpoint(str(folder / "hf"), str(folder / "nemo"), adapter=str(folder / "peft"))
     assert summary.details["rank"] == case.rank
+    assert (" --dora" in str(summary)) == case.options.get("use_dora", False), "as what `train` needs"
     tokens = torch.randint(5, 500, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return case, folder, model, tokens, model(tokens).logits

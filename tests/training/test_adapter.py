@@ -66,11 +66,30 @@ def test_training_begins_with_the_adapters_weights(folder, tmp_path, warm):
     [
         ({"lora_rank": 8}, "--lora-rank is 8, but --adapter"),
         ({"adapter": "nowhere"}, "--adapter nowhere is not a NeMo checkpoint"),
+        ({"adapter": "nemo/base"}, "base has no low-rank adapters; give a checkpoint of a run of --mode lora"),
+        ({"model": "nemo", "adapter": ""}, "--model nemo holds only what was trained on a base: give the base, "),
     ],
 )
-def test_what_does_not_go_with_the_adapter_is_refused(folder, tmp_path, capsys, flags, said):
+def test_what_does_not_go_with_the_adapter_is_refused(folder, tmp_path, capsys, monkeypatch, flags, said):
+    monkeypatch.chdir(folder)
     assert cli.main(words(folder, tmp_path / "run", **flags)) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_adapters_on_weights_that_were_trained_do_not_name_the_model_before(folder, tmp_path, capsys, warm):
+    """By its name peft would load that one, and compute something else."""
+    trained, adapted = RunFolder(tmp_path / "trained"), RunFolder(tmp_path / "adapted")
+    code, output = train(words(folder, trained.path, mode="sft", adapter=""), commands=warm)
+    assert code == 0, output
+    code, output = train(words(folder, adapted.path, model=trained.path, adapter=""), commands=warm)
+    assert code == 0, output
+    base = str(trained.checkpoint(2))
+    for run, name in ((folder / "nemo", str(folder / "hf")), (adapted.path, base)):
+        out = tmp_path / f"peft-of-{run.name}"
+        capsys.readouterr()
+        assert cli.main(["export", str(run), str(out), "--adapter"]) == 0
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == name
+        assert ("export it too, and load the adapter on that" in capsys.readouterr().out) == (name == base)
 
 
 def test_rank_stabilised_adapters_are_those_with_a_larger_alpha(folder, tmp_path, warm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,25 @@ def test_windows_hold_every_token_once_as_a_label(tmp_path):
     assert [sample["tokens"].tolist() for sample in found] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert [sample["labels"].tolist() for sample in found] == [[2, 3, 4, 5], [6, 7, 8, 9]]
     assert all(sample["loss_mask"].all() for sample in found)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "bin"])
+def test_a_file_that_becomes_shorter_or_another_one_while_it_is_read(tmp_path, suffix):
+    """A mapped file would have the process killed here, without a word."""
+    path, long = tmp_path / f"x.{suffix}", list(range(1, 90)) * 2000
+    write(path, [([1], long), ([2], long)]) if suffix == "jsonl" else write_texts(path, [long, long])
+    length = 200_000 if suffix == "jsonl" else 1000
+    units = open_units(path, scan(path, length, 100), length)
+    wanted = [units[number] for number in range(len(units))]
+    assert suffix == "bin" or [sample.response == long for (sample,) in wanted] == [True, True]
+    (tmp_path / "other").write_bytes(path.read_bytes()[::-1])
+    os.link(path, tmp_path / "same")
+    os.replace(tmp_path / "other", path)
+    assert [units[number] for number in range(len(units))] == wanted
+    os.truncate(tmp_path / "same", 5000)
+    assert suffix == "jsonl" or units[0] == wanted[0]
+    with pytest.raises(DataError, match=rf"x.{suffix} has become shorter, it ends before byte .*; restore it"):
+        units[len(units) - 1]
 
 
 def write_texts(path: Path, documents: list[list[int]], dtype: type = np.uint16) -> Path:

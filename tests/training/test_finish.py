@@ -72,11 +72,15 @@ def test_a_run_that_ended_after_its_last_checkpoint_is_done(inputs, tmp_path, ca
 def test_a_run_can_be_ended_at_its_newest_checkpoint(inputs, tmp_path, capsys):
     """What it had done beyond is forgotten, as by any start that goes on from there."""
     folder = ended(inputs, tmp_path / "run", capsys, steps=8, done=6)
+    with folder.evaluations.open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 3.5}) + "\n")
+    folder.write_status(folder.read_status() | {"eval_loss": 3.5})
     assert cli.main(words(inputs, folder.path)) == 0
     said = capsys.readouterr()
     assert "--steps was 8 and is 4, which is done: the run ends there" in said.err and "steps 4→4" in said.out
     status = folder.read_status()
     assert (status["state"], status["step"], status["steps"], status["tokens"]) == ("done", 4, 4, 40)
+    assert status["eval_loss"] == 7.5
     assert len(folder.read_metrics()) == 4 and Recipe.load(folder.recipe).steps == 4
 
 

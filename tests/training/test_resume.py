@@ -94,6 +94,8 @@ def runs(warm, tmp_path_factory) -> Path:
     again = [job(root, *cell, "resumed", continues=str(out(root, *cell, "stopped"))) for cell in CELLS]
     again += [job(root, *cell, "restarted", continues=str(out(root, *cell, "killed"))) for cell in KILLED]
     again += [job(root, m, to, f"from-{one}", continues=str(out(root, m, one, "stopped"))) for m, one, to in MOVED]
+    moved = job(root, "sft", "one", "moved", continues=str(out(root, "sft", "one", "stopped")))
+    again += [{**moved, "recipe": {**moved["recipe"], "keep": 1}}]
     again += [
         longer(job(root, mode, "one", "longer", continues=str(out(root, mode, "one", "whole")))) for mode in MODES
     ]
@@ -161,3 +163,10 @@ def test_a_run_that_is_done_goes_on_for_more_steps(runs, mode):
     assert rates[STEPS:] == pytest.approx([recipe.learning_rate(step) for step in range(STEPS, LONGER)])
     shorter = dataclasses.replace(recipe, steps=STEPS)
     assert rates[:STEPS] == pytest.approx([shorter.learning_rate(step) for step in range(STEPS)])
+
+
+def test_older_checkpoints_of_a_run_that_was_moved_are_removed_too(runs):
+    """NeMo knows the paths that they had."""
+    assert RunFolder(out(runs, "sft", "one", "stopped")).complete_checkpoints()
+    (last,) = (out(runs, "sft", "one", "moved") / "checkpoints").iterdir()
+    assert last.name == f"step={STEPS}"

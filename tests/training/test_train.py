@@ -188,6 +188,24 @@ def test_stopped_at_any_time_and_resumed_is_the_same_run_to_the_bit(whole, nemo_
     assert run.read_status()["base_checksum"] == whole.read_status()["base_checksum"]
 
 
+def test_an_evaluation_that_was_cut_off_comes_first_when_the_run_goes_on(
+    whole, nemo_model, data, held_out, tmp_path, warm
+):
+    """One that was done does not come again. The last step is followed by one as in a run that nobody stopped."""
+    run = RunFolder(tmp_path / "run")
+    evaluations = {"eval_data": held_out, "eval_every": 2}
+    code, output = train(
+        flags(nemo_model, data, run.path, **evaluations, eval_batches=10**6), stop_after=2, commands=warm
+    )
+    assert code == 75 and not run.read_evaluations(), output
+    code, output = train(flags(nemo_model, data, run.path, **evaluations, eval_batches=1), commands=warm)
+    assert code == 0 and output.index("evaluation after step 2:") < output.index("step 3/"), output
+    assert losses(run) == losses(whole)
+    longer = flags(nemo_model, data, run.path, **evaluations, eval_batches=1, steps=STEPS + 3)
+    code, output = train(longer, commands=warm)
+    assert code == 0 and [entry["step"] for entry in run.read_evaluations()] == [1, 3, 5, 7, 8], output
+
+
 def own_terminal() -> None:
     """Of a child: its input is its terminal, and it ends with it, where these tests run under nohup too."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -318,9 +336,11 @@ def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, da
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
     code, output = train(flags(nemo_model, data, whole.path, mode=mode), commands=warm)
     assert code == 0, output
-    code, output = train(flags(nemo_model, data, run.path, mode=mode), stop_after=2, commands=warm)
+    begun = flags(nemo_model, data, run.path, mode=mode, save_every=1)
+    code, output = train(begun, stop_after=2, commands=warm)
     assert code == 75, output
     step = run.read_status()["step"]
+    assert len(run.complete_checkpoints()) == 2
     others = {
         "mode": mode,
         "micro_batch_size": 1,
@@ -337,8 +357,9 @@ def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, da
         "--cuda-graphs was True and is False",
     ):
         assert f"{said}: from step {step} on time and memory are others" in output, output
-    for said in ("--save-every was 100 and is 3", "--keep was 2 and is 1"):
+    for said in ("--save-every was 1 and is 3", "--keep was 2 and is 1"):
         assert f"{said}: from step {step} on\n" in output, output
+    assert [folder.name for folder in run.checkpoints.iterdir()] == [f"step={STEPS}"]
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
 
 
@@ -346,7 +367,7 @@ def test_what_changes_only_the_speed_may_change_and_is_said(mode, nemo_model, da
     "change, code, message",
     [
         ({"model": "none"}, 2, "--model none does not exist"),
-        ({"model": "MXFP4"}, 65, "NeMo checkpoint (weights/metadata.json and context/ are missing)"),
+        ({"model": "MXFP4"}, 65, "NeMo checkpoint (weights/metadata.json and context/ are missing); `slipway import`"),
         ({"data": "none"}, 2, "--data none does not exist"),
         ({"global_batch_size": 3}, 2, "--global-batch-size 3 is not a multiple of"),
         ({"tensor_parallel_size": 2}, 2, "1 processes cannot be split into tensor 2"),

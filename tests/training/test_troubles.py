@@ -43,6 +43,9 @@ def test_only_memory_and_disk_are_explained(tmp_path):
     recipe = Recipe(model="", data="", out=str(tmp_path))
     full = explained(OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), recipe)
     assert isinstance(full, WriteError) and "run/metrics.jsonl cannot be written" in str(full)
-    assert "checkpoints: none is complete yet" in str(full)
+    assert "checkpoints: none is complete yet; free some space and run the same command again" in str(full)
+    closed = explained(PermissionError(errno.EACCES, "Permission denied", "run/logs/x"), recipe)
+    assert "run/logs/x cannot be written" in str(closed) and "free some space" not in str(closed)
+    assert "none is complete yet; let the run write there and run the same command again" in str(closed)
     assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), recipe) is None
     assert explained(FileNotFoundError(errno.ENOENT, "No such file", "x"), recipe) is None

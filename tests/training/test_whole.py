@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slipway import cli
@@ -102,6 +104,42 @@ def test_a_run_that_ends_at_an_older_checkpoint_stands_for_that_one(run, inputs)
     os.truncate(run.checkpoint(4) / "weights" / "common.pt", 0)
     assert cli.main(words(inputs, run.path, steps=2)) == 0
     assert run.latest_checkpoint() == (2, run.checkpoint(2)) and run.read_status()["step"] == 2
+
+
+@pytest.mark.parametrize("first", ["step=2", "step=2-unfinished"])
+def test_a_removal_that_was_killed_is_finished(run, monkeypatch, first):
+    """Whichever of the folder and its mark is found first."""
+    (run.checkpoints / "step=2-unfinished").touch()
+    found = sorted(run.checkpoints.iterdir(), key=lambda path: path.name != first)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(found))
+    run.remove_incomplete()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step=4"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_yet_is_not_whole(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+        run.remove_older(1)
+    assert run.complete_checkpoints() == [(4, run.checkpoint(4))] and run.checkpoint(2).is_dir()
+    run.remove_incomplete()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step=4"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_a_folder_that_another_user_has_made_is_refused_before_any_work(run, inputs, capsys, monkeypatch, name):  # noqa: F811
+    """Not when the first checkpoint is saved. Root may write everywhere: here its temporary files are refused."""
+    place, make = run.path / name, tempfile.TemporaryFile
+    place.mkdir(exist_ok=True)
+
+    def refusing(dir: Path) -> Any:
+        if dir == place:
+            raise PermissionError(13, "Permission denied")
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refusing)
+    monkeypatch.setattr(start, "_work", lambda *_: pytest.fail("work was begun"))
+    assert cli.main(words(inputs, run.path, steps=8)) == 73
+    assert f"{place} cannot be written: Permission denied; " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_is_on_disk_before_it_is_marked(run, monkeypatch):

@@ -187,7 +187,7 @@ def _elements(
         stored = Stored(held.info.dtype, held.info.shape, held.strides, held.begin)
         whole = stored.read(descriptor, [(0, extent) for extent in held.info.shape])
         return np.ascontiguousarray(whole).reshape(-1)[begin : begin + count]
-    except UNREADABLE as error:
+    except (OSError, *UNREADABLE) as error:
         raise unreadable(f"{path}: tensor {name}", error, AGAIN) from None
 
 

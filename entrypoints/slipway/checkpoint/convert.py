@@ -200,6 +200,8 @@ def adapter_plan(checkpoint: Path, given: Given = NOTHING) -> tuple[Plan, Detail
     """Plan of the `peft` adapter of a checkpoint of low-rank adapters."""
     model, adapters, name = adapters_in(checkpoint, given)
     files, notes = peft.peft_adapter(adapters, model, name)
+    if (Path(name) / "weights").is_dir():
+        notes.append(f"peft cannot load the base by its name, {name}: export it too, and load the adapter on that")
     identity = ["adapter", given.identity, identity_of_files(adapters.reader.files())]
     plan = Plan({}, [], files, {}, identity, reads=given.reads(checkpoint))
     return plan, {"files": len(files)} | said_of(notes, Companions())

@@ -8,7 +8,7 @@ import resource
 import weakref
 from pathlib import Path
 
-from slipway.untrusted import open_file
+from slipway.untrusted import open_file, unreadable
 
 
 class Descriptors:
@@ -33,6 +33,8 @@ def _opened(path: Path) -> int:
     """A descriptor. A checkpoint of a thousand ranks has more files than a process may have open before it asks."""
     try:
         return _descriptor(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from None
     except OSError as error:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if error.errno != errno.EMFILE or soft == hard:

@@ -28,7 +28,7 @@ from slipway.checkpoint.shards import AGAIN, Stored, read_header
 from slipway.errors import DataError
 from slipway.tensors.bits import Bits, bits_type, contiguous, empty
 from slipway.tensors.refs import DTYPE_BYTES, INDEX, TORCH_NAMES, Ref, TensorInfo
-from slipway.untrusted import read_json, tell
+from slipway.untrusted import read_json, tell, unreadable
 
 __all__ = ["FP8", "FP8_SCALES", "INDEX", "SINGLE", "Layout", "Reader", "Stored", "one_file", "read_header"]
 SINGLE = "model.safetensors"
@@ -319,7 +319,10 @@ class Reader:
         descriptor = self._descriptors.of(file)
         done = 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], offset + done)
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise unreadable(f"{file}: tensor {name}", error, AGAIN) from None
             if count == 0:
                 raise DataError(f"{file}: the file ends inside tensor {name}; {AGAIN}")
             done += count

@@ -24,12 +24,13 @@ from typing import Any
 
 from slipway.checkpoint.companions import SUBFOLDERS
 from slipway.checkpoint.stream import existing_folder, write_errors
-from slipway.errors import PreflightError, SlipwayError, Stopped, UsageError
+from slipway.errors import DataError, PreflightError, SlipwayError, Stopped, UsageError
 from slipway.report import LOG_INTERVAL_SECONDS
 from slipway.untrusted import shown_url, tell
 
 HUB, NEMO = "hf://", "nemo://"
 RUNS_CHECKPOINTS = "checkpoints"  # in the folder of a run
+OF_RUNS = ("recipe.json", "status.json")  # there from its first start on
 # In the context of a run's checkpoint once everything is there. NeMo's own marker is removed before the context is
 # written.
 COMPLETE = ".complete"
@@ -100,9 +101,14 @@ def output(path: str) -> Path:
 
 
 def nemo_path(path: str) -> Path:
-    """The path of a NeMo checkpoint, which need not exist; of a run's folder the newest checkpoint."""
+    """The path of a NeMo checkpoint, which need not exist; of a run's folder the newest checkpoint.
+
+    Errors: DataError where a run has none yet.
+    """
     found = _named(path)
     newest = latest_checkpoint(found / RUNS_CHECKPOINTS)
+    if newest is None and all((found / name).is_file() for name in OF_RUNS):
+        raise DataError(f"{path} is a run without a complete checkpoint; `slipway watch {path}` shows how far it is")
     if newest is None or (found / "weights").exists():
         return found
     tell(f"slipway: {path} is a run; its newest checkpoint is {newest[1].name}")
@@ -123,7 +129,12 @@ def complete_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def is_complete(checkpoint: Path) -> bool:
     """It was saved to its end."""
-    return (checkpoint / "context" / COMPLETE).exists() and not Path(f"{checkpoint}-unfinished").exists()
+    return (checkpoint / "context" / COMPLETE).exists() and not unfinished(checkpoint).exists()
+
+
+def unfinished(checkpoint: Path) -> Path:
+    """NeMo's mark beside a checkpoint that is being written or removed."""
+    return Path(f"{checkpoint}-unfinished")
 
 
 def _named(path: str) -> Path:

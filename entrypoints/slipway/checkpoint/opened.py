@@ -396,7 +396,7 @@ def adapters_in(checkpoint: Path, given: Given) -> tuple[rules.Rules, lora.Adapt
     if not lora.has_adapters(stored):
         raise DataError(f"{checkpoint} has no low-rank adapters; leave out --adapter")
     opened, adapters = with_adapters(stored, given)
-    name = source_of(context_folder(opened.reader.folder)) or lora.base_of(stored, given.base).name
+    name = source_of(context_folder(opened.reader.folder)) or str(lora.base_of(stored, given.base))
     return opened.model, adapters, name
 
 

@@ -170,7 +170,8 @@ class _Attached:
         """What a person should know, and what `train` needs."""
         ranks = sorted({lora.rank for lora in self.given.modules.values()})
         targets = ",".join(self._patterns())
-        said = [f"in training: --lora-rank {self.rank} --lora-alpha {self.alpha:g} --lora-targets {targets}"]
+        kind = " --dora" if self.given.dora else ""
+        said = [f"in training: --lora-rank {self.rank} --lora-alpha {self.alpha:g} --lora-targets {targets}{kind}"]
         if ranks != [self.rank]:
             said.append(
                 f"rank {', '.join(map(str, ranks))} → {self.rank}: NeMo has one A for q, k and v, one for gate and up, "

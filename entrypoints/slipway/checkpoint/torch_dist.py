@@ -269,7 +269,7 @@ class Reader:
             if found.dtype != self.tensors[name].dtype:
                 raise DataError(f"{where}: tensor {name} does not match .metadata; copy the checkpoint again")
             return found.read(descriptor, chunk.box_in_archive(box)).reshape([stop - start for start, stop in box])
-        except UNREADABLE as error:
+        except (OSError, *UNREADABLE) as error:
             raise unreadable(f"{where}: tensor {name}", error, "copy it again") from None
 
 

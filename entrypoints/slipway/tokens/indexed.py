@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from slipway.errors import DataError
-from slipway.tokens.lines import Sample
+from slipway.tokens.lines import Held, Sample
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
@@ -103,13 +103,16 @@ class Windows:
 
     def __init__(self, documents: Documents, seq_length: int) -> None:
         self.documents, self.seq_length = documents, seq_length
+        self._file = Held(documents.path)
 
     def __len__(self) -> int:
         return (len(self.documents.tokens) - 1) // self.seq_length
 
     def __getitem__(self, unit: int) -> list[Sample]:
-        start = unit * self.seq_length
-        return [Sample([], self.documents.tokens[start : start + self.seq_length + 1].tolist())]
+        dtype = self.documents.tokens.dtype
+        start, size = unit * self.seq_length * dtype.itemsize, (self.seq_length + 1) * dtype.itemsize
+        found = self._file.read(start, size)
+        return [Sample([], np.frombuffer(found, dtype).tolist())]
 
     def positions(self, unit: int) -> int:
         """How many positions of a sequence a window takes: all of them."""

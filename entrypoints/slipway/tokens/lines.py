@@ -9,13 +9,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import mmap
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from slipway.errors import DataError
 from slipway.untrusted import parse_json
 
 Span = tuple[int, int]  # [start, end)
+LINE_BYTES = 1 << 16  # read at once
 HIGHEST = 1 << 31  # above every token id: Megatron holds them in 32 bits
 
 
@@ -206,12 +207,45 @@ def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
     return [np.asarray(members, dtype=np.int64) for members in packs]
 
 
+class Held:
+    """A file of data that is read in pieces, and is the same one when another gets its name.
+
+    It is not mapped: where a mapped file becomes shorter, the process that reads it is killed without a word.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def read(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on; DataError where the file ends before that."""
+        found = self._some(start, size)
+        if len(found) < size:
+            raise DataError(
+                f"{self.path} has become shorter, it ends before byte {start + size}; restore it, run the same command "
+                "again, and leave it as it is while a run reads it"
+            )
+        return found
+
+    def line(self, start: int) -> bytes:
+        """The line that begins there, of whatever length."""
+        found = bytearray(self.read(start, 1))
+        while b"\n" not in found[-LINE_BYTES:] and (more := self._some(start + len(found), LINE_BYTES)):
+            found += more
+        return bytes(found.partition(b"\n")[0])
+
+    def _some(self, start: int, size: int) -> bytes:
+        if self._file is None:  # in the process that reads: an open file cannot be sent to another
+            self._file = self.path.open("rb")
+        return os.pread(self._file.fileno(), size, start)
+
+
 class Lines:
     """The usable lines of a file, read when they are asked for: unit i is the samples of line i, or of pack i."""
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
-        self._map: mmap.mmap | None = None
+        self._file = Held(path)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -226,12 +260,8 @@ class Lines:
         return sum(int(self.index.lengths[line]) - 1 for line in lines)
 
     def _sample(self, line: int) -> Sample:
-        if self._map is None:  # in the process that reads: a mapping cannot be sent to a worker of the data loader
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(self.index.offsets[line])
-        end = self._map.find(b"\n", start)
-        sample = read_line(self._map[start : end if end >= 0 else len(self._map)], f"{self.path} at byte {start}")
+        sample = read_line(self._file.line(start), f"{self.path} at byte {start}")
         if self.index.starts is None or len(sample.prompt) or sample.context:
             return sample
         first = int(self.index.starts[line])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import time
@@ -20,11 +21,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import functional
 
 from slipway.checkpoint.nemo_context import HF_FILES, SOURCE_CONFIG
+from slipway.checkpoint.source import NAME
 from slipway.errors import DataError, SlipwayError
+from slipway.families import read_config
 from slipway.garbage import uncollected
 from slipway.training.checkpoint_times import say_saved
+from slipway.training.patches import LIGHTNING, NEMO, replace
 from slipway.training.recipe import Recipe
 from slipway.training.record import Record
+from slipway.training.run_folder import RunFolder
 from slipway.training.troubles import cannot_write
 from slipway.training.whole import seal
 
@@ -45,6 +50,9 @@ class Checkpoints(nl.ModelCheckpoint):
     The last file written is the mark that `RunFolder.latest_checkpoint` looks for. NeMo's own marker of an unfinished
     checkpoint does not serve: it is removed before the context is written.
 
+    Older checkpoints are removed here. NeMo would remove only those whose paths it has noted, which are others once the
+    folder has moved, and none any more once `keep` was lowered.
+
     Args:
         recipe: of the run.
     """
@@ -59,9 +67,10 @@ class Checkpoints(nl.ModelCheckpoint):
             with uncollected():
                 super()._save_checkpoint(trainer, filepath)
             if trainer.is_global_zero:
-                keep_source(Path(self.recipe.model) / "context", ckpt_to_dir(filepath) / "context")
+                keep_source(self.recipe, ckpt_to_dir(filepath) / "context")
                 size = seal(ckpt_to_dir(filepath))
                 say_saved(ckpt_to_dir(filepath), size, time.monotonic() - begun)
+                RunFolder.of(self.recipe).remove_older(self.recipe.keep)
         except (OSError, CheckpointException, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError like any other; only its text tells.
             if isinstance(error, RuntimeError) and not ZIP_WRITER.search(str(error)):
@@ -69,12 +78,16 @@ class Checkpoints(nl.ModelCheckpoint):
             raise cannot_write(str(ckpt_to_dir(filepath)), error, self.recipe) from None
 
 
-def keep_source(base: Path, context: Path) -> None:
-    """Copy the Hugging Face files from the base's context, if it has any."""
+def keep_source(recipe: Recipe, context: Path) -> None:
+    """Copy the Hugging Face files from the base's context, if it has any; weights that were trained have its name no
+    more, by which peft would load the base of later adapters."""
+    base = Path(recipe.model) / "context"
     if (base / HF_FILES).is_dir():
         shutil.copytree(base / HF_FILES, context / HF_FILES, dirs_exist_ok=True)
     if (base / SOURCE_CONFIG).is_file():
-        shutil.copyfile(base / SOURCE_CONFIG, context / SOURCE_CONFIG)
+        config = read_config(base / SOURCE_CONFIG)
+        known = config if recipe.is_frozen else {key: value for key, value in config.items() if key != NAME}
+        (context / SOURCE_CONFIG).write_text(json.dumps(known, indent=2) + "\n")
 
 
 class StopOnRequest(Callback):
@@ -109,6 +122,28 @@ class StopOnRequest(Callback):
         checkpoint = trainer.checkpoint_callback
         if trainer.global_step not in (self._first_step, checkpoint._last_global_step_saved):
             checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+class Evaluations(Callback):
+    """Lets a run that goes on evaluate whenever one does that nobody stopped.
+
+    That is first of all at its step, where it was stopped or killed in that evaluation: Lightning would begin with it
+    even where it was done, and NeMo leaves it out even where it was not. And after the last step, which Lightning does
+    not take for the last where a run goes on.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if agree(trainer.is_global_zero and self.folder.misses_evaluation(self.recipe, trainer.global_step)):
+            loop = trainer.fit_loop.epoch_loop
+            replace(loop, "skip_val_on_restart", False, NEMO)
+            loop.val_loop.restarting = False  # with the first batch, whatever the checkpoint has of an earlier one
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step >= self.recipe.steps:
+            replace(trainer.fit_loop.epoch_loop.batch_progress, "is_last_batch", True, LIGHTNING)
 
 
 class OwnDraws(Callback):

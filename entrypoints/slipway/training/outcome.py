@@ -75,18 +75,13 @@ def finish(run: Run) -> Summary:
     status = run.folder.read_status()
     if status.get("state") != "done" or status.get("step") != run.begins_at:
         # A loss of another step, or how an earlier start failed, does not belong to the end.
-        others = {name: value for name, value in status.items() if name not in ("loss", "exit_code")}
+        others = {name: value for name, value in status.items() if name not in ("loss", "eval_loss", "exit_code")}
         status = others | _until_here(run) | {"state": "done", "seconds_left": 0, "updated": now()}
-        status["why"] = f"{DONE}, but not the last evaluation" if _misses_an_evaluation(run) else DONE
+        misses = run.folder.misses_evaluation(run.recipe, run.begins_at)
+        status["why"] = f"{DONE}, but not the last evaluation" if misses else DONE
         if run.topology.rank == 0:
             _note_the_end(run, status)
     return _summary(run, run.folder.checkpoint(run.begins_at), status)
-
-
-def _misses_an_evaluation(run: Run) -> bool:
-    """There should be an evaluation after the last step, and none is recorded."""
-    is_wanted = bool(run.recipe.eval_data) and not run.begins_at % run.recipe.eval_every
-    return is_wanted and all(entry["step"] != run.begins_at - 1 for entry in run.folder.read_evaluations())
 
 
 def _note_the_end(run: Run, status: dict[str, Any]) -> None:
@@ -101,10 +96,12 @@ def _note_the_end(run: Run, status: dict[str, Any]) -> None:
 
 
 def _until_here(run: Run) -> dict[str, Any]:
-    """What the status has of the steps before the one that a start begins at: the number, tokens, the last loss."""
+    """What the status has of the steps before the one that a start begins at: the number, tokens, the last losses."""
     done = [entry for entry in run.folder.read_metrics() if entry["step"] < run.begins_at]
+    evaluated = [entry for entry in run.folder.read_evaluations() if entry["step"] < run.begins_at]
     counts = {"step": run.begins_at, "steps": run.recipe.steps, "tokens": sum(entry["tokens"] for entry in done)}
-    return counts | ({"loss": done[-1]["loss"]} if done else {})
+    losses = {"loss": done[-1:], "eval_loss": evaluated[-1:]}
+    return counts | {name: entry["loss"] for name, entries in losses.items() for entry in entries}
 
 
 def _unwritable(run: Run, error: OSError) -> WriteError:

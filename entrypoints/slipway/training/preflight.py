@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slipway.checkpoint import handover, locate
-from slipway.checkpoint.lora import Adapters
+from slipway.checkpoint.lora import BASE_NOTE, Adapters, has_adapters, noted_base
 from slipway.checkpoint.nemo_context import SOURCE_CONFIG, has_tokenizer
 from slipway.checkpoint.torch_dist import Reader
 from slipway.errors import DataError, PreflightError, UsageError, WriteError
@@ -44,7 +44,15 @@ def check_checkpoint(model: Path) -> None:
         wrong = "is a file, and a folder is expected" if model.exists() else "does not exist"
         raise UsageError(f"--model {model} {wrong}; `slipway import` makes it from a Hugging Face model")
     if not (model / "weights" / "metadata.json").exists() or not (model / "context").is_dir():
-        raise DataError(f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing)")
+        raise DataError(
+            f"{model} is no NeMo checkpoint (weights/metadata.json and context/ are missing); `slipway import` makes "
+            "it from a Hugging Face model"
+        )
+    if (note := model / "weights" / BASE_NOTE).is_file():
+        raise UsageError(
+            f"--model {model} holds only what was trained on a base: give the base, {noted_base(note)}, and with "
+            "--mode lora the adapters to go on with as --adapter"
+        )
 
 
 def check_out(out: str, model: Path) -> None:
@@ -119,8 +127,11 @@ def check_logging(recipe: Recipe) -> None:
 
 
 def check_adapter(adapter: Path, model: Path) -> None:
-    """DataError where adapters do not fit the base that they are to be trained on."""
-    Adapters(Reader(adapter), Reader(model).tensors, model)
+    """UsageError where there are no adapters, DataError where they do not fit the base to train them on."""
+    reader = Reader(adapter)
+    if not has_adapters(reader):
+        raise UsageError(f"--adapter {adapter} has no low-rank adapters; give a checkpoint of a run of --mode lora")
+    Adapters(reader, Reader(model).tensors, model)
 
 
 def without_tokenizer(model: Path) -> list[str]:
@@ -323,9 +334,13 @@ def check_held_out(recipe: Recipe, scanned: Scanned) -> None:
 
 
 def make_folder(folder: RunFolder) -> None:
+    """Make the folder of a run; WriteError where it, or what an earlier start has made in it, cannot be written to."""
+    place = folder.path
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.path):
-            pass
+        place.mkdir(parents=True, exist_ok=True)
+        for place in (folder.path, folder.checkpoints, folder.logs):
+            if place.exists():
+                with tempfile.TemporaryFile(dir=place):
+                    pass
     except OSError as error:
-        raise WriteError(f"{folder.path} cannot be written: {error.strerror}; choose another --out") from None
+        raise WriteError(f"{place} cannot be written: {error.strerror}; choose another --out") from None

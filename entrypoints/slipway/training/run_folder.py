@@ -114,9 +114,18 @@ class RunFolder:
 
     def remove_incomplete(self) -> None:
         """Remove what a killed run was writing. NeMo would save the same step beside it under another name."""
-        for folder in self.checkpoints.glob("step=*"):
+        for folder in sorted(self.checkpoints.glob("step=*")):  # a checkpoint before the mark beside it
             if not locate.is_complete(folder):
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+
+    def remove_older(self, keep: int) -> None:
+        """Remove all complete checkpoints but the newest ones; one that is removed in part is not complete."""
+        for _, folder in self.complete_checkpoints()[keep:]:
+            unfinished = locate.unfinished(folder)
+            unfinished.touch()
+            shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed now is removed at the next start
+            if not folder.exists():
+                unfinished.unlink()
 
     def read_status(self) -> dict[str, Any]:
         """The content of the status file, or {} if there is none; DataError for values that no run writes."""
@@ -139,6 +148,12 @@ class RunFolder:
     def read_evaluations(self) -> list[dict[str, Any]]:
         """One dict per evaluation, in order; `step` is the number of the step before it."""
         return _read_lines(self.evaluations, IN_EVALUATIONS)
+
+    def misses_evaluation(self, recipe: Recipe, step: int) -> bool:
+        """An evaluation is due after so many steps, and none is recorded: the run was stopped or killed in it."""
+        if not recipe.eval_data or not step or (step % recipe.eval_every and step < recipe.steps):
+            return False
+        return all(entry["step"] != step - 1 for entry in self.read_evaluations())
 
     def forget_from(self, step: int) -> None:
         """Remove the records from `step` on: a run that continues computes these steps again."""

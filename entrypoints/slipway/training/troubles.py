@@ -11,7 +11,8 @@ from slipway.report import human_bytes
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES}
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, *CLOSED}
 # The messages of torch: its CUDA allocator counts in GiB, its CPU allocator in bytes.
 ON_GPU = re.compile(
     r"Tried to allocate ([\d.]+ \w+)\. GPU \d+ has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+)"
@@ -64,7 +65,9 @@ def cannot_write(where: str, error: BaseException, recipe: Recipe) -> WriteError
     kept = f"step={latest[0]} is complete" if latest else "none is complete yet"
     said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     free = human_bytes(shutil.disk_usage(recipe.out).free)
+    is_closed = isinstance(error, OSError) and error.errno in CLOSED
+    cure = "let the run write there" if is_closed else "free some space"
     return WriteError(
-        f"{where} cannot be written, {free} are free there ({said}); checkpoints: {kept}; free some space and run the "
-        "same command again"
+        f"{where} cannot be written, {free} are free there ({said}); checkpoints: {kept}; {cure} and run the same "
+        "command again"
     )

@@ -322,7 +322,7 @@ def draws(recipe: Recipe, config: Any) -> bool:
 
 
 def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool, draws: bool) -> list[Any]:
-    from slipway.training.callbacks import Finite, FrozenBase, OwnDraws, StopOnRequest
+    from slipway.training.callbacks import Evaluations, Finite, FrozenBase, OwnDraws, StopOnRequest
 
     if measured:
         from slipway.training.profile import Profile
@@ -333,6 +333,7 @@ def _callbacks(recipe: Recipe, record: Record, stop_file: Path, measured: bool, 
         StopOnRequest(stop_file, record),
         *([FrozenBase(record)] if recipe.is_frozen else []),
         record,
+        *([Evaluations(recipe, record.folder)] if recipe.eval_data else []),  # the record has forgotten later ones
         Finite(recipe),  # the last: the record of a step is written before the run ends because of it
     ]
 
@@ -415,7 +416,7 @@ def precision(recipe: Recipe) -> Any:
 
 
 def make_logger(recipe: Recipe, folder: RunFolder, measured: bool = False) -> Any:
-    """NeMo's logger: TensorBoard, and the newest `keep` checkpoints; none of these where only the speed counts."""
+    """NeMo's logger: TensorBoard, and checkpoints; none of these where only the speed counts."""
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -435,10 +436,10 @@ def make_logger(recipe: Recipe, folder: RunFolder, measured: bool = False) -> An
         dirpath=folder.checkpoints,
         filename=f"step={{{STEPS_DONE}:.0f}}",
         auto_insert_metric_name=False,
-        monitor=STEPS_DONE,  # the best ones by this metric are the newest ones
+        monitor=STEPS_DONE,
         mode="max",
         verbose=False,
-        save_top_k=recipe.keep,
+        save_top_k=-1,  # Checkpoints removes older ones itself
         save_last=False,
         every_n_train_steps=recipe.save_every,
         save_optim_on_train_end=True,
