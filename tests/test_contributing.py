@@ -128,7 +128,7 @@ def test_a_family_is_two_files_and_its_recipes(checkout):
     add(checkout, "family", paths=paths, py=FAMILY, toml=manifest, recipe=RECIPE)
 
     out = checkout / "demo"
-    done = run(checkout, "-m", "slipway.cli", "demo", "--model", "mistral", "--out", out, "--steps", 6, "--json")
+    done = run(checkout, "-m", "slipway.cli", "demo", "--model", "mistral", "--out", out, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert len(found["checks"]) == 8 and all(check["passed"] for check in found["checks"])
