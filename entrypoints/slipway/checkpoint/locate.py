@@ -30,7 +30,7 @@ from slipway.untrusted import shown_url, tell
 
 HUB, NEMO = "hf://", "nemo://"
 RUNS_CHECKPOINTS = "checkpoints"  # in the folder of a run
-OF_RUNS = ("recipe.json", "status.json")  # there from its first start on
+RUNS_RECIPE, RUNS_STATUS = "recipe.json", "status.json"  # there from its first start on
 # In the context of a run's checkpoint once everything is there. NeMo's own marker is removed before the context is
 # written.
 COMPLETE = ".complete"
@@ -107,7 +107,7 @@ def nemo_path(path: str) -> Path:
     """
     found = _named(path)
     newest = latest_checkpoint(found / RUNS_CHECKPOINTS)
-    if newest is None and all((found / name).is_file() for name in OF_RUNS):
+    if newest is None and (found / RUNS_RECIPE).is_file() and (found / RUNS_STATUS).is_file():
         raise DataError(f"{path} is a run without a complete checkpoint; `slipway watch {path}` shows how far it is")
     if newest is None or (found / "weights").exists():
         return found

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from slipway.cluster.chain import Step
-from slipway.cluster.settings import Common, Kubernetes, Lab, image_name
+from slipway.cluster.names import image_name
+from slipway.cluster.settings import Common, Kubernetes, Lab
 from slipway.errors import DataError, LostPeer, PreflightError, Stopped, UsageError
 
 JOBSET = "jobset.x-k8s.io/v1alpha2"

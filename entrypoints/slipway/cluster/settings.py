@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import re
 import shlex
 import typing
@@ -12,25 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slipway.cluster import names
 from slipway.errors import DataError, UsageError
 from slipway.options import Parameter, check, option, parameters_of, suggestion
 from slipway.untrusted import HARMFUL, read_toml, without_credentials
 
-WORD = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-NAME = re.compile(WORD)  # as Kubernetes has them
-DOMAIN = re.compile(rf"{WORD}(\.{WORD})*")  # as most of its objects are called
-LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-# As the schema of Kubernetes has it, but for signs: less than nothing cannot be asked for.
-QUANTITY = re.compile(r"(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?", re.ASCII)
-RESOURCE = re.compile(r"cpu|memory|ephemeral-storage|hugepages-[1-9][0-9]*[KMG]i")  # and devices, VENDOR/NAME
-# A name of an image as registries have it, and what enroot has before it: USER@REGISTRY#NAME.
-HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?"
-PART = r"[a-z0-9]+((\.|_{1,2}|-+)[a-z0-9]+)*"
-DIGEST = r"@sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})"
-OF_A_REGISTRY = rf"{PART}(/{PART})*(:\w[\w.-]{{0,127}})?({DIGEST})?"
-IMAGE = re.compile(rf"(?!.*\.(sqsh|squashfs)$)((?=[^/]*[.:]|localhost/){HOST}/)?{OF_A_REGISTRY}", re.ASCII)
-OF_ENROOT = re.compile(rf"((docker|dockerd|podman)://)?(([\w.+-]+@)?{HOST}#)?", re.ASCII)
-WITH_A_USER = re.compile(r"ssh://[\w.-]+@[^@]+", re.ASCII)  # as `ssh` takes it, without a password
 MOST_BEFORE = 65_535  # seconds that sbatch takes for --signal
 OF_THE_POD = ("/tmp", "/dev/shm")  # what cluster/kubernetes.py mounts there
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -288,7 +273,7 @@ def _check_text(where: str, text: str) -> None:
     """UsageError for a text that would end a line of a script, or that shows a password."""
     if HARMFUL.search(text) or not text:
         raise UsageError(f"{where} is {text[:40]!r}; it must be one line of ordinary characters")
-    if without_credentials(text) != text and not WITH_A_USER.fullmatch(text):
+    if without_credentials(text) != text and not names.WITH_A_USER.fullmatch(text):
         raise UsageError(f"{where} is a URL with a password; put it into the file of `secrets` and leave it out here")
 
 
@@ -364,7 +349,7 @@ def _steps(file: Path, table: Mapping[str, Any], kind: str, verbs: Mapping[str, 
 
 def _check(lab: Lab) -> None:
     own, file = lab.own, lab.file
-    if not NAME.fullmatch(own.name) or len(own.name) > 30:
+    if not names.NAME.fullmatch(own.name) or len(own.name) > 30:
         raise UsageError(f"{file}: name is {own.name!r:.40}; it must have lower case letters, digits and - alone")
     if own.mounts and not own.image:
         raise UsageError(f"{file}: mounts have no meaning without an image; name one, or leave the mounts out")
@@ -417,11 +402,11 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
         raise UsageError(f"{file}: secrets is {own.secrets!r}; it must be the whole path of a file on the cluster")
     if own.host is not None and not re.fullmatch(r"[\w:][\w.@:/%\[\]-]*", own.host):
         raise UsageError(f"{file}: host is {own.host!r}; it must be what `ssh` calls the login node")
-    if own.host and "/" not in own.host and ":" in own.host and not _is_ipv6(own.host.rpartition("@")[2]):
+    if own.host and "/" not in own.host and ":" in own.host and not names.is_ipv6(own.host.rpartition("@")[2]):
         raise UsageError(f"{file}: host is {own.host!r}; write ssh://USER@HOST:PORT, or give a port in ~/.ssh/config")
     for verb in ("", *lab.steps):
         here = lab.of(verb, True)
-        if here.image and not here.image.startswith("/") and not IMAGE.fullmatch(OF_ENROOT.sub("", here.image, 1)):
+        if here.image and not here.image.startswith("/") and not names.is_image_of_enroot(here.image):
             where = f"[step.{verb}] image" if verb else "image"
             raise UsageError(
                 f"{file}: {where} is {here.image!r:.80}; it must be the whole path of a squashfs file on the cluster, "
@@ -439,29 +424,10 @@ def _check_slurm(lab: Lab, own: Slurm) -> None:
         raise UsageError(f"{file}: job_dir is {own.job_dir!r}; it must have no % and no \\")
 
 
-def _is_ipv6(host: str) -> bool:
-    try:
-        return bool(ipaddress.IPv6Address(host))
-    except ValueError:
-        return False
-
-
-def _is_qualified(key: str) -> bool:
-    """Whether a label or a device can be called so: NAME, or the domain of who has made it, / and NAME."""
-    domain, slash, name = key.rpartition("/")
-    return bool(LABEL.fullmatch(name)) and (not slash or (bool(DOMAIN.fullmatch(domain)) and len(domain) <= 253))
-
-
-def _is_resource(key: str) -> bool:
-    """Whether a pod can ask for it. What Kubernetes itself has is no device."""
-    is_device = "/" in key and _is_qualified(key) and not key.partition("/")[0].endswith("kubernetes.io")
-    return is_device or bool(RESOURCE.fullmatch(key))
-
-
 def _check_labels(lab: Lab) -> None:
     """UsageError for a label that no node can have: the server takes it within a JobSet, and no pod is ever made."""
     for key, value in lab.node_selector.items():
-        if not _is_qualified(key) or (value and not LABEL.fullmatch(value)):
+        if not names.is_qualified(key) or (value and not names.LABEL.fullmatch(value)):
             raise UsageError(
                 f"{lab.file}: [node_selector] {key!r:.80} = {value!r:.80} is no label of a node: letters, digits, -, _ "
                 "and ., 63 at most, as `kubectl get nodes --show-labels` shows them"
@@ -472,13 +438,13 @@ def _check_quantities(lab: Lab) -> None:
     """UsageError for what no pod can ask for: the server takes it within a JobSet, and no pod is ever made."""
     for key, value in {"shared_memory": lab.own.shared_memory, **lab.limits}.items():  # type: ignore[union-attr]
         where = key if key == "shared_memory" else f"[limits] {key}"
-        if not QUANTITY.fullmatch(value):
+        if not names.QUANTITY.fullmatch(value):
             raise UsageError(
                 f"{lab.file}: {where} is {value!r:.40}; it must be a number with a unit, such as 64Gi or 500m"
             )
         if key == "nvidia.com/gpu":
             raise UsageError(f"{lab.file}: {where}: give it with the key `gpus_per_node`")
-        if where != key and not _is_resource(key):
+        if where != key and not names.is_resource(key):
             raise UsageError(
                 f"{lab.file}: [limits] {key!r:.60} is nothing that a pod can ask for: cpu, memory, ephemeral-storage, "
                 "hugepages-SIZE, or VENDOR/NAME of a device, as `kubectl describe nodes` shows them"
@@ -500,7 +466,7 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
     _check_quantities(lab)
     for verb in ("", *lab.steps):
         image = lab.of(verb, True).image
-        if not IMAGE.fullmatch(image_name(image)):
+        if not names.is_image(names.image_name(image)):
             where = f"[step.{verb}] image" if verb else "image"
             raise UsageError(
                 f"{lab.file}: {where} is {image!r:.300}; pods need the name of an image in a registry, such as "
@@ -508,7 +474,7 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
             )
     for key, most in {"namespace": 63, "queue": 63, "secrets": 253}.items():  # a queue's is that of a label
         value = getattr(own, key)
-        if value is not None and not (DOMAIN.fullmatch(value) and len(value) <= most):
+        if value is not None and not (names.DOMAIN.fullmatch(value) and len(value) <= most):
             raise UsageError(
                 f"{lab.file}: {key} is {value!r:.60}; it must be a name of Kubernetes, of at most {most} characters: "
                 "lower case letters, digits, - and ."
@@ -519,10 +485,5 @@ def _check_kubernetes(lab: Lab, own: Kubernetes) -> None:
         if target in OF_THE_POD:
             raise UsageError(f"{lab.file}: a mount has the target {target}, where every pod has a folder of its own")
         claim, slash, folder = source.partition("/")
-        if not DOMAIN.fullmatch(claim) or len(claim) > 253 or folder.startswith("/") or (slash and not folder):
+        if not names.DOMAIN.fullmatch(claim) or len(claim) > 253 or folder.startswith("/") or (slash and not folder):
             raise UsageError(f"{lab.file}: mount of {source!r:.60}; it must be the name of a claim, or CLAIM/FOLDER")
-
-
-def image_name(image: str) -> str:
-    """An image as Kubernetes names it; pyxis has # behind the registry."""
-    return image.removeprefix("docker://").replace("#", "/", 1)

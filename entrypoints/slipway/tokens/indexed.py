@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from slipway.errors import DataError
-from slipway.tokens.lines import Held, Sample
+from slipway.tokens.lines import DataFile, Sample
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
@@ -103,7 +103,7 @@ class Windows:
 
     def __init__(self, documents: Documents, seq_length: int) -> None:
         self.documents, self.seq_length = documents, seq_length
-        self._file = Held(documents.path)
+        self._file = DataFile(documents.path)
 
     def __len__(self) -> int:
         return (len(self.documents.tokens) - 1) // self.seq_length

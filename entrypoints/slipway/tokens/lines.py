@@ -207,7 +207,7 @@ def pack(lengths: np.ndarray, size: int) -> list[np.ndarray]:
     return [np.asarray(members, dtype=np.int64) for members in packs]
 
 
-class Held:
+class DataFile:
     """A file of data that is read in pieces, and is the same one when another gets its name.
 
     It is not mapped: where a mapped file becomes shorter, the process that reads it is killed without a word.
@@ -245,7 +245,7 @@ class Lines:
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
-        self._file = Held(path)
+        self._file = DataFile(path)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        return self.path / "recipe.json"
+        return self.path / locate.RUNS_RECIPE
 
     @property
     def inputs(self) -> Path:
@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def status(self) -> Path:
-        return self.path / "status.json"
+        return self.path / locate.RUNS_STATUS
 
     @property
     def metrics(self) -> Path:
