@@ -38,31 +38,45 @@ triton.knobs.runtime.jit_cache_hook = lambda **about: compiled.append(about["fn"
 from slipway.training import precompile
 """
 
-# Queries and keys as Megatron cuts them out of one layer's output, packed and not; 8 query heads for each of 4 keys.
+# Queries and keys as Megatron cuts them out of one layer's output, or as they are parted; packed and not; 8 query heads
+# for each of 4 keys.
 DENSE = """
-from slipway.training.rotary import Turned
-from slipway.training import cross_entropy_gpu, low_rank_gpu
+from slipway.training.rotary import Parted, Turned, Turning
+from slipway.training import adapted_activation, cross_entropy_gpu, low_rank_gpu
 from slipway.training.low_rank_gpu import add_product_
 
-kernels = precompile.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, pack={pack}, shares={shares},
-                        rank=32, fp8_rows=8192, nf4=True, experts=0, chosen=0, width=14336, limited=False,
-                        float32_router=False, hidden=4096, tokens=8192)
+kernels = precompile.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, queries={queries}, pack={pack},
+                        shares={shares}, rank=32, between=True, fp8_rows={fp8_rows}, nf4=True, experts=0, chosen=0,
+                        width=14336, limited=False, float32_router=False, hidden=4096, tokens=8192)
 precompile.compile_all(kernels, "cpu")
-wanted = ["_turn_kernel", "_turn_kernel", "_add_product_kernel", "_product_kernel", "_unpack_kernel", "_sums_kernel",
-          "_gradient_kernel"]
+wanted = ["_part_kernel", "_part_kernel"] if {queries} else ["_turn_kernel", "_turn_kernel"]
+wanted += ["_add_product_kernel", "_product_kernel"] if {fp8_rows} else ["_add_product_kernel"]
+wanted += ["_forward_kernel", "_backward_kernel", "_sum_kernel", "_unpack_kernel", "_sums_kernel", "_gradient_kernel"]
 assert compiled == wanted, compiled
 compiled.clear()
 rows, share = 96, (1, {shares}) if {pack} else (0, 1)
 angles, bounds = torch.ones(4096, 1, 1, 128), torch.tensor([0, 5, 40, rows], dtype=torch.int32)
+bounds = bounds if {pack} else None
 mixed = torch.ones(rows, 1 if {pack} else 2, 4, 10 * 128, dtype=torch.bfloat16)
-for part in mixed.split([1024, 128, 128], -1)[:2]:
-    part = part.reshape(*part.shape[:2], -1, 128)
-    part = (part.squeeze(1) if {pack} else part).requires_grad_()
-    Turned.apply(part, angles, bounds if {pack} else None, 1.0, False, share).backward(torch.ones_like(part))
+if {queries}:
+    mixed = mixed.flatten(2).requires_grad_()
+    parts = Parted.apply(mixed, 4, 128, Turning(angles, bounds, 1.0, share))
+    torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
+else:
+    for part in mixed.split([1024, 128, 128], -1)[:2]:
+        part = part.reshape(*part.shape[:2], -1, 128)
+        part = (part.squeeze(1) if {pack} else part).requires_grad_()
+        Turned.apply(part, angles, bounds, 1.0, False, share).backward(torch.ones_like(part))
 for width in (6144, 4096, 28672):
     output, low, weight = (torch.ones(*shape).bfloat16() for shape in ((rows, width), (rows, 32), (width, 32)))
     add_product_(output, low, weight, 2.0)
-low_rank_gpu.product_with_peaks(torch.ones(8192, 6144).bfloat16(), torch.ones(6144, 32).bfloat16(), 2.0)
+adapted = [torch.ones(*shape).bfloat16().requires_grad_()
+           for shape in ((rows, 1, 28672), (rows, 32), (28672, 32), (32, 14336))]
+adapted_activation.has_kernels = lambda tensor: True
+both = adapted_activation._Between.apply(*adapted, 2.0, {fp8_rows} > 0)
+torch.autograd.backward(both, [torch.ones_like(one) for one in both])
+if {fp8_rows}:
+    low_rank_gpu.product_with_peaks(torch.ones(8192, 6144).bfloat16(), torch.ones(6144, 32).bfloat16(), 2.0)
 logits, labels = torch.ones(rows, 128256).bfloat16(), torch.ones(rows, dtype=torch.int64)
 cross_entropy_gpu.to_gradient_(logits, labels, cross_entropy_gpu.sums(logits, labels)[0])
 from slipway.training.nf4_gpu import unpack_rows
@@ -74,16 +88,18 @@ print("found")
 EXPERTS = """
 from slipway.training.activations import _Gated
 from slipway.training.activations_gpu import Gate
-from slipway.training.rotary import Turned
+from slipway.training.rotary import Parted, Turned, Turning
 
-kernels = precompile.Kernels(heads={heads}, columns=201088, turned=64, by_pairs={latent}, pack=True, shares=1,
-                        rank=0, fp8_rows=0, nf4=False, experts=32, chosen=4, width=2880, limited={limited},
+kernels = precompile.Kernels(heads={heads}, columns=201088, turned=64, by_pairs={latent}, queries={queries},
+                        pack=True, shares=1, rank=0, between=False, fp8_rows=0, nf4=False, experts=32, chosen=4,
+                        width=2880, limited={limited},
                         float32_router={latent}, hidden=2880, tokens=4096)
 precompile._sorting = lambda *_: None  # Transformer Engine's are tried on a GPU
 precompile.compile_all(kernels, "cpu")
-wanted = ["_turn_kernel", "_turn_kernel", "_gated_kernel", "_gradient_kernel", "_sums_kernel", "_gradient_kernel"]
+turning = "_part_kernel" if {queries} else "_turn_kernel"
+wanted = [turning, turning, "_gated_kernel", "_gradient_kernel", "_sums_kernel", "_gradient_kernel"]
 if {heads}:
-    wanted = ["_turn_kernel", "_gated_kernel", "_features_kernel", "_losses_kernel"]
+    wanted = [turning, "_gated_kernel", "_features_kernel", "_losses_kernel"]
 assert compiled == wanted, compiled
 compiled.clear()
 shares = torch.ones(96, dtype=torch.float32 if {latent} else torch.bfloat16)
@@ -92,7 +108,12 @@ output = _Gated.apply(inputs, shares.unsqueeze(-1), Gate(1.702, 1.0, 7.0 if {lim
 whole = torch.ones(96, 1, 8, 192 if {latent} else 64, dtype=torch.bfloat16)
 part = whole[..., -64:].squeeze(1).requires_grad_(not {heads})
 bounds = torch.tensor([0, 5, 40, 96], dtype=torch.int32)
-turned = Turned.apply(part, torch.ones(4096, 1, 1, 64), bounds, 1.3, {latent}, (0, 1))
+angles = torch.ones(4096, 1, 1, 64)
+if {queries}:
+    mixed = torch.ones(96, 1, 2 * ({queries} + 2) * 64, dtype=torch.bfloat16).requires_grad_(not {heads})
+    turned = Parted.apply(mixed, 2, 64, Turning(angles, bounds, 1.3, (0, 1)))[0]
+else:
+    turned = Turned.apply(part, angles, bounds, 1.3, {latent}, (0, 1))
 if {heads}:
     from slipway.training.counted import CountedRows
     rows = CountedRows(torch.ones(80, 201088).bfloat16(), torch.ones(80, dtype=torch.int64))
@@ -114,19 +135,21 @@ def run(code: str, tmp_path) -> None:
     assert len(list(tmp_path.glob("*/*.cubin"))) > 2
 
 
+@pytest.mark.parametrize("queries, fp8_rows", [(8, 8192), (0, 0)], ids=["parted", "normed"])
 @pytest.mark.parametrize("pack, shares", [(False, 2), (True, 1), (True, 2)], ids=["rows", "packed", "shared"])
-def test_a_dense_step_finds_all_its_kernels(pack, shares, tmp_path):
-    run(DENSE.format(pack=pack, shares=shares), tmp_path)
+def test_a_dense_step_finds_all_its_kernels(pack, shares, queries, fp8_rows, tmp_path):
+    run(DENSE.format(pack=pack, shares=shares, queries=queries, fp8_rows=fp8_rows), tmp_path)
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        {"heads": False, "latent": False, "limited": True},
-        {"heads": False, "latent": True, "limited": False},
-        {"heads": True, "latent": False, "limited": False},
+        {"heads": False, "latent": False, "limited": True, "queries": 8},
+        {"heads": False, "latent": True, "limited": False, "queries": 0},
+        {"heads": True, "latent": False, "limited": False, "queries": 0},
+        {"heads": True, "latent": False, "limited": False, "queries": 8},
     ],
-    ids=["limited", "latent", "heads"],
+    ids=["limited", "latent", "heads", "parted heads"],
 )
 def test_a_step_with_experts_finds_all_its_kernels(words, tmp_path):
     run(EXPERTS.format(**words), tmp_path)
@@ -141,6 +164,9 @@ def test_the_widths_are_those_of_the_model(name):
     assert found.turned == {"gpt_oss": 16, "qwen3": 32, "deepseek_v3": 16}.get(name, 16)
     assert (found.by_pairs, found.float32_router) == ((name == "deepseek_v3",) * 2)
     assert found.limited == (name == "gpt_oss") and found.pack and found.rank == 32 and not found.fp8_rows
+    shared = c["num_attention_heads"] // c["num_key_value_heads"]
+    assert found.queries == (0 if name in ("qwen3", "deepseek_v3") else shared)
+    assert found.between == (name not in ("gpt_oss", "qwen3"))
 
 
 def test_layouts_decide_what_there_is():
@@ -148,6 +174,12 @@ def test_layouts_decide_what_there_is():
     given = {"model": "m", "data": "d", "out": "o", "seq_length": 4096, "micro_batch_size": 2}
     one = precompile.Kernels.of(Recipe(**given, mode="lora", precision="fp8"), "qwen3", c)
     assert (one.experts, one.tokens, one.fp8_rows, one.rank) == (128, 8192, 8192, 32)
+    dense = recipes.config_of("llama31_8b")
+    for targets, both in (("all-linear", True), ("linear_fc2,linear_fc1", True), ("linear_qkv,linear_fc1", False)):
+        assert (
+            precompile.Kernels.of(Recipe(**given, mode="lora", lora_targets=targets), "llama31", dense).between == both
+        )
+    assert not precompile.Kernels.of(Recipe(**given, mode="sft"), "llama31", dense).between
     spread = precompile.Kernels.of(Recipe(**given, mode="sft", expert_parallel_size=4), "qwen3", c)
     assert (spread.experts, spread.chosen, spread.tokens, spread.rank) == (32, 8, 32768, 0)
     shared = Recipe(**given, mode="lora", tensor_parallel_size=2, context_parallel_size=2)

@@ -37,29 +37,54 @@ def add_in_place() -> None:
 def _adding_in_place(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def found(layer: Any, inputs: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        if not _is_plain(layer.adapter):
+        if not is_plain(layer.adapter):
             return forward(layer, inputs, *arguments, **options)
-        first, second = layer.adapter.linear_in.weight, layer.adapter.linear_out.weight
-        if getattr(layer.to_wrap, "return_layernorm_output", False):  # the adapter's inputs are made by the layer
-            output, bias, inputs = layer.base_linear_forward(inputs, *arguments, **options)
-            _, low = _LowProduct.apply(inputs, first)
-        else:
-            with _making_again(inputs):
-                inputs, low = _LowProduct.apply(inputs, first)
-            output, bias, _ = layer.base_linear_forward(inputs, *arguments, **options)
-        in_fp8 = getattr(layer.to_wrap, "fp8", False)  # of the forward pass that has just been
-        return _AddProduct.apply(output, low, second, layer.adapter.alpha / layer.adapter.dim, in_fp8), bias
+        output, bias, low = without_adapter(layer, inputs, *arguments, **options)
+        return with_adapter(layer, output, low), bias
 
     return found
 
 
-def _is_plain(adapter: Any) -> bool:
+def is_plain(adapter: Any) -> bool:
     """The adapter is two products and nothing else."""
     return (
         adapter.config.tensor_model_parallel_size == 1
         and (adapter.dropout is None or not adapter.training)
         and isinstance(adapter.activation, nn.Identity)
     )
+
+
+def without_adapter(
+    layer: Any, inputs: Tensor, *arguments: Any, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(output of the layer alone, its bias, the adapter's first product) of a layer whose adapter is plain.
+
+    Shapes: inputs [..., K]; the output is [..., N], the product [tokens, rank].
+    """
+    first = layer.adapter.linear_in.weight
+    if getattr(layer.to_wrap, "return_layernorm_output", False):  # the adapter's inputs are made by the layer
+        output, bias, inputs = layer.base_linear_forward(inputs, *arguments, **options)
+        return output, bias, _LowProduct.apply(inputs, first)[1]
+    with _making_again(inputs):
+        inputs, low = _LowProduct.apply(inputs, first)
+    output, bias, _ = layer.base_linear_forward(inputs, *arguments, **options)
+    return output, bias, low
+
+
+def with_adapter(layer: Any, output: Tensor, low: Tensor) -> Tensor:
+    """The output of a layer with its adapter, in the memory of `output`; both as `without_adapter` gives them."""
+    second = layer.adapter.linear_out.weight
+    return _AddProduct.apply(output, low, second, scale_of(layer.adapter), is_in_fp8(layer))
+
+
+def scale_of(adapter: Any) -> float:
+    """What an adapter's product is multiplied by."""
+    return adapter.alpha / adapter.dim
+
+
+def is_in_fp8(layer: Any) -> bool:
+    """The layer's last forward pass was in FP8."""
+    return getattr(layer.to_wrap, "fp8", False)
 
 
 def _making_again(inputs: Tensor) -> AbstractContextManager[Any]:
@@ -134,8 +159,8 @@ class _AddProduct(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_low = _product_noting_peaks(gradient, rows, weight, ctx.scale) if ctx.in_fp8 else None
         if of_low is None:
-            of_low = _scaled_product(rows, weight, ctx.scale)
-        return gradient, of_low, _scaled_product(rows.t(), low, ctx.scale), None, None
+            of_low = scaled_product(rows, weight, ctx.scale)
+        return gradient, of_low, scaled_product(rows.t(), low, ctx.scale), None, None
 
 
 def _product_noting_peaks(gradient: Tensor, rows: Tensor, weight: Tensor, scale: float) -> Tensor | None:
@@ -159,7 +184,7 @@ def _add_product_(output: Tensor, low: Tensor, weight: Tensor, scale: float) -> 
         output.addmm_(low, weight.t(), alpha=scale)
 
 
-def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
+def scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
     """scale · first · second, scaled before it is rounded and without a kernel of its own for that."""
     product = first.new_empty(first.shape[0], second.shape[1])
     return product.addmm_(first, second, beta=0, alpha=scale)

@@ -23,10 +23,12 @@ from slipway.families.checks import head_dim
 from slipway.launch.quiet import quiet
 from slipway.launch.topology import gpus_here
 from slipway.training import weights
+from slipway.training.memory import ALL
 from slipway.training.preflight import model_of
 from slipway.training.recipe import Recipe
 from slipway.untrusted import tell
 
+NORMED_HEADS = ("qwen3",)  # whose queries and keys come through a norm before they are turned
 FLOAT32_ROUTERS = ("deepseek_v3",)  # in NeMo; the others route in the type of the model
 ROWS = 16  # like a run's, a multiple of 16: Triton compiles anew for numbers that are none, and for 1
 COLUMNS = 128
@@ -41,9 +43,11 @@ class Kernels:
         columns: of the logits.
         turned: values of a head that rotary positions turn.
         by_pairs: neighbours are turned together, as DeepSeek's.
+        queries: of each key, where all heads are parted and turned at once; else 0.
         pack: several samples share a row.
         shares: of each sample, one for each context parallel rank.
         rank: of the adapters; 0 where there are none.
+        between: both layers of a dense feed-forward block have adapters.
         fp8_rows: tokens of a micro batch where the gradients of adapters are in FP8; else 0.
         nf4: the base is unpacked from NF4.
         experts: that this rank has; 0 in a dense model.
@@ -59,9 +63,11 @@ class Kernels:
     columns: int
     turned: int
     by_pairs: bool
+    queries: int
     pack: bool
     shares: int
     rank: int
+    between: bool
     fp8_rows: int
     nf4: bool
     experts: int
@@ -85,9 +91,11 @@ class Kernels:
             columns=c["vocab_size"],
             turned=c["qk_rope_head_dim"] if latent else head_dim(c),
             by_pairs=latent,
+            queries=0 if latent or family in NORMED_HEADS else c["num_attention_heads"] // c["num_key_value_heads"],
             pack=bool(recipe.pack),
             shares=recipe.context_parallel_size,
             rank=recipe.lora_rank if adapts else 0,
+            between=adapts and _adapts_both(recipe.lora_targets) and (not experts or "first_k_dense_replace" in c),
             fp8_rows=rows if adapts and recipe.precision == "fp8" else 0,
             nf4=recipe.base_precision == "nf4",
             experts=experts // ranks,
@@ -98,6 +106,10 @@ class Kernels:
             hidden=c["hidden_size"],
             tokens=tokens * ranks,
         )
+
+
+def _adapts_both(targets: str) -> bool:
+    return targets == ALL or {"linear_fc1", "linear_fc2"} <= set(targets.split(","))
 
 
 @contextmanager
@@ -131,19 +143,25 @@ def know_compiler() -> None:
 
 def compile_all(kernels: Kernels, device: str = "cuda") -> None:
     """Call each kernel once, in the order of the first step; those of Transformer Engine last, which are imported."""
-    for part in (_turning, _adding, _unpacking, _activating, _losing, _counting, _sorting):
+    for part in (_turning, _adding, _between, _unpacking, _activating, _losing, _counting, _sorting):
         part(kernels, device)
 
 
 def _turning(kernels: Kernels, device: str) -> None:
     import torch
 
-    from slipway.training.rotary_gpu import turn
+    from slipway.training.rotary_gpu import joined, part, turn
 
     inputs = torch.zeros(ROWS, 1, 2, kernels.turned, dtype=torch.bfloat16, device=device)
     turns = tuple(torch.zeros(2, ROWS, 1, 1, kernels.turned, device=device).unbind())
     bounds = torch.zeros(2, dtype=torch.int32, device=device) if kernels.pack else None
     share = 0, kernels.shares if kernels.pack else 1
+    if kernels.queries:
+        mixed = inputs.new_zeros(ROWS, 1, (kernels.queries + 2) * kernels.turned)
+        parts = part(mixed, 1, kernels.turned, turns, bounds, 1.0, share)
+        if not kernels.heads:
+            joined(parts, turns, bounds, 1.0, share)
+        return
     for back in (False,) if kernels.heads else (False, True):
         turn(inputs, turns, bounds, 1.0, share, by_pairs=kernels.by_pairs, back=back)
 
@@ -160,6 +178,22 @@ def _adding(kernels: Kernels, device: str) -> None:
     add_product_(weight.new_zeros(ROWS, COLUMNS), weight.new_zeros(ROWS, kernels.rank), weight, 1.0)
     if kernels.fp8_rows >= LEAST_ROWS:
         product_with_peaks(weight.new_zeros(kernels.fp8_rows, COLUMNS), weight, 1.0)
+
+
+def _between(kernels: Kernels, device: str) -> None:
+    import torch
+
+    from slipway.training.adapted_activation import LARGEST_RANK
+    from slipway.training.adapted_activation_gpu import backward, forward
+
+    if not kernels.between or kernels.rank > LARGEST_RANK:
+        return
+    base = torch.zeros(ROWS, 2 * COLUMNS, dtype=torch.bfloat16, device=device)
+    low, before = base.new_zeros(ROWS, kernels.rank), base.new_zeros(2 * COLUMNS, kernels.rank)
+    active, after = base.new_zeros(ROWS, COLUMNS), base.new_zeros(kernels.rank, COLUMNS)
+    noted = kernels.fp8_rows > 0
+    forward(base, low, before, 1.0, active, noted=noted)
+    backward(active, low, after, base, low, before, 1.0, noted=noted)
 
 
 def _unpacking(kernels: Kernels, device: str) -> None:

@@ -76,12 +76,13 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     from nemo.collections.llm.api import finetune
 
     from slipway.training.activations import bring_activations
+    from slipway.training.adapted_activation import activate_between_adapters
     from slipway.training.loading import read_in_threads
     from slipway.training.low_rank import add_in_place
     from slipway.training.modes import MODES
     from slipway.training.padding import ignore_padding
     from slipway.training.planning import plan_quickly
-    from slipway.training.quantised import quantise_gradients_once
+    from slipway.training.quantised import quantise_once
     from slipway.training.record import Record
     from slipway.training.repairs import (
         hand_over_in_this_process,
@@ -110,6 +111,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     if recipe.pack:
         turn_packed_positions()
     add_in_place()
+    activate_between_adapters()
     bring_activations()
     if on_gpu:
         from slipway.training.experts import group_products
@@ -120,7 +122,7 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
         if recipe.precision == "fp8":
             keep_no_scales()
             keep_no_copies()
-            quantise_gradients_once()
+            quantise_once()
         if recipe.pack:
             from slipway.training.sinks import attend_with_sinks
 

@@ -12,12 +12,14 @@ import torch
 import transformer_engine.pytorch as te
 from beside_torch import Both, inputs, run, with_gradients
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.mlp import MLP
 from nemo.collections.llm.peft.lora import LoRALinear
 from slipway.training import low_rank, low_rank_gpu
 from slipway.training.activations import QUICK_GELU, SILU, _Gated, _SwiGLU
 from slipway.training.activations_gpu import Gate
-from slipway.training.quantised import Peaks, quantise_gradients_once
-from slipway.training.rotary import Turned
+from slipway.training.adapted_activation import activate_between_adapters
+from slipway.training.quantised import Peaks, quantise_once
+from slipway.training.rotary import Parted, Turned, Turning
 from torch import nn
 from torch.nn import functional
 from transformer_engine.common.recipe import Float8CurrentScaling
@@ -26,7 +28,8 @@ BOUND = {"bf16": 0.01, "fp8": 0.1}
 TOKENS, RANK = low_rank_gpu.LEAST_ROWS + 16, 24
 
 low_rank.add_in_place()
-quantise_gradients_once()
+activate_between_adapters()
+quantise_once()
 
 
 class Adapter(nn.Module):
@@ -56,10 +59,18 @@ class Frozen(nn.Module):
         return self.layer(x), None
 
 
-def adapted(kind: Any) -> LoRALinear:
+def adapted(kind: Any, width: int = 512, outputs: int = 768) -> LoRALinear:
     options = {"return_layernorm_output": True, "normalization": "RMSNorm"} if kind is te.LayerNormLinear else {}
-    layer = kind(512, 768, bias=False, params_dtype=torch.bfloat16, **options).cuda()
-    return LoRALinear(Frozen(layer), Adapter(512, 768))
+    layer = kind(width, outputs, bias=False, params_dtype=torch.bfloat16, **options).cuda()
+    return LoRALinear(Frozen(layer), Adapter(width, outputs))
+
+
+def plain_of(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
+    """What a layer and its adapter compute, by torch."""
+    base, first, second = layer.to_wrap.layer, layer.adapter.linear_in, layer.adapter.linear_out
+    if isinstance(base, te.LayerNormLinear):
+        x = functional.rms_norm(x, x.shape[-1:], base.layer_norm_weight, base.eps)
+    return functional.linear(x, base.weight) + 2.0 * second(first(x))
 
 
 def in_precision(precision: str) -> contextlib.AbstractContextManager:
@@ -76,10 +87,7 @@ def results(layer: LoRALinear, x: torch.Tensor, precision: str) -> list[torch.Te
 def adapter(kind: Any, precision: str) -> Both:
     layer, x = adapted(kind), inputs(TOKENS, 512)
     ours = results(layer, x, precision)
-    base, first, second = layer.to_wrap.layer, layer.adapter.linear_in, layer.adapter.linear_out
-    normed = functional.rms_norm(x, (512,), base.layer_norm_weight, base.eps) if kind is te.LayerNormLinear else x
-    plain = functional.linear(normed, base.weight) + 2.0 * second(first(normed))
-    return ours, with_gradients(plain, x, *layer.adapter.parameters())
+    return ours, with_gradients(plain_of(layer, x), x, *layer.adapter.parameters())
 
 
 def read_once(kind: Any, precision: str) -> Both:
@@ -88,11 +96,40 @@ def read_once(kind: Any, precision: str) -> Both:
     known, of = [], Peaks.of
     Peaks.of = lambda tensor: known.append(of(tensor)) or known[-1]
     ours = results(layer, x, precision)
-    assert len(known) == 1 and known[0] is not None, "the adapter's largest value was not used"
+    assert sum(peaks is not None for peaks in known) == 1, "the adapter's largest value was not used"
     Peaks.of = lambda tensor: None
     theirs = results(layer, x, precision)
     Peaks.of = of
     return ours, theirs
+
+
+def block(precision: str) -> Both:
+    """Two layers with adapters and the activation between them."""
+    made = MLP.__new__(MLP)
+    nn.Module.__init__(made)
+    made.config = SimpleNamespace(
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        bias_activation_fusion=True,
+        add_bias_linear=False,
+        use_te_activation_func=False,
+        activation_func_fp8_input_store=False,
+        cpu_offloading=False,
+    )
+    first, second = adapted(te.LayerNormLinear, 512, 2 * 384), adapted(te.Linear, 384, 512)
+    made.linear_fc1, made.linear_fc2 = first, second
+    x = inputs(TOKENS, 512)
+    weights = [*first.adapter.parameters(), *second.adapter.parameters()]
+    known, of = [], Peaks.of
+    Peaks.of = lambda tensor: known.append(of(tensor)) or known[-1]
+    with in_precision(precision):
+        ours = with_gradients(made(x)[0], x, *weights)
+    Peaks.of = of
+    count = sum(peaks is not None for peaks in known)
+    assert count == (3 if precision == "fp8" else 0), f"{count} largest values were used"
+    hidden = plain_of(first, x)
+    gate, up = hidden.chunk(2, -1)
+    return ours, with_gradients(plain_of(second, functional.silu(gate) * up), x, *weights)
 
 
 def activation() -> Both:
@@ -119,6 +156,21 @@ def turned() -> Both:
     return with_gradients(Turned.apply(x, angles, None, 1.3, False, (0, 1)), x), with_gradients(plain, x)
 
 
+def parted(packed: bool) -> Both:
+    """Queries, keys and values out of one tensor, with the kernel for queries and keys alone: to the last bit."""
+    x = inputs(4096, 1 if packed else 2, 4 * 6 * 64)
+    angles = torch.arange(4096.0, device="cuda")[:, None] * torch.rand(32, device="cuda")
+    angles = torch.cat([angles, angles], -1)[:, None, None]
+    bounds = torch.tensor([0, 1000, 1003, 4096], dtype=torch.int32, device="cuda") if packed else None
+    query, key, value = x.view(*x.shape[:2], 4, 6 * 64).split([4 * 64, 64, 64], -1)
+    parts = []
+    for part in (query.reshape(*x.shape[:2], 16, 64), key):
+        part = part.squeeze(1) if packed else part
+        parts.append(Turned.apply(part, angles, bounds, 1.3, False, (0, 1)).view(*x.shape[:2], -1, 64))
+    ours = Parted.apply(x, 4, 64, Turning(angles, bounds, 1.3, (0, 1)))
+    return with_gradients(torch.cat(ours, 2), x), with_gradients(torch.cat([*parts, value], 2), x)
+
+
 KINDS = (te.Linear, te.LayerNormLinear)
 CHECKS = [
     *(
@@ -127,9 +179,11 @@ CHECKS = [
         for precision, bound in BOUND.items()
     ),
     *((f"{kind.__name__}, read once", functools.partial(read_once, kind, "fp8"), 0, 1e-12) for kind in KINDS),
+    *((f"block, {precision}", functools.partial(block, precision), 0, bound) for precision, bound in BOUND.items()),
     ("swiglu", activation, 0, BOUND["bf16"]),
     ("swiglu of experts", functools.partial(of_experts, Gate(SILU)), 0, BOUND["bf16"]),
     ("rotary positions", turned, 0, 1e-6),
+    *((f"parted, packed: {packed}", functools.partial(parted, packed), 0, 1e-12) for packed in (False, True)),
     ("geglu of experts", functools.partial(of_experts, Gate(QUICK_GELU, 1.0, 1.5)), 0, BOUND["bf16"]),
 ]
 

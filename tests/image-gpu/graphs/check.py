@@ -19,10 +19,11 @@ from nemo.collections.llm.fn.base import walk
 from nemo.collections.llm.peft import LoRA
 from slipway.training import graphs
 from slipway.training.activations import bring_activations
+from slipway.training.adapted_activation import activate_between_adapters
 from slipway.training.experts import group_products
 from slipway.training.low_rank import add_in_place
 from slipway.training.padding import ignore_padding
-from slipway.training.quantised import quantise_gradients_once
+from slipway.training.quantised import quantise_once
 from slipway.training.rotary import turn_in_one_kernel
 from slipway.training.sinks import attend_with_sinks
 from slipway.training.steps import hidden_states
@@ -153,9 +154,10 @@ def prepare() -> None:
         turn_in_one_kernel,
         bring_activations,
         add_in_place,
+        activate_between_adapters,
         ignore_padding,
         attend_with_sinks,
-        quantise_gradients_once,
+        quantise_once,
     ):
         change()
 
