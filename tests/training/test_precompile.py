@@ -41,13 +41,16 @@ from slipway.training import precompile
 # Queries and keys as Megatron cuts them out of one layer's output, or as they are parted; packed and not; 8 query heads
 # for each of 4 keys.
 DENSE = """
-from slipway.training.rotary import Parted, Turned, Turning
+from slipway.training.parting import Parted
+from slipway.training.parting_gpu import Heads
+from slipway.training.rotary import Turned, turns_of
 from slipway.training import adapted_activation, cross_entropy_gpu, low_rank_gpu
 from slipway.training.low_rank_gpu import add_product_
 
-kernels = precompile.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, queries={queries}, pack={pack},
-                        shares={shares}, rank=32, between=True, fp8_rows={fp8_rows}, nf4=True, experts=0, chosen=0,
-                        width=14336, limited=False, float32_router=False, hidden=4096, tokens=8192)
+kernels = precompile.Kernels(heads=False, columns=128256, turned=128, by_pairs=False, queries={queries},
+                        normed={normed}, pack={pack}, shares={shares}, rank=32, between=True, fp8_rows={fp8_rows},
+                        nf4=True, experts=0, chosen=0, width=14336, limited=False, float32_router=False, hidden=4096,
+                        tokens=8192)
 precompile.compile_all(kernels, "cpu")
 wanted = ["_part_kernel", "_part_kernel"] if {queries} else ["_turn_kernel", "_turn_kernel"]
 wanted += ["_add_product_kernel", "_product_kernel"] if {fp8_rows} else ["_add_product_kernel"]
@@ -60,7 +63,8 @@ bounds = bounds if {pack} else None
 mixed = torch.ones(rows, 1 if {pack} else 2, 4, 10 * 128, dtype=torch.bfloat16)
 if {queries}:
     mixed = mixed.flatten(2).requires_grad_()
-    parts = Parted.apply(mixed, 4, 128, Turning(angles, bounds, 1.0, share))
+    norms = (torch.ones(128).bfloat16(), torch.ones(128).bfloat16()) if {normed} else None
+    parts = Parted.apply(mixed, Heads(4, 128, turns_of(angles), bounds, 1.0, share, norms, 1e-6))
     torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
 else:
     for part in mixed.split([1024, 128, 128], -1)[:2]:
@@ -88,11 +92,13 @@ print("found")
 EXPERTS = """
 from slipway.training.activations import _Gated
 from slipway.training.activations_gpu import Gate
-from slipway.training.rotary import Parted, Turned, Turning
+from slipway.training.parting import Parted
+from slipway.training.parting_gpu import Heads
+from slipway.training.rotary import Turned, turns_of
 
 kernels = precompile.Kernels(heads={heads}, columns=201088, turned=64, by_pairs={latent}, queries={queries},
-                        pack=True, shares=1, rank=0, between=False, fp8_rows=0, nf4=False, experts=32, chosen=4,
-                        width=2880, limited={limited},
+                        normed={normed}, pack=True, shares=1, rank=0, between=False, fp8_rows=0, nf4=False,
+                        experts=32, chosen=4, width=2880, limited={limited},
                         float32_router={latent}, hidden=2880, tokens=4096)
 precompile._sorting = lambda *_: None  # Transformer Engine's are tried on a GPU
 precompile.compile_all(kernels, "cpu")
@@ -111,7 +117,8 @@ bounds = torch.tensor([0, 5, 40, 96], dtype=torch.int32)
 angles = torch.ones(4096, 1, 1, 64)
 if {queries}:
     mixed = torch.ones(96, 1, 2 * ({queries} + 2) * 64, dtype=torch.bfloat16).requires_grad_(not {heads})
-    turned = Parted.apply(mixed, 2, 64, Turning(angles, bounds, 1.3, (0, 1)))[0]
+    norms = (torch.ones(64).bfloat16(), torch.ones(64).bfloat16()) if {normed} else None
+    turned = Parted.apply(mixed, Heads(2, 64, turns_of(angles), bounds, 1.3, (0, 1), norms, 1e-6))[0]
 else:
     turned = Turned.apply(part, angles, bounds, 1.3, {latent}, (0, 1))
 if {heads}:
@@ -135,19 +142,26 @@ def run(code: str, tmp_path) -> None:
     assert len(list(tmp_path.glob("*/*.cubin"))) > 2
 
 
-@pytest.mark.parametrize("queries, fp8_rows", [(8, 8192), (0, 0)], ids=["parted", "normed"])
+PARTED = [
+    {"queries": 8, "normed": False, "fp8_rows": 8192},
+    {"queries": 0, "normed": True, "fp8_rows": 0},
+    {"queries": 8, "normed": True, "fp8_rows": 0},
+]
+
+
+@pytest.mark.parametrize("words", PARTED, ids=["parted", "turned", "normed"])
 @pytest.mark.parametrize("pack, shares", [(False, 2), (True, 1), (True, 2)], ids=["rows", "packed", "shared"])
-def test_a_dense_step_finds_all_its_kernels(pack, shares, queries, fp8_rows, tmp_path):
-    run(DENSE.format(pack=pack, shares=shares, queries=queries, fp8_rows=fp8_rows), tmp_path)
+def test_a_dense_step_finds_all_its_kernels(pack, shares, words, tmp_path):
+    run(DENSE.format(pack=pack, shares=shares, **words), tmp_path)
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        {"heads": False, "latent": False, "limited": True, "queries": 8},
-        {"heads": False, "latent": True, "limited": False, "queries": 0},
-        {"heads": True, "latent": False, "limited": False, "queries": 0},
-        {"heads": True, "latent": False, "limited": False, "queries": 8},
+        {"heads": False, "latent": False, "limited": True, "queries": 8, "normed": False},
+        {"heads": False, "latent": True, "limited": False, "queries": 0, "normed": False},
+        {"heads": True, "latent": False, "limited": False, "queries": 0, "normed": False},
+        {"heads": True, "latent": False, "limited": False, "queries": 8, "normed": True},
     ],
     ids=["limited", "latent", "heads", "parted heads"],
 )
@@ -165,7 +179,9 @@ def test_the_widths_are_those_of_the_model(name):
     assert (found.by_pairs, found.float32_router) == ((name == "deepseek_v3",) * 2)
     assert found.limited == (name == "gpt_oss") and found.pack and found.rank == 32 and not found.fp8_rows
     shared = c["num_attention_heads"] // c["num_key_value_heads"]
-    assert found.queries == (0 if name in ("qwen3", "deepseek_v3") else shared)
+    assert (found.queries, found.normed) == (0 if name == "deepseek_v3" else shared, name == "qwen3")
+    trained = precompile.Kernels.of(Recipe(model="m", data="d", out="o", mode="sft"), name, c)
+    assert trained.queries == (0 if name in ("deepseek_v3", "qwen3") else shared)
     assert found.between == (name not in ("gpt_oss", "qwen3"))
 
 

@@ -28,7 +28,7 @@ from slipway.training.preflight import model_of
 from slipway.training.recipe import Recipe
 from slipway.untrusted import tell
 
-NORMED_HEADS = ("qwen3",)  # whose queries and keys come through a norm before they are turned
+NORMED_HEADS = ("qwen3",)
 FLOAT32_ROUTERS = ("deepseek_v3",)  # in NeMo; the others route in the type of the model
 ROWS = 16  # like a run's, a multiple of 16: Triton compiles anew for numbers that are none, and for 1
 COLUMNS = 128
@@ -44,6 +44,7 @@ class Kernels:
         turned: values of a head that rotary positions turn.
         by_pairs: neighbours are turned together, as DeepSeek's.
         queries: of each key, where all heads are parted and turned at once; else 0.
+        normed: queries and keys come through a norm before they are turned.
         pack: several samples share a row.
         shares: of each sample, one for each context parallel rank.
         rank: of the adapters; 0 where there are none.
@@ -64,6 +65,7 @@ class Kernels:
     turned: int
     by_pairs: bool
     queries: int
+    normed: bool
     pack: bool
     shares: int
     rank: int
@@ -85,13 +87,15 @@ class Kernels:
         latent = "kv_lora_rank" in c
         rows = recipe.micro_batch_size * recipe.seq_length
         tokens = rows // recipe.tensor_parallel_size // recipe.context_parallel_size
+        trains_norms = family in NORMED_HEADS and recipe.mode not in ("lora", "heads")
         adapts = recipe.mode == "lora" and recipe.tensor_parallel_size == 1
         return cls(
             heads=recipe.mode == "heads",
             columns=c["vocab_size"],
             turned=c["qk_rope_head_dim"] if latent else head_dim(c),
             by_pairs=latent,
-            queries=0 if latent or family in NORMED_HEADS else c["num_attention_heads"] // c["num_key_value_heads"],
+            queries=0 if latent or trains_norms else c["num_attention_heads"] // c["num_key_value_heads"],
+            normed=family in NORMED_HEADS,
             pack=bool(recipe.pack),
             shares=recipe.context_parallel_size,
             rank=recipe.lora_rank if adapts else 0,
@@ -150,18 +154,21 @@ def compile_all(kernels: Kernels, device: str = "cuda") -> None:
 def _turning(kernels: Kernels, device: str) -> None:
     import torch
 
-    from slipway.training.rotary_gpu import joined, part, turn
+    from slipway.training.parting_gpu import Heads, joined, part
+    from slipway.training.rotary_gpu import turn
 
-    inputs = torch.zeros(ROWS, 1, 2, kernels.turned, dtype=torch.bfloat16, device=device)
     turns = tuple(torch.zeros(2, ROWS, 1, 1, kernels.turned, device=device).unbind())
     bounds = torch.zeros(2, dtype=torch.int32, device=device) if kernels.pack else None
     share = 0, kernels.shares if kernels.pack else 1
     if kernels.queries:
-        mixed = inputs.new_zeros(ROWS, 1, (kernels.queries + 2) * kernels.turned)
-        parts = part(mixed, 1, kernels.turned, turns, bounds, 1.0, share)
+        mixed = torch.zeros(ROWS, 1, (kernels.queries + 2) * kernels.turned, dtype=torch.bfloat16, device=device)
+        norms = (mixed.new_zeros(kernels.turned),) * 2 if kernels.normed else None
+        heads = Heads(1, kernels.turned, turns, bounds, 1.0, share, norms)
+        parts = part(mixed, heads)
         if not kernels.heads:
-            joined(parts, turns, bounds, 1.0, share)
+            joined(parts, mixed if norms else None, heads)
         return
+    inputs = torch.zeros(ROWS, 1, 2, kernels.turned, dtype=torch.bfloat16, device=device)
     for back in (False,) if kernels.heads else (False, True):
         turn(inputs, turns, bounds, 1.0, share, by_pairs=kernels.by_pairs, back=back)
 

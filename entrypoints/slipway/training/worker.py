@@ -115,10 +115,12 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     bring_activations()
     if on_gpu:
         from slipway.training.experts import group_products
+        from slipway.training.parting import part_in_one_kernel
         from slipway.training.rotary import turn_in_one_kernel
 
         group_products()
         turn_in_one_kernel()
+        part_in_one_kernel()
         if recipe.precision == "fp8":
             keep_no_scales()
             keep_no_copies()

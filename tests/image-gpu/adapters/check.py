@@ -18,8 +18,10 @@ from slipway.training import low_rank, low_rank_gpu
 from slipway.training.activations import QUICK_GELU, SILU, _Gated, _SwiGLU
 from slipway.training.activations_gpu import Gate
 from slipway.training.adapted_activation import activate_between_adapters
+from slipway.training.parting import Parted
+from slipway.training.parting_gpu import Heads
 from slipway.training.quantised import Peaks, quantise_once
-from slipway.training.rotary import Parted, Turned, Turning
+from slipway.training.rotary import Turned, turns_of
 from torch import nn
 from torch.nn import functional
 from transformer_engine.common.recipe import Float8CurrentScaling
@@ -156,18 +158,20 @@ def turned() -> Both:
     return with_gradients(Turned.apply(x, angles, None, 1.3, False, (0, 1)), x), with_gradients(plain, x)
 
 
-def parted(packed: bool) -> Both:
-    """Queries, keys and values out of one tensor, with the kernel for queries and keys alone: to the last bit."""
+def parted(packed: bool, normed: bool) -> Both:
+    """Queries, keys and values out of one tensor; without norms to the last bit as by the kernel for two of them."""
     x = inputs(4096, 1 if packed else 2, 4 * 6 * 64)
     angles = torch.arange(4096.0, device="cuda")[:, None] * torch.rand(32, device="cuda")
     angles = torch.cat([angles, angles], -1)[:, None, None]
     bounds = torch.tensor([0, 1000, 1003, 4096], dtype=torch.int32, device="cuda") if packed else None
+    norms = (torch.rand(64, device="cuda").bfloat16(), torch.rand(64, device="cuda").bfloat16()) if normed else None
     query, key, value = x.view(*x.shape[:2], 4, 6 * 64).split([4 * 64, 64, 64], -1)
     parts = []
-    for part in (query.reshape(*x.shape[:2], 16, 64), key):
+    for number, part in enumerate((query.reshape(*x.shape[:2], 16, 64), key)):
+        part = functional.rms_norm(part, (64,), norms[number], 1e-6) if norms else part
         part = part.squeeze(1) if packed else part
         parts.append(Turned.apply(part, angles, bounds, 1.3, False, (0, 1)).view(*x.shape[:2], -1, 64))
-    ours = Parted.apply(x, 4, 64, Turning(angles, bounds, 1.3, (0, 1)))
+    ours = Parted.apply(x, Heads(4, 64, turns_of(angles), bounds, 1.3, (0, 1), norms, 1e-6))
     return with_gradients(torch.cat(ours, 2), x), with_gradients(torch.cat([*parts, value], 2), x)
 
 
@@ -183,7 +187,11 @@ CHECKS = [
     ("swiglu", activation, 0, BOUND["bf16"]),
     ("swiglu of experts", functools.partial(of_experts, Gate(SILU)), 0, BOUND["bf16"]),
     ("rotary positions", turned, 0, 1e-6),
-    *((f"parted, packed: {packed}", functools.partial(parted, packed), 0, 1e-12) for packed in (False, True)),
+    *(
+        (f"parted{', packed' * packed}{', normed' * normed}", functools.partial(parted, packed, normed), 0, bound)
+        for packed in (False, True)
+        for normed, bound in ((False, 1e-12), (True, BOUND["bf16"]))
+    ),
     ("geglu of experts", functools.partial(of_experts, Gate(QUICK_GELU, 1.0, 1.5)), 0, BOUND["bf16"]),
 ]
 

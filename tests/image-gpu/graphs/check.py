@@ -23,6 +23,7 @@ from slipway.training.adapted_activation import activate_between_adapters
 from slipway.training.experts import group_products
 from slipway.training.low_rank import add_in_place
 from slipway.training.padding import ignore_padding
+from slipway.training.parting import part_in_one_kernel
 from slipway.training.quantised import quantise_once
 from slipway.training.rotary import turn_in_one_kernel
 from slipway.training.sinks import attend_with_sinks
@@ -152,6 +153,7 @@ def prepare() -> None:
     for change in (
         group_products,
         turn_in_one_kernel,
+        part_in_one_kernel,
         bring_activations,
         add_in_place,
         activate_between_adapters,
