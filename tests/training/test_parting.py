@@ -75,7 +75,7 @@ for number, (case, wanted) in enumerate(zip((*cases, *others), before, strict=Tr
     for one, other in zip(results(*case), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert len(used) == (number < len(cases)), number
-    assert not hasattr(case[0], "turning")
+    assert not hasattr(case[0], "heads")
 print("equal")
 """
 
