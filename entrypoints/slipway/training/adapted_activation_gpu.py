@@ -62,7 +62,7 @@ else:
 
 
 @triton.jit(do_not_specialize=["rows", "of_part"])  # the tokens of packed samples differ from step to step
-def _forward_kernel(
+def _adapted_activation_kernel(
     base,
     low,
     weight,
@@ -116,7 +116,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "of_part"])
-def _backward_kernel(
+def _adapted_gradients_kernel(
     gradient,
     of_low,
     second,
@@ -195,7 +195,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _sum_kernel(
+def _weight_gradients_kernel(
     sums, of_first, of_second, parts, width, scale, RANK: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Some columns of what all parts have summed up, as the gradients of the weights."""
@@ -226,7 +226,7 @@ def forward(base: Tensor, low: Tensor, weight: Tensor, scale: float, output: Ten
     rows, width = output.shape
     grid, of_part, peaks = _parts(output, ROWS, COLUMNS, PARTS, noted=noted)
     if rows:
-        _forward_kernel[grid](
+        _adapted_activation_kernel[grid](
             *(base, low, weight, output, peaks, rows, of_part, width, scale),
             **_padded(low.shape[1]),
             ROWS=ROWS,
@@ -262,7 +262,7 @@ def backward(
     of_base, of_first, of_second = torch.empty_like(base), torch.zeros_like(first), torch.zeros_like(second)
     if rows:
         sums = torch.empty(grid[1], rank, 3 * width, dtype=torch.float32, device=base.device)
-        _backward_kernel[grid](
+        _adapted_gradients_kernel[grid](
             *(gradient, of_low, second, base, low, first, of_base, sums, peaks, rows, of_part, width, scale),
             **_padded(rank),
             ROWS=BACK_ROWS,
@@ -271,7 +271,7 @@ def backward(
             num_warps=BACK_WARPS,
             STAGES=BACK_STAGES,
         )
-        _sum_kernel[(triton.cdiv(3 * width, SUM_COLUMNS),)](
+        _weight_gradients_kernel[(triton.cdiv(3 * width, SUM_COLUMNS),)](
             *(sums, of_first, of_second, grid[1], width, scale), **_padded(rank), COLUMNS=SUM_COLUMNS
         )
     return Gradients(of_base, of_first, of_second, peaks)
