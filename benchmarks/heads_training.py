@@ -35,6 +35,9 @@ class Measured:
 
 def build(model: str, seq_length: int, layers: int | None) -> Any:
     """Megatron's model of this shape in BF16 on the GPU, frozen, with the heads as `adapter`."""
+    from slipway.training.imports import import_less
+
+    import_less(has_tokenizer=False)  # as `train` does
     from megatron.core import parallel_state, tensor_parallel
     from slipway.training.heads_on_nemo import HeadsTransform
 

@@ -54,7 +54,8 @@ kernels = precompile.Kernels(heads=False, columns=128256, turned=128, by_pairs=F
 precompile.compile_all(kernels, "cpu")
 wanted = ["_part_kernel", "_part_kernel"] if {queries} else ["_turn_kernel", "_turn_kernel"]
 wanted += ["_add_product_kernel", "_product_kernel"] if {fp8_rows} else ["_add_product_kernel"]
-wanted += ["_adapted_activation_kernel", "_adapted_gradients_kernel", "_weight_gradients_kernel", "_unpack_kernel", "_sums_kernel", "_gradient_kernel"]
+wanted += ["_adapted_activation_kernel", "_adapted_gradients_kernel", "_weight_gradients_kernel", "_unpack_kernel",
+           "_sums_kernel", "_gradient_kernel"]
 assert compiled == wanted, compiled
 compiled.clear()
 rows, share = 96, (1, {shares}) if {pack} else (0, 1)

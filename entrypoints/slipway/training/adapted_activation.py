@@ -129,8 +129,7 @@ def _backward(
     if has_kernels(base):
         from slipway.training.adapted_activation_gpu import backward
 
-        found = backward(of_active.contiguous(), of_low.contiguous(), after, base, low, before, scale, noted=noted)
-        return found.of_base, found.of_first, found.of_second, found.peaks
+        return backward(of_active.contiguous(), of_low.contiguous(), after, base, low, before, scale, noted=noted)
     with torch.enable_grad():
         base = base.detach().requires_grad_()
         gate, up = torch.addmm(base, low, before.t(), alpha=scale).chunk(2, -1)

@@ -6,8 +6,6 @@ read once and written once; the adapters' products have one factor of few column
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -20,22 +18,6 @@ BACK_ROWS, BACK_COLUMNS = 64, 32
 BACK_WARPS, BACK_STAGES = 4, 3
 BACK_PARTS = 4
 SUM_COLUMNS = 64
-
-
-class Gradients(NamedTuple):
-    """What the backward kernel makes.
-
-    Args:
-        of_base: [tokens, 2 F], the gradient of the first layer's output.
-        of_first: [2 F, rank], that of the first adapter's second factor.
-        of_second: [rank, F], that of the second adapter's first factor.
-        peaks: float32 [n], the largest absolute values of parts of `of_base`, if they are to be noted.
-    """
-
-    of_base: Tensor
-    of_first: Tensor
-    of_second: Tensor
-    peaks: Tensor | None
 
 
 if triton.knobs.runtime.interpret:
@@ -248,7 +230,7 @@ def backward(
     scale: float,
     *,
     noted: bool,
-) -> Gradients:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of what `forward` was given, and of the second adapter's first factor.
 
     Args:
@@ -256,6 +238,9 @@ def backward(
         of_low: [tokens, rank] contiguous, that of the output · secondᵀ.
         second: [rank, F] contiguous.
         base, low, first, scale, noted: as `forward` has them, `first` as its weight.
+
+    Returns: the gradients of base, first and second, in their shapes; float32 [n], the largest absolute values of parts
+    of the first of these, if they are to be noted.
     """
     (rows, width), rank = gradient.shape, low.shape[1]
     grid, of_part, peaks = _parts(gradient, BACK_ROWS, BACK_COLUMNS, BACK_PARTS, noted=noted)
@@ -274,7 +259,7 @@ def backward(
         _weight_gradients_kernel[(triton.cdiv(3 * width, SUM_COLUMNS),)](
             *(sums, of_first, of_second, grid[1], width, scale), **_padded(rank), COLUMNS=SUM_COLUMNS
         )
-    return Gradients(of_base, of_first, of_second, peaks)
+    return of_base, of_first, of_second, peaks
 
 
 def _parts(

@@ -32,22 +32,15 @@ def _turning_first(forward: Callable[..., Any]) -> Callable[..., Any]:
     """SelfAttention.forward, which turns nothing where `get_query_key_value_tensors` has done so."""
 
     @functools.wraps(forward)
-    def found(
-        attention: Any,
-        hidden: Tensor,
-        *arguments: Any,
-        rotary_pos_emb: Any = None,
-        packed_seq_params: Any = None,
-        **options: Any,
-    ) -> Any:
-        options["packed_seq_params"] = packed_seq_params
+    def found(attention: Any, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         is_usual = len(arguments) <= 1 and options.get("inference_context") is None and has_kernels(hidden)
-        heads = _heads_of(attention, rotary_pos_emb, packed_seq_params) if is_usual else None
+        angles, packed = options.get("rotary_pos_emb"), options.get("packed_seq_params")
+        heads = _heads_of(attention, angles, packed) if is_usual else None
         if heads is None:
-            return forward(attention, hidden, *arguments, rotary_pos_emb=rotary_pos_emb, **options)
+            return forward(attention, hidden, *arguments, **options)
         attention.heads = heads
         try:
-            return forward(attention, hidden, *arguments, rotary_pos_emb=None, **options)
+            return forward(attention, hidden, *arguments, **{**options, "rotary_pos_emb": None})
         finally:
             del attention.heads
 
