@@ -142,6 +142,8 @@ def _activations(recipe: Recipe, c: Mapping[str, Any], layers: list[Layer], in_f
         # Adapters see the whole of the sequence that a layer's norm has a share of, and keep it for their gradient.
         gathered = 1 + (recipe.adapts_feed_forward and not any(layer.count for layer in layers))
         outside += gathered * (recipe.tensor_parallel_size - 1) * c["hidden_size"]
+        # Transformer Engine keeps the outputs of a layer's two norms in FP8 too, a byte for each value.
+        outside += c["hidden_size"] * (recipe.precision == "fp8")
     parts = [_feed_forward(recipe, c, layer) for layer in layers]
     largest, kept_of_largest = max(parts)
     if recipe.mode == "heads":
