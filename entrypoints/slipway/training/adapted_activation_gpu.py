@@ -69,11 +69,8 @@ def _adapted_activation_kernel(
     for_gate = tl.load(of_weight, mask=inside, other=0.0)
     for_up = tl.load(of_weight + width * RANK, mask=inside, other=0.0)
     row = tl.arange(0, ROWS)[:, None]
-    of_low, once, twice = (
-        row * RANK + of_rank[None, :],
-        row * width + column[None, :],
-        row * 2 * width + column[None, :],
-    )
+    lows = row * RANK + of_rank[None, :]
+    once, twice = row * width + column[None, :], row * 2 * width + column[None, :]
     peak = tl.zeros((ROWS,), tl.float32)
     start = tl.program_id(1).to(tl.int64) * of_part
     left = tl.minimum(rows - start, of_part).to(tl.int32)
@@ -83,12 +80,12 @@ def _adapted_activation_kernel(
     for done in tl.range(0, left, ROWS, num_stages=STAGES):
         there = row < left - done
         here = there & (column[None, :] < width)
-        had = tl.load(low + done * RANK + of_low, mask=there & (of_rank[None, :] < RANK), other=0.0)
+        had_low = tl.load(low + done * RANK + lows, mask=there & (of_rank[None, :] < RANK), other=0.0)
         of_base = base + tl.cast(done, tl.int64) * 2 * width
         gate = tl.load(of_base + twice, mask=here, other=0.0).to(tl.float32)
         up = tl.load(of_base + width + twice, mask=here, other=0.0).to(tl.float32)
-        gate += scale * tl.dot(had, for_gate)
-        up += scale * tl.dot(had, for_up)
+        gate += scale * tl.dot(had_low, for_gate)
+        up += scale * tl.dot(had_low, for_up)
         found = (gate * _sigmoid(gate) * up).to(output.dtype.element_ty)
         tl.store(output + tl.cast(done, tl.int64) * width + once, found, mask=here)
         if NOTED:
@@ -135,7 +132,8 @@ def _adapted_gradients_kernel(
     of_second = tl.zeros((PADDED, COLUMNS), tl.float32)
     peak = tl.zeros((ROWS,), tl.float32)
     row = tl.arange(0, ROWS)[:, None]
-    lows, once, twice = row * RANK + of_rank[None, :], row * width + column[None, :], row * 2 * width + column[None, :]
+    lows = row * RANK + of_rank[None, :]
+    once, twice = row * width + column[None, :], row * 2 * width + column[None, :]
     start = part.to(tl.int64) * of_part
     left = tl.minimum(rows - start, of_part).to(tl.int32)
     of_low += start * RANK

@@ -75,68 +75,16 @@ def _train(recipe: Recipe, indices: Path, stop_file: Path, nodes: int, started: 
     import nemo.lightning as nl
     from nemo.collections.llm.api import finetune
 
-    from slipway.training.activations import bring_activations
-    from slipway.training.adapted_activation import activate_between_adapters
-    from slipway.training.loading import read_in_threads
-    from slipway.training.low_rank import add_in_place
+    from slipway.training.changes import change_all
     from slipway.training.modes import MODES
-    from slipway.training.padding import ignore_padding
-    from slipway.training.planning import plan_quickly
-    from slipway.training.quantised import quantise_once
     from slipway.training.record import Record
-    from slipway.training.repairs import (
-        hand_over_in_this_process,
-        join_in_place,
-        keep_no_copies,
-        keep_no_scales,
-        keep_routers_counts,
-        leave_metrics_in_place,
-        leave_weights_in_place,
-        turn_packed_positions,
-    )
 
     gc.freeze()
     gc.enable()
     if libraries:
         know_compiler()
         libraries.join()
-    hand_over_in_this_process()
-    join_in_place()
-    read_in_threads()
-    plan_quickly()
-    keep_routers_counts()
-    leave_metrics_in_place()
-    leave_weights_in_place()
-    ignore_padding()
-    if recipe.pack:
-        turn_packed_positions()
-    add_in_place()
-    activate_between_adapters()
-    bring_activations()
-    if on_gpu:
-        from slipway.training.experts import group_products
-        from slipway.training.parting import part_in_one_kernel
-        from slipway.training.rotary import turn_in_one_kernel
-
-        group_products()
-        turn_in_one_kernel()
-        part_in_one_kernel()
-        if recipe.precision == "fp8":
-            keep_no_scales()
-            keep_no_copies()
-            quantise_once()
-        if recipe.pack:
-            from slipway.training.sinks import attend_with_sinks
-
-            attend_with_sinks()
-    if not recipe.cuda_graphs:
-        from slipway.training.graphs import record_nothing
-
-        record_nothing()
-    if recipe.base_precision == "nf4":
-        from slipway.training.nf4_base import pack_base
-
-        pack_base()
+    change_all(recipe, on_gpu)
     if int(os.environ.get("RANK", 0)) == 0:
         say(f"worker: NeMo imported in {time.monotonic() - import_starts:.1f} s, {_where(on_gpu)}")
 
