@@ -253,6 +253,27 @@ def test_an_index_that_lists_the_head_of_a_tied_model(tmp_path):
     assert inspect(str(source)).whole
 
 
+@pytest.mark.parametrize("kind", ["qwen25_tied", "llama31_tied", "qwen3_dense_tied"])
+def test_a_tied_model_of_which_only_the_head_is_stored(kind, newest, tmp_path):
+    from safetensors.torch import save_model
+    from transformers import AutoModelForCausalLM
+
+    source = make_model(tmp_path / "hf", kind, quantized=False)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    shutil.copytree(source, tmp_path / "saved", ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_model(model, str(tmp_path / "saved" / "model.safetensors"), metadata={"format": "pt"})
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "lm_head.weight" in stored and "model.embed_tokens.weight" not in stored
+    said = "lm_head.weight is read as the embedding, which is not stored: config.json ties the two"
+    assert import_checkpoint(str(tmp_path / "saved"), str(tmp_path / "nemo")).details["notes"] == [said]
+    assert inspect(str(tmp_path / "saved")).whole and inspect(str(tmp_path / "saved")).notes == [said]
+    verify(str(source), str(tmp_path / "nemo"))
+    verify(str(newest.save(tmp_path / "saved", tmp_path / "5")), str(tmp_path / "nemo"))
+    edit_config(tmp_path / "saved", tie_word_embeddings=False)
+    with pytest.raises(DataError, match=r"tensor model\.embed_tokens\.weight is missing"):
+        import_checkpoint(str(tmp_path / "saved"), str(tmp_path / "untied"))
+
+
 def test_one_file_is_taken_before_an_index_as_both_majors_do(newest, tmp_path):
     source = make_model(tmp_path / "hf", "llama31", quantized=False)
     other = make_model(tmp_path / "other", "llama31", quantized=False, shards=1, seed=5)

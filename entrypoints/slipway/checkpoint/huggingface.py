@@ -265,6 +265,10 @@ class Reader:
             codec = Rows(view, of, stack)
             self._codecs[view], self.tensors[view] = codec, codec.info
 
+    def rename(self, name: str, other: str) -> None:
+        """Give a tensor the name that other programs know it by."""
+        self._codecs[other], self.tensors[other] = self._codecs.pop(name), self.tensors.pop(name)
+
     def read(self, ref: Ref) -> Bits:
         """A part of a tensor, in its decoded dtype."""
         return self._codecs[ref.name].read(self, ref)

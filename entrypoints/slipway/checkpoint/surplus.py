@@ -16,6 +16,7 @@ from typing import Any
 
 from slipway.checkpoint.huggingface import HEAD, Reader
 from slipway.errors import DataError
+from slipway.families.decoder import is_tied
 from slipway.families.mtp import mtp_layers
 from slipway.tensors.refs import Ref, TensorInfo
 
@@ -34,7 +35,7 @@ def settle(reader: Reader, config: Mapping[str, Any]) -> list[str]:
     """
     _refuse_classifier(reader, config)
     _refuse_other_names(reader)
-    notes = [*reader.notes]
+    notes = [*reader.notes, *_embedding_from_head(reader, config)]
     for number, names in sorted(_switched_off(reader.tensors, config).items()):
         for name in names:
             del reader.tensors[name]
@@ -43,6 +44,18 @@ def settle(reader: Reader, config: Mapping[str, Any]) -> list[str]:
             "which config.json does not have (num_nextn_predict_layers)"
         )
     return notes
+
+
+def _embedding_from_head(reader: Reader, config: Mapping[str, Any]) -> list[str]:
+    """Take the output layer as the embedding where both are tied and only it is stored; what to say of it.
+
+    Of tensors that share their memory safetensors.torch.save_model stores the one whose name is first in the alphabet.
+    transformers 5 loads such a file.
+    """
+    if not is_tied(config) or HEAD not in reader.tensors or f"model.{EMBEDDING}" in reader.tensors:
+        return []
+    reader.rename(HEAD, f"model.{EMBEDDING}")
+    return [f"{HEAD} is read as the embedding, which is not stored: config.json ties the two"]
 
 
 def _switched_off(names: Iterable[str], config: Mapping[str, Any]) -> dict[int, list[str]]:
