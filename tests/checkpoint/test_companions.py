@@ -18,9 +18,10 @@ TOKENIZER = [
 ]  # fmt: skip
 OTHERS = ["generation_config.json", "README.md", "modeling.py", "custom_generate/generate.py", "index.json"]
 STAY = [
-    "config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "a.safetensors", "a.bin",
-    "a.pt", "a.pth", "a.gguf", "model.safetensors.index.json", ".gitattributes", "additional_chat_templates/.hidden",
-    "custom_generate/a.bin", "original/consolidated.pth", "onnx/model.onnx", "_private/x", ".cache/x",
+    "config.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json",
+    "a.safetensors", "a.bin", "a.pt", "a.pth", "a.gguf", "model.safetensors.index.json", ".gitattributes",
+    "additional_chat_templates/.hidden", "custom_generate/a.bin", "original/consolidated.pth", "onnx/model.onnx",
+    "_private/x", ".cache/x",
 ]  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from slipway.checkpoint import torch_dist
 from slipway.commands.export import export
 from slipway.commands.import_checkpoint import import_checkpoint
+from slipway.commands.inspect import inspect
+from slipway.commands.verify import verify
 from slipway.errors import DataError
 from test_lora import attach, logits_of_nemo, transformers_model
 
@@ -328,6 +330,25 @@ def test_a_checkpoint_of_the_base_is_not_written_again(adapter, tmp_path):
     assert config["base_model_name_or_path"] == str(adapter / "hf")
     with pytest.raises(DataError, match="is a checkpoint of adapters; give its base"):
         import_checkpoint(str(tmp_path / "a"), str(tmp_path / "d"), adapter=str(adapter / "peft"))
+
+
+def test_an_adapter_beside_the_model_is_said_to_be_left_and_does_not_go_along(adapter, tmp_path, newest):
+    """As `merge_and_unload().save_pretrained` into the adapter's own folder leaves it. With an adapter_config.json of
+    its own the export could not be loaded: transformers looks for the adapter's weights."""
+    both = Path(shutil.copytree(adapter / "hf", tmp_path / "both"))
+    for name in (FILE, CONFIG):
+        shutil.copy(adapter / "peft" / name, both)
+    done = import_checkpoint(str(both), str(tmp_path / "nemo"))
+    said = f"left out the adapter of peft beside the model ({CONFIG})"
+    assert done.details["notes"][0].startswith(said) and inspect(str(both)).notes == done.details["notes"]
+    export(str(tmp_path / "nemo"), str(tmp_path / "back"))
+    verify(str(adapter / "hf"), str(tmp_path / "back"))
+    tokens = torch.randint(5, 500, (2, 40))
+    wanted = transformers_model(adapter / "hf")(tokens).logits
+    assert torch.equal(transformers_model(str(tmp_path / "back"))(tokens).logits, wanted)
+    assert (newest.logits(tmp_path / "back", tokens) - wanted).abs().max() < 1e-5
+    both_given = import_checkpoint(str(both), str(tmp_path / "with"), adapter=str(both))
+    assert both_given.details["rank"] == 12
 
 
 def test_equal_adapters_of_experts_become_the_one_that_grouped_experts_have(tmp_path):

@@ -17,6 +17,8 @@ from slipway.untrusted import read_object
 MODELOPT_FILE = "hf_quant_config.json"
 # What says in which form the weights were quantised: they are written in BF16.
 OF_QUANTIZATION = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
+# Of an adapter of peft that lies beside the model: whatever has it, transformers loads as that adapter on its base.
+ADAPTER = "adapter_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 # The sub-folders that transformers writes. Others hold the same weights in other formats.
 SUBFOLDERS = ("additional_chat_templates", "custom_generate")
@@ -83,9 +85,8 @@ def companions_of(folder: Path | None) -> Companions:
 
 
 def _goes_along(file: Path) -> bool:
-    return (
-        file.name not in ("config.json", *OF_QUANTIZATION) and not file.name.endswith(WEIGHTS) and file.name[0] != "."
-    )
+    others = ("config.json", ADAPTER, *OF_QUANTIZATION)
+    return file.name not in others and not file.name.endswith(WEIGHTS) and file.name[0] != "."
 
 
 def _readable_by_both(file: Path) -> bytes | None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from slipway.checkpoint.companions import ADAPTER
 from slipway.checkpoint.huggingface import HEAD, Reader
 from slipway.errors import DataError
 from slipway.families.decoder import is_tied
@@ -36,6 +37,11 @@ def settle(reader: Reader, config: Mapping[str, Any]) -> list[str]:
     _refuse_classifier(reader, config)
     _refuse_other_names(reader)
     notes = [*reader.notes, *_embedding_from_head(reader, config)]
+    if (reader.folder / ADAPTER).is_file():
+        notes.append(
+            f"left out the adapter of peft beside the model ({ADAPTER}): `import --adapter` takes it, "
+            "unless these weights have it merged into them"
+        )
     for number, names in sorted(_switched_off(reader.tensors, config).items()):
         for name in names:
             del reader.tensors[name]
