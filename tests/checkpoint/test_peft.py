@@ -332,6 +332,27 @@ def test_a_checkpoint_of_the_base_is_not_written_again(adapter, tmp_path):
         import_checkpoint(str(tmp_path / "a"), str(tmp_path / "d"), adapter=str(adapter / "peft"))
 
 
+def test_flags_that_an_adapter_has_no_use_for_are_refused(adapter, tmp_path, slipway):
+    config = str(adapter / "hf")
+    for flags in (["--format", "classic"], ["--format", "bridge"], ["--config", config], ["--num-layers", "1"]):
+        done = slipway("import", adapter / "hf", tmp_path / "out", "--adapter", adapter / "peft", *flags)
+        assert done.returncode == 2 and "--adapter writes NeMo's checkpoint of adapters" in done.stderr, flags
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_of_the_base_is_said_with_an_adapter_too(adapter, tmp_path):
+    source = Path(shutil.copytree(adapter / "hf", tmp_path / "hf"))
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_text("")
+    shard = next(source.glob("*.safetensors"))
+    buffer = {"model.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(load_file(shard) | buffer, shard, metadata={"format": "pt"})
+    alone = import_checkpoint(str(source), str(tmp_path / "nemo")).details["notes"]
+    assert len(alone) == 2 and "rotary_emb" in alone[0] and "original/" in alone[1]
+    done = import_checkpoint(str(source), str(tmp_path / "out"), adapter=str(adapter / "peft"))
+    assert done.details["notes"][-2:] == alone
+
+
 def test_an_adapter_beside_the_model_is_said_to_be_left_and_does_not_go_along(adapter, tmp_path, newest):
     """As `merge_and_unload().save_pretrained` into the adapter's own folder leaves it. With an adapter_config.json of
     its own the export could not be loaded: transformers looks for the adapter's weights."""

@@ -49,13 +49,14 @@ def plan(
         name: what other programs load the base by.
         mtp, devices: as for `import`.
     """
+    of_base: dict[str, Any] = {}
     if _is_nemo(source):
         base, base_plan, at = opened.open_nemo(source), None, source
         if base.reader.folder != torch_dist.weights_folder(source):
             raise DataError(f"{source} is a checkpoint of adapters; give its base, and merge them with `export` before")
     else:
-        base, (base_plan, _) = opened.to_import(source, mtp, devices), convert.import_plan(source, mtp, devices, name)
-        at = out / BASE
+        base, at = opened.to_import(source, mtp, devices), out / BASE
+        base_plan, of_base = convert.import_plan(source, mtp, devices, name)
     given = Adapter(adapter, base.model.hf, source)
     found = _Attached(given, base)
     files, copies = _context(found, base, base_plan, source)
@@ -74,7 +75,8 @@ def plan(
         identity=["adapter", mtp, identity_of_files([*base.reader.files(), *given.reader.files(), adapter / CONFIG])],
         reads=[source, adapter],
     )
-    details = {"tensors": len(found.tensors), "rank": found.rank, "alpha": found.alpha, "notes": found.notes()}
+    notes = [*found.notes(), *of_base.get("notes", [])]
+    details = {"tensors": len(found.tensors), "rank": found.rank, "alpha": found.alpha, "notes": notes}
     return (_beside(made, base_plan) if base_plan else made), details
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from slipway.checkpoint.classic import Options
 from slipway.checkpoint.forecast import Forecast
+from slipway.errors import UsageError
 from slipway.options import check_group, given_of, take, with_options
 from slipway.report import Summary
 
@@ -60,6 +61,11 @@ def import_checkpoint(
 
     layout = take(Options, options)
     check_group(layout)
+    if adapter is not None and (format != "nemo" or config or given_of(Options, options)):
+        raise UsageError(
+            "--adapter writes NeMo's checkpoint of adapters for a model that says itself what it is; leave out "
+            "--format, --config and the options of the classic layout, or export the result and import that with them"
+        )
     # The options are the output's if that is in the classic layout, else the source's.
     of_source = {} if format == "classic" else given_of(Options, options)
     said = Given(config=locate.config_file(config), layout=of_source)
