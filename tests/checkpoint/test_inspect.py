@@ -23,6 +23,7 @@ from slipway.commands.extract_heads import extract_heads
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.commands.inspect import inspect
 from slipway.commands.merge_heads import merge_heads
+from slipway.commands.verify import verify
 from slipway.errors import DataError, SlipwayError, UsageError
 from slipway.families import FAMILIES, read_config
 from slipway.training.heads import DecodingHeads
@@ -357,3 +358,24 @@ def test_three_hundred_mutations(model, nemo):
             assert "\n" not in str(error) and error.exit_code in (2, 65), error
         target.write_bytes(original)
     assert refused > 50 and reported > 0
+
+
+def test_a_model_of_transformers_that_fsdp_saved_in_shards_is_named_and_what_joins_it_is_right(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from slipway.commands.export import export
+    from transformers import AutoModelForCausalLM
+
+    source = make_model(tmp_path / "hf", "llama31", quantized=False)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    saved, joined = tmp_path / "pytorch_model_fsdp_0", tmp_path / "joined"
+    dcp.save({"model": model.state_dict()}, checkpoint_id=str(saved))
+    said = "Hugging Face's names .*as FSDP saves them; join them with `accelerate merge-weights`"
+    with pytest.raises(DataError, match=said):
+        import_checkpoint(str(saved), str(tmp_path / "nemo"))
+    with pytest.raises(DataError, match=said):
+        export(str(saved), str(tmp_path / "out"), config=str(source))
+    assert any("accelerate merge-weights" in note for note in inspect(str(saved)).notes)
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "merge-weights"]
+    subprocess.run([*accelerate, str(saved), str(joined)], check=True, capture_output=True)
+    shutil.copy(source / "config.json", joined)
+    verify(str(source), str(joined))

@@ -35,6 +35,7 @@ from slipway.checkpoint.opened import (
     VOCABULARY,
     Given,
     context_folder,
+    of_fsdp,
     same_values,
     weights_of,
 )
@@ -379,6 +380,8 @@ def _told(reader: torch_dist.Reader, given: Given) -> tuple[described.Model | No
     """(which model NeMo, Megatron-Bridge or Megatron-LM says that it is, what to say); None if Slipway says it."""
     own = context_folder(reader.folder) / nemo_context.SOURCE_CONFIG
     weights = weights_of(reader)
+    if other := of_fsdp(weights):
+        return None, [other]
     if (own.is_file() and given.config is None) or not any(key.startswith("decoder.") for key in weights):
         return None, []
     if lora.has_adapters(reader) or any(key.startswith(ADAPTER) for key in weights):

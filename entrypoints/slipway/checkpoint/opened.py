@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -342,10 +342,21 @@ def open_nemo(checkpoint: Path, given: Given = NOTHING) -> Opened:
         return _merged(*with_adapters(reader, given))
     if (weights := weights_of(reader)) and all("adapter." in key for key in weights):
         raise DataError(f"{checkpoint} holds only trained heads; use `slipway extract-heads`")
+    if other := of_fsdp(weights):
+        raise DataError(f"{checkpoint}: {other}")
     said = model_of(reader.folder, weights, given.config)
     context = context_folder(reader.folder)
     own = [context / nemo_context.HF_FILES, context / nemo_context.TOKENIZER, reader.folder / "tokenizer"]  # Bridge's
     return _with_others(of_megatron(reader, said, str(reader.folder)), own, given)
+
+
+def of_fsdp(weights: Iterable[str]) -> str:
+    """What to do with a checkpoint of transformers' own model, which torch.distributed has saved; "" for Megatron's."""
+    name = next((key for key in weights if key.endswith(EMBEDDING)), "")
+    return name and (
+        f"its tensors have Hugging Face's names ({name}), as FSDP saves them; join them with `accelerate "
+        "merge-weights` in a new folder, put config.json and the tokenizer beside them, and give that folder"
+    )
 
 
 def of_megatron(reader: Any, said: Model, where: str) -> Opened:
