@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import KINDS, make_model, tensor_of, write_torch_dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from slipway.checkpoint import torch_dist
 from slipway.checkpoint.contents import Contents
 from slipway.checkpoint.heads import NAMES
@@ -358,6 +358,19 @@ def test_three_hundred_mutations(model, nemo):
             assert "\n" not in str(error) and error.exit_code in (2, 65), error
         target.write_bytes(original)
     assert refused > 50 and reported > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_a_dtype_that_no_command_reads_is_a_problem(dtype, tmp_path):
+    source = make_model(tmp_path / "hf", "llama31", quantized=False, shards=1)
+    file = next(source.glob("*.safetensors"))
+    name = "model.layers.1.self_attn.o_proj.weight"
+    stored = load_file(file)
+    save_file(stored | {name: stored[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=f"tensor {name} is stored as"):
+        import_checkpoint(str(source), str(tmp_path / "nemo"))
+    (said,) = inspect(str(source)).problems["of a dtype that is not read"]
+    assert said.startswith(name) and not inspect(str(source)).whole
 
 
 def test_a_model_of_transformers_that_fsdp_saved_in_shards_is_named_and_what_joins_it_is_right(tmp_path):

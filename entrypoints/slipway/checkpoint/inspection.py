@@ -40,7 +40,7 @@ from slipway.checkpoint.opened import (
     weights_of,
 )
 from slipway.errors import DataError, UsageError
-from slipway.families import by_model_type, read_config, understood
+from slipway.families import by_model_type, read_config, rules, understood
 from slipway.families.checks import check_stored
 from slipway.families.decoder import is_tied
 from slipway.families.mtp import has_mtp, without_mtp
@@ -491,13 +491,16 @@ def _compare(found: Iterable[str], wanted: Iterable[str]) -> dict[str, list[str]
 
 
 def _compare_infos(found: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo | None]) -> dict[str, list[str]]:
-    """Missing and unexpected names, and the tensors of a wrong shape."""
+    """Missing and unexpected names, and the tensors of a wrong shape or of a dtype that no command reads."""
     misshapen = [
         f"{name} {list(found[name].shape)}, expected {list(info.shape)}"
         for name, info in wanted.items()
         if info and name in found and found[name].shape != info.shape
     ]
-    return _compare(found, wanted) | _only_filled({"wrong shape": misshapen})
+    unread = [
+        f"{name} {found[name].dtype}" for name in wanted if name in found and found[name].dtype not in rules.FLOATS
+    ]
+    return _compare(found, wanted) | _only_filled({"wrong shape": misshapen, "of a dtype that is not read": unread})
 
 
 def _only_filled(problems: Mapping[str, list[str]]) -> dict[str, list[str]]:
