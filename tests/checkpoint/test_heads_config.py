@@ -20,6 +20,7 @@ from slipway.checkpoint.source import name_of
 from slipway.commands.extract_heads import extract_heads
 from slipway.commands.import_checkpoint import import_checkpoint
 from slipway.commands.merge_heads import merge_heads
+from slipway.errors import DataError
 
 KINDS = ["gpt_oss", "qwen3_moe", "deepseek_v3", "qwen25_tied", "llama31"]
 HUB = "hf://someone/a-model@v1"
@@ -71,6 +72,26 @@ def test_the_configs_have_what_autodecos_class_wants(hub, tmp_path, kind, given)
         found = {n for file in folder.glob("*.safetensors") for n in load_file(file) if not n.startswith("llm.")}
         assert len(found) == 8 and all(n.startswith(("temp_head.mlp.", "top_p_head.mlp.")) for n in found)
         assert contents_of(folder).whole
+
+
+@pytest.mark.parametrize(
+    "kind, changes, said",
+    [
+        ("llama31", {}, "model_type 'gpt_oss', but .* has 'llama'"),
+        ("gpt_oss", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "num_hidden_layers 2, .* has 3"),
+    ],
+)
+def test_heads_of_a_base_of_another_kind_are_refused(hub, tmp_path, kind, changes, said):
+    """Both have the same hidden size."""
+    import_checkpoint(str(hub("gpt_oss")), str(tmp_path / "nemo"))
+    extract_heads(str(trained_heads("gpt_oss", tmp_path / "nemo", tmp_path / "ckpt")), str(tmp_path / "heads"))
+    other = make_model(tmp_path / "other", kind, changes, quantized=False)
+    with pytest.raises(DataError, match=f"were trained on a model with .*{said}; give the base that the heads were"):
+        merge_heads(str(tmp_path / "heads"), str(other), str(tmp_path / "merged"))
+    config = tmp_path / "heads" / "config.json"  # of a program that does not say it
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({n: v for n, v in told.items() if n not in ("base_model_type", "num_hidden_layers")}))
+    merge_heads(str(tmp_path / "heads"), str(other), str(tmp_path / "merged"))
 
 
 @pytest.mark.parametrize("context", [True, False], ids=["with its own context", "with the base's alone"])

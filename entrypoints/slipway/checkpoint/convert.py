@@ -23,7 +23,7 @@ from slipway.checkpoint import (
 )
 from slipway.checkpoint.companions import Companions
 from slipway.checkpoint.formats import IN_CONFIG as QUANTIZATION
-from slipway.checkpoint.heads import merged_config
+from slipway.checkpoint.heads import check_base, merged_config
 from slipway.checkpoint.heads import read as read_heads
 from slipway.checkpoint.initialise import RandomWeights, changed, deviation_of
 from slipway.checkpoint.opened import (
@@ -225,6 +225,7 @@ def merge_plan(of_heads: Path, base: Path, shard_bytes: int, name: str = "") -> 
             f"the heads have hidden size {heads_config['temperature_hidden_size']}, but {base} has "
             f"{config['hidden_size']}; give the base that the heads were trained on"
         )
+    check_base(of_heads, config, base)
     tensors = {f"llm.{name}": reader.tensors[name] for name in model.hf}
     tensors |= {name: TensorInfo(part.shape) for name, part in heads.items()}
     layout = huggingface.Layout(tensors, shard_bytes)

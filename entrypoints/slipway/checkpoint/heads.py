@@ -112,3 +112,18 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors = {name: as_dtype(stored.read(Ref(name)), stored.tensors[name].dtype, "BF16") for name in NAMES}
     base = read_config(folder / "config.json").get("base_model_name_or_path", "")
     return tensors, config_of(tensors, base)
+
+
+def check_base(folder: Path, config: Mapping[str, Any], base: Path) -> None:
+    """DataError if what the heads' config.json tells of the base that they were trained on is not true of this one.
+
+    Args:
+        config: the base's config.json. A vocabulary of another size does no harm: the heads read hidden states.
+    """
+    trained_on = read_config(folder / "config.json")
+    for name, field in (("base_model_type", "model_type"), ("num_hidden_layers", "num_hidden_layers")):
+        if name in trained_on and trained_on[name] != config[field]:
+            raise DataError(
+                f"the heads in {folder} were trained on a model with {field} {trained_on[name]!r}, but {base} has "
+                f"{config[field]!r}; give the base that the heads were trained on"
+            )
