@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import make_model, texts
 from slipway import cli
 from slipway.checkpoint.companions import companions_of
 from slipway.errors import DataError
@@ -110,6 +110,33 @@ def test_tokenizer_config_in_the_form_of_transformers_4(tmp_path, given, wanted)
     else:
         assert not found.copies
         assert found.small[file.name].decode() == json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+
+
+def test_llamas_tokenizer_that_transformers_5_saved_without_tokenizer_model(tmp_path, newest):
+    import sentencepiece
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    model = make_model(tmp_path / "model", "llama2", quantized=False)
+    for file in model.glob("*token*"):
+        file.unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts()[0].split("\n")), model_prefix=str(tmp_path / "sp"), vocab_size=400,
+        byte_fallback=True, model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    LlamaTokenizer(vocab_file=str(tmp_path / "sp.model")).save_pretrained(model)
+    text = "def f(x):\n  return  x é"
+    wanted = AutoTokenizer.from_pretrained(model)(text).input_ids
+    newest.save_config(model)
+    (model / "tokenizer.model").unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is True and config["tokenizer_class"] == "LlamaTokenizer"
+    assert cli.main(["import", str(model), str(tmp_path / "nemo")]) == 0
+    assert cli.main(["export", str(tmp_path / "nemo"), str(tmp_path / "back")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")(text).input_ids == wanted
+    for folder in (model, tmp_path / "back"):  # loaded and written by transformers 5
+        newest.save_config(folder)
+    made = [json.loads((folder / "tokenizer.json").read_text()) for folder in (model, tmp_path / "back")]
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"3", b"\xff\xfe"])

@@ -29,6 +29,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 # transformers 5's classes for any tokenizer.json → the class of 4.
 CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 
+# Given add_prefix_space, transformers 4 makes these anew from tokenizer.model, which transformers 5 does not write.
+FROM_MODEL = ("LlamaTokenizer", "LlamaTokenizerFast")
+
 
 @dataclass(frozen=True)
 class Companions:
@@ -96,6 +99,9 @@ def _readable_by_both(file: Path) -> bytes | None:
     if isinstance(name := changed.get("tokenizer_class"), str) and name in CLASSES:
         changed["tokenizer_class"] = CLASSES[name]
         changed.pop("backend", None)
+    alone = changed.get("tokenizer_class") in FROM_MODEL and not (file.parent / "tokenizer.model").is_file()
+    if alone and changed.get("add_prefix_space") is True:  # the default of both, and in tokenizer.json
+        del changed["add_prefix_space"]
     if isinstance(more := changed.get("extra_special_tokens"), list):
         del changed["extra_special_tokens"]
         known = changed.get("additional_special_tokens") or []
