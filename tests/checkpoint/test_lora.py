@@ -356,6 +356,19 @@ def test_the_optimizer_is_left_out_and_counted(plain, tmp_path, adapter):
     assert summary.details["notes"] == ["left out: 2 tensors of the optimizer"]
 
 
+def test_the_optimizer_of_a_whole_model_is_left_out_and_counted_too(plain, tmp_path):
+    folder, _, _ = plain
+    shutil.copytree(folder / "nemo" / "context", tmp_path / "sft" / "context")
+    reader = torch_dist.Reader(folder / "nemo")
+    state = {key: tensor_of(reader, key) for key in reader.tensors}
+    more = {f"optimizer.state.exp_avg.module.{key}": tensor.float() for key, tensor in state.items()}
+    write_torch_dist(tmp_path / "sft" / "weights", state | more)
+    said = [f"left out: {len(state)} tensors of the optimizer"]
+    assert export(str(tmp_path / "sft"), str(tmp_path / "out")).details["notes"] == said
+    assert import_checkpoint(str(tmp_path / "sft"), str(tmp_path / "nemo")).details["notes"] == said
+    assert "notes" not in export(str(tmp_path / "nemo"), str(tmp_path / "again")).details
+
+
 def test_inspect_knows_adapters(plain, tmp_path):
     folder, tensors, yaml = plain
     lora = write(tmp_path / "lora", tensors, yaml)

@@ -347,7 +347,11 @@ def open_nemo(checkpoint: Path, given: Given = NOTHING) -> Opened:
     said = model_of(reader.folder, weights, given.config)
     context = context_folder(reader.folder)
     own = [context / nemo_context.HF_FILES, context / nemo_context.TOKENIZER, reader.folder / "tokenizer"]  # Bridge's
-    return _with_others(of_megatron(reader, said, str(reader.folder)), own, given)
+    left_out = len(reader.tensors) - len(weights)
+    opened = of_megatron(reader, said, str(reader.folder))
+    if left_out:
+        opened = replace(opened, notes=(*opened.notes, f"left out: {left_out} tensors of the optimizer"))
+    return _with_others(opened, own, given)
 
 
 def of_fsdp(weights: Iterable[str]) -> str:
