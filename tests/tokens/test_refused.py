@@ -79,3 +79,29 @@ def test_a_bar_in_a_name_is_no_separator(model, tmp_path):
     (tmp_path / "in.csv").write_text("prompt,completion,a|b\nq,a,x\n")
     (tmp_path / "in.tsv").write_text("prompt\tcompletion\ta|b|c|d\nq\ta\tx\n")
     assert processed(model, tmp_path / "in.csv")[0] == processed(model, tmp_path / "in.tsv")[0] == ["q⟦a<|end|>⟧"]
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"data": [{"text": "a"}]},
+     r"its keys are data; but the objects inside of data have one: .* jq -c '\.\[\"data\"\]\[\]' FILE"),
+    ({"version": "1", "data": [{"instruction": "q", "output": "a"}]},
+     "keys are version, data; but the objects inside of data"),
+    ([{"train": [{"messages": [USER, SAYS]}]}], r":2, row 1: no form .* the objects inside of train have one"),
+    ({"1": {"prompt": "q", "completion": "a"}, "2": {"prompt": "q", "completion": "a"}},
+     r"keys are 1, 2; but the objects inside of it have one: .* jq -c '\.\[\]' FILE"),
+    ({"prompt": {"0": "q", "1": "r"}, "completion": {"0": "a", "1": "b"}},
+     r"a table column by column \(prompt, completion\); write it row by row"),
+    ({"prompt": ["q", "r"], "completion": ["a", "b"]}, r"a table column by column \(prompt, completion\)"),
+    ({"dialog": [{"role": "user", "text": "q"}]}, "no form that is known: its keys are dialog; needed are"),
+])  # fmt: skip
+def test_what_stands_around_rows_is_named(model, tmp_path, content, said):
+    """One object around all rows, or a table by its columns: `datasets` and pandas write and read such files."""
+    (tmp_path / "in.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(DataError, match=said):
+        processed(model, tmp_path / "in.json")
+
+
+def test_objects_beside_a_chat_are_no_rows(model, tmp_path):
+    row = {"messages": [USER, SAYS], "tools": [{"input": "a", "output": "b"}], "sources": [{"text": "x"}]}
+    (tmp_path / "in.json").write_text(json.dumps([row]))
+    assert len(processed(model, tmp_path / "in.json")[0]) == 1

@@ -17,7 +17,7 @@ import numpy as np
 from slipway.errors import DataError
 from slipway.tokens import limits
 from slipway.tokens.chat import Segments, Template
-from slipway.tokens.forms import Example, Form, Pair, form_of, present, shown
+from slipway.tokens.forms import Example, Form, Pair, form_of, present, refuse_wrapped, shown
 from slipway.tokens.inputs import Piece
 from slipway.tokens.lines import Sample, Span, as_line
 from slipway.tokens.messages import Chat, Malformed
@@ -146,6 +146,7 @@ class Encoder:
         nulls = [key for key, value in row.items() if value is None] if isinstance(row, dict) else []
         row = present(row, self.renamed)
         if self.settings.indexed and not (isinstance(row, dict) and isinstance(row.get("text"), str)):
+            refuse_wrapped(row)
             raise Malformed('not an object with "text", which OUT.bin needs; write to OUT.jsonl instead')
         # A text beside an instruction is the text: whole texts are all that OUT.bin takes.
         form = form_of({"text": row["text"]} if self.settings.indexed else row, nulls)

@@ -84,13 +84,58 @@ def form_of(row: Any, nulls: Iterable[str] = ()) -> Form:
         raise Malformed(f"a row is an object with names, not {type(row).__name__}")
     refuse_preferences(row)
     refuse_media(row)
-    form = next((form for form in FORMS if all(key in row for key in form.needs)), None)
+    form = _fitting(row)
+    refuse_columns(row)
     if form is None:
+        refuse_wrapped(row)
         raise Malformed(
             f"no form that is known: its keys are {_names(row)}{_null(nulls)}; needed are {', or '.join(_needs())}; "
             "say what they are with --map THEIRS=OURS, such as --map reply=completion"
         )
     return form
+
+
+def _fitting(row: Fields) -> Form | None:
+    """The first form whose keys a row has."""
+    return next((form for form in FORMS if all(key in row for key in form.needs)), None)
+
+
+def refuse_wrapped(row: Any) -> None:
+    """Malformed for an object that is no row, but has rows inside: {"data": [...]}, or {"1": {...}, "2": {...}}."""
+    if not isinstance(row, dict):
+        return
+    inside = next((key for key, value in row.items() if isinstance(value, list) and value and _is_row(value[0])), None)
+    if inside is None and not (row and all(map(_is_row, row.values()))):
+        return
+    where, path = (f"inside of {shown(inside)}", f'.["{shown(inside)}"][]') if inside else ("inside of it", ".[]")
+    raise Malformed(
+        f"no form that is known: its keys are {_names(row)}; but the objects {where} have one: write these alone, as "
+        f"JSON lines or an array, such as by: jq -c '{path}' FILE > rows.jsonl"
+    )
+
+
+def _is_row(value: Any) -> bool:
+    """An object of a form; a message is none, whatever else it has."""
+    return isinstance(value, dict) and not {"role", "from"} & value.keys() and _fitting(value) is not None
+
+
+def refuse_columns(row: Fields) -> None:
+    """Malformed for a table in one object, as pandas writes it by default: each name with the values of all rows."""
+    if len(row) > 1 and (all(map(_is_column, row.values())) or all(map(_is_numbered, row.values()))):
+        raise Malformed(
+            f"it is a table column by column ({_names(row)}); write it row by row, with pandas by "
+            'to_json(FILE, orient="records", lines=True)'
+        )
+
+
+def _is_column(value: Any) -> bool:
+    """A list of values; one of objects may be a chat."""
+    return isinstance(value, list) and bool(value) and not any(isinstance(each, dict) for each in value)
+
+
+def _is_numbered(value: Any) -> bool:
+    """Number of a row → value."""
+    return isinstance(value, dict) and bool(value) and all(str(key).isdecimal() for key in value)
 
 
 def refuse_preferences(row: Fields) -> None:
