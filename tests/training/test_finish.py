@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_model
@@ -61,12 +62,35 @@ def test_a_run_that_ended_after_its_last_checkpoint_is_done(inputs, tmp_path, ca
     for _ in range(2):
         assert cli.main(words(inputs, folder.path, mode=mode)) == 0
         assert "step=4" in (said := capsys.readouterr().out) and "steps 4→4, loss 5.000000" in said
+        assert "train: note: all steps are done, but not the last evaluation" in said
     status = folder.read_status()
     assert (status["state"], status["step"], status["steps"], status["loss"]) == ("done", 4, 4, 5.0)
     assert status["why"] == "all steps are done, but not the last evaluation" and "exit_code" not in status
     assert cli.main(["watch", str(folder.path), "--once"]) == 0
     assert "run: done, step 4 of 4, loss 5.000000" in capsys.readouterr().out
     assert not folder.owner.exists()
+
+
+@pytest.mark.parametrize("evaluated, why", [
+    (False, "all steps are done, but not the last evaluation"), (True, "all steps are done"),
+])  # fmt: skip
+def test_a_stop_in_the_last_evaluation_is_said_at_once(inputs, tmp_path, capsys, evaluated, why):
+    """By the start itself that is stopped: it has done all steps and ends with 0."""
+    from slipway.training import cpu
+
+    cpu.enable()
+    from slipway.training.record import Record
+
+    folder = ended(inputs, tmp_path / "run", capsys)
+    if evaluated:
+        with folder.evaluations.open("a") as file:
+            file.write(json.dumps({"step": 3, "loss": 3.5}) + "\n")
+    record = Record(Recipe.load(folder.recipe), folder, None, None, 0.0)
+    record.on_train_end(SimpleNamespace(is_global_zero=True, global_step=4), None)
+    assert (folder.read_status()["state"], folder.read_status()["why"]) == ("done", why)
+    capsys.readouterr()
+    assert cli.main(words(inputs, folder.path)) == 0
+    assert (f"train: note: {why}" in capsys.readouterr().out) is not evaluated
 
 
 def test_a_run_can_be_ended_at_its_newest_checkpoint(inputs, tmp_path, capsys):

@@ -77,8 +77,7 @@ def finish(run: Run) -> Summary:
         # A loss of another step, or how an earlier start failed, does not belong to the end.
         others = {name: value for name, value in status.items() if name not in ("loss", "eval_loss", "exit_code")}
         status = others | _until_here(run) | {"state": "done", "seconds_left": 0, "updated": now()}
-        misses = run.folder.misses_evaluation(run.recipe, run.begins_at)
-        status["why"] = f"{DONE}, but not the last evaluation" if misses else DONE
+        status["why"] = run.folder.why_done(run.recipe, run.begins_at)
         if run.topology.rank == 0:
             _note_the_end(run, status)
     return _summary(run, run.folder.checkpoint(run.begins_at), status)
@@ -165,8 +164,9 @@ def result_of(run: Run, failure: Failure | None, grace_is_over: bool) -> Summary
 
 def _summary(run: Run, checkpoint: Path, status: dict[str, Any]) -> Summary:
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-    details = {"steps": f"{run.begins_at}→{status['step']}"}
+    details: dict[str, Any] = {"steps": f"{run.begins_at}→{status['step']}"}
     details |= {"loss": f"{status['loss']:.6f}"} if "loss" in status else {}
+    details |= {"notes": [status["why"]]} if status.get("why") not in (None, "", DONE) else {}
     return Summary("train", str(checkpoint), size, time.time() - run.started, details, streamed=False)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from slipway.report import human_seconds, say
 from slipway.training.curve import plot_losses
 from slipway.training.recipe import Recipe
-from slipway.training.run_folder import DONE, RunFolder, now
+from slipway.training.run_folder import RunFolder, now
 from slipway.training.samples import Samples, computed_positions
 from slipway.training.steps import shares_of_positions
 from slipway.training.throughput import Arithmetic, Load, load_of, peak_tflops
@@ -159,7 +159,11 @@ class Record(Callback):
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.recipe.steps
-        self.status |= {"state": "done", "why": DONE} if done else {"state": "stopped"}
+        self.status |= (
+            {"state": "done", "why": self.folder.why_done(self.recipe, trainer.global_step)}
+            if done
+            else {"state": "stopped"}
+        )
         self.status |= {"seconds_left": 0 if done else self.status.get("seconds_left"), "updated": now()}
         self.folder.write_status(self.status)
         say("")

@@ -155,6 +155,10 @@ class RunFolder:
             return False
         return all(entry["step"] != step - 1 for entry in self.read_evaluations())
 
+    def why_done(self, recipe: Recipe, step: int) -> str:
+        """Why a run ended that has done all steps, for the status: a stop may have left out the last evaluation."""
+        return f"{DONE}, but not the last evaluation" if self.misses_evaluation(recipe, step) else DONE
+
     def forget_from(self, step: int) -> None:
         """Remove the records from `step` on: a run that continues computes these steps again."""
         for file, entries in ((self.metrics, self.read_metrics()), (self.evaluations, self.read_evaluations())):
