@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from sets import PLAIN, model_with, write_rows
+from slipway.commands.preprocess import preprocess
 from slipway.errors import DataError, UsageError
 from slipway.tokens import inputs, tokenise
 from slipway.tokens.encoder import Settings
@@ -15,6 +17,15 @@ from slipway.tokens.folders import Inputs
 from slipway.tokens.outputs import Output
 from slipway.tokens.sources import TEXT, Source
 from slipway.tokens.wanted import Wanted
+
+# All that decides which tokens are written.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+)
 
 
 def wanted(**options: object) -> Wanted:
@@ -191,11 +202,25 @@ def test_another_file_or_another_flag_is_other_work(tmp_path, mxfp4_model):
     os.utime(one.path, ns=(0, 5))
     assert tokenise._identity([one], known) != first
     with_tokenizer = Settings(mxfp4_model, 100)
-    assert len(tokenise._identity([one], with_tokenizer)["tokenizer"]) == 2, "both of its files count"
-    (tmp_path / "t").mkdir()
-    for number, name in enumerate(("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), 1):
+    beside = [name for name in FILES if (mxfp4_model / name).is_file()]
+    assert len(tokenise._identity([one], with_tokenizer)["tokenizer"]) == len(beside) > 1, "all of its files count"
+    (tmp_path / "t" / "additional_chat_templates").mkdir(parents=True)
+    for number, name in enumerate(FILES, 1):
         (tmp_path / "t" / name).touch()
         assert len(tokenise._identity([one], Settings(tmp_path / "t", 100))["tokenizer"]) == number
+
+
+def test_another_template_for_tools_makes_another_output(tmp_path, mxfp4_model):
+    """What was made with the old one is not said to be there already."""
+    model = model_with(mxfp4_model, tmp_path / "model", PLAIN)
+    (own := model / "additional_chat_templates" / "tool_use.jinja").parent.mkdir()
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data = write_rows(tmp_path / "in.jsonl", [{"messages": chat, "tools": [{"name": "f"}]}])
+    own.write_text(f"one {PLAIN}")
+    preprocess(str(data), str(tmp_path / "out.jsonl"), tokenizer=str(model), seq_length=512)
+    own.write_text(f"another {PLAIN}")
+    with pytest.raises(UsageError, match="was made from another source or with other flags"):
+        preprocess(str(data), str(tmp_path / "out.jsonl"), tokenizer=str(model), seq_length=512)
 
 
 def test_the_day_is_that_of_the_newest_file(tmp_path, mxfp4_model):

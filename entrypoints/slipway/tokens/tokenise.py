@@ -23,7 +23,7 @@ from slipway.tokens.outputs import Output
 from slipway.tokens.parallel import encoded
 from slipway.tokens.preview import preview
 from slipway.tokens.sources import Source
-from slipway.tokens.vocabulary import tokenizer_folder
+from slipway.tokens.vocabulary import files_of, tokenizer_folder
 from slipway.tokens.wanted import Wanted
 
 MOST_LOST = 0.05  # of all tokens, before `--long refuse` stops
@@ -202,9 +202,8 @@ def _size(sources: list[Source]) -> int:
 def _identity(sources: list[Source], settings: Settings) -> dict[str, Any]:
     """What must be equal in two calls for the second to continue the work of the first."""
     states = [(str(each.path.absolute()), each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in sources]
-    words = [settings.tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     return {
         "files": states,
         "settings": {**vars(settings), "tokenizer": str(settings.tokenizer.absolute())},
-        "tokenizer": [[file.stat().st_size, file.stat().st_mtime_ns] for file in words if file.is_file()],
+        "tokenizer": [[file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(settings.tokenizer)],
     }

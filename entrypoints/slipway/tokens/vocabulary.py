@@ -130,12 +130,22 @@ class Folder:
         if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
             raise DataError(f"{where}: chat_template is not a text; copy it again")
         own = self.path / "chat_template.jinja"
-        others = sorted((self.path / "additional_chat_templates").glob("*.jinja"))
-        found |= {file.stem: read_text(file, LARGEST_TEMPLATE, COPY) for file in others if file.is_file()}
+        found |= {file.stem: read_text(file, LARGEST_TEMPLATE, COPY) for file in _other_templates(self.path)}
         found |= {"default": read_text(own, LARGEST_TEMPLATE, COPY)} if own.is_file() else {}
         if any(len(each) > LARGEST_TEMPLATE for each in found.values()):
             raise DataError(f"{self.path}: a chat template has more than {LARGEST_TEMPLATE:,} characters; {COPY}")
         return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file of a folder that decides which tokens are written."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    return [*filter(Path.is_file, map(path.joinpath, names)), *_other_templates(path)]
+
+
+def _other_templates(path: Path) -> list[Path]:
+    """The files of templates beside the default one, such as that for tools."""
+    return [file for file in sorted((path / "additional_chat_templates").glob("*.jinja")) if file.is_file()]
 
 
 def folder_of(path: Path) -> Folder:
