@@ -31,6 +31,7 @@ from slipway.training import watching
 from slipway.training.curve import sparkline
 from slipway.training.recipe import Recipe
 from slipway.training.run_folder import RunFolder, now
+from test_claim import HOLD
 from test_parallel import write_data
 from test_train import train
 
@@ -77,6 +78,23 @@ def test_a_look_says_the_state_and_has_the_exit_code_of_the_run(tmp_path, capsys
     assert said in shown and "█▅▁ loss 5.0000 → 3.0000" in shown
     assert cli.main(["watch", str(tmp_path / "run"), "--once", "--json"]) == code
     assert json.loads(capsys.readouterr().out)["state"] == state
+
+
+@pytest.mark.parametrize("state", ["starting", "running"])
+def test_a_run_that_was_killed_on_this_machine_has_ended(tmp_path, capsys, state):
+    """`watch` sees it at once, and ends; a run that lives goes on, and one that said its end keeps it."""
+    folder = written(tmp_path / "run", state)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.owner)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    assert cli.main(["watch", str(folder.path), "--once"]) == 0
+    assert f"run: {state}, step 3 of 8" in capsys.readouterr().out
+    holder.kill()
+    holder.wait()
+    assert cli.main(["watch", str(folder.path)]) == 1
+    assert "run: failed, step 3 of 8, loss 2.000000: it was killed, its process is gone" in capsys.readouterr().out
+    assert folder.read_status()["state"] == state  # it only reads
+    folder.write_status(folder.read_status() | {"state": "stopped", "why": "SIGTERM"})
+    assert cli.main(["watch", str(folder.path)]) == 75
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):

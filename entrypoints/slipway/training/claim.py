@@ -100,6 +100,11 @@ class Claim:
             )
 
 
+def is_gone(file: Path) -> bool:
+    """Whether the owner of a claim was a process of this machine that ended without giving it back: it was killed."""
+    return _is_here(_read(file)) is False
+
+
 def _me() -> dict[str, Any]:
     pid = os.getpid()
     about = {"host": socket.gethostname(), "job": _job(), "restart": _restart(), "started": now(), "pid": pid}

@@ -13,11 +13,14 @@ from unicodedata import east_asian_width
 
 from slipway.errors import DataError, SlipwayError, Stopped, UsageError
 from slipway.report import human_seconds
+from slipway.training import claim
 from slipway.training.curve import BARS, sparkline
 from slipway.training.run_folder import CURE, WHEN, RunFolder, now
 from slipway.untrusted import harmless_lines
 
 ENDED = ("done", "stopped", "failed")
+# Seen where the run was on this machine; elsewhere only its silence shows.
+KILLED = "it was killed, its process is gone; run the same command again to continue"
 WIDTH = 60  # bars of the curve
 SILENT = 10  # times as long as a step takes, and SILENT_SECONDS at least, before a run counts as silent
 SILENT_SECONDS = 120.0
@@ -106,6 +109,7 @@ def _is_shown(characters: str) -> bool:
 def look(run: Path) -> Look:
     """What the folder of a run shows now; UsageError where it is none."""
     folder = RunFolder(run)
+    is_gone = claim.is_gone(folder.owner)  # before the status, which is then the last that it has written
     if not (status := folder.read_status()):
         raise UsageError(f"{run} is not the folder of a run: it has no status.json; give the --out of `slipway train`")
     updated = status.get("updated")
@@ -113,6 +117,8 @@ def look(run: Path) -> Look:
         then = datetime.strptime(updated, WHEN).replace(tzinfo=UTC).timestamp() if updated else 0
     except ValueError:
         raise DataError(f"{folder.status}: updated is not a time such as {now()}; {CURE}") from None
+    if is_gone and status["state"] not in ENDED:
+        status |= {"state": "failed", "why": KILLED, "exit_code": SlipwayError.exit_code}
     silent = max(0.0, time.time() - (then or folder.status.stat().st_mtime))
     return Look(folder, status, folder.read_metrics(), silent)
 
