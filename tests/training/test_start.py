@@ -85,6 +85,19 @@ def test_a_run_is_in_a_folder_of_its_own(folder, monkeypatch, capsys, out, said,
     assert said in capsys.readouterr().err and sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+@pytest.mark.parametrize("name, content, said", [
+    ("rows.jsonl", b'{"instruction": "q", "output": "a"}\n', ":1: not a sample, which is"),
+    ("table.parquet", b"PAR1" + bytes(99), ":1: not a sample, which is"),
+    ("texts.bin", b"abc", "texts.idx does not exist; .bin and .idx need each other"),
+])  # fmt: skip
+def test_what_is_still_to_be_tokenised_is_refused_by_a_dry_run(folder, plan, flag, name, content, said):
+    (folder / name).write_bytes(content)
+    words = ["--eval-data", str(folder / name)] if flag == "--eval-data" else []
+    code, _, found = plan(*words, data="data.jsonl" if words else name)
+    assert code == 65 and said in found, found
+
+
 def test_epochs_become_steps(plan):
     """40 samples in global batches of 16: the last step is a whole one."""
     for epochs, steps in (("1", 3), ("2", 5), ("0.1", 1), ("10", 25)):

@@ -9,15 +9,25 @@ from pathlib import Path
 import numpy as np
 
 from slipway.tokens.indexed import Documents, Windows, index_of
-from slipway.tokens.lines import Index, Lines, Sample, index_lines, pack
+from slipway.tokens.lines import Index, Lines, Sample, index_lines, pack, read_line
 
+LONGEST_LINE = 1 << 26  # bytes; what has no line is read no further
 Units = Lines | Windows  # len(units) of them; units[i] → list[Sample]
-__all__ = ["Index", "Sample", "Units", "is_indexed", "open_units", "scan"]
+__all__ = ["Index", "Sample", "Units", "check_beginning", "is_indexed", "open_units", "scan"]
 
 
 def is_indexed(path: Path) -> bool:
     """It is PREFIX.bin with PREFIX.idx, not JSON lines."""
     return path.suffix == ".bin"
+
+
+def check_beginning(path: Path) -> None:
+    """DataError for a file that does not begin as tokens do: text, rows or a table that are still to be tokenised."""
+    if is_indexed(path):
+        Documents.open(path)
+        return
+    with path.open("rb") as file:
+        read_line(file.readline(LONGEST_LINE), f"{path}:1")
 
 
 def scan(path: Path, seq_length: int, vocab_size: int, packed: bool = False, multiple: int = 1) -> Index:

@@ -18,7 +18,7 @@ from slipway.families import read_config, understood
 from slipway.launch.topology import gpus_here
 from slipway.options import flag
 from slipway.tokens.blend import parts_of
-from slipway.tokens.scan import Index, scan
+from slipway.tokens.scan import Index, check_beginning, scan
 from slipway.tokens.tokenise import MOST_LOST
 from slipway.training import weights
 from slipway.training.agreement import DIGESTS, NONE, changed
@@ -76,7 +76,7 @@ def check_base(recipe: Recipe) -> None:
 
 
 def check_data(data: str, eval_data: str) -> None:
-    """UsageError for data that is not a file, DataError for an empty one."""
+    """UsageError for data that is not a file, DataError for one that is empty or does not begin as tokens do."""
     if eval_data and len(parts_of(eval_data, "--eval-data")) > 1:
         raise UsageError(f"--eval-data {eval_data} names several files; evaluate on one")
     for name, paths in (("--data", data), ("--eval-data", eval_data)):
@@ -86,6 +86,7 @@ def check_data(data: str, eval_data: str) -> None:
                 raise UsageError(f"{name} {part.path} {wrong}; `slipway preprocess` makes it from text")
             if not part.path.stat().st_size:
                 raise DataError(f"{name} {part.path} is empty; `slipway preprocess` makes it from text")
+            check_beginning(part.path)
 
 
 def check_idle(chosen: Mapping[str, Any], values: Mapping[str, Any]) -> None:
