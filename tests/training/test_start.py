@@ -98,6 +98,20 @@ def test_what_is_still_to_be_tokenised_is_refused_by_a_dry_run(folder, plan, fla
     assert code == 65 and said in found, found
 
 
+@pytest.mark.parametrize("data", ["data.jsonl", "web.bin:2,copy.jsonl:1"])
+@pytest.mark.parametrize("held_out, is_said", [("data.jsonl", True), ("copy.jsonl", True), ("other.jsonl", False)])
+def test_an_evaluation_on_what_is_trained_on_is_said(folder, tmp_path, monkeypatch, capsys, data, held_out, is_said):
+    """Whatever the file is called: its loss would be taken for that of new data."""
+    monkeypatch.chdir(folder)
+    shutil.copyfile("data.jsonl", "copy.jsonl")
+    Path("other.jsonl").write_bytes(Path("data.jsonl").read_bytes().replace(b"[5, 6]", b"[6, 5]"))
+    monkeypatch.setattr(start, "meet", lambda *_: end_here(_[0]))
+    words = ["train", "--model", "llama31", "--data", data, "--eval-data", held_out, "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--seq-length", str(SEQ_LENGTH), "--global-batch-size", "4", "--mode", "pretrain"]) == 78
+    found = f"--eval-data {folder / held_out} is data that is trained on" in capsys.readouterr().err
+    assert found is is_said
+
+
 def test_epochs_become_steps(plan):
     """40 samples in global batches of 16: the last step is a whole one."""
     for epochs, steps in (("1", 3), ("2", 5), ("0.1", 1), ("10", 25)):

@@ -53,6 +53,11 @@ def claims(
     }
 
 
+def is_trained_on(claims: dict[str, str]) -> bool:
+    """Whether the data of evaluations is one of the files of data, under whatever name."""
+    return claims[EVALUATIONS] != NONE and claims[EVALUATIONS] in claims[DATA]
+
+
 def data_digest(path: Path, index: Index) -> str:
     """Size, number of samples, their positions and a part of the file. Two files that agree in all are the same."""
     digest, size = hashlib.sha256(index.digest.encode()), path.stat().st_size

@@ -28,7 +28,7 @@ from slipway.report import Summary
 from slipway.signals import StopRequests
 from slipway.tokens.blend import as_text, parts_of
 from slipway.training import foreign, layout, memory, preflight, recipes, weights
-from slipway.training.agreement import claims
+from slipway.training.agreement import claims, is_trained_on
 from slipway.training.claim import Claim
 from slipway.training.outcome import Run, claim_folder, error_of, finish, note, result_of, stopped
 from slipway.training.recipe import Recipe
@@ -98,6 +98,8 @@ def run(request: Request) -> Summary:
         preflight.make_folder(run.folder)
         agreed = _claims(run, scanned)
         preflight.check_inputs(run.folder, run.begins_at, agreed)
+        if is_trained_on(agreed):
+            tell(f"train: --eval-data {run.recipe.eval_data} is data that is trained on: its loss is not of new data")
         token = Token.of(run.folder.path, request.placement.run_token_file)
         with Claim(run.folder.owner) if topology.rank == 0 else contextlib.nullcontext():
             link = meet(topology, agreed, request.patience.rendezvous_timeout, token)
