@@ -119,8 +119,11 @@ def test_the_length_is_the_recipe_s(model, tmp_path):
             str(data), str(out), tokenizer=str(model), recipe=str(recipe), show=0, **({"mode": mode} if mode else {})
         )
         assert len(samples(out)[0].response) == length
-    with pytest.raises(UsageError, match="no recipe none"):
-        preprocess(str(data), str(tmp_path / "x.jsonl"), tokenizer=str(model), recipe="none")
+    for length in ({}, {"seq_length": 16}):  # a flag takes the place of a recipe's value, not of a recipe
+        with pytest.raises(UsageError, match="no recipe none"):
+            preprocess(str(data), str(tmp_path / "x.jsonl"), tokenizer=str(model), recipe="none", **length)
+    summary = preprocess(str(data), str(tmp_path / "x.jsonl"), tokenizer=str(model), recipe=str(recipe), seq_length=16)
+    assert Path(summary.wrote).exists()
 
 
 # ---------------------------------------------------------------------------- held out
