@@ -72,6 +72,20 @@ def test_another_input_under_the_same_name_is_refused_with_what_changed(begun, c
     assert "holds a run on other inputs: " + named in error and "restore them or choose another --out" in error
 
 
+@pytest.mark.parametrize("changed, said", [
+    ({"mode": "lora"}, "holds another run: --mode was sft and is lora"),
+    ({"mode": "lora", "steps": "1"}, "holds another run: --mode was sft and is lora"),
+    ({"steps": "1"}, "holds a run at step 2, more than --steps 1; raise --steps"),
+])  # fmt: skip
+def test_another_run_is_said_before_how_long_it_was(begun, changed, said, capsys):
+    """A person who raises --steps as told would learn only then that the folder is that of another run."""
+    _, words = begun
+    for name, value in changed.items():
+        words = [*words[: (at := words.index(f"--{name}") + 1)], value, *words[at + 1 :]]
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_same_inputs_pass(begun):
     folder, _ = begun
     recipe = Recipe.load(folder / "run" / "recipe.json")

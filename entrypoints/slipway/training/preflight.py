@@ -200,8 +200,6 @@ def check_continued(recipe: Recipe, folder: RunFolder, step: int, resume: str) -
         raise UsageError(f"{folder.path} holds a run at step {step}; choose another --out or --resume auto")
     before = Recipe.load(folder.recipe)
     longer = before.steps != recipe.steps
-    if longer and recipe.steps < step:
-        raise UsageError(f"{folder.path} holds a run at step {step}, more than --steps {recipe.steps}; raise --steps")
     moved = _moved(before, recipe, folder)
     may_change = ("out", *moved, *(SCHEDULE if longer else ()))
     changed = {
@@ -211,6 +209,8 @@ def check_continued(recipe: Recipe, folder: RunFolder, step: int, resume: str) -
     }
     if others := [said for name, said in changed.items() if name not in (*AROUND, *FOR_SPEED)]:
         raise UsageError(f"{folder.path} holds another run: {'; '.join(others)}; restore it or choose another --out")
+    if longer and recipe.steps < step:
+        raise UsageError(f"{folder.path} holds a run at step {step}, more than --steps {recipe.steps}; raise --steps")
     if step == recipe.steps:  # nothing is computed any more
         return [f"--steps was {before.steps} and is {step}, which is done: the run ends there"] if longer else []
     notes = [*moved.values()]
