@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 
 import pytest
@@ -91,6 +92,26 @@ def test_a_turn_that_says_so_is_not_learned(learned, flag):
     row["messages"][3] |= flag
     with pytest.raises(DataError, match="1 had nothing to learn"):
         learned(PLAIN, row)
+
+
+MARKS_WORDS = GENERATION.replace("{% generation %}", "{% if m.content %}{% generation %}")
+MARKS_WORDS = MARKS_WORDS.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
+
+
+@pytest.mark.parametrize("nothing", ["", [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("template", [PLAIN, GENERATION, MARKS_WORDS])
+def test_an_empty_answer_is_not_learned_and_is_counted(learned, template, nothing):
+    """As that of a pair: the model would learn to end its turn at once."""
+    row = messages(*TWO)
+    row["messages"][1]["content"] = nothing
+    (found,), counts = learned(template, row)
+    assert re.findall("⟦(.*?)⟧", found) == ["b2<|end|>"] and counts["empty_answers"] == 1
+    row["messages"][3]["content"] = nothing
+    for more in ({}, {"learn": "last"}):
+        with pytest.raises(DataError, match="1 had nothing to learn"):
+            learned(template, row, **more)
+    row["messages"][1]["tool_calls"] = [{"name": "f", "arguments": {}}]
+    assert "empty_answers" not in learned(PLAIN, {"messages": row["messages"][:2]})[1]
 
 
 def test_a_turn_that_the_template_changes_later_gets_a_sample_of_its_own(learned):

@@ -98,7 +98,7 @@ def test_a_call_without_its_arguments_is_counted(learned, value):
     assert found == WHOLE.format("weather") and counts["calls_written_in_part"] == 1
 
 
-@pytest.mark.parametrize("answer", ["A", "user", "", "s"])
+@pytest.mark.parametrize("answer", ["A", "user", "s"])
 def test_an_answer_that_stands_in_the_template_s_own_words(learned, answer):
     messages = [{"role": "user", "content": "List A or B?"}, {"role": "assistant", "content": answer}]
     found, _ = learned(PARTS, messages)
@@ -106,7 +106,7 @@ def test_an_answer_that_stands_in_the_template_s_own_words(learned, answer):
     with pytest.raises(DataError, match="leaves out what the assistant says"):
         learned(
             "Assistant user s {% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            [messages[0], messages[1] | {"content": answer or "s"}],
+            messages,
         )
 
 

@@ -37,6 +37,7 @@ ABSENT = "\ufdd2"  # a character that no text has
 
 
 APART = "turns_apart"  # turns that needed a sample of their own
+EMPTY = "empty_answers"  # turns that say nothing: they are not learned, as the empty answer of a pair is not
 # What a template leaves out of a chat, or cannot write as it writes what others have; the worst comes first. Of two
 # ways to give it a chat the one is taken that loses less.
 ANSWERS, CALLS, AS_TEXT = "answers", "calls", "calls_as_text"  # the first two are never lost: such a chat is refused
@@ -107,14 +108,16 @@ class Template:
         """
         turns = [number for number, learned in enumerate(chat.learned) if learned]
         turns = turns[-1:] if last else turns
-        if not turns:
-            return Rendered([])
+        empty = [number for number in turns if not _says(chat.messages[number])]
+        if not (turns := [number for number in turns if number not in empty]):
+            return Rendered([], Counter({EMPTY: len(empty)}))
         kept = Chat(chat.messages[: turns[-1] + 1], chat.learned, chat.tools, chat.arguments)
         with bounded():
             kept, whole, lost = self._accepted(kept, turns)
             marks = self._marks
             found = Rendered([self._marked(kept, whole, turns)]) if marks else self._by_prefixes(kept, whole, turns)
         found.counts.update(lost)
+        found.counts[EMPTY] += len(empty)
         found.counts[TOOLS_LOST] += bool(chat.tools) and not self._knows_tools
         return found
 
@@ -219,6 +222,8 @@ class Template:
         """What the template marks as the assistant's, of the turns that are learned."""
         first, *parts = whole.split(self._open)
         every = [number for number, message in enumerate(chat.messages) if message["role"] == ASSISTANT]
+        if len(parts) != len(every):  # some templates mark only answers that say something
+            every = [number for number in every if _says(chat.messages[number])]
         if len(parts) != len(every) and turns != every:
             raise Malformed(
                 f"the chat template marks {len(parts)} answers of {len(every)} turns, so it cannot be told which of "
@@ -365,6 +370,11 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _refuse(said: str) -> None:
     raise ValueError(said)
+
+
+def _says(message: Message) -> bool:
+    """A turn has words, a call or reasoning."""
+    return bool(message["content"] or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def _segments(text: str, spans: list[tuple[int, int]]) -> Segments:
