@@ -326,6 +326,17 @@ def test_the_splits_of_a_card(model, tmp_path):
         prompts(own, data)
 
 
+@pytest.mark.parametrize("main", ["bbb", "gone", None])
+def test_revisions_of_one_data_set_are_not_read_together(model, tmp_path, main):
+    """The hub's cache keeps the old one when a data set is downloaded again."""
+    data = folder(tmp_path, {"snapshots/aaa/train.jsonl": None, "blobs/0123": b"x"})
+    assert len(samples(written(model, data, "out.jsonl"))) == 1
+    folder(tmp_path, {"snapshots/bbb/train.jsonl": None} | ({"refs/main": main.encode()} if main else {}))
+    with pytest.raises(UsageError, match=rf"2 revisions .*aaa, bbb.*snapshots/{'bbb' if main == 'bbb' else 'aaa'}$"):
+        written(model, data, "again.jsonl")
+    assert len(samples(written(model, data / "snapshots" / "bbb", "out.jsonl"))) == 1
+
+
 def test_texts_are_all_of_one_split(model, tmp_path):
     data = folder(tmp_path, {"test_it.py": b"code here\n", "README.md": b"words here\n", "train.txt": b"more words\n"})
     assert len(processed(fresh(model, tmp_path), data)[0]) == 3

@@ -88,8 +88,22 @@ def inputs_of(data: Path, split: str | None, targets: Iterable[Path] = ()) -> In
         if split:
             raise UsageError(f"--split {split} is for a folder, and DATA {data} is a file; leave it out")
         return Inputs([recognise(data)], {})
+    _check_revisions(data)
     files, left = _sorted_out(data, {path.resolve() for path in targets})
     return Inputs([recognise(data / name) for name in _of_split(data, files, split, left)], left)
+
+
+def _check_revisions(data: Path) -> None:
+    """UsageError for a data set as the hub's cache has it, with several revisions: each would be read as more data."""
+    main = data / "refs" / "main"
+    revisions = sorted(each.name for each in (data / "snapshots").glob("*") if each.is_dir())
+    if len(revisions) > 1 and (data / "blobs").is_dir():
+        newest = read_bytes(main).decode(errors="replace").strip() if main.is_file() else ""
+        one = newest if newest in revisions else revisions[0]
+        raise UsageError(
+            f"DATA {data} is a folder of the hub's cache with {len(revisions)} revisions of the same data "
+            f"({_few(revisions)}); give one of them: {data / 'snapshots' / one}"
+        )
 
 
 def _sorted_out(data: Path, targets: set[Path]) -> tuple[list[str], dict[str, str]]:
