@@ -285,7 +285,7 @@ def test_two_runs_do_not_go_into_one_folder(folder, tmp_path, warm):
     assert first.finish()[0] == 75 and not run.owner.exists()
 
 
-def test_starts_that_are_stopped_before_a_step_do_not_go_on_for_ever(folder, tmp_path, warm):
+def test_starts_that_are_stopped_before_a_step_do_not_go_on_for_ever(folder, tmp_path, warm, capsys):
     """Twice it may happen; the third time a scheduler must not queue the run again."""
     run, codes = RunFolder(tmp_path / "run"), []
     for number in range(3):
@@ -294,6 +294,8 @@ def test_starts_that_are_stopped_before_a_step_do_not_go_on_for_ever(folder, tmp
         codes.append(code)
     assert codes == [75, 75, 1], output
     assert "3 starts in a row were stopped at step 0, before a new step was saved" in output.splitlines()[-1]
+    assert cli.main(["watch", str(run.path)]) == 1  # as the last start
+    assert "run: stopped, step 0 of 8: 3 starts in a row were stopped at step 0" in capsys.readouterr().out
     code, output = train(words(folder, run.path), commands=warm)
     assert code == 0, output
     assert run.read_status()["in_vain"] == 0 or run.read_status()["state"] == "done"

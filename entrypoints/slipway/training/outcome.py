@@ -122,9 +122,12 @@ def stopped(run: Run, said: str) -> SlipwayError:
     saved = latest[0] if latest else 0
     if saved > run.begins_at or status.get("in_vain", 0) + 1 < IN_VAIN:
         return Stopped(said)
+    why = f"{IN_VAIN} starts in a row were stopped at step {saved}, before a new step was saved"
+    if run.topology.rank == 0:
+        note(run.folder, "stopped", why, SlipwayError.exit_code)  # `watch` ends with the same code
     return SlipwayError(
-        f"train: {IN_VAIN} starts in a row were stopped at step {saved}, before a new step was saved; give them more "
-        "time before the stop, or make a step shorter with a smaller --global-batch-size in another --out"
+        f"train: {why}; give them more time before the stop, or make a step shorter with a smaller --global-batch-size "
+        "in another --out"
     )
 
 

@@ -49,7 +49,7 @@ class Look:
     def exit_code(self) -> int:
         """The one that `train` ended with; 0 while it goes."""
         if self.status["state"] == "stopped":
-            return Stopped.exit_code
+            return self.status.get("exit_code", Stopped.exit_code)
         return self.status.get("exit_code", SlipwayError.exit_code) if self.status["state"] == "failed" else 0
 
     def line(self) -> str:
