@@ -8,7 +8,7 @@ from datetime import date
 
 import pytest
 from sets import PLAIN, model_with, processed, samples, write_rows
-from slipway.errors import DataError
+from slipway.errors import DataError, UsageError
 from slipway.tokens.chat import Template
 from slipway.tokens.messages import chat_of
 from tokenizers import Tokenizer, models, normalizers, trainers
@@ -261,6 +261,15 @@ def test_a_model_s_template_of_its_own_file(mxfp4_model, tmp_path):
     (model / "chat_template.jinja").write_text(PLAIN)
     data = write_rows(tmp_path / "in.jsonl", [messages(*TWO[:2])])
     assert processed(model, data)[0] == ["<|user|>a1<|end|>\n<|assistant|>⟦b1<|end|>⟧"]
+
+
+def test_an_argument_that_no_template_knows_is_refused(learned):
+    """A misspelt one would change nothing, and nobody would see that the reasoning is still written."""
+    told = PLAIN.replace("<|end|>", "{% if loud %}!{% endif %}<|end|>")
+    assert "b2!" in learned(told, messages(*TWO), template_args='{"loud": true}')[0][0]
+    for template in (told, PLAIN, None):
+        with pytest.raises(UsageError, match=r"--template-args: no chat template of .* knows lod, so nothing"):
+            learned(template, messages(*TWO), template_args='{"lod": true}')
 
 
 def test_a_template_for_tools(mxfp4_model, tmp_path):

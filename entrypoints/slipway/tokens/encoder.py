@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slipway.errors import DataError
+from slipway.errors import DataError, UsageError
 from slipway.tokens import limits
 from slipway.tokens.chat import Segments, Template
 from slipway.tokens.forms import Example, Form, Pair, form_of, present, refuse_wrapped, shown
@@ -96,7 +96,12 @@ class Encoder:
             self._learn_of(settings)
 
     def _learn_of(self, settings: Settings) -> None:
-        """What has to be known of the tokenizer."""
+        """What has to be known of the tokenizer; UsageError for arguments that its template does not know."""
+        if unknown := [name for name in json.loads(settings.arguments) if not self.folder.knows(name)]:
+            raise UsageError(
+                f"--template-args: no chat template of {self.folder.path} knows {', '.join(map(shown, unknown))}, so "
+                "nothing would change; correct the name, or leave it out"
+            )
         self.begin = self.folder.begin(self.tokenizer)
         self.end = [self.folder.end(self.tokenizer)] if settings.append_eos else []
         # Megatron chooses the dtype in the same way, so that both write the same bytes.

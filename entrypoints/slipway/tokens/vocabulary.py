@@ -6,6 +6,7 @@ Read from the files themselves, as transformers reads them: to import transforme
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,10 @@ class Folder:
     @property
     def has_template(self) -> bool:
         return "default" in self._templates()
+
+    def knows(self, argument: str) -> bool:
+        """Whether any template has a word of this name; one that has none cannot be told anything by it."""
+        return any(re.search(rf"\b{re.escape(argument)}\b", each) for each in self._templates().values())
 
     def _templates(self) -> dict[str, str]:
         """Name → template: of the file of its own, else of the config."""
