@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as arrow
+import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 from sets import PLAIN, model_with, processed, samples, write_rows
@@ -324,6 +325,17 @@ def test_the_splits_of_a_card(model, tmp_path):
     (data / "README.md").write_bytes(b"---\n: [\n---\n")
     with pytest.raises(DataError, match="is not YAML"):
         prompts(own, data)
+
+
+def test_arrow_by_the_name_that_pandas_and_polars_give_it(model, tmp_path):
+    """In a folder the name decides what is data; such a file was read alone and left in a folder."""
+    (tmp_path / "data").mkdir()
+    table = arrow.Table.from_pylist([{"text": "a"}, {"text": "b"}])
+    feather.write_feather(table, tmp_path / "data" / "x.feather")
+    assert len(samples(written(model, tmp_path / "data", "out.jsonl"))) == 2
+    feather.write_feather(table, tmp_path / "data" / "x.feather", version=1)
+    with pytest.raises(DataError, match="is Feather of version 1"):
+        written(model, tmp_path / "data", "again.jsonl")
 
 
 @pytest.mark.parametrize("main", ["bbb", "gone", None])

@@ -28,7 +28,7 @@ TABLES = (PARQUET, ARROW)  # that pyarrow reads
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
-TABLE_SUFFIXES = (".parquet", ".arrow")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")  # the last two are one format
 ROW_SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, *TABLE_SUFFIXES)
 PACKED_SUFFIXES = (".gz", ".zst")
 PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -61,6 +61,7 @@ NOT_READ = {
     b"\xff\xd8\xff": "an image",
     b"GIF89a": "an image",
     b"Obj\x01": "Avro",
+    b"FEA1": "Feather of version 1, which is not arrow",
     b"SQLite format 3": "a data base of SQLite's",
     b"MMIDIDX": "an index of Megatron's: its tokens are ready for training",
     b"\x80\x02": "a pickle",
