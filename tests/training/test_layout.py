@@ -52,7 +52,7 @@ def test_a_model_without_experts_gets_no_recipe_of_a_mixture_but_one_of_another_
 def dry_run(capsys, folder: Path, name: str, *words: str) -> tuple[int, str, str]:
     data = folder / "data.jsonl"
     model = checkpoint(folder / "model", name)
-    data.write_text("{}\n")
+    data.write_bytes(as_line([5, 6], [7, 8]))
     capsys.readouterr()
     flags = ["train", "--model", str(model), "--data", str(data), "--out", str(folder / "run"), "--dry-run"]
     code = cli.main([*flags, *words])
@@ -145,7 +145,7 @@ def test_what_is_refused_is_what_a_person_chose():
 def test_a_large_model_without_a_gpu_is_refused_before_anything(tmp_path, capsys):
     model = checkpoint(tmp_path / "model", "llama31_8b")
     data = tmp_path / "data.jsonl"
-    data.write_text("{}\n")
+    data.write_bytes(as_line([5, 6], [7, 8]))
     code = cli.main(["train", "--model", str(model), "--data", str(data), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert code == 78 and "shows no GPU, and the model has 8.0 billion weights" in error and "--gpus all" in error
@@ -165,7 +165,7 @@ def test_sequences_are_not_shared_without_a_gpu(tmp_path, capsys):
 
 
 def test_a_size_that_no_recipe_is_for_is_said_with_those_there_are(nemo_model, tmp_path, capsys):
-    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "data.jsonl").write_bytes(as_line([5, 6], [7, 8]))
     words = ["--model", str(nemo_model), "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]
     assert cli.main(["train", *words, "--dry-run"]) == 0
     said = capsys.readouterr().err
