@@ -70,9 +70,8 @@ def preprocess(data: str, out: str, **options: Any) -> Summary:
     started = time.monotonic()
     wanted, purpose = take(Wanted, options), take(Purpose, options)
     # A recipe is read also where --seq-length takes the place of its length, as in `train`: its name may be wrong.
-    length = purpose.sequence_length() if purpose.recipe or not wanted.seq_length else 0
-    length = wanted.seq_length or length
-    size, counts = tokenise(data, Path(out), wanted, length)
+    usual = purpose.sequence_length() if purpose.recipe or not wanted.seq_length else 0
+    size, counts = tokenise(data, Path(out), wanted, wanted.seq_length or usual)
     return Summary("preprocess", out, size, time.monotonic() - started, counts)
 
 

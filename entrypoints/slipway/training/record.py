@@ -159,11 +159,9 @@ class Record(Callback):
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.recipe.steps
-        self.status |= (
-            {"state": "done", "why": self.folder.why_done(self.recipe, trainer.global_step)}
-            if done
-            else {"state": "stopped"}
-        )
+        self.status["state"] = "done" if done else "stopped"
+        if done:
+            self.status["why"] = self.folder.why_done(self.recipe, trainer.global_step)
         self.status |= {"seconds_left": 0 if done else self.status.get("seconds_left"), "updated": now()}
         self.folder.write_status(self.status)
         say("")
